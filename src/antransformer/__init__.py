@@ -1,0 +1,11 @@
+"""Transformers in a compact space: scalar normalization factors and bounded weight rows.
+
+The approximately normalized transformer (arXiv:2505.22014), as a library and as the command ``antransformer``.
+"""
+
+from antransformer import bounds, factors, functional, nn
+from antransformer.bounds import Bound, bind
+from antransformer.models import ModelConfig, build
+
+__version__ = "0.1.0"
+__all__ = ["Bound", "ModelConfig", "bind", "bounds", "build", "factors", "functional", "nn"]

@@ -1,0 +1,88 @@
+"""Bounds on weight vectors: which parameter, along which axis, strict or not, and how they are kept.
+
+The bound takes the place of weight decay: after each optimizer step every bounded vector is projected back into the
+unit ball, w <- w / max(1, ||w||), or, where strict, onto the unit sphere (arXiv:2505.22014, section 4.1; the projection
+is the natural reading, the paper does not print it; strict norms are nGPT's, arXiv:2410.01131, section 2.6).
+
+    handle = bind(model, optimizer)   # from here on every optimizer.step() keeps the bounds
+    handle.remove()                   # until here
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A constraint on the vectors of one parameter.
+
+    Attributes:
+        name: the parameter's name in its model, for messages.
+        parameter: the tensor itself.
+        axis: the axis that the norm sums over; 1 bounds the rows of a (fan_out, fan_in) weight, its neurons' inputs.
+        strict: norm = 1 if true, norm <= 1 otherwise.
+    """
+
+    name: str
+    parameter: Tensor
+    axis: int = 1
+    strict: bool = False
+
+
+class Bounded(Protocol):
+    """Anything that lists its bounds."""
+
+    def bounds(self) -> list[Bound]:
+        """The constraints on this model's parameters."""
+        ...
+
+
+def norms(bound: Bound) -> Tensor:
+    """Norms of the bounded vectors in float32 (float64 for float64), with the summed axis kept at size 1."""
+    weight = bound.parameter
+    precision = torch.promote_types(weight.dtype, torch.float32)
+    return torch.linalg.vector_norm(weight, dim=bound.axis, keepdim=True, dtype=precision)
+
+
+@torch.no_grad()
+def project_(bounds: Iterable[Bound]) -> None:
+    """Put every bounded vector back where it belongs, in place and without a host synchronization.
+
+    A vector inside its bound keeps every bit; a zero vector stays zero, under a strict bound too.
+    """
+    for bound in bounds:
+        length = norms(bound)
+        length = length.masked_fill(length == 0, 1) if bound.strict else length.clamp_min(1)
+        bound.parameter.div_(length)
+
+
+def bind(model: Bounded, optimizer: Optimizer) -> RemovableHandle:
+    """Keep the model's bounds after every ``optimizer.step()``, of any torch optimizer.
+
+    The bounds are read now: wrap, shard or cast the model first, as for building the optimizer.
+
+    Returns:
+        A handle; ``handle.remove()`` releases the optimizer.
+
+    Raises:
+        TypeError: the model does not list its bounds.
+        ValueError: none of its bounded parameters is in the optimizer.
+    """
+    if not hasattr(model, "bounds"):
+        raise TypeError(f"{type(model).__name__} lists no bounds: give it a method bounds() -> list[Bound]")
+    bounds = model.bounds()
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    bounds = [bound for bound in bounds if id(bound.parameter) in stepped]
+    if not bounds and model.bounds():
+        raise ValueError("the optimizer steps none of the model's bounded parameters: build it from this model's")
+
+    def keep(_optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
+        project_(bounds)
+
+    return optimizer.register_step_post_hook(keep)

@@ -1,0 +1,59 @@
+"""Write text with a trained model.
+
+examples:
+  antransformer generate --checkpoint runs/angpt-nano --prompt "def "
+  antransformer generate --checkpoint runs/angpt-nano --prompt "import " --temperature 0
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from antransformer.cli.options import Parser
+from antransformer.errors import DataError
+from antransformer.inference.generate import generate
+from antransformer.training.checkpoint import restore
+from antransformer.training.device import choose_device
+from antransformer.training.run import open_checkpoint
+
+USAGE = "antransformer generate --checkpoint RUN [options]"
+
+
+def add_arguments(parser: Parser) -> None:
+    """Options of the verb."""
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="RUN", help="run folder, or one checkpoint")
+    parser.add_argument("--prompt", default="", help="text to go on from (default: the start of a document)")
+    parser.add_argument("--max-tokens", type=int, default=200, metavar="N", help="most tokens to write (default 200)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default 0.8)")
+    parser.add_argument("--top-k", type=int, metavar="K", help="sample among the K likeliest tokens only")
+    parser.add_argument("--top-p", type=float, default=0.95, metavar="P", help="nucleus sampling (default 0.95)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sampling (default 0)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default auto)")
+
+
+def run(parsed: argparse.Namespace) -> None:
+    """Print prompt and continuation."""
+    print(
+        sample_text(
+            parsed.checkpoint,
+            parsed.prompt,
+            device=parsed.device,
+            max_tokens=parsed.max_tokens,
+            temperature=parsed.temperature,
+            top_k=parsed.top_k,
+            top_p=parsed.top_p,
+            seed=parsed.seed,
+        )
+    )
+
+
+def sample_text(path: Path, prompt: str, device: str = "auto", **options: float | int | None) -> str:
+    """Prompt and continuation by the model of a run."""
+    found, tokenizer = open_checkpoint(path, notify=lambda text: print(text, file=sys.stderr))
+    if tokenizer.vocab_size > found.model.vocab_size:
+        raise DataError(f"{path}: its tokenizer has ids beyond the model's vocabulary of {found.model.vocab_size}")
+    model = restore(found, choose_device(device))
+    # A prompt continues a document; the end-of-text token before it says that one begins here.
+    ids = [tokenizer.end_of_text, *tokenizer.encode(prompt)]
+    new = generate(model, ids, vocab_size=tokenizer.vocab_size, stop=tokenizer.end_of_text, **options)  # type: ignore[arg-type]
+    return prompt + tokenizer.decode(list(new))

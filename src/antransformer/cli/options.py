@@ -1,0 +1,74 @@
+"""Command-line options made from config dataclasses, so that a setting is declared once."""
+
+import argparse
+import dataclasses
+import typing
+from typing import Any, NoReturn
+
+from antransformer.errors import UsageError
+from antransformer.training.config import Count, nearest
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Keeps the paragraphs of a verb's description, and leaves room for option names."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        fill = super()._fill_text
+        paragraphs = text.strip().split("\n\n")
+        return "\n\n".join(part if "\n  " in part else fill(part, width, indent) for part in paragraphs)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are one line, and which suggests the nearest option."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, "formatter_class": HelpFormatter, **settings})
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage."""
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+    def refuse(self, word: str) -> NoReturn:
+        """Complain of an argument that nothing took.
+
+        Raises:
+            UsageError: always.
+        """
+        name = word.partition("=")[0]
+        known = [option for action in self._actions for option in action.option_strings]
+        hint = nearest(name, known) if name.startswith("-") else ""
+        raise UsageError(f"unknown option {name}{hint} (see {self.prog} --help)")
+
+
+def add_config(group: Any, config: type, prefix: str = "", only: tuple[str, ...] = ()) -> None:
+    """An option for each field of a dataclass that has a help text; values stay text until the config is resolved."""
+    hints = typing.get_type_hints(config)
+    for item in dataclasses.fields(config):
+        if "help" not in item.metadata or (only and item.name not in only):
+            continue
+        text = item.metadata["help"].replace("%", "%%")
+        if item.default not in (None, False) and "(default" not in text:
+            text += f" (default {item.default})"
+        flag = f"--{prefix}{item.name.replace('_', '-')}"
+        dest = f"set:{prefix}{item.name}"
+        if hints[item.name] is bool:
+            group.add_argument(flag, dest=dest, default=None, action=argparse.BooleanOptionalAction, help=text)
+        else:
+            metavar = {int: "N", float: "X", Count: "TOKENS"}.get(hints[item.name], "NAME")
+            group.add_argument(flag, dest=dest, default=None, metavar=metavar, help=text)
+
+
+def settings_of(parsed: argparse.Namespace) -> dict[str, Any]:
+    """The config settings that were given on the command line, nested by their dots."""
+    settings: dict[str, Any] = {}
+    for dest, value in vars(parsed).items():
+        if dest.startswith("set:") and value is not None:
+            *path, name = dest.removeprefix("set:").split(".")
+            place = settings
+            for part in path:
+                place = place.setdefault(part, {})
+            place[name] = value
+    return settings

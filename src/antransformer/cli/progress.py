@@ -1,0 +1,112 @@
+"""Progress on a terminal as a bar, elsewhere as plain lines."""
+
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+
+class TrainingProgress:
+    """Shows a run: a bar with loss, tokens/s, MFU and time left, or a plain line at each metrics line.
+
+    Args:
+        steps: length of the run.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self.begun = False
+        self.console = Console(stderr=False)
+        self.bar = Progress(
+            TextColumn("step {task.completed:,.0f}/{task.total:,.0f}"),
+            BarColumn(bar_width=None),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(compact=True),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.task = self.bar.add_task("train", total=steps, numbers="starting")
+        self.validation = ""
+
+    def __enter__(self) -> "TrainingProgress":
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.stop()
+
+    def step(self, step: int) -> None:
+        """Move the bar; the first call says where the run begins."""
+        if self.begun:
+            self.bar.update(self.task, completed=step)
+        else:
+            self.bar.reset(self.task, completed=step)
+            self.begun = True
+
+    def line(self, line: dict[str, Any]) -> None:
+        """Show the numbers of a metrics line."""
+        if "val_loss" in line:
+            self.validation = f"  val {line['val_loss']:.3f}"
+        numbers = f"loss {line['loss']:.3f}{self.validation}  {line['tokens_per_second']:,.0f} tok/s"
+        if line["mfu"] is not None:
+            numbers += f"  MFU {line['mfu']:.0%}"
+        if self.console.is_terminal:
+            self.bar.update(self.task, numbers=numbers)
+        else:
+            left = (self.steps - line["step"]) * line["tokens"] / line["step"] / line["tokens_per_second"]
+            print(f"step {line['step']}/{self.steps}  {numbers}  {_duration(left)} left", flush=True)
+
+    def note(self, text: str) -> None:
+        """A line of its own."""
+        if self.console.is_terminal:
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        else:
+            print(text, flush=True)
+
+
+class PrepareProgress:
+    """Shows the preparation of data; pass it as ``progress`` to ``data.prepare``."""
+
+    def __init__(self, label: str) -> None:
+        console = Console(stderr=True)
+        self.label, self.last = label, time.monotonic()
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self.task = self.bar.add_task(label, total=None, numbers="")
+
+    def __enter__(self) -> "PrepareProgress":
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.stop()
+
+    def __call__(self, done_bytes: int, total_bytes: int, documents: int, tokens: int) -> None:
+        """One batch of documents is written."""
+        numbers = f"{done_bytes / 1e6:,.0f} MB  {documents:,} documents  {tokens / 1e6:,.1f}M tokens"
+        self.bar.update(self.task, completed=done_bytes, total=total_bytes, numbers=numbers)
+        if self.bar.disable and time.monotonic() - self.last > 10:
+            self.last = time.monotonic()
+            print(f"{self.label}: {numbers}", file=sys.stderr, flush=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"

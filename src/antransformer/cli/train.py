@@ -1,0 +1,102 @@
+"""Train a model on prepared data.
+
+With no options: anGPT, size nano, on the source of Python's standard library. Settings come from the defaults of the
+size (--preset), a YAML file (--config) and the options below, each winning over the ones before it.
+
+examples:
+  antransformer train
+  antransformer train --data data/mine --preset 125m --tokens 2.5B --batch-tokens 0.5M --lr 2e-3
+  antransformer train --out runs/angpt-nano --resume
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from antransformer.cli.common import open_data
+from antransformer.cli.options import Parser, add_config, settings_of
+from antransformer.cli.progress import TrainingProgress
+from antransformer.data import Dataset
+from antransformer.errors import CheckpointError, ConfigError
+from antransformer.models import ModelConfig
+from antransformer.training import run as runs
+from antransformer.training.config import (
+    ALIASES,
+    TrainConfig,
+    merge,
+    nearest,
+    normalise,
+    read_yaml,
+    resolve,
+    shipped_configs,
+)
+from antransformer.training.trainer import Result, Trainer
+
+USAGE = "antransformer train [options]"
+
+
+def add_arguments(parser: Parser) -> None:
+    """Options of the verb."""
+    shipped = ", ".join(shipped_configs())
+    parser.add_argument("--config", metavar="FILE", help=f"YAML file of settings, or a shipped one by name: {shipped}")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="run folder (default runs/ARCHITECTURE-PRESET)")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out from its newest checkpoint")
+    add_config(parser, ModelConfig, only=ALIASES)
+    add_config(parser, TrainConfig)
+    group = parser.add_argument_group("model settings", "to change what the preset says, or what the paper leaves open")
+    add_config(group, ModelConfig, prefix="model.")
+
+
+def run(parsed: argparse.Namespace) -> None:
+    """Train, from the start or from a checkpoint."""
+    settings = normalise(settings_of(parsed), "command line")
+    if parsed.config:
+        settings = merge(normalise(read_config(parsed.config), parsed.config), settings)
+    train(settings, parsed.out, parsed.resume)
+
+
+def train(settings: dict[str, Any], folder: Path | None, resume: bool = False) -> tuple[Path, Result]:
+    """One run with its progress on the terminal; returns its folder and how it ended."""
+    dataset, config, folder = _resumed(settings, folder) if resume else _new(settings, folder)
+    with TrainingProgress(config.steps) as progress:
+        trainer = Trainer(config, dataset, folder, progress, resume)
+        if not resume:
+            runs.create(folder, config, dataset)
+        count = trainer.model.parameter_count()
+        progress.note(
+            f"{config.model.architecture}, {count / 1e6:.2f}M parameters, {config.steps:,} steps of "
+            f"{config.batch_tokens:,} tokens, learning rate {config.lr:g}, on {trainer.device}; run folder {folder}"
+        )
+        result = trainer.run()
+    print(
+        f"validation loss {result.val_loss:.4f} nats per token, {result.bits_per_byte:.4f} bits per byte; "
+        f"{result.tokens_per_second:,.0f} tokens/s; checkpoint {result.checkpoint}"
+    )
+    return folder, result
+
+
+def read_config(name: str) -> dict[str, Any]:
+    """Settings of a YAML file, or of a config that comes with the package."""
+    shipped = shipped_configs()
+    if name in shipped:
+        return read_yaml(shipped[name])
+    if not Path(name).exists():
+        raise ConfigError(f"no config file {name}{nearest(name, shipped) or ': shipped are ' + ', '.join(shipped)}")
+    return read_yaml(Path(name))
+
+
+def _new(settings: dict[str, Any], folder: Path | None) -> tuple[Dataset, TrainConfig, Path]:
+    # Settings are checked before the data is prepared or verified: a misspelt option should not cost a minute.
+    data = resolve(settings, vocab_size=2**31).data
+    if folder is not None:
+        runs.require_empty(folder)
+    dataset = open_data(data)
+    config = resolve(settings, dataset.vocab_size)
+    return dataset, config, folder or runs.default_folder(config)
+
+
+def _resumed(settings: dict[str, Any], folder: Path | None) -> tuple[Dataset, TrainConfig, Path]:
+    if folder is None:
+        raise CheckpointError("--resume needs the run folder: give it with --out")
+    config = runs.resumed_config(folder, settings)
+    return open_data(config.data), config, folder

@@ -1,0 +1,114 @@
+"""anGPT, the approximately normalized GPT (arXiv:2505.22014, table 1, right column).
+
+Reads like that column. Every constant factor is applied to a weight, where it costs least; nu_act rides on the up
+projection, since act(u, z) is linear in u. The exact norms behind the output and down projections cancel nu_p, nu_act
+and nu_d (and those of q and k their share of nu_qkv): these factors keep the hidden activations at their norms and the
+function is the same without.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from antransformer import factors
+from antransformer.bounds import Bound
+from antransformer.functional import Rotary, causal_attention, linear, norm, rotate, split_heads
+from antransformer.models.config import ModelConfig
+from antransformer.models.decoder import Decoder
+from antransformer.nn import Linear, Residual, ScaledParameter, unit_rows_
+
+
+class Attention(nn.Module):
+    """Causal attention on q and k of unit norm, with a learnable scalar on the scores."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width, head = config.width, config.head_width
+        nu_p = math.sqrt(head / width) if config.nu_p == "heads" else 1.0
+        self.head_width = head
+        self.qkv_proj = Linear(width, 3 * width, factor=factors.linear(width, head))
+        self.out_proj = Linear(width, width, factor=nu_p)
+        self.score_scale = nn.Parameter(torch.empty(1))
+
+    def reset_parameters(self) -> None:
+        """Scores of random unit vectors get unit variance."""
+        nn.init.constant_(self.score_scale, math.sqrt(self.head_width))
+
+    def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
+        """(B, T, d) to (B, T, d)."""
+        q, k, v = split_heads(self.qkv_proj(x), self.head_width)
+        q = norm(rotate(q, rotary)) * self.score_scale.to(q.dtype)
+        k = norm(rotate(k, rotary))
+        return self.out_proj(causal_attention(q, k, v))
+
+
+class MLP(nn.Module):
+    """Gated MLP: W_d (u * SiLU(z))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width, hidden = config.width, config.mlp_width
+        nu_uz = factors.linear(width, hidden)
+        gate_factor = nu_uz * gate_scale(config)
+        # Coordinates of W_z x have variance 1 / d before the factor.
+        nu_act = factors.activation(F.silu, std=gate_factor / math.sqrt(width))
+        self.up_proj = Linear(width, hidden, factor=nu_uz * nu_act)
+        self.gate_proj = Linear(width, hidden, factor=gate_factor)
+        self.down_proj = Linear(hidden, width, factor=factors.linear(hidden, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, d) to (B, T, d)."""
+        return self.down_proj(self.up_proj(x) * F.silu(self.gate_proj(x)))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each normalized exactly and interpolated into the residual stream."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention = Attention(config)
+        self.attention_residual = Residual(config.width, config.alpha_init, config.s_scale)
+        self.mlp = MLP(config)
+        self.mlp_residual = Residual(config.width, config.alpha_init, config.s_scale)
+
+    def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
+        """Residual stream (B, T, d) to the same."""
+        x = self.attention_residual(x, norm(self.attention(x, rotary)))
+        return self.mlp_residual(x, norm(self.mlp(x)))
+
+
+class AnGPT(Decoder):
+    """The model; every row of every weight matrix is bounded by 1."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config, Block)
+        self.lm_head = Linear(config.width, config.vocab_size)
+        self.logit_scale = ScaledParameter(config.vocab_size, 1.0, config.s_scale)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """s_Z * (W_h x), with s_Z applied to the weight."""
+        return linear(hidden, self.lm_head.weight, self.logit_scale())
+
+    def bounds(self) -> list[Bound]:
+        """Rows of all matrices, of the embedding and of the head."""
+        return [Bound(name, weight, axis=1) for name, weight in self.named_parameters() if weight.ndim == 2]
+
+    def reset_parameters(self) -> None:
+        """Unit rows everywhere."""
+        unit_rows_(self.embedding.weight)
+        for module in self.modules():
+            if isinstance(module, (Linear, ScaledParameter, Attention)):
+                module.reset_parameters()
+
+
+def gate_scale(config: ModelConfig) -> float:
+    """The constant on the gate beside nu_uz.
+
+    The printed form has none and leaves |z| <= 1/2, an almost linear gate; nGPT has sqrt(d), which the printed
+    nu_act = 3.74 implies (z of standard deviation 1/2); sqrt(f) gives z unit variance.
+    """
+    return {"none": 1.0, "sqrt_width": math.sqrt(config.width), "sqrt_mlp": math.sqrt(config.mlp_width)}[
+        config.gate_scale
+    ]

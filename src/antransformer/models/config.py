@@ -1,0 +1,141 @@
+"""What a model is made of: ``ModelConfig`` and the presets."""
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from antransformer.errors import ConfigError
+
+PAPER_VOCABULARY = 50_304
+
+# Options that only some architectures have, with the default of each that has them.
+# How these were chosen: docs/log.md, "Defaults of the first models".
+OPTIONS: dict[str, dict[str, Any]] = {
+    "angpt": {"alpha_init": 0.05, "s_scale": 0.01, "gate_scale": "sqrt_mlp", "nu_p": "heads"},
+    "ngpt": {"alpha_init": 0.05, "s_scale": 0.03, "s_uz_scale": 1.0},
+    "gpt+": {"init_std": 0.02},
+}
+OPTION_NAMES = sorted({name for options in OPTIONS.values() for name in options})
+
+# arXiv:2505.22014, table of model sizes; nano is ours, for a laptop CPU.
+PRESETS: dict[str, dict[str, int]] = {
+    "nano": {"width": 128, "layers": 4, "context": 256},
+    "32m": {"width": 256, "layers": 6},
+    "62m": {"width": 384, "layers": 10},
+    "125m": {"width": 512, "layers": 18},
+    "250m": {"width": 768, "layers": 18},
+    "0.5b": {"width": 1024, "layers": 24},
+    "1b": {"width": 1280, "layers": 36},
+}
+
+
+def describe(text: str, default: Any) -> Any:
+    """A config field with its default and the help text that the command line shows."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """One model. Widths in coordinates, context in tokens.
+
+    Raises:
+        ConfigError: a value is out of range, the width is no multiple of the head width, or an option is set that the
+            architecture does not have.
+    """
+
+    architecture: Literal["angpt", "ngpt", "gpt+"] = describe("which architecture", "angpt")
+    vocab_size: int = describe("rows of the embedding and of the head (default: the tokenizer's)", PAPER_VOCABULARY)
+    width: int = describe("model width d, a multiple of the head width (default: the preset's)", 128)
+    layers: int = describe("number of blocks (default: the preset's)", 4)
+    context: int = describe("longest sequence in tokens (default: the preset's)", 2048)
+    head_width: int = describe("head width h", 64)
+    mlp_ratio: int = describe("MLP width over model width", 4)
+    rotary_fraction: float = describe("share of each head's width with rotary embedding", 0.5)
+    rotary_base: float = describe("wavelength base of the rotary embedding", 10_000.0)
+    # Options of some architectures; None stands for the architecture's default, and where it has no such option.
+    alpha_init: float = describe("angpt, ngpt: initial residual step alpha", None)
+    s_scale: float = describe(
+        "angpt, ngpt: surrogate size of alpha and s_Z, in ngpt of s_qk too; the smaller, the faster these move", None
+    )
+    s_uz_scale: float = describe("ngpt: surrogate size of s_u and s_z", None)
+    gate_scale: Literal["sqrt_mlp", "sqrt_width", "none"] = describe(
+        "angpt: constant on the gate before SiLU: sqrt_mlp gives it unit variance, sqrt_width is nGPT's, none is the "
+        "printed form",
+        None,
+    )
+    nu_p: Literal["heads", "one"] = describe(
+        "angpt: factor of the attention output projection, heads for sqrt(h / d), one for 1; the exact norm behind it "
+        "cancels it",
+        None,
+    )
+    init_std: float = describe("gpt+: standard deviation of the initial weights", None)
+
+    def __post_init__(self) -> None:
+        if self.architecture not in OPTIONS:
+            raise ConfigError(f"unknown architecture {self.architecture!r}: choose from {', '.join(OPTIONS)}")
+        options = OPTIONS[self.architecture]
+        for name in OPTION_NAMES:
+            if name in options and getattr(self, name) is None:
+                object.__setattr__(self, name, options[name])
+            elif name not in options and getattr(self, name) is not None:
+                raise ConfigError(f"{name} is not an option of {self.architecture}: leave it out")
+        for name in ("vocab_size", "width", "layers", "context", "head_width", "mlp_ratio"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} must be a positive integer, got {value!r}")
+        for name in ("rotary_base", "alpha_init", "s_scale", "s_uz_scale", "init_std"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ConfigError(f"{name} must be a positive number, got {value!r}")
+        if self.width % self.head_width:
+            near = max(1, round(self.width / self.head_width)) * self.head_width
+            raise ConfigError(f"width {self.width} is not a multiple of head_width {self.head_width}: {near} would be")
+        if not 0 <= self.rotary_fraction <= 1 or round(self.head_width * self.rotary_fraction) % 2:
+            raise ConfigError(
+                f"rotary_fraction {self.rotary_fraction} must lie in [0, 1] and leave an even number of the head's "
+                f"{self.head_width} coordinates"
+            )
+        if self.gate_scale not in (None, "sqrt_mlp", "sqrt_width", "none"):
+            raise ConfigError(f"gate_scale must be sqrt_mlp, sqrt_width or none, got {self.gate_scale!r}")
+        if self.nu_p not in (None, "heads", "one"):
+            raise ConfigError(f"nu_p must be heads or one, got {self.nu_p!r}")
+
+    @classmethod
+    def preset(
+        cls, name: str, architecture: str = "angpt", vocab_size: int = PAPER_VOCABULARY, **overrides: Any
+    ) -> "ModelConfig":
+        """A shipped size: ``nano`` for a laptop CPU, or the paper's ``32m 62m 125m 250m 0.5b 1b``.
+
+        Raises:
+            ConfigError: unknown preset or field, or an impossible value.
+        """
+        known = {item.name for item in fields(cls)}
+        unknown = sorted(set(overrides) - known)
+        if unknown:
+            raise ConfigError(f"unknown model option {unknown[0]!r}: the options are {', '.join(sorted(known))}")
+        return cls(**{**preset_sizes(name), "architecture": architecture, "vocab_size": vocab_size, **overrides})
+
+    @property
+    def heads(self) -> int:
+        """Number of attention heads n = d / h."""
+        return self.width // self.head_width
+
+    @property
+    def mlp_width(self) -> int:
+        """MLP width f."""
+        return self.width * self.mlp_ratio
+
+    @property
+    def rotated(self) -> int:
+        """How many coordinates of each head are rotated, an even number."""
+        return round(self.head_width * self.rotary_fraction)
+
+
+def preset_sizes(name: str) -> dict[str, int]:
+    """Width, layers and context of a preset.
+
+    Raises:
+        ConfigError: unknown preset.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"unknown preset {name!r}: choose from {', '.join(PRESETS)}")
+    return dict(PRESETS[name])

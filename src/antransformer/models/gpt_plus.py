@@ -1,0 +1,96 @@
+"""GPT+, the baseline: a well-built GPT with pre-norm RMSNorm, rotary embedding, gated MLP and QK norm.
+
+arXiv:2505.22014, table 1, left column. It shares no code with the method beyond rotary embedding and the attention
+kernel, and is never a special case of it.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from antransformer.bounds import Bound
+from antransformer.functional import Rotary, causal_attention, norm, rotate, split_heads
+from antransformer.models.config import ModelConfig
+from antransformer.models.decoder import Decoder
+
+RMS_EPS = 1e-6
+
+
+class Attention(nn.Module):
+    """Causal attention on q and k of unit norm, with a learnable scalar on the scores."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_width = config.head_width
+        self.qkv_proj = nn.Linear(config.width, 3 * config.width, bias=False)
+        self.out_proj = nn.Linear(config.width, config.width, bias=False)
+        self.score_scale = nn.Parameter(torch.empty(1))
+
+    def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
+        """(B, T, d) to (B, T, d)."""
+        q, k, v = split_heads(self.qkv_proj(x), self.head_width)
+        q = norm(rotate(q, rotary)) * self.score_scale.to(q.dtype)
+        k = norm(rotate(k, rotary))
+        return self.out_proj(causal_attention(q, k, v))
+
+
+class MLP(nn.Module):
+    """Gated MLP: W_d (u * SiLU(z))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(config.width, config.mlp_width, bias=False)
+        self.gate_proj = nn.Linear(config.width, config.mlp_width, bias=False)
+        self.down_proj = nn.Linear(config.mlp_width, config.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, d) to (B, T, d)."""
+        return self.down_proj(self.up_proj(x) * F.silu(self.gate_proj(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP, added to the residual stream."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.width, eps=RMS_EPS)
+        self.attention = Attention(config)
+        self.mlp_norm = nn.RMSNorm(config.width, eps=RMS_EPS)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
+        """Residual stream (B, T, d) to the same."""
+        x = x + self.attention(self.attention_norm(x), rotary)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class GPTPlus(Decoder):
+    """The model; its weights are not bounded, they decay."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config, Block)
+        self.final_norm = nn.RMSNorm(config.width, eps=RMS_EPS)
+        self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """W_h (rms(x) * gamma_h)."""
+        return self.lm_head(self.final_norm(hidden))
+
+    def bounds(self) -> list[Bound]:
+        """None."""
+        return []
+
+    def reset_parameters(self) -> None:
+        """Gaussian weights; those that write to the residual stream shrink with depth (as in GPT-2)."""
+        std = self.config.init_std
+        for name, weight in self.named_parameters():
+            if name.endswith("norm.weight"):
+                nn.init.ones_(weight)
+            elif name.endswith("score_scale"):
+                nn.init.constant_(weight, math.sqrt(self.config.head_width))
+            elif name.endswith(("out_proj.weight", "down_proj.weight")):
+                nn.init.normal_(weight, std=std / math.sqrt(2 * self.config.layers))
+            else:
+                nn.init.normal_(weight, std=std)

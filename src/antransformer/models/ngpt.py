@@ -1,0 +1,99 @@
+"""nGPT, the normalized transformer on the hypersphere (arXiv:2410.01131).
+
+Every vector along the model axis has unit norm after every step: rows of the projections that read the residual stream,
+columns of those that write to it. Exact norms stand where anGPT has factors.
+"""
+
+import math
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from antransformer.bounds import Bound, project_
+from antransformer.functional import Rotary, causal_attention, linear, norm, rotate, split_heads
+from antransformer.models.config import ModelConfig
+from antransformer.models.decoder import Decoder
+from antransformer.nn import ExactResidual, Linear, ScaledParameter, unit_rows_
+
+
+class Attention(nn.Module):
+    """Causal attention on q and k of unit norm, with one learnable vector s_qk on both."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_width = config.head_width
+        self.qkv_proj = Linear(config.width, 3 * config.width)
+        self.out_proj = Linear(config.width, config.width)
+        self.qk_scale = ScaledParameter(config.width, 1.0, config.s_scale)
+
+    def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
+        """(B, T, d) to (B, T, d)."""
+        q, k, v = split_heads(self.qkv_proj(x), self.head_width)
+        s_qk = self.qk_scale().to(q.dtype).unflatten(0, (-1, self.head_width))
+        q, k = norm(rotate(q, rotary)) * s_qk, norm(rotate(k, rotary)) * s_qk
+        return self.out_proj(causal_attention(q, k, v, scale=math.sqrt(self.head_width)))
+
+
+class MLP(nn.Module):
+    """Gated MLP with a learnable scale on each hidden coordinate of u and z."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.up_proj = Linear(config.width, config.mlp_width)
+        self.gate_proj = Linear(config.width, config.mlp_width)
+        self.down_proj = Linear(config.mlp_width, config.width)
+        self.up_scale = ScaledParameter(config.mlp_width, 1.0, config.s_uz_scale)
+        self.gate_scale = ScaledParameter(config.mlp_width, 1.0, config.s_uz_scale)
+        self.gate_factor = math.sqrt(config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, d) to (B, T, d)."""
+        u = linear(x, self.up_proj.weight, self.up_scale())
+        z = linear(x, self.gate_proj.weight, self.gate_scale() * self.gate_factor)
+        return self.down_proj(u * F.silu(z))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each normalized, interpolated, and the result normalized again."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention = Attention(config)
+        self.attention_residual = ExactResidual(config.width, config.alpha_init, config.s_scale)
+        self.mlp = MLP(config)
+        self.mlp_residual = ExactResidual(config.width, config.alpha_init, config.s_scale)
+
+    def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
+        """Residual stream (B, T, d) to the same, of unit norm."""
+        x = self.attention_residual(x, norm(self.attention(x, rotary)))
+        return self.mlp_residual(x, norm(self.mlp(x)))
+
+
+class NGPT(Decoder):
+    """The model; every weight vector along the model axis has norm 1."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config, Block)
+        self.lm_head = Linear(config.width, config.vocab_size)
+        self.logit_scale = ScaledParameter(config.vocab_size, 1.0, config.s_scale)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """s_Z * (W_h x), with s_Z applied to the weight."""
+        return linear(hidden, self.lm_head.weight, self.logit_scale())
+
+    def bounds(self) -> list[Bound]:
+        """Strict; columns for the two projections into the residual stream, rows for all else."""
+        into_stream = ("out_proj.weight", "down_proj.weight")
+        return [
+            Bound(name, weight, axis=0 if name.endswith(into_stream) else 1, strict=True)
+            for name, weight in self.named_parameters()
+            if weight.ndim == 2
+        ]
+
+    def reset_parameters(self) -> None:
+        """Gaussian weights, normalized along the model axis."""
+        unit_rows_(self.embedding.weight)
+        for module in self.modules():
+            if isinstance(module, (Linear, ScaledParameter)):
+                module.reset_parameters()
+        project_(self.bounds())

@@ -1,0 +1,231 @@
+"""Checkpoints: a folder each, of safetensors and a small JSON state; whole or not there at all.
+
+    checkpoints/step-00001000/
+        model.safetensors       the weights, by parameter name
+        optimizer.safetensors   Adam's moments, as <parameter>.<moment>
+        state.json              step, config of the model, sha256 of the two files
+
+A checkpoint is written under a temporary name, flushed to the disk and renamed. What has no state.json, or whose files
+do not match it, is not whole. Nothing is executed from a file.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.optim import Optimizer
+
+from antransformer.errors import CheckpointError, MachineError
+from antransformer.models import Decoder, ModelConfig, build
+
+FORMAT = "antransformer-checkpoint"
+VERSION = 1
+MODEL_FILE = "model.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+STATE_FILE = "state.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint on disk.
+
+    Attributes:
+        path: its folder.
+        step: completed optimizer steps.
+        model: the model's config.
+        extra: what else the run wrote (seconds trained, digest of the data).
+    """
+
+    path: Path
+    step: int
+    model: ModelConfig
+    extra: dict[str, Any]
+
+
+def save(folder: Path, step: int, model: Decoder, optimizer: Optimizer, extra: dict[str, Any], keep: int) -> Path:
+    """Write the checkpoint of ``step`` into ``folder`` and remove all but the newest ``keep``.
+
+    Raises:
+        MachineError: it could not be written; earlier checkpoints are untouched.
+    """
+    target = folder / f"step-{step:08d}"
+    partial = folder / f".partial-{target.name}"
+    try:
+        remove_partial(folder)
+        partial.mkdir(parents=True)
+        tensors = {
+            MODEL_FILE: {name: value.contiguous() for name, value in model.state_dict().items()},
+            OPTIMIZER_FILE: dict(_optimizer_tensors(model, optimizer)),
+        }
+        for name, content in tensors.items():
+            safetensors.torch.save_file(content, partial / name)
+        state = {
+            "format": FORMAT,
+            "version": VERSION,
+            "step": step,
+            "model": {key: value for key, value in asdict(model.config).items() if value is not None},
+            "extra": extra,
+            "sha256": {name: sha256(partial / name) for name in tensors},
+        }
+        (partial / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        for file in partial.iterdir():
+            _flush(file)
+        if target.exists():  # resumed from an older checkpoint after this one was found broken
+            shutil.rmtree(target)
+        partial.rename(target)
+        _flush(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or str(error)
+        last = max(step_folders(folder), default=None)
+        rest = f"the last whole one is {last}" if last else "there is no earlier one"
+        raise MachineError(
+            f"the checkpoint of step {step} could not be written to {folder}: {reason}; {rest}"
+        ) from error
+    for old in sorted(step_folders(folder))[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def newest(folder: Path, notify: Callable[[str], None]) -> Checkpoint | None:
+    """The newest whole checkpoint of ``folder``, or None; ``notify`` hears of each broken one that is passed over.
+
+    Raises:
+        CheckpointError: checkpoints are there, and none is whole.
+    """
+    found = sorted(step_folders(folder), reverse=True)
+    for path in found:
+        try:
+            return read(path)
+        except CheckpointError as error:
+            notify(f"{error}; going back to the one before")
+    if found:
+        raise CheckpointError(f"{folder}: none of the {len(found)} checkpoints is whole")
+    return None
+
+
+def read(path: Path) -> Checkpoint:
+    """Verify one checkpoint folder.
+
+    Raises:
+        CheckpointError: it is no checkpoint, of a newer version, or a file is missing, truncated or changed.
+    """
+    try:
+        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: not a checkpoint, {STATE_FILE} can not be read: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {STATE_FILE} is corrupted") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: {STATE_FILE} is not of the format {FORMAT}")
+    if state.get("version") != VERSION:
+        raise CheckpointError(
+            f"{path}: checkpoint version {state.get('version')!r}, this release reads {VERSION}: update antransformer"
+        )
+    try:
+        step, model, extra = int(state["step"]), ModelConfig(**state["model"]), dict(state["extra"])
+        digests = {name: str(state["sha256"][name]) for name in (MODEL_FILE, OPTIMIZER_FILE)}
+    except (KeyError, TypeError, ValueError) as error:  # ConfigError is a ValueError
+        raise CheckpointError(f"{path}: {STATE_FILE} is corrupted ({error})") from error
+    for name, digest in digests.items():
+        if not (path / name).is_file():
+            raise CheckpointError(f"{path}: {name} is missing")
+        if sha256(path / name) != digest:
+            raise CheckpointError(f"{path}: {name} is truncated or corrupted (its sha256 differs)")
+    return Checkpoint(path, step, model, extra)
+
+
+def load_model(checkpoint: Checkpoint, model: Decoder) -> None:
+    """Copy the checkpoint's weights into ``model``.
+
+    Raises:
+        CheckpointError: the checkpoint is of another model.
+    """
+    weights = _load(checkpoint.path / MODEL_FILE)
+    expected = {name: value.shape for name, value in model.state_dict().items()}
+    if expected != {name: value.shape for name, value in weights.items()}:
+        raise CheckpointError(f"{checkpoint.path}: its weights are those of another model")
+    model.load_state_dict(weights)
+
+
+def load_optimizer(checkpoint: Checkpoint, model: Decoder, optimizer: Optimizer) -> None:
+    """Put the optimizer's moments back.
+
+    Raises:
+        CheckpointError: they are not those of this model.
+    """
+    tensors = _load(checkpoint.path / OPTIMIZER_FILE)
+    saved: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        name, moment = key.rsplit(".", 1)
+        saved.setdefault(name, {})[moment] = value
+    content = optimizer.state_dict()
+    names = _optimizer_names(model, optimizer)
+    if set(names) != set(saved):
+        raise CheckpointError(f"{checkpoint.path}: its optimizer state is that of another model")
+    content["state"] = {index: saved[name] for index, name in enumerate(names)}
+    optimizer.load_state_dict(content)
+
+
+def restore(checkpoint: Checkpoint, device: torch.device) -> Decoder:
+    """The checkpoint's model, built and loaded, in evaluation mode."""
+    with torch.device("meta"):
+        model = build(checkpoint.model)
+    model.to_empty(device=device)
+    load_model(checkpoint, model)
+    return model.eval()
+
+
+def step_folders(folder: Path) -> list[Path]:
+    """Checkpoint folders, whole or not, in no particular order; their names sort by step."""
+    return [path for path in folder.glob("step-*") if path.is_dir() and path.name[5:].isdigit()]
+
+
+def remove_partial(folder: Path) -> None:
+    """Clear away what an interrupted write left."""
+    for path in folder.glob(".partial-*"):
+        shutil.rmtree(path)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _optimizer_names(model: Decoder, optimizer: Optimizer) -> list[str]:
+    """Parameter names in the optimizer's own order."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _optimizer_tensors(model: Decoder, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for name, parameter in zip(_optimizer_names(model, optimizer), parameters, strict=True):
+        for moment, value in optimizer.state[parameter].items():
+            yield f"{name}.{moment}", value.contiguous()
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: can not be read: {error}") from error
+
+
+def _flush(path: Path) -> None:
+    """fsync a file, or a folder's entries."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,323 @@
+"""The settings of a run: what the user wrote, checked and completed into one ``TrainConfig``.
+
+Settings come from a YAML file and from the command line as the same thing, a nested mapping of text and numbers;
+``resolve`` turns it into a config in which nothing is left open, and which repeats the run when written to a file.
+"""
+
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from antransformer.errors import ConfigError
+from antransformer.models import ModelConfig
+from antransformer.models.config import describe, preset_sizes
+from antransformer.training import defaults
+
+COUNT_SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+# Short names of model settings at the top level, as on the command line.
+ALIASES = ("architecture", "context")
+
+
+class Count(int):
+    """A whole number that users may write as 60K or 2.5B."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run, complete. Counts of tokens, steps and sequences; learning rates as Adam takes them.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    model: ModelConfig
+    data: str = describe("prepared data folder, or python-stdlib for the built-in corpus", "python-stdlib")
+    preset: str = describe("size: nano, 32m, 62m, 125m, 250m, 0.5b, 1b", "nano")
+    tokens: Count = describe("tokens to train on, such as 60K or 2.5B (default: by the size)", 0)
+    batch_tokens: Count = describe("tokens of one step (default: by architecture and size)", 0)
+    micro_batch: int = describe("sequences in one forward pass; a step accumulates over them (default: by memory)", 0)
+    lr: float = describe("peak learning rate (default: by architecture and size)", 0.0)
+    lr_final: float = describe("learning rate of the last step as a share of the peak", 0.01)
+    warmup: float = describe("share of the run with a rising learning rate (default: 0; gpt+ 0.1)", 0.0)
+    weight_decay: float = describe("decay of the weight matrices (default: 0; gpt+ 0.1)", 0.0)
+    beta1: float = describe("Adam's first-moment decay", 0.9)
+    beta2: float = describe("Adam's second-moment decay", 0.95)
+    eps: float = describe("Adam's epsilon", 1e-9)
+    clip: float = describe("largest gradient norm", 1.0)
+    seed: int = describe("seed of the initial weights and of the data order", 0)
+    log_every: int = describe("steps between two metrics lines", 10)
+    eval_every: int = describe("steps between two validations (default: a tenth of the run)", 0)
+    eval_tokens: Count = describe("tokens of one validation, evenly spaced over the split", 131_072)
+    checkpoint_every: int = describe("steps between two checkpoints (default: a tenth of the run)", 0)
+    keep_checkpoints: int = describe("how many checkpoints stay on disk", 3)
+    device: str = describe("auto, cpu, cuda, cuda:1, mps", "auto")
+    precision: Literal["auto", "float32", "bfloat16"] = describe("auto: bfloat16 on a GPU, float32 on a CPU", "auto")
+    compile: bool = describe("compile the model with torch.compile", False)
+    tensorboard: bool = describe("write TensorBoard events too", False)
+
+    def __post_init__(self) -> None:
+        for name in (
+            "tokens",
+            "batch_tokens",
+            "micro_batch",
+            "log_every",
+            "eval_every",
+            "eval_tokens",
+            "checkpoint_every",
+            "keep_checkpoints",
+        ):
+            _check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        for name in ("lr", "eps", "clip"):
+            _check(name, getattr(self, name), getattr(self, name) > 0, "positive")
+        for name in ("beta1", "beta2", "warmup"):
+            _check(name, getattr(self, name), 0 <= getattr(self, name) < 1, "at least 0 and below 1")
+        _check("lr_final", self.lr_final, 0 <= self.lr_final <= 1, "between 0 and 1")
+        _check("weight_decay", self.weight_decay, self.weight_decay >= 0, "at least 0")
+        _check("seed", self.seed, 0 <= self.seed < 2**63, "between 0 and 2^63 - 1")
+        if self.batch_tokens % self.model.context:
+            raise ConfigError(
+                f"batch_tokens {self.batch_tokens:,} is not a multiple of the context of {self.model.context:,} tokens"
+            )
+        if self.tokens < self.batch_tokens:
+            raise ConfigError(
+                f"tokens {self.tokens:,} is less than one batch of {self.batch_tokens:,}: raise tokens or lower "
+                "batch_tokens"
+            )
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences of one step."""
+        return self.batch_tokens // self.model.context
+
+    @property
+    def steps(self) -> int:
+        """Length of the run in steps."""
+        return self.tokens // self.batch_tokens
+
+
+# Settings that may differ when a run is resumed: they change what is written down or how fast, not what is computed.
+OPERATIONAL = frozenset(
+    (
+        "log_every",
+        "eval_every",
+        "eval_tokens",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "device",
+        "compile",
+        "tensorboard",
+        "data",
+    )
+)
+
+
+def resolve(settings: Mapping[str, Any], vocab_size: int, where: str = "settings") -> TrainConfig:
+    """Complete what the user set with the defaults of the preset, the architecture and the size.
+
+    Args:
+        settings: nested mapping with TrainConfig's keys (``model`` holding ModelConfig's); ``architecture`` and
+            ``context`` may stand at the top level too.
+        vocab_size: of the data's tokenizer, the default of the model's.
+        where: what to call the settings in a message, such as the file's name.
+
+    Raises:
+        ConfigError: unknown key (with the nearest right one), a value of the wrong type or out of range.
+    """
+    given = normalise(settings, where)
+    preset = given.get("preset", "nano")
+    model_given = given.pop("model", {})
+    model = ModelConfig(**{**preset_sizes(preset), "vocab_size": vocab_size, **model_given})
+    if "batch_tokens" in given:
+        given["batch_tokens"] = _whole_sequences(given["batch_tokens"], model.context)
+    values: dict[str, Any] = {
+        "preset": preset,
+        "warmup": defaults.WARMUP[model.architecture],
+        "weight_decay": defaults.WEIGHT_DECAY[model.architecture],
+        **given,
+    }
+    if "lr" not in values:
+        values["lr"] = defaults.learning_rate(model)
+    if "batch_tokens" not in values:
+        values["batch_tokens"] = _whole_sequences(defaults.batch_tokens(model), model.context)
+    if "tokens" not in values:
+        values["tokens"] = defaults.tokens(model)
+    batch_size = values["batch_tokens"] // model.context
+    tenth = max(10, values["tokens"] // max(1, values["batch_tokens"]) // 10)
+    values.setdefault("eval_every", tenth)
+    values.setdefault("checkpoint_every", tenth)
+    values.setdefault("micro_batch", defaults.micro_batch(model, batch_size))
+    config = TrainConfig(model=model, **values)
+    if config.batch_size % config.micro_batch:
+        raise ConfigError(
+            f"micro_batch {config.micro_batch} does not divide the batch of {config.batch_size} sequences"
+        )
+    return config
+
+
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Normalised settings of two sources, those of ``above`` winning key by key."""
+    return {**below, **above, "model": {**below.get("model", {}), **above.get("model", {})}}
+
+
+def normalise(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Check keys and types of user settings, move aliases into ``model``, and convert values; see ``resolve``."""
+    flat = dict(settings)
+    model = flat.pop("model", None) or {}
+    if not isinstance(model, Mapping):
+        raise ConfigError(f"{where}: model must be a mapping of model settings, got {model!r}")
+    for name in ALIASES:
+        if name in flat:
+            value = flat.pop(name)
+            if model.get(name, value) != value:
+                raise ConfigError(f"{where}: {name} and model.{name} disagree: give one of them")
+            model = {**model, name: value}
+    checked = _check_keys(TrainConfig, flat, where, prefix="", also=(*ALIASES, "model"))
+    checked_model = _check_keys(ModelConfig, model, where, prefix="model.")
+    return {**checked, "model": checked_model} if checked_model else checked
+
+
+def to_mapping(config: TrainConfig) -> dict[str, Any]:
+    """The config as plain YAML data; ``resolve`` of it gives an equal config."""
+    mapping: dict[str, Any] = {
+        name: int(value) if isinstance(value, Count) else value for name, value in asdict(config).items()
+    }
+    mapping["model"] = {name: value for name, value in mapping["model"].items() if value is not None}
+    return mapping
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file's mapping.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or holds no mapping.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigError(f"{path}: can not be read: {reason}") from error
+    except yaml.YAMLError as error:
+        line = getattr(getattr(error, "problem_mark", None), "line", None)
+        place = f" near line {line + 1}" if line is not None else ""
+        raise ConfigError(
+            f"{path}: not valid YAML{place}: {getattr(error, 'problem', None) or 'syntax error'}"
+        ) from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ConfigError(f"{path}: must hold settings as key: value")
+    return content
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Configs that come with the package, by name."""
+    return {path.stem: path for path in sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))}
+
+
+def convert(value: Any, hint: Any, key: str) -> Any:
+    """``value`` as the type ``hint`` asks for; text is read as a number where one is wanted (60K, 2e-3).
+
+    Raises:
+        ConfigError: it can not be.
+    """
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        options = [option for option in typing.get_args(hint) if option is not type(None)]
+        return None if value is None else convert(value, options[0], key)
+    if typing.get_origin(hint) is Literal:
+        choices = typing.get_args(hint)
+        if value in choices:
+            return value
+        raise ConfigError(f"{key} must be one of {', '.join(choices)}, got {value!r}")
+    reader, wanted = _READERS[hint]
+    try:
+        return reader(value)
+    except (ValueError, TypeError, OverflowError):
+        raise ConfigError(f"{key} must be {wanted}, got {value!r}") from None
+
+
+def read_count(value: Any) -> Count:
+    """60K, 2.5B, 1e6 or 4096 as a whole number.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if isinstance(value, bool):
+        raise ValueError(value)
+    text = str(value).strip().replace("_", "").replace(",", "")
+    suffix = text[-1:].upper()
+    scale = COUNT_SUFFIXES.get(suffix, 1)
+    number = float(text[:-1] if suffix in COUNT_SUFFIXES else text) * scale
+    if number != round(number):
+        raise ValueError(value)
+    return Count(round(number))
+
+
+def nearest(word: str, known: typing.Iterable[str]) -> str:
+    """``: did you mean X?`` for a misspelt word, or nothing where none is near."""
+    match = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.5)
+    return f": did you mean {match[0]}?" if match else ""
+
+
+def _check_keys(
+    cls: type, given: Mapping[str, Any], where: str, prefix: str, also: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    assert is_dataclass(cls)
+    hints = typing.get_type_hints(cls)
+    known = [item.name for item in fields(cls) if item.name != "model"]
+    for key in given:
+        if key not in known:
+            others = {prefix + name for name in (*known, *also)}
+            raise ConfigError(f"{where}: unknown key {prefix}{key}{nearest(prefix + str(key), others)}")
+    return {key: convert(value, hints[key], f"{where}: {prefix}{key}") for key, value in given.items()}
+
+
+def _whole_sequences(tokens: int, context: int) -> int:
+    """The nearest multiple of the context, at least one sequence: 0.5M tokens are 244 sequences of 2,048."""
+    return max(1, round(tokens / context)) * context
+
+
+def _check(name: str, value: Any, ok: bool, wanted: str) -> None:
+    if not ok:
+        raise ConfigError(f"{name} must be {wanted}, got {value!r}")
+
+
+def _read_int(value: Any) -> int:
+    if isinstance(value, bool) or (isinstance(value, float) and value != int(value)):
+        raise ValueError(value)
+    return int(value)
+
+
+def _read_float(value: Any) -> float:
+    number = float(value) if not isinstance(value, bool) else float("nan")
+    if number != number or number in (float("inf"), float("-inf")):
+        raise ValueError(value)
+    return number
+
+
+def _read_bool(value: Any) -> bool:
+    words = {"true": True, "false": False}
+    if str(value).lower() not in words:
+        raise ValueError(value)
+    return words[str(value).lower()]
+
+
+def _read_str(value: Any) -> str:
+    if not isinstance(value, (str, Path)):
+        raise TypeError(value)
+    return str(value)
+
+
+_READERS: dict[Any, tuple[typing.Callable[[Any], Any], str]] = {
+    Count: (read_count, "a count of tokens such as 4096, 60K or 2.5B"),
+    int: (_read_int, "a whole number"),
+    float: (_read_float, "a number"),
+    bool: (_read_bool, "true or false"),
+    str: (_read_str, "text"),
+}

@@ -1,0 +1,87 @@
+"""What a run writes down: one JSON object a line, TensorBoard where asked for, and norms worth watching."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from antransformer.bounds import Bound, norms
+from antransformer.errors import MissingExtraError
+from antransformer.models import Decoder
+from antransformer.nn import Residual
+
+
+class MetricsLog:
+    """Append-only ``metrics.jsonl`` in a run folder, and TensorBoard events beside it.
+
+    Args:
+        folder: the run folder.
+        after: lines of later steps than this are dropped; a resumed run writes them again.
+        tensorboard: write events to ``folder/tensorboard`` too.
+
+    Raises:
+        MissingExtraError: TensorBoard is asked for and not installed.
+    """
+
+    def __init__(self, folder: Path, after: int, tensorboard: bool = False) -> None:
+        self.path = folder / "metrics.jsonl"
+        kept = [line for line in read_metrics(self.path) if line["step"] <= after]
+        replacement = self.path.with_suffix(".partial")
+        replacement.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        replacement.replace(self.path)
+        self._file = self.path.open("a", encoding="utf-8", buffering=1)
+        self._events = _event_writer(folder / "tensorboard", after) if tensorboard else None
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Append one line; it holds at least ``step`` and ``loss``."""
+        self._file.write(json.dumps(line) + "\n")
+        if self._events is not None:
+            for name, value in line.items():
+                if name != "step" and value is not None:
+                    self._events.add_scalar(name, value, line["step"])
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a ``metrics.jsonl``; a last line cut off by a kill is left out, a missing file has none."""
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and "step" in line:
+            lines.append(line)
+    return lines
+
+
+@torch.no_grad()
+def largest_row_norm(model: Decoder) -> Tensor:
+    """Largest norm of a bounded vector, or of a row of any matrix where the model has no bounds; a 0-dim tensor."""
+    bounds = model.bounds() or [Bound(name, weight) for name, weight in model.named_parameters() if weight.ndim == 2]
+    return torch.stack([norms(bound).amax() for bound in bounds]).amax()
+
+
+@torch.no_grad()
+def mean_alpha(model: Decoder) -> Tensor | None:
+    """Mean residual step over all layers and coordinates; None for a model without."""
+    alphas = [module.alpha().mean() for module in model.modules() if isinstance(module, Residual)]
+    return torch.stack(alphas).mean() if alphas else None
+
+
+def _event_writer(folder: Path, after: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise MissingExtraError("tensorboard", "track") from error
+    return SummaryWriter(str(folder), purge_step=after + 1)

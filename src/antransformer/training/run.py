@@ -1,0 +1,102 @@
+"""The run folder: one folder holds everything that a run reads when it goes on and leaves when it ends.
+
+config.yaml      the complete settings
+tokenizer.json   of the data
+metrics.jsonl    one line a logged step
+checkpoints/     see training/checkpoint.py
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from antransformer.data import Dataset, Tokenizer
+from antransformer.errors import CheckpointError, ConfigError
+from antransformer.training import checkpoint
+from antransformer.training.checkpoint import Checkpoint
+from antransformer.training.config import OPERATIONAL, TrainConfig, normalise, read_yaml, resolve, to_mapping
+
+CONFIG_FILE = "config.yaml"
+TOKENIZER_FILE = "tokenizer.json"
+CHECKPOINTS = "checkpoints"
+
+
+def default_folder(config: TrainConfig, root: Path = Path("runs")) -> Path:
+    """``runs/angpt-nano``, or with the first free number behind it."""
+    name = f"{config.model.architecture}-{config.preset}"
+    candidates = (root / (name if number == 1 else f"{name}-{number}") for number in range(1, 10_000))
+    return next(folder for folder in candidates if not folder.exists())
+
+
+def require_empty(folder: Path) -> None:
+    """Refuse a folder that holds something.
+
+    Raises:
+        ConfigError: the folder exists and is not empty.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} is not empty: choose another --out, or --resume to go on with the run in it")
+
+
+def create(folder: Path, config: TrainConfig, dataset: Dataset) -> None:
+    """Lay out a new run folder.
+
+    Raises:
+        ConfigError: the folder exists and is not empty.
+    """
+    require_empty(folder)
+    (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+    dataset.tokenizer().save(folder / TOKENIZER_FILE)
+    partial = folder / f"{CONFIG_FILE}.partial"
+    partial.write_text(yaml.safe_dump(to_mapping(config), sort_keys=False), encoding="utf-8")
+    partial.replace(folder / CONFIG_FILE)  # last, so that a folder with a config is complete
+
+
+def saved_settings(folder: Path) -> dict[str, Any]:
+    """The settings of the run in ``folder``.
+
+    Raises:
+        CheckpointError: there is no run.
+    """
+    if not (folder / CONFIG_FILE).is_file():
+        raise CheckpointError(f"{folder} holds no run to resume ({CONFIG_FILE} is missing)")
+    return read_yaml(folder / CONFIG_FILE)
+
+
+def resumed_config(folder: Path, given: Mapping[str, Any]) -> TrainConfig:
+    """The config of the run in ``folder``, with the operational settings among those given now.
+
+    Raises:
+        CheckpointError: a setting given now would change what the run computes.
+        ConfigError: a setting is wrong.
+    """
+    saved = saved_settings(folder)
+    complete = resolve(saved, vocab_size=1, where=str(folder / CONFIG_FILE))  # the saved model has its own vocab_size
+    before = to_mapping(complete)
+    now = normalise(given, "command line")
+    changes = {key: (before.get(key), value) for key, value in now.items() if key not in (*OPERATIONAL, "model")}
+    changes |= {f"model.{key}": (before["model"].get(key), value) for key, value in now.get("model", {}).items()}
+    for key, (old, new) in changes.items():
+        if old != new:
+            raise CheckpointError(
+                f"{folder} was trained with {key} {old}, not {new}: leave it out, or start a new run with another --out"
+            )
+    return resolve({**before, **{key: value for key, value in now.items() if key in OPERATIONAL}}, vocab_size=1)
+
+
+def open_checkpoint(path: Path, notify: Any = print) -> tuple[Checkpoint, Tokenizer]:
+    """The checkpoint to use of a run folder (its newest whole one) or of a checkpoint folder, and its tokenizer.
+
+    Raises:
+        CheckpointError: the folder is neither, or holds no whole checkpoint.
+    """
+    if (path / checkpoint.STATE_FILE).exists():
+        return checkpoint.read(path), Tokenizer.load(path.parent.parent / TOKENIZER_FILE)
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such run or checkpoint folder")
+    found = checkpoint.newest(path / CHECKPOINTS, notify)
+    if found is None:
+        raise CheckpointError(f"{path}: no checkpoint in it; give a run folder such as runs/angpt-nano")
+    return found, Tokenizer.load(path / TOKENIZER_FILE)

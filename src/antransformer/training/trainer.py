@@ -1,0 +1,276 @@
+"""The training loop, on one device."""
+
+import math
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from antransformer.bounds import bind
+from antransformer.data import Dataset, Windows, sequential
+from antransformer.errors import CheckpointError, DataError, MachineError, RunStoppedError
+from antransformer.models import Decoder, build
+from antransformer.training import checkpoint, metrics, throughput
+from antransformer.training.config import TrainConfig
+from antransformer.training.device import autocast, choose_device, choose_precision
+from antransformer.training.run import CHECKPOINTS
+from antransformer.training.schedule import learning_rate
+
+
+class Reporter(Protocol):
+    """Hears of a run's progress; the command line shows it."""
+
+    def step(self, step: int) -> None:
+        """A step was queued on the device."""
+
+    def line(self, line: dict[str, Any]) -> None:
+        """A metrics line was written."""
+
+    def note(self, text: str) -> None:
+        """Something worth a line of its own."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended. Losses in nats per token, over the validation windows."""
+
+    step: int
+    val_loss: float
+    bits_per_byte: float
+    tokens_per_second: float
+    checkpoint: Path
+
+
+def make_optimizer(model: Decoder, config: TrainConfig) -> Optimizer:
+    """Adam, with decoupled weight decay on the matrices where the config has some."""
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
+    others = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(
+        groups,
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=matrices[0].device.type in ("cpu", "cuda"),
+    )
+
+
+class Trainer:
+    """One run, from its newest checkpoint or from the start, to its end.
+
+    Args:
+        config: complete settings.
+        dataset: verified data.
+        folder: the run folder, laid out by ``run.create``.
+        reporter: hears of progress.
+        resume: go on from the newest whole checkpoint in the folder, if there is one.
+
+    Raises:
+        ConfigError: no such device.
+        DataError: the data does not fit the model.
+        CheckpointError: the checkpoint is of another model or other data.
+    """
+
+    def __init__(
+        self, config: TrainConfig, dataset: Dataset, folder: Path, reporter: Reporter, resume: bool = False
+    ) -> None:
+        check_vocabulary(config, dataset)
+        self.config, self.dataset, self.folder, self.reporter = config, dataset, folder, reporter
+        self.windows = Windows(dataset.split("train"), config.model.context, config.seed)
+        self.validation = dataset.split("val")
+        next(sequential(self.validation, config.model.context, 1))  # refuse a split without a window before training
+        self.device = choose_device(config.device)
+        self.precision = choose_precision(config.precision, self.device)
+        torch.manual_seed(config.seed)
+        self.model = build(config.model).to(self.device)
+        self.optimizer = make_optimizer(self.model, config)
+        bind(self.model, self.optimizer)
+        self.loss: Callable[[Tensor, Tensor], Tensor] = (
+            torch.compile(self.model.loss) if config.compile else self.model.loss
+        )
+        self.done, self.seconds = 0, 0.0  # completed steps; time spent in them
+        if resume:
+            self._resume()
+        self.peak = throughput.peak_flops(self.device, self.precision)
+        self.flops_per_step = throughput.flops_per_token(config.model) * config.batch_tokens
+
+    def _resume(self) -> None:
+        found = checkpoint.newest(self.folder / CHECKPOINTS, self.reporter.note)
+        if found is None:
+            self.reporter.note(f"{self.folder}: no checkpoint yet, starting from step 0")
+            return
+        if found.model != self.config.model:
+            raise CheckpointError(f"{found.path}: of another model than config.yaml describes")
+        if found.extra.get("data") != self.dataset.digest:
+            raise CheckpointError(
+                f"{self.folder} was trained on other data than {self.config.data}: resume with the data it began with"
+            )
+        checkpoint.load_model(found, self.model)
+        checkpoint.load_optimizer(found, self.model, self.optimizer)
+        self.done, self.seconds = found.step, float(found.extra["seconds"])
+        self.reporter.note(f"resuming from {found.path}")
+
+    def run(self) -> Result:
+        """Train to the end of the budget.
+
+        Raises:
+            RunStoppedError: SIGINT or SIGTERM came; the checkpoint is written.
+            MachineError: the loss is not finite, or the disk is full.
+        """
+        config, log = self.config, metrics.MetricsLog(self.folder, self.done, self.config.tensorboard)
+        pending: list[Tensor] = []  # losses that were not looked at yet: looking waits for the device
+        started, counted = time.perf_counter(), self.done
+        line: dict[str, Any] = {}
+        self.reporter.step(self.done)
+        try:
+            with StopSignals() as stop:
+                while self.done < config.steps:
+                    loss, grad_norm = self._update(self.done + 1)
+                    self.done += 1
+                    pending.append(loss)
+                    self.reporter.step(self.done)
+                    last = self.done == config.steps
+                    evaluate = last or self.done % config.eval_every == 0
+                    save = last or stop.received is not None or self.done % config.checkpoint_every == 0
+                    if not (evaluate or save or self.done % config.log_every == 0):
+                        continue
+                    self._require_finite(pending)
+                    elapsed = time.perf_counter() - started
+                    self.seconds += elapsed
+                    speed = (self.done - counted) * config.batch_tokens / elapsed
+                    line = self._line(pending[-1], grad_norm, speed)
+                    if evaluate and stop.received is None:
+                        line |= self.evaluate()
+                    pending.clear()
+                    log.write(line)
+                    self.reporter.line(line)
+                    if save:
+                        path = self._save()
+                    if stop.received is not None and not last:
+                        raise RunStoppedError(
+                            f"stopped at step {self.done} by {stop.received.name}; checkpoint written to {path}; "
+                            f"go on with: antransformer train --out {self.folder} --resume",
+                            stop.received,
+                        )
+                    started, counted = time.perf_counter(), self.done
+        finally:
+            log.close()
+        return self._result(line)
+
+    def _update(self, step: int) -> tuple[Tensor, Tensor]:
+        """One optimizer step; returns the batch's mean loss and the gradient norm before clipping, on the device."""
+        config = self.config
+        tokens, targets = self.windows.batch(step - 1, config.batch_size)
+        parts = config.batch_size // config.micro_batch
+        total = torch.zeros((), device=self.device)
+        for part, target in zip(tokens.chunk(parts), targets.chunk(parts), strict=True):
+            with autocast(self.device, self.precision):
+                loss = self.loss(self._to_device(part), self._to_device(target)) / parts
+            loss.backward()
+            total += loss.detach()
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
+        rate = learning_rate(step, config.steps, config.lr, warmup=config.warmup, final=config.lr_final)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return total, grad_norm
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Validation loss in nats per token, and in bits per byte of the text."""
+        total, count = torch.zeros((), dtype=torch.float64), 0
+        batches = sequential(
+            self.validation, self.config.model.context, self.config.micro_batch, self.config.eval_tokens
+        )
+        for tokens, targets in batches:
+            with autocast(self.device, self.precision):
+                loss = self.model.loss(self._to_device(tokens), self._to_device(targets))
+            total += loss.double().cpu() * tokens.numel()
+            count += tokens.numel()
+        loss_per_token = float(total) / count
+        tokens_per_byte = self.validation.tokens / self.validation.bytes
+        return {"val_loss": loss_per_token, "bits_per_byte": loss_per_token * tokens_per_byte / math.log(2)}
+
+    def _line(self, loss: Tensor, grad_norm: Tensor, tokens_per_second: float) -> dict[str, Any]:
+        alpha = metrics.mean_alpha(self.model)
+        steps_per_second = tokens_per_second / self.config.batch_tokens
+        return {
+            "step": self.done,
+            "tokens": self.done * self.config.batch_tokens,
+            "loss": float(loss),
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "grad_norm": float(grad_norm),
+            "tokens_per_second": round(tokens_per_second, 1),
+            "mfu": steps_per_second * self.flops_per_step / self.peak if self.peak else None,
+            "largest_row_norm": float(metrics.largest_row_norm(self.model)),
+            "mean_alpha": None if alpha is None else float(alpha),
+            "seconds": round(self.seconds, 3),
+        }
+
+    def _require_finite(self, losses: list[Tensor]) -> None:
+        values = torch.stack(losses)
+        if bool(values.isfinite().all()):
+            return
+        first = int(values.isfinite().logical_not().nonzero()[0])
+        step = self.done - len(losses) + 1 + first
+        good = max(checkpoint.step_folders(self.folder / CHECKPOINTS), default=None)
+        raise MachineError(
+            f"the loss is {float(values[first])} at step {step}; last good checkpoint: {good or 'none yet'}; "
+            "try a lower --lr, or another --seed"
+        )
+
+    def _save(self) -> Path:
+        extra = {"seconds": self.seconds, "data": self.dataset.digest, "torch": torch.__version__}
+        folder = self.folder / CHECKPOINTS
+        return checkpoint.save(folder, self.done, self.model, self.optimizer, extra, self.config.keep_checkpoints)
+
+    def _result(self, line: dict[str, Any]) -> Result:
+        if "val_loss" not in line:  # nothing was left to train
+            line = line | self.evaluate()
+        path = max(checkpoint.step_folders(self.folder / CHECKPOINTS))
+        speed = self.done * self.config.batch_tokens / self.seconds
+        return Result(self.done, line["val_loss"], line["bits_per_byte"], speed, path)
+
+    def _to_device(self, tokens: Tensor) -> Tensor:
+        if self.device.type == "cuda":
+            return tokens.pin_memory().to(self.device, non_blocking=True)
+        return tokens.to(self.device)
+
+
+class StopSignals:
+    """While entered, the first SIGINT or SIGTERM is noted in ``received``; a second one takes its usual course."""
+
+    received: signal.Signals | None = None
+
+    def __enter__(self) -> "StopSignals":
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        self.received = signal.Signals(number)
+        self.__exit__()
+
+
+def check_vocabulary(config: TrainConfig, dataset: Dataset) -> None:
+    """Refuse data with token ids that the model has no row for.
+
+    Raises:
+        DataError: naming both sizes.
+    """
+    if dataset.max_token >= config.model.vocab_size:
+        raise DataError(
+            f"{config.data}: token id {dataset.max_token} is outside the model's vocabulary of "
+            f"{config.model.vocab_size}: set model.vocab_size to {dataset.vocab_size}, or leave it out"
+        )

@@ -1,0 +1,24 @@
+"""Shared by all tests: one thread a worker, a small prepared corpus, a small model."""
+
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+from antransformer.data import prepare
+
+torch.set_num_threads(1)
+
+# A model that trains in a second, on the command line and as settings.
+SMALL = {"width": 64, "layers": 2, "context": 32, "head_width": 32}
+SMALL_OPTIONS = [f"--model.{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty modules of the standard library as bytes; about 300,000 tokens."""
+    folder = tmp_path_factory.mktemp("corpus")
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[10:30]
+    prepare(files[4:], folder / "data", tokenizer="byte", val_inputs=files[:4])
+    return folder / "data"

@@ -1,0 +1,256 @@
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from antransformer.cli import VERBS, main
+from antransformer.inference.generate import generate, sample
+from antransformer.models import ModelConfig, build
+from conftest import SMALL_OPTIONS
+
+QUICK = ["--batch-tokens=256", "--tokens=2560", "--eval-tokens=1024", "--log-every=1", *SMALL_OPTIONS]
+
+
+def text_folder(folder, documents=12):
+    folder.mkdir()
+    for number in range(documents):
+        (folder / f"{number}.txt").write_text(f"document {number}: to be or not to be, that is the question. " * 40)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(corpus, tmp_path_factory):
+    """A short run made by the command line."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    assert main(["train", "--data", str(corpus), "--out", str(folder), *QUICK]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("verb", [None, *VERBS])
+def test_help_fits_a_terminal_and_names_every_option(verb, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*([verb] if verb else []), "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith("usage: antransformer")
+    if verb in ("prepare", "train", "generate"):
+        assert "examples:\n  antransformer " + verb in text
+    if verb == "train":
+        for option in ("--config", "--resume", "--lr X", "--tokens TOKENS", "--model.gate-scale", "--no-compile"):
+            assert option in text
+
+
+def test_the_module_runs_too():
+    output = subprocess.run([sys.executable, "-m", "antransformer", "--version"], capture_output=True, text=True)
+    assert output.returncode == 0 and re.fullmatch(r"antransformer \d+\.\d+\.\d+\n", output.stdout)
+
+
+def test_importing_needs_no_optional_dependency_and_no_cuda():
+    blocked = ["matplotlib", "tensorboard", "pyarrow", "zstandard", "transformers", "wandb", "lm_eval"]
+    code = f"""
+import sys
+for name in {blocked}: sys.modules[name] = None
+import antransformer, antransformer.cli, torch
+assert not torch.cuda.is_initialized()
+assert antransformer.cli.main(["train", "--tokens", "1K"]) == 2
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("tokenizer", [[], ["--train-bpe", "300"]])
+def test_prepare_train_generate(tmp_path, capsys, monkeypatch, tokenizer):
+    monkeypatch.chdir(tmp_path)
+    text_folder(tmp_path / "text")
+    assert main(["prepare", "text", "--out", "data/mine", "--val-fraction", "0.4", *tokenizer]) == 0
+    out = capsys.readouterr().out
+    assert (
+        "bpe-" if tokenizer else "byte tokenizer, 257 ids"
+    ) in out and "next: antransformer train --data data/mine" in out
+    assert main(["train", "--data", "data/mine", "--architecture", "gpt+", *QUICK]) == 0
+    out = capsys.readouterr().out
+    assert "step 10/10" in out and "bits per byte" in out
+    assert main(["generate", "--checkpoint", "runs/gpt+-nano", "--prompt", "to be", "--max-tokens", "20"]) == 0
+    first = capsys.readouterr().out
+    assert first.startswith("to be") and len(first) > 10
+    checkpoint = sorted((tmp_path / "runs/gpt+-nano/checkpoints").iterdir())[-1]
+    assert main(["generate", "--checkpoint", str(checkpoint), "--prompt", "to be", "--max-tokens", "20"]) == 0
+    assert capsys.readouterr().out == first  # the same seed
+
+
+def test_train_numbers_its_default_folders(corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert main(["train", "--data", str(corpus), *QUICK]) == 0
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["angpt-nano", "angpt-nano-2"]
+
+
+def test_settings_come_from_file_and_command_line(corpus, tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text(
+        f"data: {corpus}\nbatch_tokens: 256\ntokens: 2K\nlr: 2e-3\nmodel: {{width: 64, layers: 1, head_width: 32}}\n"
+        "context: 32\narchitecture: ngpt\n"
+    )
+    arguments = [
+        "train",
+        "--config",
+        str(tmp_path / "mine.yaml"),
+        "--out",
+        str(tmp_path / "run"),
+        "--model.layers",
+        "2",
+    ]
+    assert main([*arguments, "--tokens", "1024"]) == 0
+    config = (tmp_path / "run/config.yaml").read_text()
+    for line in ("architecture: ngpt", "layers: 2", "lr: 0.002", "tokens: 1024", "context: 32"):
+        assert line in config
+    assert "4 steps of 256 tokens, learning rate 0.002" in capsys.readouterr().out
+
+
+def test_resume_of_a_finished_run_says_so_and_changes_nothing(run, capsys):
+    before = (run / "metrics.jsonl").read_text()
+    assert main(["train", "--out", str(run), "--resume"]) == 0
+    assert "resuming from" in capsys.readouterr().out
+    assert (run / "metrics.jsonl").read_text() == before
+
+
+def test_demo_goes_all_the_way(corpus, tmp_path, monkeypatch, capsys):
+    from antransformer.cli import common, demo
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common, "DEFAULT_DATA", "somewhere else")
+    settings = {"data": str(corpus), "batch_tokens": 256, "tokens": 5120, "context": 32, "model": {"layers": 1}}
+    monkeypatch.setattr(demo, "read_config", lambda name: settings)
+    assert main(["demo", "--out", "runs/demo"]) == 0
+    out = capsys.readouterr().out
+    gzip = float(re.search(r"bits per byte \(gzip -9: (\d\.\d+)\)", out)[1])
+    assert 1 < gzip < 4
+    picture = (tmp_path / "runs/demo/loss.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
+    assert "a sample after 'def '" in out
+
+
+def wrong(arguments, capsys):
+    """Run a verb that must end with status 2; returns its one line."""
+    status = main([str(word) for word in arguments])
+    captured = capsys.readouterr()
+    assert status == 2, captured.err
+    assert captured.err.startswith("antransformer: error: ") and captured.err.count("\n") == 1
+    assert "Traceback" not in captured.err
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fly"], "invalid choice: 'fly'"),
+        ([], "the following arguments are required: VERB"),
+        (["train", "--lrr", "3"], "unknown option --lrr: did you mean --lr?"),
+        (["train", "--model.widht=3"], "unknown option --model.widht: did you mean --model.width?"),
+        (["train", "--lr"], "argument --lr: expected one argument"),
+        (["train", "--lr", "fast"], "command line: lr must be a number, got 'fast'"),
+        (["train", "--preset", "mega"], "unknown preset 'mega': choose from nano"),
+        (["train", "--architecture", "gpt"], "architecture must be one of angpt, ngpt, gpt+, got 'gpt'"),
+        (["train", "--model.width", "100"], "width 100 is not a multiple of head_width 64: 128 would be"),
+        (["train", "--architecture", "gpt+", "--model.gate-scale", "none"], "gate_scale is not an option of gpt+"),
+        (["train", "--tokens", "1K"], "tokens 1,000 is less than one batch of 4,096"),
+        (["train", "--config", "dmo"], "no config file dmo: did you mean demo?"),
+        (["train", "--data", "nowhere"], "nowhere: no such folder"),
+        (["train", "--resume"], "--resume needs the run folder: give it with --out"),
+        (["train", "--resume", "--out", "nowhere"], "nowhere holds no run to resume"),
+        (["generate", "--checkpoint", "nowhere"], "nowhere: no such run or checkpoint folder"),
+        (["generate"], "the following arguments are required: --checkpoint"),
+        (["prepare", "nowhere.txt", "--out", "x"], "nowhere.txt"),
+        (["prepare", "x"], "the following arguments are required: --out"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_status_2(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert message in wrong(arguments, capsys)
+    assert list(tmp_path.iterdir()) == []  # nothing was begun
+
+
+def test_mistakes_that_need_a_run(run, corpus, capsys, tmp_path):
+    train = ["train", "--data", corpus, *QUICK]
+    before = sorted(path.name for path in run.rglob("*"))
+    assert "is not empty: choose another --out, or --resume" in wrong([*train, "--out", run], capsys)
+    resume = ["train", "--out", run, "--resume"]
+    assert "was trained with model.architecture angpt, not ngpt" in wrong([*resume, "--architecture=ngpt"], capsys)
+    assert "was trained with model.width 64, not 128" in wrong([*resume, "--model.width=128"], capsys)
+    text_folder(tmp_path / "text")
+    assert main(["prepare", str(tmp_path / "text"), "--out", str(tmp_path / "other"), "--val-fraction", "0.4"]) == 0
+    assert "was trained on other data" in wrong([*resume, "--data", tmp_path / "other"], capsys)
+    assert "outside the model's vocabulary of 200" in wrong(
+        [*train, "--out", tmp_path / "run", "--model.vocab-size=200"], capsys
+    )
+    assert "context 500000 needs 500001 tokens in a row, and the longest train shard has" in wrong(
+        [*train, "--out", tmp_path / "run", "--model.context=500000", "--batch-tokens=500000", "--tokens=1M"], capsys
+    )
+    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").glob("checkpoints/*"))
+    generate_from = ["generate", "--checkpoint", run]
+    assert "temperature -1.0 is out of range" in wrong([*generate_from, "--temperature=-1"], capsys)
+    assert "top_p 0.0 is out of range" in wrong([*generate_from, "--top-p=0"], capsys)
+    assert "device 'tpu' is not available here" in wrong([*generate_from, "--device=tpu"], capsys)
+    assert "not a prepared data folder" in wrong(["train", "--data", run], capsys)
+    assert sorted(path.name for path in run.rglob("*")) == before
+
+
+def test_a_shard_that_changed_is_refused(tmp_path, capsys):
+    text_folder(tmp_path / "text")
+    assert main(["prepare", str(tmp_path / "text"), "--out", str(tmp_path / "data"), "--val-fraction", "0.4"]) == 0
+    shard = tmp_path / "data/train-00000.bin"
+    content = shard.read_bytes()
+    train = ["train", "--data", tmp_path / "data", "--out", tmp_path / "run", *QUICK]
+    shard.write_bytes(content[:-2])
+    assert "train-00000.bin" in wrong(train, capsys)
+    shard.write_bytes(content[:100] + b"\x01" + content[101:])
+    assert "train-00000.bin" in wrong(train, capsys)
+    shard.write_bytes(content)
+    assert main([str(word) for word in train]) == 0
+
+
+def test_a_failure_of_the_machine_is_status_1(corpus, tmp_path, capsys, monkeypatch):
+    def full(*_arguments, **_options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("antransformer.training.metrics.MetricsLog.write", full)
+    assert main(["train", "--data", str(corpus), "--out", str(tmp_path / "run"), *QUICK]) == 1
+    assert capsys.readouterr().err == "antransformer: error: [Errno 28] No space left on device\n"
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return build(ModelConfig(vocab_size=50, width=64, layers=1, context=16)).eval()
+
+
+def test_generation_is_the_argmax_at_temperature_zero_and_slides_past_the_context(model):
+    tokens = list(generate(model, [1, 2, 3], max_tokens=30, temperature=0))
+    assert len(tokens) == 30
+    everything = [1, 2, 3, *tokens]
+    for position in (3, 10, 32):
+        seen = torch.tensor([everything[max(0, position - 16) : position]])
+        assert everything[position] == model(seen)[0, -1].argmax().item()
+
+
+def test_generation_stops_before_the_stop_token_and_stays_in_the_vocabulary(model):
+    tokens = list(generate(model, [1], max_tokens=40, temperature=0))
+    assert list(generate(model, [1], max_tokens=40, temperature=0, stop=tokens[5])) == tokens[: tokens.index(tokens[5])]
+    assert max(generate(model, [1], max_tokens=200, temperature=5.0, vocab_size=7)) < 7
+
+
+def test_sampling_follows_the_distribution_and_its_cuts():
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()[torch.tensor([2, 0, 3, 1])]  # ids 1, 3, 0, 2 by likelihood
+    generator = torch.Generator().manual_seed(0)
+
+    def share(**options):
+        settings = {"temperature": 1.0, "top_k": None, "top_p": 1.0, **options}
+        drawn = [sample(logits, generator=generator, **settings) for _ in range(4000)]
+        return [drawn.count(token) / 4000 for token in (1, 3, 0, 2)]
+
+    assert share() == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.03)
+    assert share(top_k=2) == pytest.approx([0.625, 0.375, 0, 0], abs=0.03)
+    assert share(top_p=0.7) == pytest.approx([0.625, 0.375, 0, 0], abs=0.03)
+    assert share(top_p=0.01) == [1, 0, 0, 0]
+    squared = [0.25, 0.09, 0.0225, 0.0025]
+    assert share(temperature=0.5) == pytest.approx([value / sum(squared) for value in squared], abs=0.03)

@@ -1,0 +1,201 @@
+import dataclasses
+import itertools
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from antransformer.errors import ConfigError
+from antransformer.models import PRESETS, ModelConfig
+from antransformer.training import defaults
+from antransformer.training.config import (
+    TrainConfig,
+    merge,
+    normalise,
+    read_count,
+    read_yaml,
+    resolve,
+    shipped_configs,
+    to_mapping,
+)
+from antransformer.training.schedule import learning_rate
+from antransformer.training.throughput import flops_per_token
+
+
+@pytest.mark.parametrize("name", shipped_configs())
+def test_every_shipped_config_resolves(name):
+    config = resolve(read_yaml(shipped_configs()[name]), vocab_size=4096)
+    assert config.steps > 0
+
+
+def test_there_are_shipped_configs():
+    assert "demo" in shipped_configs()
+
+
+@pytest.mark.parametrize("architecture", ["angpt", "ngpt", "gpt+"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_resolves_and_survives_yaml(preset, architecture):
+    config = resolve({"preset": preset, "architecture": architecture}, vocab_size=5000)
+    assert config.model.architecture == architecture
+    again = resolve(yaml.safe_load(yaml.safe_dump(to_mapping(config))), vocab_size=1)
+    assert again == config
+
+
+# arXiv:2505.22014, interpolated optima at 20 tokens a parameter: (learning rate, batch in sequences of 2,048). The
+# fits are rough (R2 0.66 to 0.97), so they need only be near.
+OPTIMA = {
+    ("angpt", "32m"): (3.4e-3, 31),
+    ("angpt", "0.5b"): (1.9e-3, 394),
+    ("angpt", "1b"): (1.6e-3, 846),
+    ("gpt+", "32m"): (1.1e-2, 25),
+    ("gpt+", "0.5b"): (2.8e-3, 158),
+    ("gpt+", "1b"): (1.9e-3, 345),
+}
+
+
+@pytest.mark.parametrize(("architecture", "preset"), OPTIMA)
+@pytest.mark.parametrize("vocab_size", [257, 50_304])
+def test_defaults_in_the_fitted_range_are_near_the_papers_optima(architecture, preset, vocab_size):
+    lr, sequences = OPTIMA[architecture, preset]
+    config = resolve({"preset": preset, "architecture": architecture}, vocab_size)
+    assert config.lr == pytest.approx(lr, rel=0.3)
+    assert config.batch_size == pytest.approx(sequences, rel=0.45)
+    assert config.tokens == pytest.approx(20 * defaults.parameter_count(config.model), rel=1e-6)
+
+
+def test_defaults_below_the_fitted_range_are_the_measured_ones():
+    for architecture in ("angpt", "ngpt", "gpt+"):
+        config = resolve({"architecture": architecture}, vocab_size=4096)
+        assert config.lr == defaults.SMALL_LR[architecture] < 0.05
+        assert config.batch_tokens == 4096
+    assert resolve({"architecture": "gpt+"}, 4096).warmup == 0.1
+    assert resolve({"architecture": "gpt+"}, 4096).weight_decay == 0.1
+    assert resolve({}, 4096).warmup == resolve({}, 4096).weight_decay == 0
+
+
+def test_above_the_fitted_range_the_user_decides():
+    sizes = {"preset": "1b", "model": {"width": 2048}}
+    with pytest.raises(ConfigError, match="no default learning rate or batch is known for 2"):
+        resolve(sizes, 50_304)
+    assert resolve({**sizes, "lr": "1e-3", "batch_tokens": "1M"}, 50_304).lr == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("60K", 60_000),
+        ("2.5B", 2_500_000_000),
+        ("1e6", 10**6),
+        ("4_096", 4096),
+        (17, 17),
+        ("1t", 10**12),
+        ("0.5m", 500_000),
+    ],
+)
+def test_counts(text, count):
+    assert read_count(text) == count
+
+
+@given(st.integers(0, 10**15))
+def test_any_whole_number_is_a_count(number):
+    assert read_count(str(number)) == number or number > 2**53
+
+
+def test_batches_are_whole_sequences():
+    assert resolve({"preset": "125m", "batch_tokens": "0.5M", "lr": "2e-3"}, 300).batch_tokens == 244 * 2048
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lrr": 1}, "config.yaml: unknown key lrr: did you mean lr?"),
+        ({"learning_rate": 1}, "config.yaml: unknown key learning_rate"),
+        ({"model": {"widht": 64}}, "config.yaml: unknown key model.widht: did you mean model.width?"),
+        ({"lr": "fast"}, "config.yaml: lr must be a number, got 'fast'"),
+        ({"lr": [1]}, "config.yaml: lr must be a number, got [1]"),
+        ({"lr": "nan"}, "config.yaml: lr must be a number, got 'nan'"),
+        ({"lr": -1}, "lr must be positive, got -1.0"),
+        ({"seed": 1.5}, "config.yaml: seed must be a whole number, got 1.5"),
+        ({"seed": True}, "config.yaml: seed must be a whole number, got True"),
+        ({"tokens": "many"}, "config.yaml: tokens must be a count of tokens such as 4096, 60K or 2.5B, got 'many'"),
+        ({"tokens": "-5K"}, "tokens must be at least 1, got -5000"),
+        ({"tokens": 1000}, "tokens 1,000 is less than one batch of 4,096: raise tokens or lower batch_tokens"),
+        ({"compile": "perhaps"}, "config.yaml: compile must be true or false, got 'perhaps'"),
+        ({"precision": "fp8"}, "config.yaml: precision must be one of auto, float32, bfloat16, got 'fp8'"),
+        ({"data": 5}, "config.yaml: data must be text, got 5"),
+        ({"model": 5}, "config.yaml: model must be a mapping of model settings, got 5"),
+        ({"model": {"layers": "two"}}, "config.yaml: model.layers must be a whole number, got 'two'"),
+        ({"preset": "huge"}, "unknown preset 'huge': choose from nano, 32m"),
+        ({"architecture": "gpt"}, "architecture must be one of angpt, ngpt, gpt+, got 'gpt'"),
+        ({"context": 64, "model": {"context": 32}}, "context and model.context disagree"),
+        ({"model": {"width": 100}}, "width 100 is not a multiple of head_width 64: 128 would be"),
+        ({"micro_batch": 3}, "micro_batch 3 does not divide the batch of 16 sequences"),
+        ({"warmup": 1}, "warmup must be at least 0 and below 1, got 1.0"),
+        ({"log_every": 0}, "log_every must be at least 1, got 0"),
+    ],
+)
+def test_wrong_settings_are_named(settings, message):
+    with pytest.raises(ConfigError) as error:
+        resolve(settings, 4096, "config.yaml")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a: [1", "not valid YAML near line 1"),
+        ("- 1", "must hold settings as key: value"),
+        ("1: 2", "must hold settings as key: value"),
+        ("!!python/object/apply:os.getcwd []", "not valid YAML"),
+    ],
+)
+def test_broken_yaml_is_named_and_never_executed(tmp_path, content, message):
+    (tmp_path / "x.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        read_yaml(tmp_path / "x.yaml")
+    with pytest.raises(ConfigError, match="can not be read: No such file"):
+        read_yaml(tmp_path / "none.yaml")
+
+
+def test_later_settings_win_key_by_key():
+    below = normalise({"lr": 1e-3, "context": 64, "model": {"layers": 2}}, "file")
+    above = normalise({"lr": "2e-3", "model": {"context": 32}}, "command line")
+    assert merge(below, above) == {"lr": 2e-3, "model": {"layers": 2, "context": 32}}
+
+
+json_like = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=5,
+)
+names = [item.name for item in dataclasses.fields(TrainConfig)]
+model_names = [item.name for item in dataclasses.fields(ModelConfig)]
+
+
+@given(
+    st.dictionaries(st.sampled_from(names), json_like, max_size=3),
+    st.dictionaries(st.sampled_from(model_names), json_like, max_size=2),
+)
+def test_whatever_the_settings_only_a_config_error_comes_out(settings, model):
+    try:
+        normalise({**settings, "model": model}, "fuzz")
+    except ConfigError as error:
+        assert "\n" not in str(error)
+
+
+def test_learning_rate_schedule():
+    rates = [learning_rate(step, 100, 2.0, warmup=0.1, final=0.01) for step in range(1, 101)]
+    assert rates[:10] == pytest.approx([0.2 * step for step in range(1, 11)])
+    assert max(rates) == rates[9] == 2.0
+    assert rates[54] == pytest.approx(2 * (0.01 + 0.99 / 2))
+    assert rates[-1] == pytest.approx(0.02)
+    assert all(a > b for a, b in itertools.pairwise(rates[9:]))
+    assert learning_rate(1, 1000, 1.0) == pytest.approx(1.0, rel=1e-4)
+
+
+def test_flops_count_matrix_products_and_causal_attention():
+    config = ModelConfig(vocab_size=100, width=64, layers=2, context=32)
+    weights = 2 * (4 * 64 * 64 + 3 * 64 * 256) + 100 * 64
+    assert flops_per_token(config) == 6 * weights + 2 * 6 * 64 * 32

@@ -1,0 +1,150 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from antransformer import functional
+
+
+def random(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def unit(*shape, seed=0):
+    return F.normalize(random(*shape, seed=seed), dim=-1)
+
+
+def mean_norm(x):
+    return x.norm(dim=-1).mean().item()
+
+
+def test_norm_agrees_with_torch_forward_and_backward():
+    x = random(5, 7, 64).requires_grad_()
+    torch.testing.assert_close(functional.norm(x), F.normalize(x, dim=-1))
+    assert torch.autograd.gradcheck(functional.norm, (random(3, 8, seed=1).requires_grad_(),))
+
+
+def test_norm_of_half_precision_is_computed_in_float32():
+    x = torch.full((1, 4096), 1 / 64, dtype=torch.bfloat16) * 300
+    y = functional.norm(x)
+    assert y.dtype == torch.bfloat16
+    assert y.float().norm().item() == pytest.approx(1, rel=4e-3)
+    assert torch.equal(functional.norm(torch.zeros(2, 8)), torch.zeros(2, 8))
+
+
+def test_norm_scale_of_the_gradient():
+    # The Jacobian at a unit vector projects onto its tangent space: (d - 1) / d of a random gradient's square stays.
+    x, gradient = unit(2000, 64).requires_grad_(), unit(2000, 64, seed=1)
+    functional.norm(x).backward(gradient)
+    assert x.grad.square().sum(-1).mean().item() == pytest.approx(63 / 64, rel=0.01)
+
+
+def test_linear_scale_forward_and_backward():
+    x, weight = unit(1000, 256).requires_grad_(), unit(1024, 256, seed=1)
+    y = functional.linear(x, weight, 0.5)
+    assert mean_norm(y) == pytest.approx(1, rel=0.01)  # sqrt(256 / 1024) = 1/2
+    y.backward(unit(1000, 1024, seed=2))
+    # W^T g adds up fan_out independent unit rows: its norm is that of g, here times the factor.
+    assert mean_norm(x.grad) == pytest.approx(0.5, rel=0.02)
+
+
+def test_linear_with_a_vector_scales_each_output():
+    x, weight, scale = random(3, 5, 8), random(6, 8, seed=1), random(6, seed=2).requires_grad_()
+    y = functional.linear(x, weight, scale)
+    torch.testing.assert_close(y, (x @ weight.T) * scale)
+    gradient = random(3, 5, 6, seed=3)
+    y.backward(gradient)
+    torch.testing.assert_close(scale.grad, (gradient * (x @ weight.T)).sum((0, 1)))
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.25, 0.5])
+def test_interpolate_scale_forward_and_backward(alpha):
+    x, y = unit(1000, 256).requires_grad_(), unit(1000, 256, seed=1).requires_grad_()
+    nu = 1 / math.hypot(alpha, 1 - alpha)
+    z = functional.interpolate(x, y, torch.full((256,), alpha, dtype=torch.float64))
+    torch.testing.assert_close(z, (x + alpha * (y - x)) * nu)
+    assert mean_norm(z) == pytest.approx(1, rel=0.01)
+    z.backward(unit(1000, 256, seed=2))
+    assert mean_norm(x.grad) == pytest.approx((1 - alpha) * nu)
+    assert mean_norm(y.grad) == pytest.approx(alpha * nu)
+
+
+def test_interpolations_check_by_finite_differences():
+    inputs = (random(2, 6), random(2, 6, seed=1), random(6, seed=2) * 0.1 + 0.2)
+    arguments = tuple(value.requires_grad_() for value in inputs)
+    assert torch.autograd.gradcheck(functional.interpolate, arguments)
+    assert torch.autograd.gradcheck(functional.interpolate_exact, arguments)
+
+
+def test_exact_interpolation_has_unit_norm():
+    z = functional.interpolate_exact(unit(100, 32), unit(100, 32, seed=1), torch.linspace(0.01, 0.9, 32).double())
+    torch.testing.assert_close(z.norm(dim=-1), torch.ones(100, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("rotated", [0, 8, 16])
+def test_rotary_agrees_with_complex_multiplication(rotated):
+    x = random(2, 10, 3, 16, dtype=torch.float32)
+    rotary = functional.rotary_tables(torch.arange(10), rotated, 10_000.0)
+    y = functional.rotate(x, rotary)
+    half = rotated // 2
+    frequency = 10_000.0 ** (-torch.arange(half, dtype=torch.float64) * 2 / max(rotated, 1))
+    turn = torch.polar(torch.ones(10, half).double(), torch.arange(10).double()[:, None] * frequency)[:, None, :]
+    paired = torch.complex(x[..., :half].double(), x[..., half:rotated].double()) * turn
+    expected = torch.cat([paired.real, paired.imag, x[..., rotated:].double()], dim=-1)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_rotary_scores_depend_on_the_distance_only_and_norms_stay():
+    q, k = random(16), random(16, seed=1)
+    rotary = functional.rotary_tables(torch.arange(30), 16, 100.0)
+    q_all = functional.rotate(q.expand(1, 30, 1, 16), rotary)[0, :, 0]
+    k_all = functional.rotate(k.expand(1, 30, 1, 16), rotary)[0, :, 0]
+    scores = q_all @ k_all.T
+    for distance in (0, 3, 20):
+        along = scores.diagonal(-distance)
+        torch.testing.assert_close(along, along[:1].expand_as(along), rtol=1e-5, atol=1e-5)
+    assert abs(scores[20, 0] - scores[3, 0]) > 0.01
+    torch.testing.assert_close(q_all.norm(dim=-1), q.norm().expand(30), rtol=1e-6, atol=0)
+
+
+def reference_attention(q, k, v, scale):
+    out = torch.zeros_like(v)
+    for t in range(q.shape[1]):
+        scores = torch.einsum("bnh,bsnh->bns", q[:, t], k[:, : t + 1]) * scale
+        out[:, t] = torch.einsum("bns,bsnh->bnh", scores.softmax(-1), v[:, : t + 1])
+    return out.flatten(2)
+
+
+def test_causal_attention_agrees_with_a_loop_forward_and_backward():
+    q, k, v = (random(2, 9, 3, 8, seed=seed).requires_grad_() for seed in range(3))
+    ours, theirs = functional.causal_attention(q, k, v, scale=0.7), reference_attention(q, k, v, 0.7)
+    torch.testing.assert_close(ours, theirs)
+    gradient = random(2, 9, 24, seed=4)
+    grads = torch.autograd.grad(ours, (q, k, v), gradient)
+    for mine, expected in zip(grads, torch.autograd.grad(theirs, (q, k, v), gradient), strict=True):
+        torch.testing.assert_close(mine, expected)
+
+
+def test_uniform_attention_shrinks_by_the_attention_factor():
+    from antransformer import factors
+
+    v = unit(64, 50, 1, 128)
+    y = functional.causal_attention(torch.zeros_like(v), torch.zeros_like(v), v)
+    scaled = y * factors.attention(torch.arange(1, 51)).unsqueeze(-1)
+    torch.testing.assert_close(scaled.norm(dim=-1).mean(0), torch.ones(50, dtype=torch.float64), rtol=0.05, atol=0)
+
+
+def test_split_heads_keeps_the_rows_of_a_head_together():
+    # Rows 0-11 of the fused weight make head 0 (q, k, v of width 4), rows 12-23 head 1.
+    q, k, v = functional.split_heads(torch.arange(24.0).view(1, 1, 24), 4)
+    assert q[0, 0].tolist() == [[0, 1, 2, 3], [12, 13, 14, 15]]
+    assert k[0, 0, 0].tolist() == [4, 5, 6, 7]
+    assert v[0, 0, 1].tolist() == [20, 21, 22, 23]
+
+
+def test_cross_entropy_is_in_float32_nats():
+    logits, targets = random(2, 3, 11), torch.tensor([[1, 2, 3], [4, 5, 10]])
+    expected = -logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).mean()
+    assert functional.cross_entropy(logits, targets).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert functional.cross_entropy(logits.bfloat16(), targets).dtype == torch.float32

@@ -1,0 +1,392 @@
+import json
+import math
+import os
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from antransformer.bounds import norms
+from antransformer.data import Dataset, sequential
+from antransformer.errors import CheckpointError, DataError, MachineError
+from antransformer.models import Decoder
+from antransformer.training import checkpoint, run
+from antransformer.training.config import resolve
+from antransformer.training.device import choose_device
+from antransformer.training.metrics import read_metrics
+from antransformer.training.trainer import Trainer
+from conftest import SMALL, SMALL_OPTIONS
+
+ARCHITECTURES = ["angpt", "ngpt", "gpt+"]
+
+
+class Notes(list):
+    """A reporter that remembers."""
+
+    def step(self, step):
+        pass
+
+    def line(self, line):
+        pass
+
+    def note(self, text):
+        self.append(text)
+
+
+def settings(corpus, **more):
+    model = {**SMALL, **more.pop("model", {})}
+    base = {"data": str(corpus), "batch_tokens": 256, "tokens": 256 * 20, "log_every": 1, "eval_tokens": 2048}
+    return {**base, "lr": 1e-2, "checkpoint_every": 5, "eval_every": 10, **more, "model": model}
+
+
+def start(corpus, folder, **more):
+    config = resolve(settings(corpus, **more), 257)
+    dataset = Dataset.open(corpus)
+    run.create(folder, config, dataset)
+    return Trainer(config, dataset, folder, Notes())
+
+
+def resume(corpus, folder, **more):
+    notes = Notes()
+    config = run.resumed_config(folder, more)
+    return Trainer(config, Dataset.open(corpus), folder, notes, resume=True), notes
+
+
+def losses(folder):
+    return {line["step"]: line["loss"] for line in read_metrics(folder / "metrics.jsonl")}
+
+
+def weights(folder, step):
+    return (folder / f"checkpoints/step-{step:08d}" / checkpoint.MODEL_FILE).read_bytes()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_run_learns_and_leaves_what_it_should(corpus, tmp_path, architecture):
+    trainer = start(corpus, tmp_path / "run", tokens=256 * 60, model={"architecture": architecture}, eval_every=30)
+    result = trainer.run()
+    lines = read_metrics(tmp_path / "run/metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, 61))
+    assert lines[0]["loss"] == pytest.approx(math.log(257), rel=0.1)
+    assert result.val_loss < 3.6 < lines[0]["loss"]
+    assert [line["step"] for line in lines if "val_loss" in line] == [30, 60]
+    last = lines[-1]
+    assert last["tokens"] == 60 * 256 and last["lr"] == pytest.approx(1e-4) and last["mfu"] is None
+    assert last["grad_norm"] > 0 and last["tokens_per_second"] > 0 and last["seconds"] > 0
+    if architecture == "gpt+":
+        assert last["mean_alpha"] is None
+    else:
+        assert last["largest_row_norm"] == pytest.approx(1, abs=1e-5)
+        assert 0.02 < last["mean_alpha"] < 0.5
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == [
+        f"step-{step:08d}" for step in (50, 55, 60)
+    ]
+    # The final checkpoint is the final model, and its bounds hold.
+    restored = checkpoint.restore(checkpoint.read(result.checkpoint), torch.device("cpu"))
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, restored.state_dict()[name])
+    assert all(norms(bound).max() <= 1 + 1e-6 for bound in restored.bounds())
+
+
+def test_validation_is_the_mean_over_its_windows_and_bits_count_bytes(corpus, tmp_path):
+    trainer = start(corpus, tmp_path / "run", model={"architecture": "gpt+"})
+    split = Dataset.open(corpus).split("val")
+    measured = trainer.evaluate()
+    total, count = 0.0, 0
+    for tokens, targets in sequential(split, 32, 1, 2048):
+        total += trainer.model.loss(tokens, targets).item() * tokens.numel()
+        count += tokens.numel()
+    assert count == 2048
+    assert measured["val_loss"] == pytest.approx(total / count, rel=1e-5)
+    assert measured["bits_per_byte"] == pytest.approx(
+        total / count * split.tokens / split.bytes / math.log(2), rel=1e-5
+    )
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(corpus, tmp_path):
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        start(corpus, tmp_path / name, tokens=256 * 5, seed=seed).run()
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert weights(tmp_path / "a", 5) == weights(tmp_path / "b", 5)
+    assert losses(tmp_path / "a") != losses(tmp_path / "c")
+
+
+def test_accumulating_gradients_does_not_change_the_run(corpus, tmp_path):
+    for name, micro_batch in (("whole", 8), ("parts", 2)):
+        start(corpus, tmp_path / name, tokens=256 * 8, micro_batch=micro_batch).run()
+    whole, parts = losses(tmp_path / "whole"), losses(tmp_path / "parts")
+    assert list(parts.values()) == pytest.approx(list(whole.values()), rel=1e-4)
+    assert parts != whole  # another order of summation: the parts were really computed one by one
+
+
+def test_weight_decay_reaches_matrices_only(corpus, tmp_path):
+    trainer = start(corpus, tmp_path / "run", model={"architecture": "gpt+"})
+    decayed, others = trainer.optimizer.param_groups
+    assert decayed["weight_decay"] == 0.1 and others["weight_decay"] == 0
+    assert all(parameter.ndim == 2 for parameter in decayed["params"])
+    assert sum(parameter.numel() for group in (decayed, others) for parameter in group["params"]) == (
+        trainer.model.parameter_count()
+    )
+    assert trainer.optimizer.defaults["betas"] == (0.9, 0.95) and trainer.optimizer.defaults["eps"] == 1e-9
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_resumed_run_is_bit_for_bit_the_unbroken_one(corpus, tmp_path, architecture):
+    options = {"model": {"architecture": architecture}}
+    start(corpus, tmp_path / "unbroken", **options).run()
+    broken = start(corpus, tmp_path / "broken", **options)
+    update = broken._update
+
+    def fail_at_13(step):
+        if step == 13:
+            raise KeyboardInterrupt
+        return update(step)
+
+    broken._update = fail_at_13
+    with pytest.raises(KeyboardInterrupt):
+        broken.run()
+    assert max(losses(tmp_path / "broken")) == 12
+    trainer, notes = resume(corpus, tmp_path / "broken")
+    assert notes == [f"resuming from {tmp_path}/broken/checkpoints/step-00000010"]
+    trainer.run()
+    assert losses(tmp_path / "broken") == losses(tmp_path / "unbroken")
+    assert weights(tmp_path / "broken", 20) == weights(tmp_path / "unbroken", 20)
+
+
+def command(corpus, folder, *more):
+    # One thread, as in this process: the order of summation is part of bit for bit.
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in settings(corpus).items() if name != "model"]
+    code = (
+        "import sys, torch; torch.set_num_threads(1); from antransformer.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    return [sys.executable, "-c", code, "train", "--out", str(folder), *options, *SMALL_OPTIONS, *more]
+
+
+def wait_for_step(folder, step, process):
+    until = time.monotonic() + 60
+    while max(losses(folder), default=0) < step:
+        assert process.poll() is None and time.monotonic() < until, "the run ended before its step"
+        time.sleep(0.005)
+
+
+def test_a_run_killed_at_a_random_step_resumes_to_the_unbroken_losses(corpus, tmp_path):
+    length = ["--tokens", str(256 * 400), "--checkpoint-every", "20", "--eval-every", "400"]
+    subprocess.run(command(corpus, tmp_path / "unbroken", *length), check=True, capture_output=True)
+    seed = random.SystemRandom().randrange(10**6)
+    kill_at = random.Random(seed).randrange(1, 300)
+    process = subprocess.Popen(command(corpus, tmp_path / "killed", *length), stdout=subprocess.PIPE)
+    wait_for_step(tmp_path / "killed", kill_at, process)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    reached = max(losses(tmp_path / "killed"))
+    assert reached < 400
+    resumed = [*command(corpus, tmp_path / "killed", *length), "--resume"]
+    output = subprocess.run(resumed, check=True, capture_output=True, text=True).stdout
+    assert "resuming from" in output or ("starting from step 0" in output and reached < 25), (kill_at, output)
+    assert losses(tmp_path / "killed") == losses(tmp_path / "unbroken"), kill_at
+    assert weights(tmp_path / "killed", 400) == weights(tmp_path / "unbroken", 400), kill_at
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_writes_a_checkpoint_and_says_how_to_go_on(corpus, tmp_path, number):
+    process = subprocess.Popen(
+        command(corpus, tmp_path / "run", "--tokens", "2M", "--checkpoint-every", "100000", "--eval-every", "100000"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for_step(tmp_path / "run", 7, process)
+    process.send_signal(number)
+    _, complaint = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    steps = losses(tmp_path / "run")
+    step = max(steps)
+    assert complaint == (
+        f"antransformer: stopped at step {step} by {number.name}; checkpoint written to "
+        f"{tmp_path}/run/checkpoints/step-{step:08d}; go on with: antransformer train --out {tmp_path}/run --resume\n"
+    )
+    trainer, _ = resume(corpus, tmp_path / "run")
+    assert trainer.done == step
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(corpus, tmp_path, monkeypatch):
+    trainer = start(corpus, tmp_path / "run", log_every=4)
+    loss, calls = trainer.loss, []
+
+    def poisoned(tokens, targets):
+        calls.append(1)
+        return loss(tokens, targets) * (math.nan if len(calls) == 14 else 1)
+
+    trainer.loss = poisoned
+    with pytest.raises(MachineError) as error:
+        trainer.run()
+    assert str(error.value) == (
+        f"the loss is nan at step 14; last good checkpoint: {tmp_path}/run/checkpoints/step-00000010; "
+        "try a lower --lr, or another --seed"
+    )
+    assert checkpoint.read(tmp_path / "run/checkpoints/step-00000010").step == 10
+    assert max(losses(tmp_path / "run")) <= 12
+
+
+def damage(path, how):
+    if how == "truncated":
+        os.truncate(path, path.stat().st_size // 2)
+    elif how == "flipped":
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    elif how == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(b"\x00not json")
+
+
+@pytest.mark.parametrize(
+    ("file", "how", "complaint"),
+    [
+        ("model.safetensors", "truncated", "model.safetensors is truncated or corrupted"),
+        ("model.safetensors", "flipped", "model.safetensors is truncated or corrupted"),
+        ("optimizer.safetensors", "flipped", "optimizer.safetensors is truncated or corrupted"),
+        ("optimizer.safetensors", "missing", "optimizer.safetensors is missing"),
+        ("state.json", "missing", "state.json can not be read"),
+        ("state.json", "garbage", "state.json is corrupted"),
+    ],
+)
+def test_a_broken_newest_checkpoint_is_named_and_passed_over(corpus, tmp_path, file, how, complaint):
+    start(corpus, tmp_path / "run").run()
+    unbroken = losses(tmp_path / "run")
+    damage(tmp_path / "run/checkpoints/step-00000020" / file, how)
+    trainer, notes = resume(corpus, tmp_path / "run")
+    assert complaint in notes[0] and "going back to the one before" in notes[0] and "step-00000020" in notes[0]
+    assert trainer.done == 15
+    trainer.run()
+    assert losses(tmp_path / "run") == unbroken
+    assert checkpoint.read(tmp_path / "run/checkpoints/step-00000020").step == 20
+
+
+def test_no_whole_checkpoint_is_an_error(corpus, tmp_path):
+    start(corpus, tmp_path / "run", keep_checkpoints=1).run()
+    damage(tmp_path / "run/checkpoints/step-00000020/model.safetensors", "truncated")
+    with pytest.raises(CheckpointError, match="none of the 1 checkpoints is whole"):
+        resume(corpus, tmp_path / "run")
+
+
+def test_what_an_interrupted_write_leaves_is_no_checkpoint(corpus, tmp_path):
+    start(corpus, tmp_path / "run", tokens=256 * 10).run()
+    folder = tmp_path / "run/checkpoints"
+    (folder / "step-00000010").rename(folder / ".partial-step-00000010")
+    assert checkpoint.newest(folder, print).step == 5
+    trainer, _ = resume(corpus, tmp_path / "run")
+    trainer.run()
+    assert not list(folder.glob(".partial*"))
+
+
+def test_a_checkpoint_of_a_newer_version_is_not_called_broken(corpus, tmp_path):
+    path = start(corpus, tmp_path / "run", tokens=256 * 5).run().checkpoint
+    state = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps({**state, "version": 2}))
+    with pytest.raises(CheckpointError, match="checkpoint version 2, this release reads 1: update antransformer"):
+        checkpoint.read(path)
+
+
+def test_resuming_refuses_what_would_change_the_run(corpus, tmp_path):
+    start(corpus, tmp_path / "run", tokens=256 * 5).run()
+    for change, message in (
+        ({"architecture": "gpt+"}, "was trained with model.architecture angpt, not gpt+"),
+        ({"model": {"width": 128}}, "was trained with model.width 64, not 128"),
+        ({"lr": 0.5}, "was trained with lr 0.01, not 0.5"),
+        ({"seed": 9}, "was trained with seed 0, not 9"),
+    ):
+        with pytest.raises(CheckpointError, match=re.escape(message)):
+            resume(corpus, tmp_path / "run", **change)
+    trainer, _ = resume(corpus, tmp_path / "run", log_every=2, keep_checkpoints=1)
+    assert trainer.config.log_every == 2 and trainer.config.lr == 0.01
+
+
+def test_resuming_refuses_other_data(corpus, tmp_path):
+    from antransformer.data import prepare
+
+    start(corpus, tmp_path / "run", tokens=256 * 5).run()
+    (tmp_path / "text").mkdir()
+    for name in "abcdefgh":
+        (tmp_path / "text" / f"{name}.txt").write_text(f"{name} other words " * 200)
+    prepare([tmp_path / "text"], tmp_path / "other", tokenizer="byte", val_fraction=0.6)
+    with pytest.raises(CheckpointError, match="was trained on other data than"):
+        config = run.resumed_config(tmp_path / "run", {"data": str(tmp_path / "other")})
+        Trainer(config, Dataset.open(tmp_path / "other"), tmp_path / "run", Notes(), resume=True)
+
+
+def test_a_vocabulary_smaller_than_the_data_is_refused(corpus, tmp_path):
+    with pytest.raises(DataError, match=r"token id 256 is outside the model's vocabulary of 200: .* 257"):
+        start(corpus, tmp_path / "run", model={"vocab_size": 200})
+
+
+def limit_file_size():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))
+
+
+def test_a_disk_that_fills_up_leaves_the_older_checkpoint_whole(corpus, tmp_path):
+    length = ["--tokens", str(256 * 5)]
+    first = subprocess.run(command(corpus, tmp_path / "run", *length), capture_output=True, text=True)
+    assert first.returncode == 0
+    # A longer run in the same folder, under a limit on file sizes that the weights exceed.
+    config = (tmp_path / "run/config.yaml").read_text().replace("tokens: 1280", f"tokens: {256 * 10}")
+    (tmp_path / "run/config.yaml").write_text(config)
+    resumed = command(corpus, tmp_path / "run", "--tokens", str(256 * 10), "--resume")
+    second = subprocess.run(resumed, capture_output=True, text=True, preexec_fn=limit_file_size)
+    assert second.returncode == 1
+    complaint = second.stderr.strip()
+    assert "\n" not in complaint and "the checkpoint of step 10 could not be written" in complaint
+    assert complaint.endswith(f"the last whole one is {tmp_path}/run/checkpoints/step-00000005")
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000005"]
+    assert checkpoint.read(tmp_path / "run/checkpoints/step-00000005").step == 5
+
+
+def test_metrics_survive_a_line_cut_off_by_a_kill(corpus, tmp_path):
+    start(corpus, tmp_path / "run", tokens=256 * 10).run()
+    before = losses(tmp_path / "run")
+    with (tmp_path / "run/metrics.jsonl").open("a") as file:
+        file.write('{"step": 11, "lo')
+    assert losses(tmp_path / "run") == before
+    resume(corpus, tmp_path / "run")[0].run()
+    assert losses(tmp_path / "run") == before
+
+
+def test_tensorboard_events_are_written_when_asked_for(corpus, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    start(corpus, tmp_path / "run", tokens=256 * 5, tensorboard=True).run()
+    events = EventAccumulator(str(tmp_path / "run/tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5]
+    assert "val_loss" in events.Tags()["scalars"]
+
+
+@pytest.mark.parametrize("architecture", ["angpt", "gpt+"])
+def test_bfloat16_autocast_and_compile_train_to_about_the_same_losses(corpus, tmp_path, architecture):
+    model = {"architecture": architecture}
+    start(corpus, tmp_path / "plain", tokens=256 * 5, model=model).run()
+    start(corpus, tmp_path / "half", tokens=256 * 5, model=model, precision="bfloat16").run()
+    start(corpus, tmp_path / "compiled", tokens=256 * 5, model=model, compile=True).run()
+    plain = list(losses(tmp_path / "plain").values())
+    assert list(losses(tmp_path / "compiled").values()) == pytest.approx(plain, rel=1e-4)
+    assert list(losses(tmp_path / "half").values()) == pytest.approx(plain, rel=2e-2)
+
+
+def test_no_such_device_is_named():
+    from antransformer.errors import ConfigError
+
+    assert choose_device("cpu").type == "cpu"
+    for name in ("tpu", "cuda:7" if torch.cuda.device_count() < 8 else "xla"):
+        with pytest.raises(ConfigError, match=f"device '{name}' is not available here"):
+            choose_device(name)
+
+
+def test_the_trainer_holds_a_plain_decoder(corpus, tmp_path):
+    assert isinstance(start(corpus, tmp_path / "run", compile=True).model, Decoder)
