@@ -101,6 +101,17 @@ def test_norms_are_computed_in_float32_at_least(dtype):
     assert weight.float().flatten().tolist() == pytest.approx([1 / 64] * 8192)
 
 
+def test_projecting_needs_no_value_on_the_host():
+    # Fake tensors have no values: anything that looked at one would raise.
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        for strict in (False, True):
+            project_([Bound("weight", nn.Parameter(torch.empty(4, 3)), axis=1, strict=strict)])
+        with pytest.raises(RuntimeError):
+            torch.empty(4).sum().item()
+
+
 def test_bind_refuses_what_it_can_not_bind():
     model = model_of("angpt")
     with pytest.raises(TypeError, match="Linear lists no bounds"):

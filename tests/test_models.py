@@ -147,7 +147,7 @@ REFERENCES = {"gpt+": reference_gpt_plus, "ngpt": reference_ngpt, "angpt": refer
 VARIANTS = [
     ("gpt+", {}),
     ("ngpt", {}),
-    ("ngpt", {"s_scale": 0.3, "s_uz_scale": 0.1, "alpha_init": 0.2}),
+    ("ngpt", {"s_scale": 0.3, "alpha_init": 0.2}),
     ("angpt", {}),
     ("angpt", {"gate_scale": "none", "s_scale": 0.3}),
     ("angpt", {"gate_scale": "sqrt_width", "nu_p": "one", "alpha_init": 0.2}),

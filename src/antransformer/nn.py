@@ -72,7 +72,7 @@ class Residual(nn.Module):
         scale: see ``ScaledParameter``.
     """
 
-    def __init__(self, width: int, alpha: float = 0.05, scale: float = 0.01) -> None:
+    def __init__(self, width: int, alpha: float = 0.05, scale: float = 0.03) -> None:
         super().__init__()
         self.alpha = ScaledParameter(width, alpha, scale)
 

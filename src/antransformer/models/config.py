@@ -10,8 +10,8 @@ PAPER_VOCABULARY = 50_304
 # Options that only some architectures have, with the default of each that has them.
 # How these were chosen: docs/log.md, "Defaults of the first models".
 OPTIONS: dict[str, dict[str, Any]] = {
-    "angpt": {"alpha_init": 0.05, "s_scale": 0.01, "gate_scale": "sqrt_mlp", "nu_p": "heads"},
-    "ngpt": {"alpha_init": 0.05, "s_scale": 0.03, "s_uz_scale": 1.0},
+    "angpt": {"alpha_init": 0.05, "s_scale": 0.03, "gate_scale": "sqrt_mlp", "nu_p": "heads"},
+    "ngpt": {"alpha_init": 0.05, "s_scale": 0.03},
     "gpt+": {"init_std": 0.02},
 }
 OPTION_NAMES = sorted({name for options in OPTIONS.values() for name in options})
@@ -54,9 +54,10 @@ class ModelConfig:
     # Options of some architectures; None stands for the architecture's default, and where it has no such option.
     alpha_init: float = describe("angpt, ngpt: initial residual step alpha", None)
     s_scale: float = describe(
-        "angpt, ngpt: surrogate size of alpha and s_Z, in ngpt of s_qk too; the smaller, the faster these move", None
+        "angpt, ngpt: surrogate size of alpha and s_Z, in ngpt of s_qk, s_u and s_z too; the smaller, the faster "
+        "these move",
+        None,
     )
-    s_uz_scale: float = describe("ngpt: surrogate size of s_u and s_z", None)
     gate_scale: Literal["sqrt_mlp", "sqrt_width", "none"] = describe(
         "angpt: constant on the gate before SiLU: sqrt_mlp gives it unit variance, sqrt_width is nGPT's, none is the "
         "printed form",
@@ -82,7 +83,7 @@ class ModelConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be a positive integer, got {value!r}")
-        for name in ("rotary_base", "alpha_init", "s_scale", "s_uz_scale", "init_std"):
+        for name in ("rotary_base", "alpha_init", "s_scale", "init_std"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ConfigError(f"{name} must be a positive number, got {value!r}")

@@ -42,8 +42,8 @@ class MLP(nn.Module):
         self.up_proj = Linear(config.width, config.mlp_width)
         self.gate_proj = Linear(config.width, config.mlp_width)
         self.down_proj = Linear(config.mlp_width, config.width)
-        self.up_scale = ScaledParameter(config.mlp_width, 1.0, config.s_uz_scale)
-        self.gate_scale = ScaledParameter(config.mlp_width, 1.0, config.s_uz_scale)
+        self.up_scale = ScaledParameter(config.mlp_width, 1.0, config.s_scale)
+        self.gate_scale = ScaledParameter(config.mlp_width, 1.0, config.s_scale)
         self.gate_factor = math.sqrt(config.width)
 
     def forward(self, x: Tensor) -> Tensor:
