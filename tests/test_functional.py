@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from antransformer import functional
+from antransformer import factors, functional
 
 
 def random(*shape, seed=0, dtype=torch.float64):
@@ -47,6 +47,14 @@ def test_linear_scale_forward_and_backward():
     y.backward(unit(1000, 1024, seed=2))
     # W^T g adds up fan_out independent unit rows: its norm is that of g, here times the factor.
     assert mean_norm(x.grad) == pytest.approx(0.5, rel=0.02)
+
+
+@pytest.mark.parametrize("std", [0.5, 1.0])
+def test_gated_activation_scale_of_the_gradient(std):
+    # d c / d u = nu SiLU(z), of second moment 1 by the choice of nu: a random gradient keeps its norm.
+    u, z = unit(500, 4096).requires_grad_(), random(500, 4096, seed=1) * std
+    (u * F.silu(z) * factors.activation(F.silu, std)).backward(unit(500, 4096, seed=2))
+    assert mean_norm(u.grad) == pytest.approx(1, rel=0.01)
 
 
 def test_linear_with_a_vector_scales_each_output():
@@ -127,8 +135,6 @@ def test_causal_attention_agrees_with_a_loop_forward_and_backward():
 
 
 def test_uniform_attention_shrinks_by_the_attention_factor():
-    from antransformer import factors
-
     v = unit(64, 50, 1, 128)
     y = functional.causal_attention(torch.zeros_like(v), torch.zeros_like(v), v)
     scaled = y * factors.attention(torch.arange(1, 51)).unsqueeze(-1)

@@ -3,6 +3,8 @@
 import sys
 from collections.abc import Sequence
 
+import torch
+
 from antransformer import __version__
 from antransformer.cli import demo, generate, prepare, train
 from antransformer.cli.options import Parser
@@ -40,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _say(error, error.status)
     except UsageError as error:
         return _say(f"error: {error}", 2)
+    except torch.OutOfMemoryError:
+        return _say("error: the device's memory is full: lower --micro-batch", 1)
     except (AntransformerError, OSError, MemoryError) as error:
         return _say(f"error: {error or type(error).__name__}", 1)
     except KeyboardInterrupt:

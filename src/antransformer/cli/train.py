@@ -72,6 +72,7 @@ def train(settings: dict[str, Any], folder: Path | None, resume: bool = False) -
         f"validation loss {result.val_loss:.4f} nats per token, {result.bits_per_byte:.4f} bits per byte; "
         f"{result.tokens_per_second:,.0f} tokens/s; checkpoint {result.checkpoint}"
     )
+    print(f"next: antransformer generate --checkpoint {folder}")
     return folder, result
 
 

@@ -9,10 +9,11 @@ PAPER_VOCABULARY = 50_304
 
 # Options that only some architectures have, with the default of each that has them.
 # How these were chosen: docs/log.md, "Defaults of the first models".
+# A default that depends on the sizes is a function of the config.
 OPTIONS: dict[str, dict[str, Any]] = {
     "angpt": {"alpha_init": 0.05, "s_scale": 0.03, "gate_scale": "sqrt_mlp", "nu_p": "heads"},
     "ngpt": {"alpha_init": 0.05, "s_scale": 0.03},
-    "gpt+": {"init_std": 0.02},
+    "gpt+": {"init_std": lambda config: config.width**-0.5},
 }
 OPTION_NAMES = sorted({name for options in OPTIONS.values() for name in options})
 
@@ -73,16 +74,17 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.architecture not in OPTIONS:
             raise ConfigError(f"unknown architecture {self.architecture!r}: choose from {', '.join(OPTIONS)}")
-        options = OPTIONS[self.architecture]
-        for name in OPTION_NAMES:
-            if name in options and getattr(self, name) is None:
-                object.__setattr__(self, name, options[name])
-            elif name not in options and getattr(self, name) is not None:
-                raise ConfigError(f"{name} is not an option of {self.architecture}: leave it out")
         for name in ("vocab_size", "width", "layers", "context", "head_width", "mlp_ratio"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be a positive integer, got {value!r}")
+        options = OPTIONS[self.architecture]
+        for name in OPTION_NAMES:
+            if name in options and getattr(self, name) is None:
+                default = options[name]
+                object.__setattr__(self, name, default(self) if callable(default) else default)
+            elif name not in options and getattr(self, name) is not None:
+                raise ConfigError(f"{name} is not an option of {self.architecture}: leave it out")
         for name in ("rotary_base", "alpha_init", "s_scale", "init_std"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):

@@ -137,8 +137,9 @@ class Trainer:
                     pending.append(loss)
                     self.reporter.step(self.done)
                     last = self.done == config.steps
-                    evaluate = last or self.done % config.eval_every == 0
-                    save = last or stop.received is not None or self.done % config.checkpoint_every == 0
+                    stopping = None if last else stop.received  # read once: a signal may come at any moment
+                    evaluate = last or (self.done % config.eval_every == 0 and not stopping)
+                    save = last or stopping or self.done % config.checkpoint_every == 0
                     if not (evaluate or save or self.done % config.log_every == 0):
                         continue
                     self._require_finite(pending)
@@ -146,18 +147,18 @@ class Trainer:
                     self.seconds += elapsed
                     speed = (self.done - counted) * config.batch_tokens / elapsed
                     line = self._line(pending[-1], grad_norm, speed)
-                    if evaluate and stop.received is None:
+                    if evaluate:
                         line |= self.evaluate()
                     pending.clear()
                     log.write(line)
                     self.reporter.line(line)
                     if save:
                         path = self._save()
-                    if stop.received is not None and not last:
+                    if stopping:
                         raise RunStoppedError(
-                            f"stopped at step {self.done} by {stop.received.name}; checkpoint written to {path}; "
+                            f"stopped at step {self.done} by {stopping.name}; checkpoint written to {path}; "
                             f"go on with: antransformer train --out {self.folder} --resume",
-                            stop.received,
+                            stopping,
                         )
                     started, counted = time.perf_counter(), self.done
         finally:
