@@ -3,11 +3,8 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 from antransformer.cli import VERBS, main
-from antransformer.inference.generate import generate, sample
-from antransformer.models import ModelConfig, build
 from conftest import SMALL_OPTIONS
 
 QUICK = ["--batch-tokens=256", "--tokens=2560", "--eval-tokens=1024", "--log-every=1", *SMALL_OPTIONS]
@@ -216,41 +213,3 @@ def test_a_failure_of_the_machine_is_status_1(corpus, tmp_path, capsys, monkeypa
     monkeypatch.setattr("antransformer.training.metrics.MetricsLog.write", full)
     assert main(["train", "--data", str(corpus), "--out", str(tmp_path / "run"), *QUICK]) == 1
     assert capsys.readouterr().err == "antransformer: error: [Errno 28] No space left on device\n"
-
-
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    return build(ModelConfig(vocab_size=50, width=64, layers=1, context=16)).eval()
-
-
-def test_generation_is_the_argmax_at_temperature_zero_and_slides_past_the_context(model):
-    tokens = list(generate(model, [1, 2, 3], max_tokens=30, temperature=0))
-    assert len(tokens) == 30
-    everything = [1, 2, 3, *tokens]
-    for position in (3, 10, 32):
-        seen = torch.tensor([everything[max(0, position - 16) : position]])
-        assert everything[position] == model(seen)[0, -1].argmax().item()
-
-
-def test_generation_stops_before_the_stop_token_and_stays_in_the_vocabulary(model):
-    tokens = list(generate(model, [1], max_tokens=40, temperature=0))
-    assert list(generate(model, [1], max_tokens=40, temperature=0, stop=tokens[5])) == tokens[: tokens.index(tokens[5])]
-    assert max(generate(model, [1], max_tokens=200, temperature=5.0, vocab_size=7)) < 7
-
-
-def test_sampling_follows_the_distribution_and_its_cuts():
-    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()[torch.tensor([2, 0, 3, 1])]  # ids 1, 3, 0, 2 by likelihood
-    generator = torch.Generator().manual_seed(0)
-
-    def share(**options):
-        settings = {"temperature": 1.0, "top_k": None, "top_p": 1.0, **options}
-        drawn = [sample(logits, generator=generator, **settings) for _ in range(4000)]
-        return [drawn.count(token) / 4000 for token in (1, 3, 0, 2)]
-
-    assert share() == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.03)
-    assert share(top_k=2) == pytest.approx([0.625, 0.375, 0, 0], abs=0.03)
-    assert share(top_p=0.7) == pytest.approx([0.625, 0.375, 0, 0], abs=0.03)
-    assert share(top_p=0.01) == [1, 0, 0, 0]
-    squared = [0.25, 0.09, 0.0225, 0.0025]
-    assert share(temperature=0.5) == pytest.approx([value / sum(squared) for value in squared], abs=0.03)

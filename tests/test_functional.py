@@ -6,6 +6,8 @@ import torch.nn.functional as F
 
 from antransformer import factors, functional
 
+NOWHERE = functional.Places(functional.rotary_tables(torch.arange(0), 0, 1.0))  # attention alone needs no positions
+
 
 def random(*shape, seed=0, dtype=torch.float64):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
@@ -126,7 +128,7 @@ def reference_attention(q, k, v, scale):
 
 def test_causal_attention_agrees_with_a_loop_forward_and_backward():
     q, k, v = (random(2, 9, 3, 8, seed=seed).requires_grad_() for seed in range(3))
-    ours, theirs = functional.causal_attention(q, k, v, scale=0.7), reference_attention(q, k, v, 0.7)
+    ours, theirs = functional.causal_attention(q, k, v, NOWHERE, scale=0.7), reference_attention(q, k, v, 0.7)
     torch.testing.assert_close(ours, theirs)
     gradient = random(2, 9, 24, seed=4)
     grads = torch.autograd.grad(ours, (q, k, v), gradient)
@@ -136,7 +138,7 @@ def test_causal_attention_agrees_with_a_loop_forward_and_backward():
 
 def test_uniform_attention_shrinks_by_the_attention_factor():
     v = unit(64, 50, 1, 128)
-    y = functional.causal_attention(torch.zeros_like(v), torch.zeros_like(v), v)
+    y = functional.causal_attention(torch.zeros_like(v), torch.zeros_like(v), v, NOWHERE)
     scaled = y * factors.attention(torch.arange(1, 51)).unsqueeze(-1)
     torch.testing.assert_close(scaled.norm(dim=-1).mean(0), torch.ones(50, dtype=torch.float64), rtol=0.05, atol=0)
 

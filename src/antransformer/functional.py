@@ -58,7 +58,7 @@ def interpolate_exact(x: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
 
 
 class Rotary(NamedTuple):
-    """Cosines and sines of the rotated part of each head, each (T, rotated / 2)."""
+    """Cosines and sines of the rotated part of each head, each (T, rotated / 2) or (B, T, rotated / 2)."""
 
     cos: Tensor
     sin: Tensor
@@ -68,7 +68,7 @@ def rotary_tables(positions: Tensor, rotated: int, base: float) -> Rotary:
     """Angles position * base^(-2i / rotated) for the ``rotated`` (even) leading coordinates of each head.
 
     Args:
-        positions: integer positions (T,).
+        positions: integer positions (T,), or (B, T) where sequences of a batch begin at different places.
         rotated: how many coordinates of a head are rotated; the rest pass unchanged.
         base: wavelength base, 10,000 as a rule.
 
@@ -76,7 +76,7 @@ def rotary_tables(positions: Tensor, rotated: int, base: float) -> Rotary:
         Tables in float32.
     """
     exponent = torch.arange(0, rotated, 2, device=positions.device, dtype=torch.float32) / rotated
-    angles = torch.outer(positions.to(torch.float32), base**-exponent)
+    angles = positions.to(torch.float32).unsqueeze(-1) * base**-exponent
     return Rotary(angles.cos(), angles.sin())
 
 
@@ -88,7 +88,7 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
         rotary: tables of T positions; coordinates past their width are left as they are.
     """
     half = rotary.cos.shape[-1]
-    cos, sin = (table.unsqueeze(1).to(x.dtype) for table in rotary)
+    cos, sin = (table.unsqueeze(-2).to(x.dtype) for table in rotary)
     first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
 
@@ -102,18 +102,54 @@ def split_heads(qkv: Tensor, head_width: int) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0) -> Tensor:
+class LayerCache(NamedTuple):
+    """Room for the keys and values of one layer, (B, capacity, n, h) each, and how many positions are filled."""
+
+    k: Tensor
+    v: Tensor
+    length: int
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write new positions behind the filled ones; returns all keys and values so far."""
+        end = self.length + k.shape[1]
+        self.k[:, self.length : end], self.v[:, self.length : end] = k, v
+        return self.k[:, :end], self.v[:, :end]
+
+
+class Places(NamedTuple):
+    """Where the tokens of a batch stand, and what they may look at.
+
+    Attributes:
+        rotary: tables of their positions.
+        mask: (B, 1, T, S), true where a token may look; None for a causal batch without padding.
+        cache: keys and values of the tokens before them, in generation.
+    """
+
+    rotary: Rotary
+    mask: Tensor | None = None
+    cache: LayerCache | None = None
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, places: Places, scale: float = 1.0) -> Tensor:
     """Causal softmax attention: softmax(scale * q k^T) v.
 
     Args:
         q, k, v: (B, T, n, h).
+        places: mask and cache.
         scale: constant on the scores; a learnable one is multiplied into q by the caller, which keeps the fused kernel.
 
     Returns:
         (B, T, n * h), heads concatenated.
     """
+    if places.cache is not None:
+        k, v = places.cache.extend(k, v)
     y = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, scale=scale
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=places.mask,
+        is_causal=places.mask is None and q.shape[1] == k.shape[1],  # else one new token, which sees all before it
+        scale=scale,
     )
     return y.transpose(1, 2).flatten(2)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from antransformer.analysis.plots import loss_curve
 from antransformer.cli.common import open_data
-from antransformer.cli.generate import sample_text
+from antransformer.cli.generate import write_sample
 from antransformer.cli.options import Parser
 from antransformer.cli.train import read_config, train
 from antransformer.data import Dataset
@@ -41,7 +41,7 @@ def run(parsed: argparse.Namespace) -> None:
     )
     print(f"loss curve:    {loss_curve(folder)}")
     print(f"\na sample after {PROMPT!r}:\n")
-    print(sample_text(folder, PROMPT, max_tokens=160, temperature=0.7, top_p=0.95))
+    write_sample(folder, PROMPT, max_tokens=160, temperature=0.7, top_p=0.95)
 
 
 def gzip_bits_per_byte(dataset: Dataset) -> float:

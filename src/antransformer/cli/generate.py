@@ -8,10 +8,11 @@ examples:
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from antransformer.cli.options import Parser
 from antransformer.errors import DataError
-from antransformer.inference.generate import generate
+from antransformer.inference.generate import generate, stream_text
 from antransformer.training.checkpoint import restore
 from antransformer.training.device import choose_device
 from antransformer.training.run import open_checkpoint
@@ -32,28 +33,29 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(parsed: argparse.Namespace) -> None:
-    """Print prompt and continuation."""
-    print(
-        sample_text(
-            parsed.checkpoint,
-            parsed.prompt,
-            device=parsed.device,
-            max_tokens=parsed.max_tokens,
-            temperature=parsed.temperature,
-            top_k=parsed.top_k,
-            top_p=parsed.top_p,
-            seed=parsed.seed,
-        )
+    """Print prompt and continuation, as it comes."""
+    write_sample(
+        parsed.checkpoint,
+        parsed.prompt,
+        device=parsed.device,
+        max_tokens=parsed.max_tokens,
+        temperature=parsed.temperature,
+        top_k=parsed.top_k,
+        top_p=parsed.top_p,
+        seed=parsed.seed,
     )
 
 
-def sample_text(path: Path, prompt: str, device: str = "auto", **options: float | int | None) -> str:
-    """Prompt and continuation by the model of a run."""
+def write_sample(path: Path, prompt: str, device: str = "auto", **options: Any) -> None:
+    """Print a prompt and its continuation by the model of a run."""
     found, tokenizer = open_checkpoint(path, notify=lambda text: print(text, file=sys.stderr))
     if tokenizer.vocab_size > found.model.vocab_size:
         raise DataError(f"{path}: its tokenizer has ids beyond the model's vocabulary of {found.model.vocab_size}")
     model = restore(found, choose_device(device))
     # A prompt continues a document; the end-of-text token before it says that one begins here.
     ids = [tokenizer.end_of_text, *tokenizer.encode(prompt)]
-    new = generate(model, ids, vocab_size=tokenizer.vocab_size, stop=tokenizer.end_of_text, **options)  # type: ignore[arg-type]
-    return prompt + tokenizer.decode(list(new))
+    steps = generate(model, [ids], vocab_size=tokenizer.vocab_size, stop=[tokenizer.end_of_text], **options)
+    print(prompt, end="", flush=True)
+    for piece in stream_text(tokenizer, (token for step in steps for token in step if token is not None)):
+        print(piece, end="", flush=True)
+    print()

@@ -4,7 +4,7 @@ import torch
 
 from antransformer.models.angpt import AnGPT
 from antransformer.models.config import OPTIONS, PRESETS, ModelConfig
-from antransformer.models.decoder import Decoder
+from antransformer.models.decoder import Cache, Decoder
 from antransformer.models.gpt_plus import GPTPlus
 from antransformer.models.ngpt import NGPT
 
@@ -26,4 +26,15 @@ def build(config: ModelConfig) -> Decoder:
     return model
 
 
-__all__ = ["ARCHITECTURES", "NGPT", "OPTIONS", "PRESETS", "AnGPT", "Decoder", "GPTPlus", "ModelConfig", "build"]
+__all__ = [
+    "ARCHITECTURES",
+    "NGPT",
+    "OPTIONS",
+    "PRESETS",
+    "AnGPT",
+    "Cache",
+    "Decoder",
+    "GPTPlus",
+    "ModelConfig",
+    "build",
+]

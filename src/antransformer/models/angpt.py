@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from antransformer import factors
 from antransformer.bounds import Bound
-from antransformer.functional import Rotary, causal_attention, linear, norm, rotate, split_heads
+from antransformer.functional import Places, causal_attention, linear, norm, rotate, split_heads
 from antransformer.models.config import ModelConfig
 from antransformer.models.decoder import Decoder
 from antransformer.nn import Linear, Residual, ScaledParameter, unit_rows_
@@ -36,12 +36,12 @@ class Attention(nn.Module):
         """Scores of random unit vectors get unit variance."""
         nn.init.constant_(self.score_scale, math.sqrt(self.head_width))
 
-    def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
+    def forward(self, x: Tensor, places: Places) -> Tensor:
         """(B, T, d) to (B, T, d)."""
         q, k, v = split_heads(self.qkv_proj(x), self.head_width)
-        q = norm(rotate(q, rotary)) * self.score_scale.to(q.dtype)
-        k = norm(rotate(k, rotary))
-        return self.out_proj(causal_attention(q, k, v))
+        q = norm(rotate(q, places.rotary)) * self.score_scale.to(q.dtype)
+        k = norm(rotate(k, places.rotary))
+        return self.out_proj(causal_attention(q, k, v, places))
 
 
 class MLP(nn.Module):
@@ -73,9 +73,9 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.mlp_residual = Residual(config.width, config.alpha_init, config.s_scale)
 
-    def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
+    def forward(self, x: Tensor, places: Places) -> Tensor:
         """Residual stream (B, T, d) to the same."""
-        x = self.attention_residual(x, norm(self.attention(x, rotary)))
+        x = self.attention_residual(x, norm(self.attention(x, places)))
         return self.mlp_residual(x, norm(self.mlp(x)))
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from antransformer import functional
 from antransformer.bounds import Bound
+from antransformer.functional import LayerCache, Places
 from antransformer.models.config import ModelConfig
 
 
@@ -16,7 +17,7 @@ class Decoder(nn.Module, ABC):
 
     Args:
         config: sizes and options.
-        block: makes one block; a block maps (hidden (B, T, d), rotary tables) to hidden.
+        block: makes one block; a block maps (hidden (B, T, d), places) to hidden.
     """
 
     def __init__(self, config: ModelConfig, block: Callable[[ModelConfig], nn.Module]) -> None:
@@ -37,20 +38,38 @@ class Decoder(nn.Module, ABC):
     def reset_parameters(self) -> None:
         """Draw the initial weights from torch's global generator."""
 
-    def hidden(self, tokens: Tensor) -> Tensor:
+    def hidden(self, tokens: Tensor, cache: "Cache | None" = None) -> Tensor:
         """Token ids (B, T) to the residual stream after the last block, (B, T, d).
+
+        With a cache the tokens follow those that it holds, and it holds them too afterwards.
 
         Raises:
             ValueError: more tokens than the context, or an id outside the vocabulary (the latter is checked on a CPU;
                 an accelerator reports it by itself).
         """
-        check_tokens(tokens, self.config)
+        check_tokens(tokens, self.config, cache.length if cache else 0)
         x = self.embedding(tokens)
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
-        rotary = functional.rotary_tables(positions, self.config.rotated, self.config.rotary_base)
-        for block in self.blocks:
-            x = block(x, rotary)
+        places = self.places(tokens, cache)
+        for index, block in enumerate(self.blocks):
+            x = block(x, places if cache is None else places._replace(cache=cache.layer(index)))
+        if cache is not None:
+            cache.length += tokens.shape[1]
         return x
+
+    def places(self, tokens: Tensor, cache: "Cache | None") -> Places:
+        """Positions and visibility of new tokens (B, T), behind those of the cache."""
+        start, steps = cache.length if cache else 0, tokens.shape[1]
+        positions, mask = torch.arange(start, start + steps, device=tokens.device), None
+        padding = None if cache is None else cache.padding
+        if padding is not None or (start and steps > 1):
+            seen = torch.arange(start + steps, device=tokens.device)
+            mask = (seen <= positions.unsqueeze(-1))[None, None]
+            if padding is not None:
+                # A padding token sees itself, since softmax over nothing is not a number; nobody sees it.
+                begun = seen >= padding[:, None, None, None]
+                mask = (mask & begun) | (seen == positions.unsqueeze(-1))
+                positions = (positions - padding.unsqueeze(-1)).clamp_min(0)
+        return Places(functional.rotary_tables(positions, self.config.rotated, self.config.rotary_base), mask)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Token ids (B, T) to logits (B, T, V); raises as ``hidden``."""
@@ -65,14 +84,37 @@ class Decoder(nn.Module, ABC):
         return sum(parameter.numel() for parameter in self.parameters())
 
 
-def check_tokens(tokens: Tensor, config: ModelConfig) -> None:
+class Cache:
+    """Keys and values of all layers for a batch that grows token by token.
+
+    Args:
+        model: the model that it is for; dtype and device are those of its embedding.
+        batch: number of sequences.
+        padding: (B,) number of padding tokens on the left of each, or None for none.
+    """
+
+    def __init__(self, model: Decoder, batch: int, padding: Tensor | None = None) -> None:
+        config, weight = model.config, model.embedding.weight
+        shape = (config.layers, 2, batch, config.context, config.heads, config.head_width)
+        self.store = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+        self.padding = padding
+        self.length = 0
+
+    def layer(self, index: int) -> LayerCache:
+        """The part of one block."""
+        k, v = self.store[index]
+        return LayerCache(k, v, self.length)
+
+
+def check_tokens(tokens: Tensor, config: ModelConfig, before: int = 0) -> None:
     """Refuse what the model can not embed, in words.
 
     Raises:
         ValueError: see ``Decoder.hidden``.
     """
-    if tokens.shape[-1] > config.context:
-        raise ValueError(f"a sequence of {tokens.shape[-1]} tokens is longer than the context of {config.context}")
+    length = before + tokens.shape[-1]
+    if length > config.context:
+        raise ValueError(f"a sequence of {length} tokens is longer than the context of {config.context}")
     if tokens.device.type == "cpu" and not torch.compiler.is_compiling() and tokens.numel():
         low, high = tokens.aminmax()
         if low < 0 or high >= config.vocab_size:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from antransformer.bounds import Bound
-from antransformer.functional import Rotary, causal_attention, norm, rotate, split_heads
+from antransformer.functional import Places, causal_attention, norm, rotate, split_heads
 from antransformer.models.config import ModelConfig
 from antransformer.models.decoder import Decoder
 
@@ -28,12 +28,12 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(config.width, config.width, bias=False)
         self.score_scale = nn.Parameter(torch.empty(1))
 
-    def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
+    def forward(self, x: Tensor, places: Places) -> Tensor:
         """(B, T, d) to (B, T, d)."""
         q, k, v = split_heads(self.qkv_proj(x), self.head_width)
-        q = norm(rotate(q, rotary)) * self.score_scale.to(q.dtype)
-        k = norm(rotate(k, rotary))
-        return self.out_proj(causal_attention(q, k, v))
+        q = norm(rotate(q, places.rotary)) * self.score_scale.to(q.dtype)
+        k = norm(rotate(k, places.rotary))
+        return self.out_proj(causal_attention(q, k, v, places))
 
 
 class MLP(nn.Module):
@@ -60,9 +60,9 @@ class Block(nn.Module):
         self.mlp_norm = nn.RMSNorm(config.width, eps=RMS_EPS)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
+    def forward(self, x: Tensor, places: Places) -> Tensor:
         """Residual stream (B, T, d) to the same."""
-        x = x + self.attention(self.attention_norm(x), rotary)
+        x = x + self.attention(self.attention_norm(x), places)
         return x + self.mlp(self.mlp_norm(x))
 
 

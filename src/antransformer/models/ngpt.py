@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from antransformer.bounds import Bound, project_
-from antransformer.functional import Rotary, causal_attention, linear, norm, rotate, split_heads
+from antransformer.functional import Places, causal_attention, linear, norm, rotate, split_heads
 from antransformer.models.config import ModelConfig
 from antransformer.models.decoder import Decoder
 from antransformer.nn import ExactResidual, Linear, ScaledParameter, unit_rows_
@@ -26,12 +26,12 @@ class Attention(nn.Module):
         self.out_proj = Linear(config.width, config.width)
         self.qk_scale = ScaledParameter(config.width, 1.0, config.s_scale)
 
-    def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
+    def forward(self, x: Tensor, places: Places) -> Tensor:
         """(B, T, d) to (B, T, d)."""
         q, k, v = split_heads(self.qkv_proj(x), self.head_width)
         s_qk = self.qk_scale().to(q.dtype).unflatten(0, (-1, self.head_width))
-        q, k = norm(rotate(q, rotary)) * s_qk, norm(rotate(k, rotary)) * s_qk
-        return self.out_proj(causal_attention(q, k, v, scale=math.sqrt(self.head_width)))
+        q, k = norm(rotate(q, places.rotary)) * s_qk, norm(rotate(k, places.rotary)) * s_qk
+        return self.out_proj(causal_attention(q, k, v, places, scale=math.sqrt(self.head_width)))
 
 
 class MLP(nn.Module):
@@ -63,9 +63,9 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.mlp_residual = ExactResidual(config.width, config.alpha_init, config.s_scale)
 
-    def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
+    def forward(self, x: Tensor, places: Places) -> Tensor:
         """Residual stream (B, T, d) to the same, of unit norm."""
-        x = self.attention_residual(x, norm(self.attention(x, rotary)))
+        x = self.attention_residual(x, norm(self.attention(x, places)))
         return self.mlp_residual(x, norm(self.mlp(x)))
 
 
