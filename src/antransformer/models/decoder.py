@@ -85,7 +85,7 @@ class Decoder(nn.Module, ABC):
 
 
 class Cache:
-    """Keys and values of all layers for a batch that grows token by token.
+    """Keys and values of all layers for a batch that grows token by token, without gradients.
 
     Args:
         model: the model that it is for; dtype and device are those of its embedding.

@@ -1,0 +1,132 @@
+"""anGPT with every constant factor and scale inside its weights: the same function, cheaper to run.
+
+Let the residual stream be x = c * t, elementwise, with c = 1 at the embedding. The update
+
+    (x + alpha (y - x)) nu = a x + b y,    a = (1 - alpha) nu,  b = alpha nu,  y = norm(p)
+
+becomes, with c' = c a, a plain sum t + (b / c') norm(p): an RMS norm with a gain, as GPT+ has before each sublayer.
+Whatever reads the stream takes c into the columns of its weight, the head takes s_Z into its rows. What is left beside
+GPT+'s operations is nothing; the final norm falls away.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from antransformer import factors
+from antransformer.bounds import Bound
+from antransformer.functional import Places, causal_attention, norm, rotate, split_heads
+from antransformer.models import AnGPT, Decoder
+from antransformer.models.angpt import MLP, Attention, Block
+from antransformer.models.config import ModelConfig
+
+TINY = 1e-30  # added to a mean square; keeps a zero vector zero
+
+
+class FoldedBlock(nn.Module):
+    """Attention and MLP, each followed by an RMS norm with gain and added to the stream."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width, hidden = config.width, config.mlp_width
+        self.head_width = config.head_width
+        self.qkv_proj = nn.Linear(width, 3 * width, bias=False)
+        self.out_proj = nn.Linear(width, width, bias=False)
+        self.score_scale = nn.Parameter(torch.empty(1))
+        self.attention_gain = nn.Parameter(torch.empty(width))
+        self.up_proj = nn.Linear(width, hidden, bias=False)
+        self.gate_proj = nn.Linear(width, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, width, bias=False)
+        self.mlp_gain = nn.Parameter(torch.empty(width))
+
+    def forward(self, x: Tensor, places: Places) -> Tensor:
+        """Stream (B, T, d) to the same."""
+        q, k, v = split_heads(self.qkv_proj(x), self.head_width)
+        q = norm(rotate(q, places.rotary)) * self.score_scale
+        k = norm(rotate(k, places.rotary))
+        y = self.out_proj(causal_attention(q, k, v, places))
+        x = x + F.rms_norm(y, x.shape[-1:], self.attention_gain, TINY)
+        y = self.down_proj(self.up_proj(x) * F.silu(self.gate_proj(x)))
+        return x + F.rms_norm(y, x.shape[-1:], self.mlp_gain, TINY)
+
+
+class FoldedAnGPT(Decoder):
+    """What ``fold`` makes: for inference, since its weights are no longer those that the bounds are about."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config, FoldedBlock)
+        self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Stream (B, T, d) to logits (B, T, V)."""
+        return self.lm_head(hidden)
+
+    def bounds(self) -> list[Bound]:
+        """None: the factors are in the weights."""
+        return []
+
+    def reset_parameters(self) -> None:
+        """There is nothing to draw.
+
+        Raises:
+            TypeError: always; fold a model instead.
+        """
+        raise TypeError("a folded model is made from a trained one: fold(model)")
+
+
+@torch.no_grad()
+def fold(model: AnGPT) -> FoldedAnGPT:
+    """The same function with all factors, s_Z and nu(alpha) inside the weights, in the model's dtype and device.
+
+    Folding is computed in float64. An alpha of exactly 1 has no folded form (nothing of the stream would be left); with
+    alphas near 1 in many layers the folded stream grows so large that float32 loses digits.
+
+    Raises:
+        TypeError: the model is no anGPT; GPT+ has no factors to fold, nGPT's exact norms can not be.
+        ValueError: an alpha is 1.
+    """
+    if not isinstance(model, AnGPT):
+        raise TypeError(f"only an anGPT can be folded, not {type(model).__name__}")
+    weight = model.embedding.weight
+    with torch.device("meta"):
+        folded = FoldedAnGPT(model.config)
+    folded.to_empty(device=weight.device).to(weight.dtype)
+    folded.embedding.weight.copy_(weight)
+    scale = torch.ones(model.config.width, dtype=torch.float64, device=weight.device)
+    for source, target in zip(model.blocks, folded.blocks, strict=True):
+        assert isinstance(source, Block) and isinstance(target, FoldedBlock)
+        fold_attention(source.attention, target, scale)
+        scale = fold_residual(source.attention_residual.alpha(), target.attention_gain, scale)
+        fold_mlp(source.mlp, target, scale)
+        scale = fold_residual(source.mlp_residual.alpha(), target.mlp_gain, scale)
+    folded.lm_head.weight.copy_(model.lm_head.weight * model.logit_scale().double().unsqueeze(1) * scale)
+    return folded.eval()
+
+
+def fold_attention(source: Attention, target: FoldedBlock, scale: Tensor) -> None:
+    """Take nu_qkv, nu_p and the stream's scale (d,) into the weights."""
+    target.qkv_proj.weight.copy_(source.qkv_proj.weight * scale * source.qkv_proj.factor)
+    target.out_proj.weight.copy_(source.out_proj.weight.double() * source.out_proj.factor)
+    target.score_scale.copy_(source.score_scale)
+
+
+def fold_mlp(source: MLP, target: FoldedBlock, scale: Tensor) -> None:
+    """Take nu_uz, nu_act, the gate's scale, nu_d and the stream's scale (d,) into the weights."""
+    target.up_proj.weight.copy_(source.up_proj.weight * scale * source.up_proj.factor)
+    target.gate_proj.weight.copy_(source.gate_proj.weight * scale * source.gate_proj.factor)
+    target.down_proj.weight.copy_(source.down_proj.weight.double() * source.down_proj.factor)
+
+
+def fold_residual(alpha: Tensor, gain: Tensor, scale: Tensor) -> Tensor:
+    """Set the gain (d,) of the norm that an interpolation became; returns the stream's scale behind it.
+
+    Raises:
+        ValueError: an alpha is 1.
+    """
+    alpha = alpha.double()
+    nu = factors.residual(alpha)
+    after = scale * (1 - alpha) * nu
+    if bool((after == 0).any()):
+        raise ValueError("an alpha is exactly 1, so the model can not be folded")
+    gain.copy_(alpha * nu / after / len(alpha) ** 0.5)  # an RMS norm has length sqrt(d)
+    return after

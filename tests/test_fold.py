@@ -1,0 +1,81 @@
+import pytest
+import torch
+
+from antransformer.inference.fold import FoldedAnGPT, fold
+from antransformer.inference.generate import generate
+from antransformer.models import ModelConfig, build
+
+
+def model_of(architecture="angpt", **options):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 300, "width": 64, "layers": 6, "context": 64, "head_width": 32}
+    model = build(ModelConfig(architecture=architecture, **sizes, **options))
+    with torch.no_grad():  # away from the initial values, where many scales are equal
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.mul_(1 + 2 * torch.rand_like(parameter))
+    return model.eval()
+
+
+def some_tokens(batch=4):
+    return torch.randint(0, 300, (batch, 64), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"gate_scale": "none"}, {"gate_scale": "sqrt_width", "nu_p": "one"}, {"alpha_init": 0.12}]
+)
+def test_folding_keeps_the_function(options):
+    model = model_of(**options)
+    with torch.no_grad():
+        before, after = model(some_tokens()), fold(model)(some_tokens())
+    assert (before - after).abs().max() <= 1e-5 * before.abs().max()
+    assert model.logit_scale().std() > 0.1 and model.blocks[0].mlp_residual.alpha().std() > 0.01
+
+
+def test_folding_is_exact_in_double_precision():
+    model = model_of().double()
+    with torch.no_grad():
+        torch.testing.assert_close(fold(model)(some_tokens()), model(some_tokens()), rtol=1e-9, atol=1e-9)
+
+
+def test_a_folded_model_holds_no_factor_and_fewer_numbers_in_its_scales():
+    model = model_of()
+    folded = fold(model)
+    scales = {name: value.numel() for name, value in folded.named_parameters() if value.ndim == 1}
+    # Two gains and the score scale a block, as in GPT+; no final norm, no s_Z.
+    assert sum(scales.values()) == 6 * (2 * 64 + 1)
+    assert {type(module).__name__ for module in folded.modules()} == {
+        "FoldedAnGPT",
+        "FoldedBlock",
+        "Embedding",
+        "ModuleList",
+        "Linear",
+    }
+
+
+def test_a_folded_model_generates_the_same_text():
+    model = model_of()
+    options = {"max_tokens": 80, "temperature": 0}
+    assert list(generate(fold(model), [[1, 2], [3]], **options)) == list(generate(model, [[1, 2], [3]], **options))
+
+
+def test_folding_keeps_dtype_and_leaves_the_model_alone():
+    model = model_of().bfloat16()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    folded = fold(model)
+    assert isinstance(folded, FoldedAnGPT)
+    assert {parameter.dtype for parameter in folded.parameters()} == {torch.bfloat16}
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_what_can_not_be_folded_is_said():
+    for architecture in ("gpt+", "ngpt"):
+        with pytest.raises(TypeError, match="only an anGPT can be folded, not "):
+            fold(model_of(architecture))
+    model = model_of()
+    with torch.no_grad():
+        residual = model.blocks[2].mlp_residual
+        residual.alpha.value[5] = residual.alpha.scale / residual.alpha.init
+    assert residual.alpha()[5] == 1
+    with pytest.raises(ValueError, match="an alpha is exactly 1"):
+        fold(model)
