@@ -152,6 +152,8 @@ def wrong(arguments, capsys):
         (["train", "--architecture", "gpt+", "--model.gate-scale", "none"], "gate_scale is not an option of gpt+"),
         (["train", "--tokens", "1K"], "tokens 1,000 is less than one batch of 4,096"),
         (["train", "--config", "dmo"], "no config file dmo: did you mean demo?"),
+        (["train", "--config", ""], "no config file"),
+        (["train", "stray"], "unexpected argument stray"),
         (["train", "--data", "nowhere"], "nowhere: no such folder"),
         (["train", "--resume"], "--resume needs the run folder: give it with --out"),
         (["train", "--resume", "--out", "nowhere"], "nowhere holds no run to resume"),
@@ -188,6 +190,12 @@ def test_mistakes_that_need_a_run(run, corpus, capsys, tmp_path):
     assert "temperature -1.0 is out of range" in wrong([*generate_from, "--temperature=-1"], capsys)
     assert "top_p 0.0 is out of range" in wrong([*generate_from, "--top-p=0"], capsys)
     assert "device 'tpu' is not available here" in wrong([*generate_from, "--device=tpu"], capsys)
+    assert "seed -1 is out of range" in wrong([*generate_from, "--seed=-1"], capsys)
+    assert "the prompt is not UTF-8 text" in wrong([*generate_from, "--prompt=\udcff"], capsys)
+    (tmp_path / "file").write_text("text")
+    assert "file is a file: choose the name of a new folder" in wrong([*train, "--out", tmp_path / "file"], capsys)
+    assert "can not be made: Not a directory" in wrong([*train, "--out", tmp_path / "file/run"], capsys)
+    assert "a file; make a data folder of it" in wrong(["train", "--data", tmp_path / "file"], capsys)
     assert "not a prepared data folder" in wrong(["train", "--data", run], capsys)
     assert sorted(path.name for path in run.rglob("*")) == before
 
@@ -204,6 +212,23 @@ def test_a_shard_that_changed_is_refused(tmp_path, capsys):
     assert "train-00000.bin" in wrong(train, capsys)
     shard.write_bytes(content)
     assert main([str(word) for word in train]) == 0
+
+
+def test_a_reader_that_goes_away_does_not_end_a_run(corpus, tmp_path):
+    words = ["train", "--data", str(corpus), "--out", str(tmp_path / "run"), *QUICK]
+    command = [sys.executable, "-m", "antransformer", *words]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 0
+    assert (tmp_path / "run/checkpoints/step-00000010").is_dir()
+
+
+def test_a_model_that_does_not_fit_is_status_1(corpus, tmp_path, capsys):
+    words = ["train", "--data", str(corpus), "--out", str(tmp_path / "run"), *QUICK, "--model.vocab-size=2000000000"]
+    assert main([*words, "--model.width=64000", "--lr=1e-3"]) == 1
+    assert "not enough memory: lower --micro-batch, or choose a smaller model" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_failure_of_the_machine_is_status_1(corpus, tmp_path, capsys, monkeypatch):

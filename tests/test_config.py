@@ -97,9 +97,26 @@ def test_counts(text, count):
     assert read_count(text) == count
 
 
-@given(st.integers(0, 10**15))
+@given(st.integers(0, 2**63 - 1))
 def test_any_whole_number_is_a_count(number):
-    assert read_count(str(number)) == number or number > 2**53
+    assert read_count(str(number)) == read_count(number) == number
+
+
+@given(st.integers(1, 9999), st.sampled_from([1, 2, 3]), st.sampled_from("KMBT"))
+def test_any_decimal_that_comes_out_whole_is_a_count(digits, places, suffix):
+    count = digits * {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}[suffix] // 10**places
+    text = f"{digits // 10**places}.{digits % 10**places:0{places}}{suffix}"
+    assert read_count(text) == count
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("vocab_size", [4096, 50_304])
+def test_default_micro_batches_are_even_and_fit(preset, vocab_size):
+    for architecture in ("angpt", "gpt+"):
+        config = resolve({"preset": preset, "architecture": architecture}, vocab_size)
+        most = max(1, 2**28 // (vocab_size * config.model.context))
+        passes = -(-config.batch_size // config.micro_batch)
+        assert config.micro_batch <= most and passes == -(-config.batch_size // most)
 
 
 def test_batches_are_whole_sequences():
@@ -130,7 +147,12 @@ def test_batches_are_whole_sequences():
         ({"architecture": "gpt"}, "architecture must be one of angpt, ngpt, gpt+, got 'gpt'"),
         ({"context": 64, "model": {"context": 32}}, "context and model.context disagree"),
         ({"model": {"width": 100}}, "width 100 is not a multiple of head_width 64: 128 would be"),
-        ({"micro_batch": 3}, "micro_batch 3 does not divide the batch of 16 sequences"),
+        ({"micro_batch": 0}, "micro_batch must be at least 1, got 0"),
+        ({"batch_tokens": 100}, "batch_tokens 100 is less than one sequence of 256 tokens"),
+        ({"tokens": "1e30"}, "config.yaml: tokens must be a count of tokens"),
+        ({"width": 64}, "config.yaml: unknown key width: did you mean model.width?"),
+        ({"model": {"width": 2**40}}, "width must be a positive integer below 2^31"),
+        ({"model": {"s_scale": 1e300}}, "s_scale must be a positive number of ordinary size, got 1e+300"),
         ({"warmup": 1}, "warmup must be at least 0 and below 1, got 1.0"),
         ({"log_every": 0}, "log_every must be at least 1, got 0"),
     ],
@@ -148,6 +170,8 @@ def test_wrong_settings_are_named(settings, message):
         ("a: [1", "not valid YAML near line 1"),
         ("- 1", "must hold settings as key: value"),
         ("1: 2", "must hold settings as key: value"),
+        ("[" * 20_000, "not valid YAML"),
+        ("a: !!timestamp x", "not valid YAML"),
         ("!!python/object/apply:os.getcwd []", "not valid YAML"),
     ],
 )

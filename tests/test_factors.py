@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,11 @@ def on_sphere(n, d, seed=0):
 def test_linear_brings_a_random_map_back_to_the_sphere(fan_in, fan_out):
     y = on_sphere(2000, fan_in) @ on_sphere(fan_out, fan_in, seed=1).T * factors.linear(fan_in, fan_out)
     assert y.norm(dim=-1).square().mean().item() == pytest.approx(1, rel=0.01)
+
+
+def test_numbers_of_numpy_are_numbers():
+    assert factors.linear(np.int64(12), 3) == 2 and factors.attention(np.int64(9)) == 3
+    assert factors.residual(np.float32(0.5)) == pytest.approx(math.sqrt(2))
 
 
 @given(st.floats(-3, 3))

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from antransformer.data import byte_tokenizer
-from antransformer.errors import ConfigError
+from antransformer.errors import CheckpointError, ConfigError
 from antransformer.inference.generate import generate, sample, stream_text
 from antransformer.models import Cache, ModelConfig, build
 
@@ -84,11 +84,19 @@ def test_ids_past_the_tokenizer_are_never_sampled(model):
         ({"temperature": float("nan")}, "temperature nan is out of range"),
         ({"top_k": 0}, "top_k 0 is out of range"),
         ({"top_p": 1.5}, "top_p 1.5 is out of range"),
+        ({"seed": -1}, "seed -1 is out of range"),
     ],
 )
 def test_options_out_of_range_are_refused_at_once(model, options, message):
     with pytest.raises(ConfigError, match=message):
         generate(model, **{"prompts": [[1]], "max_tokens": 3, **options})
+
+
+def test_broken_weights_are_said(model):
+    with torch.no_grad():
+        model.embedding.weight.fill_(float("nan"))
+    with pytest.raises(CheckpointError, match="logits are not finite"):
+        continued(model, [[1]], max_tokens=1)
 
 
 def test_sampling_follows_the_distribution_and_its_cuts():
@@ -104,6 +112,7 @@ def test_sampling_follows_the_distribution_and_its_cuts():
     assert share(top_k=2) == pytest.approx([0.625, 0.375, 0, 0], abs=0.03)
     assert share(top_p=0.7) == pytest.approx([0.625, 0.375, 0, 0], abs=0.03)
     assert share(top_p=0.01) == [1, 0, 0, 0]
+    assert share(temperature=1e-40) == [1, 0, 0, 0]
     squared = [0.25, 0.09, 0.0225, 0.0025]
     assert share(temperature=0.5) == pytest.approx([value / sum(squared) for value in squared], abs=0.03)
 

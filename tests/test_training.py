@@ -117,7 +117,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(corpus, tmp_p
 
 
 def test_accumulating_gradients_does_not_change_the_run(corpus, tmp_path):
-    for name, micro_batch in (("whole", 8), ("parts", 2)):
+    for name, micro_batch in (("whole", 8), ("parts", 3)):  # 3 + 3 + 2: an uneven last part counts by its size
         start(corpus, tmp_path / name, tokens=256 * 8, micro_batch=micro_batch).run()
     whole, parts = losses(tmp_path / "whole"), losses(tmp_path / "parts")
     assert list(parts.values()) == pytest.approx(list(whole.values()), rel=1e-4)
@@ -233,6 +233,30 @@ def test_a_loss_that_is_not_finite_stops_the_run(corpus, tmp_path, monkeypatch):
     assert max(losses(tmp_path / "run")) <= 12
 
 
+def test_weights_that_are_not_finite_are_never_written(corpus, tmp_path):
+    trainer = start(corpus, tmp_path / "run", tokens=256 * 3, checkpoint_every=1, log_every=1)
+    step = trainer.optimizer.step
+
+    def broken_step():
+        step()
+        if trainer.done == 1:  # the second update
+            with torch.no_grad():
+                trainer.model.lm_head.weight[3, 4] = math.inf
+
+    trainer.optimizer.step = broken_step
+    with pytest.raises(MachineError, match=r"the largest row norm is inf at step 2; last good checkpoint: .*00000001;"):
+        trainer.run()
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000001"]
+    assert set(losses(tmp_path / "run")) == {1}
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(corpus, tmp_path):
+    trainer = start(corpus, tmp_path / "run", tokens=256 * 5, log_every=5, checkpoint_every=5)
+    trainer.model.lm_head.weight.register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(MachineError, match=r"the gradient norm is .* at step 1; last good checkpoint: none yet"):
+        trainer.run()
+
+
 def damage(path, how):
     if how == "truncated":
         os.truncate(path, path.stat().st_size // 2)
@@ -269,6 +293,24 @@ def test_a_broken_newest_checkpoint_is_named_and_passed_over(corpus, tmp_path, f
     assert checkpoint.read(tmp_path / "run/checkpoints/step-00000020").step == 20
 
 
+def test_a_broken_checkpoint_takes_no_place_among_those_that_are_kept(corpus, tmp_path):
+    start(corpus, tmp_path / "run").run()
+    damage(tmp_path / "run/checkpoints/step-00000020/model.safetensors", "truncated")
+    trainer, _ = resume(corpus, tmp_path / "run", keep_checkpoints=1, checkpoint_every=2)
+    update = trainer._update
+
+    def stop_at_17(step):
+        if step == 17:
+            raise KeyboardInterrupt
+        return update(step)
+
+    trainer._update = stop_at_17
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000016"]
+    assert checkpoint.newest(tmp_path / "run/checkpoints", print).step == 16
+
+
 def test_no_whole_checkpoint_is_an_error(corpus, tmp_path):
     start(corpus, tmp_path / "run", keep_checkpoints=1).run()
     damage(tmp_path / "run/checkpoints/step-00000020/model.safetensors", "truncated")
@@ -291,7 +333,42 @@ def test_a_checkpoint_of_a_newer_version_is_not_called_broken(corpus, tmp_path):
     state = json.loads((path / "state.json").read_text())
     (path / "state.json").write_text(json.dumps({**state, "version": 2}))
     with pytest.raises(CheckpointError, match="checkpoint version 2, this release reads 1: update antransformer"):
+        resume(corpus, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "change", [{"step": 0}, {"step": 5.5}, {"step": -1}, {"model": {"width": 64}}, {"extra": None}, {"sha256": {}}]
+)
+def test_a_state_that_was_changed_is_not_believed(corpus, tmp_path, change):
+    path = start(corpus, tmp_path / "run", tokens=256 * 5).run().checkpoint
+    state = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps({**state, **change}))
+    with pytest.raises(CheckpointError, match=r"state\.json is corrupted"):
         checkpoint.read(path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("lr: 0.01", "lr: 0.02"), ("seed: 0", "seed: 1"), ("tokens: 1280", "tokens: 768")]
+)
+def test_a_config_that_was_edited_is_not_believed(corpus, tmp_path, old, new):
+    start(corpus, tmp_path / "run", tokens=256 * 5).run()
+    text = (tmp_path / "run/config.yaml").read_text()
+    assert old in text
+    (tmp_path / "run/config.yaml").write_text(text.replace(old, new))
+    with pytest.raises(CheckpointError, match=f"written with another {old.partition(':')[0]} than config.yaml has now"):
+        resume(corpus, tmp_path / "run")
+
+
+def test_a_folder_that_a_kill_left_half_laid_out_can_be_used(corpus, tmp_path):
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "run/tokenizer.json").write_text("{")
+    assert start(corpus, tmp_path / "run", tokens=256).run().step == 1
+
+
+def test_checkpoints_are_readable_as_the_umask_says(corpus, tmp_path):
+    path = start(corpus, tmp_path / "run", tokens=256).run().checkpoint
+    (tmp_path / "plain").touch()
+    assert {file.stat().st_mode for file in path.iterdir()} == {(tmp_path / "plain").stat().st_mode}
 
 
 def test_resuming_refuses_what_would_change_the_run(corpus, tmp_path):
@@ -331,18 +408,24 @@ def limit_file_size():
 
 
 def test_a_disk_that_fills_up_leaves_the_older_checkpoint_whole(corpus, tmp_path):
-    length = ["--tokens", str(256 * 5)]
-    first = subprocess.run(command(corpus, tmp_path / "run", *length), capture_output=True, text=True)
-    assert first.returncode == 0
-    # A longer run in the same folder, under a limit on file sizes that the weights exceed.
-    config = (tmp_path / "run/config.yaml").read_text().replace("tokens: 1280", f"tokens: {256 * 10}")
-    (tmp_path / "run/config.yaml").write_text(config)
-    resumed = command(corpus, tmp_path / "run", "--tokens", str(256 * 10), "--resume")
+    trainer = start(corpus, tmp_path / "run")
+    update = trainer._update
+
+    def stop_at_7(step):
+        if step == 7:
+            raise KeyboardInterrupt
+        return update(step)
+
+    trainer._update = stop_at_7
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    # It goes on under a limit on file sizes that the weights exceed.
+    resumed = [*command(corpus, tmp_path / "run"), "--resume"]
     second = subprocess.run(resumed, capture_output=True, text=True, preexec_fn=limit_file_size)
     assert second.returncode == 1
     complaint = second.stderr.strip()
     assert "\n" not in complaint and "the checkpoint of step 10 could not be written" in complaint
-    assert complaint.endswith(f"the last whole one is {tmp_path}/run/checkpoints/step-00000005")
+    assert complaint.endswith(f"the one before it is {tmp_path}/run/checkpoints/step-00000005")
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000005"]
     assert checkpoint.read(tmp_path / "run/checkpoints/step-00000005").step == 5
 
@@ -383,7 +466,7 @@ def test_no_such_device_is_named():
     from antransformer.errors import ConfigError
 
     assert choose_device("cpu").type == "cpu"
-    for name in ("tpu", "cuda:7" if torch.cuda.device_count() < 8 else "xla"):
+    for name in ("tpu", "meta", "cuda:7" if torch.cuda.device_count() < 8 else "xla"):
         with pytest.raises(ConfigError, match=f"device '{name}' is not available here"):
             choose_device(name)
 

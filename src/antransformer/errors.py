@@ -25,6 +25,10 @@ class CheckpointError(UsageError):
     """A run folder or checkpoint can not be used for what was asked."""
 
 
+class NewerCheckpointError(CheckpointError):
+    """A checkpoint was written by a newer release: it is whole, and must not be passed over or replaced."""
+
+
 class MissingExtraError(UsageError):
     """An optional dependency is needed; the message names the extra to install."""
 

@@ -9,6 +9,7 @@ the argument is a learnable tensor (``residual``, ``attention``) the factor is a
 """
 
 import math
+import numbers
 from collections.abc import Callable
 from typing import overload
 
@@ -26,7 +27,7 @@ def linear(fan_in: int, fan_out: int) -> float:
         ValueError: a fan is not a positive integer.
     """
     for name, fan in (("fan_in", fan_in), ("fan_out", fan_out)):
-        if isinstance(fan, bool) or not isinstance(fan, int) or fan < 1:
+        if isinstance(fan, bool) or not isinstance(fan, numbers.Integral) or fan < 1:
             raise ValueError(f"{name} must be a positive integer, got {fan!r}")
     return math.sqrt(fan_in / fan_out)
 
@@ -48,13 +49,14 @@ def residual(alpha: float | Tensor) -> float | Tensor:
         alpha: a number, or a real floating-point tensor of any shape; the result has its type, shape and dtype.
 
     Raises:
-        ValueError: alpha is not a real number, is not finite, or is a tensor without a real floating-point dtype.
+        ValueError: alpha is a number that is not real and finite, or a tensor without a real floating-point dtype
+            (its values are not looked at).
     """
     if isinstance(alpha, Tensor):
         if not alpha.is_floating_point():
             raise ValueError(f"alpha must be a real floating-point tensor, got {alpha.dtype}")
         return torch.rsqrt(alpha.square() + (1 - alpha).square())
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+    if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real) or not math.isfinite(alpha):
         raise ValueError(f"alpha must be a finite real number, got {alpha!r}")
     return 1 / math.hypot(alpha, 1 - alpha)
 
@@ -87,7 +89,7 @@ def activation(fn: Callable[[Tensor], Tensor], std: float = 1.0) -> float:
         ValueError: std is not positive and finite; fn is zero, or not finite, on (almost) all inputs, or not
             elementwise.
     """
-    if isinstance(std, bool) or not isinstance(std, (int, float)) or not math.isfinite(std) or std <= 0:
+    if isinstance(std, bool) or not isinstance(std, numbers.Real) or not math.isfinite(std) or std <= 0:
         raise ValueError(f"std must be a positive finite number, got {std!r}")
     z = torch.linspace(-38, 38, 2**16 + 1, dtype=torch.float64, device="cpu")
     density = torch.exp(-z.square() / 2)
@@ -125,6 +127,6 @@ def attention(rows: int | Tensor) -> float | Tensor:
         if rows.is_complex() or rows.dtype == torch.bool or bool((rows < 1).any()):
             raise ValueError("rows must be real numbers of at least 1")
         return rows.sqrt()
-    if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
+    if isinstance(rows, bool) or not isinstance(rows, numbers.Integral) or rows < 1:
         raise ValueError(f"rows must be a positive integer, got {rows!r}")
     return math.sqrt(rows)

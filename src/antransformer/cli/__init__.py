@@ -1,5 +1,6 @@
 """The command ``antransformer VERB``: parse, call, print. One file a verb."""
 
+import io
 import sys
 from collections.abc import Sequence
 
@@ -8,6 +9,7 @@ import torch
 from antransformer import __version__
 from antransformer.cli import demo, generate, prepare, train
 from antransformer.cli.options import Parser
+from antransformer.cli.progress import silence
 from antransformer.errors import AntransformerError, RunStoppedError, UsageError
 
 VERBS = {"prepare": prepare, "train": train, "generate": generate, "demo": demo}
@@ -33,6 +35,8 @@ def make_parser() -> Parser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status: 0, 2 for a user's mistake, 1 for a failure of the machine."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a sample may hold what the terminal's encoding does not
     try:
         parsed, unknown = make_parser().parse_known_args(arguments)
         if unknown:
@@ -42,8 +46,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _say(error, error.status)
     except UsageError as error:
         return _say(f"error: {error}", 2)
-    except torch.OutOfMemoryError:
-        return _say("error: the device's memory is full: lower --micro-batch", 1)
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        silence()
+        return 0
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        return _say("error: not enough memory: lower --micro-batch, or choose a smaller model", 1)
     except (AntransformerError, OSError, MemoryError) as error:
         return _say(f"error: {error or type(error).__name__}", 1)
     except KeyboardInterrupt:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from antransformer.cli.options import Parser
-from antransformer.errors import DataError
+from antransformer.errors import ConfigError, DataError
 from antransformer.inference.generate import generate, stream_text
 from antransformer.training.checkpoint import restore
 from antransformer.training.device import choose_device
@@ -48,6 +48,10 @@ def run(parsed: argparse.Namespace) -> None:
 
 def write_sample(path: Path, prompt: str, device: str = "auto", **options: Any) -> None:
     """Print a prompt and its continuation by the model of a run."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError("the prompt is not UTF-8 text") from error
     found, tokenizer = open_checkpoint(path, notify=lambda text: print(text, file=sys.stderr))
     if tokenizer.vocab_size > found.model.vocab_size:
         raise DataError(f"{path}: its tokenizer has ids beyond the model's vocabulary of {found.model.vocab_size}")

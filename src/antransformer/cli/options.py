@@ -39,8 +39,9 @@ class Parser(argparse.ArgumentParser):
         """
         name = word.partition("=")[0]
         known = [option for action in self._actions for option in action.option_strings]
-        hint = nearest(name, known) if name.startswith("-") else ""
-        raise UsageError(f"unknown option {name}{hint} (see {self.prog} --help)")
+        if not name.startswith("-"):
+            raise UsageError(f"unexpected argument {word} (see {self.prog} --help)")
+        raise UsageError(f"unknown option {name}{nearest(name, known)} (see {self.prog} --help)")
 
 
 def add_config(group: Any, config: type, prefix: str = "", only: tuple[str, ...] = ()) -> None:
@@ -50,7 +51,7 @@ def add_config(group: Any, config: type, prefix: str = "", only: tuple[str, ...]
         if "help" not in item.metadata or (only and item.name not in only):
             continue
         text = item.metadata["help"].replace("%", "%%")
-        if item.default not in (None, False) and "(default" not in text:
+        if item.default is not None and item.default is not False and "(default" not in text:
             text += f" (default {item.default})"
         flag = f"--{prefix}{item.name.replace('_', '-')}"
         dest = f"set:{prefix}{item.name}"

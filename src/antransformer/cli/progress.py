@@ -1,5 +1,6 @@
 """Progress on a terminal as a bar, elsewhere as plain lines."""
 
+import os
 import sys
 import time
 from types import TracebackType
@@ -60,14 +61,14 @@ class TrainingProgress:
             self.bar.update(self.task, numbers=numbers)
         else:
             left = (self.steps - line["step"]) * line["tokens"] / line["step"] / line["tokens_per_second"]
-            print(f"step {line['step']}/{self.steps}  {numbers}  {_duration(left)} left", flush=True)
+            say(f"step {line['step']}/{self.steps}  {numbers}  {_duration(left)} left")
 
     def note(self, text: str) -> None:
         """A line of its own."""
         if self.console.is_terminal:
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
         else:
-            print(text, flush=True)
+            say(text)
 
 
 class PrepareProgress:
@@ -104,6 +105,19 @@ class PrepareProgress:
         if self.bar.disable and time.monotonic() - self.last > 10:
             self.last = time.monotonic()
             print(f"{self.label}: {numbers}", file=sys.stderr, flush=True)
+
+
+def say(text: str) -> None:
+    """Print a line. Where nobody reads any more (``| head``, a closed terminal) the work goes on in silence."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        silence()
+
+
+def silence() -> None:
+    """Send everything that is still printed nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _duration(seconds: float) -> str:

@@ -19,6 +19,7 @@ from antransformer.cli.progress import TrainingProgress
 from antransformer.data import Dataset
 from antransformer.errors import CheckpointError, ConfigError
 from antransformer.models import ModelConfig
+from antransformer.models.config import PAPER_VOCABULARY
 from antransformer.training import run as runs
 from antransformer.training.config import (
     ALIASES,
@@ -50,7 +51,7 @@ def add_arguments(parser: Parser) -> None:
 def run(parsed: argparse.Namespace) -> None:
     """Train, from the start or from a checkpoint."""
     settings = normalise(settings_of(parsed), "command line")
-    if parsed.config:
+    if parsed.config is not None:
         settings = merge(normalise(read_config(parsed.config), parsed.config), settings)
     train(settings, parsed.out, parsed.resume)
 
@@ -81,14 +82,14 @@ def read_config(name: str) -> dict[str, Any]:
     shipped = shipped_configs()
     if name in shipped:
         return read_yaml(shipped[name])
-    if not Path(name).exists():
+    if not Path(name).is_file():
         raise ConfigError(f"no config file {name}{nearest(name, shipped) or ': shipped are ' + ', '.join(shipped)}")
     return read_yaml(Path(name))
 
 
 def _new(settings: dict[str, Any], folder: Path | None) -> tuple[Dataset, TrainConfig, Path]:
     # Settings are checked before the data is prepared or verified: a misspelt option should not cost a minute.
-    data = resolve(settings, vocab_size=2**31).data
+    data = resolve(settings, vocab_size=PAPER_VOCABULARY).data
     if folder is not None:
         runs.require_empty(folder)
     dataset = open_data(data)

@@ -121,6 +121,8 @@ def _read_meta(path: Path) -> tuple[dict[str, Any], str]:
     except OSError as error:
         if path.is_dir():
             raise DataError(f"{path}: not a prepared data folder, it has no readable meta.json") from error
+        if path.exists():
+            raise DataError(f"{path}: a file; make a data folder of it with antransformer prepare") from error
         raise DataError(f"{path}: no such folder; prepare the data first") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: damaged, not JSON ({error}); {AGAIN}") from error
@@ -151,7 +153,12 @@ def _split(folder: Path, name: str, entry: dict[str, Any], dtype: str) -> Split:
         dtype=dtype,
         shards=tuple(shards),
     )
-    if not shards or min(shard.tokens for shard in shards) == 0 or split.tokens != sum(s.tokens for s in shards):
+    if (
+        not split.bytes
+        or not shards
+        or min(shard.tokens for shard in shards) == 0
+        or split.tokens != sum(s.tokens for s in shards)
+    ):
         raise DataError(f"{where}: its shards do not add up to its {split.tokens:,} tokens; {AGAIN}")
     return split
 

@@ -10,7 +10,7 @@ import numpy as np
 from antransformer.data.dataset import Dataset
 from antransformer.data.holdout import Division, Document, Inputs
 from antransformer.data.shards import SHARD_TOKENS, ShardWriter, dtype_for, write_meta
-from antransformer.data.tokenizers import SAMPLE_BYTES, SMALLEST_BPE, Tokenizer, resolve, train_bpe
+from antransformer.data.tokenizers import LARGEST_BPE, SAMPLE_BYTES, SMALLEST_BPE, Tokenizer, resolve, train_bpe
 from antransformer.errors import DataError
 
 # Enough to keep the cores busy, little enough for memory: the library needs a hundred bytes and more for a token.
@@ -55,8 +55,11 @@ def prepare(
     _refuse_in_use(out)
     if shard_tokens < 1:
         raise DataError(f"shard_tokens is {shard_tokens}: it must be at least 1")
-    if bpe_vocab is not None and bpe_vocab < SMALLEST_BPE:
-        raise DataError(f"bpe_vocab is {bpe_vocab}: it must be at least {SMALLEST_BPE}, to hold every byte")
+    if bpe_vocab is not None and not SMALLEST_BPE <= bpe_vocab <= LARGEST_BPE:
+        raise DataError(
+            f"bpe_vocab is {bpe_vocab}: it must be at least {SMALLEST_BPE}, to hold every byte, and at most "
+            f"{LARGEST_BPE:,}"
+        )
     if bpe_vocab is not None and tokenizer != "byte":
         raise DataError(f"bpe_vocab trains a tokenizer, and tokenizer {tokenizer} is another: give only one of them")
     division = Division.find(inputs, val_inputs, val_fraction)

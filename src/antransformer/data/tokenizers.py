@@ -14,6 +14,7 @@ from antransformer.errors import DataError
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<|im_end|>")
 SMALLEST_BPE = 256 + 1  # every byte, and the end of text
+LARGEST_BPE = 2**24  # the library aborts the process where it can not allocate
 SAMPLE_BYTES = 64_000_000
 
 

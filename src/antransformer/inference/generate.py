@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from antransformer.data import Tokenizer
-from antransformer.errors import ConfigError
+from antransformer.errors import CheckpointError, ConfigError
 from antransformer.models import Cache, Decoder
 
 
@@ -42,6 +42,7 @@ def generate(
 
     Raises:
         ConfigError: no prompt, an empty one, or an option out of range.
+        CheckpointError: while generating, if the model's weights are broken.
     """
     if not prompts or not all(prompts):
         raise ConfigError("a prompt has no tokens: give at least one")
@@ -50,6 +51,7 @@ def generate(
         ("temperature", temperature, 0 <= temperature < float("inf")),
         ("top_k", top_k, top_k is None or top_k >= 1),
         ("top_p", top_p, 0 < top_p <= 1),
+        ("seed", seed, 0 <= seed < 2**62),
     ):
         if not ok:
             raise ConfigError(f"{name} {value} is out of range")
@@ -93,6 +95,8 @@ def grow(
             cache = Cache(model, len(texts), torch.tensor(padding, device=device) if any(padding) else None)
         with torch.no_grad():
             logits = model.logits(model.hidden(new, cache)[:, -1]).float()
+        if not logits.isfinite().all():
+            raise CheckpointError("the model's logits are not finite: its weights are not those of a sound run")
         yield logits, texts
 
 
@@ -100,7 +104,7 @@ def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float, 
     """One token id from logits (V,); see ``generate`` for the options."""
     if temperature == 0:
         return int(logits.argmax())
-    logits, ids = torch.sort(logits / temperature, descending=True)
+    logits, ids = torch.sort((logits - logits.amax()) / temperature, descending=True)
     probabilities = logits.softmax(0)
     # A token stays while those before it have less than top_p together; the likeliest one always stays.
     kept = probabilities.cumsum(0) - probabilities < top_p

@@ -76,8 +76,8 @@ class ModelConfig:
             raise ConfigError(f"unknown architecture {self.architecture!r}: choose from {', '.join(OPTIONS)}")
         for name in ("vocab_size", "width", "layers", "context", "head_width", "mlp_ratio"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} must be a positive integer, got {value!r}")
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
+                raise ConfigError(f"{name} must be a positive integer below 2^31, got {value!r}")
         options = OPTIONS[self.architecture]
         for name in OPTION_NAMES:
             if name in options and getattr(self, name) is None:
@@ -87,8 +87,8 @@ class ModelConfig:
                 raise ConfigError(f"{name} is not an option of {self.architecture}: leave it out")
         for name in ("rotary_base", "alpha_init", "s_scale", "init_std"):
             value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise ConfigError(f"{name} must be a positive number, got {value!r}")
+            if value is not None and not 1e-12 < value < 1e12:
+                raise ConfigError(f"{name} must be a positive number of ordinary size, got {value!r}")
         if self.width % self.head_width:
             near = max(1, round(self.width / self.head_width)) * self.head_width
             raise ConfigError(f"width {self.width} is not a multiple of head_width {self.head_width}: {near} would be")

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.optim import Optimizer
 
-from antransformer.errors import CheckpointError, MachineError
+from antransformer.errors import CheckpointError, MachineError, NewerCheckpointError
 from antransformer.models import Decoder, ModelConfig, build
 
 FORMAT = "antransformer-checkpoint"
@@ -72,26 +72,29 @@ def save(folder: Path, step: int, model: Decoder, optimizer: Optimizer, extra: d
             "format": FORMAT,
             "version": VERSION,
             "step": step,
-            "model": {key: value for key, value in asdict(model.config).items() if value is not None},
+            "model": _model_mapping(model.config),
             "extra": extra,
             "sha256": {name: sha256(partial / name) for name in tensors},
         }
         (partial / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         for file in partial.iterdir():
+            file.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner can read
             _flush(file)
-        if target.exists():  # resumed from an older checkpoint after this one was found broken
-            shutil.rmtree(target)
+        # Later ones are of a future that was given up: broken, and the run resumed from before them.
+        for path in step_folders(folder):
+            if step_of(path) >= step:
+                shutil.rmtree(path)
         partial.rename(target)
         _flush(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         reason = getattr(error, "strerror", None) or str(error)
-        last = max(step_folders(folder), default=None)
-        rest = f"the last whole one is {last}" if last else "there is no earlier one"
+        last = max(step_folders(folder), key=step_of, default=None)
+        rest = f"the one before it is {last}" if last else "there is no earlier one"
         raise MachineError(
             f"the checkpoint of step {step} could not be written to {folder}: {reason}; {rest}"
         ) from error
-    for old in sorted(step_folders(folder))[:-keep]:
+    for old in sorted(step_folders(folder), key=step_of)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return target
 
@@ -101,11 +104,14 @@ def newest(folder: Path, notify: Callable[[str], None]) -> Checkpoint | None:
 
     Raises:
         CheckpointError: checkpoints are there, and none is whole.
+        NewerCheckpointError: one was written by a newer release.
     """
-    found = sorted(step_folders(folder), reverse=True)
+    found = sorted(step_folders(folder), key=step_of, reverse=True)
     for path in found:
         try:
             return read(path)
+        except NewerCheckpointError:
+            raise
         except CheckpointError as error:
             notify(f"{error}; going back to the one before")
     if found:
@@ -117,7 +123,8 @@ def read(path: Path) -> Checkpoint:
     """Verify one checkpoint folder.
 
     Raises:
-        CheckpointError: it is no checkpoint, of a newer version, or a file is missing, truncated or changed.
+        CheckpointError: it is no checkpoint, or a file is missing, truncated or changed.
+        NewerCheckpointError: it was written by a newer release.
     """
     try:
         state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
@@ -128,13 +135,15 @@ def read(path: Path) -> Checkpoint:
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"{path}: {STATE_FILE} is not of the format {FORMAT}")
     if state.get("version") != VERSION:
-        raise CheckpointError(
+        raise NewerCheckpointError(
             f"{path}: checkpoint version {state.get('version')!r}, this release reads {VERSION}: update antransformer"
         )
     try:
-        step, model, extra = int(state["step"]), ModelConfig(**state["model"]), dict(state["extra"])
+        step, model, extra = state["step"], ModelConfig(**state["model"]), dict(state["extra"])
+        if state["model"] != _model_mapping(model) or step != step_of(path):
+            raise ValueError("a field of the model is missing, or the step is not that of the folder's name")
         digests = {name: str(state["sha256"][name]) for name in (MODEL_FILE, OPTIMIZER_FILE)}
-    except (KeyError, TypeError, ValueError) as error:  # ConfigError is a ValueError
+    except (KeyError, TypeError, ValueError) as error:  # a ConfigError is a ValueError
         raise CheckpointError(f"{path}: {STATE_FILE} is corrupted ({error})") from error
     for name, digest in digests.items():
         if not (path / name).is_file():
@@ -186,8 +195,14 @@ def restore(checkpoint: Checkpoint, device: torch.device) -> Decoder:
 
 
 def step_folders(folder: Path) -> list[Path]:
-    """Checkpoint folders, whole or not, in no particular order; their names sort by step."""
-    return [path for path in folder.glob("step-*") if path.is_dir() and path.name[5:].isdigit()]
+    """Checkpoint folders, whole or not, in no particular order."""
+    return [path for path in folder.glob("step-*") if path.is_dir() and path.name[5:].isdecimal()]
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint folder's name; -1 for a folder of another name."""
+    number = path.name.removeprefix("step-")
+    return int(number) if number.isdecimal() else -1
 
 
 def remove_partial(folder: Path) -> None:
@@ -220,6 +235,16 @@ def _load(path: Path) -> dict[str, Tensor]:
         return safetensors.torch.load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: can not be read: {error}") from error
+
+
+def _model_mapping(config: ModelConfig) -> dict[str, Any]:
+    return {key: value for key, value in asdict(config).items() if value is not None}
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _flush(path: Path) -> None:

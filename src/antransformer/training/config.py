@@ -9,6 +9,7 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
 
@@ -135,6 +136,10 @@ def resolve(settings: Mapping[str, Any], vocab_size: int, where: str = "settings
     model_given = given.pop("model", {})
     model = ModelConfig(**{**preset_sizes(preset), "vocab_size": vocab_size, **model_given})
     if "batch_tokens" in given:
+        if given["batch_tokens"] < model.context:
+            raise ConfigError(
+                f"batch_tokens {given['batch_tokens']:,} is less than one sequence of {model.context:,} tokens"
+            )
         given["batch_tokens"] = _whole_sequences(given["batch_tokens"], model.context)
     values: dict[str, Any] = {
         "preset": preset,
@@ -153,12 +158,7 @@ def resolve(settings: Mapping[str, Any], vocab_size: int, where: str = "settings
     values.setdefault("eval_every", tenth)
     values.setdefault("checkpoint_every", tenth)
     values.setdefault("micro_batch", defaults.micro_batch(model, batch_size))
-    config = TrainConfig(model=model, **values)
-    if config.batch_size % config.micro_batch:
-        raise ConfigError(
-            f"micro_batch {config.micro_batch} does not divide the batch of {config.batch_size} sequences"
-        )
-    return config
+    return TrainConfig(model=model, **values)
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -203,7 +203,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise ConfigError(f"{path}: can not be read: {reason}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, AttributeError, ValueError, RecursionError) as error:  # odd scalars, deep nesting
         line = getattr(getattr(error, "problem_mark", None), "line", None)
         place = f" near line {line + 1}" if line is not None else ""
         raise ConfigError(
@@ -253,15 +253,18 @@ def read_count(value: Any) -> Count:
     text = str(value).strip().replace("_", "").replace(",", "")
     suffix = text[-1:].upper()
     scale = COUNT_SUFFIXES.get(suffix, 1)
-    number = float(text[:-1] if suffix in COUNT_SUFFIXES else text) * scale
-    if number != round(number):
-        raise ValueError(value)
-    return Count(round(number))
+    try:  # decimal: 4.1M is 4,099,999.9999999995 in binary floating point
+        number = Decimal(text[:-1] if suffix in COUNT_SUFFIXES else text) * scale
+        if number != int(number) or abs(number) >= 2**63:
+            raise ValueError(value)
+    except ArithmeticError:
+        raise ValueError(value) from None
+    return Count(int(number))
 
 
 def nearest(word: str, known: typing.Iterable[str]) -> str:
     """``: did you mean X?`` for a misspelt word, or nothing where none is near."""
-    match = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.5)
+    match = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.6)
     return f": did you mean {match[0]}?" if match else ""
 
 
@@ -274,6 +277,8 @@ def _check_keys(
     for key in given:
         if key not in known:
             others = {prefix + name for name in (*known, *also)}
+            if not prefix and key in ModelConfig.__dataclass_fields__:
+                raise ConfigError(f"{where}: unknown key {key}: did you mean model.{key}?")
             raise ConfigError(f"{where}: unknown key {prefix}{key}{nearest(prefix + str(key), others)}")
     return {key: convert(value, hints[key], f"{where}: {prefix}{key}") for key, value in given.items()}
 

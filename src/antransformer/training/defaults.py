@@ -80,9 +80,10 @@ def tokens(config: ModelConfig) -> int:
 
 
 def micro_batch(config: ModelConfig, batch_size: int) -> int:
-    """Sequences in one forward pass: the largest divisor of the batch that keeps the logits within 2^28 numbers.
+    """Sequences in one forward pass: so many that the logits stay within 2^28 numbers, in passes of about equal size.
 
     Logits are the largest activation of a small model with a large vocabulary: 2^28 are 1 GiB in float32.
     """
     most = max(1, 2**28 // (config.vocab_size * config.context))
-    return max(size for size in range(1, min(most, batch_size) + 1) if batch_size % size == 0)
+    passes = -(-batch_size // most)
+    return -(-batch_size // passes)

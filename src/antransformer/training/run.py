@@ -36,7 +36,14 @@ def require_empty(folder: Path) -> None:
     Raises:
         ConfigError: the folder exists and is not empty.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is a file: choose the name of a new folder for --out")
+    # What a run leaves that was killed while it laid out its folder; its config comes last.
+    unfinished = {CHECKPOINTS, TOKENIZER_FILE, f"{CONFIG_FILE}.partial"}
+    begun = {path.name for path in folder.iterdir()}
+    if begun - unfinished or any((folder / CHECKPOINTS).glob("*")):
         raise ConfigError(f"{folder} is not empty: choose another --out, or --resume to go on with the run in it")
 
 
@@ -44,11 +51,15 @@ def create(folder: Path, config: TrainConfig, dataset: Dataset) -> None:
     """Lay out a new run folder.
 
     Raises:
-        ConfigError: the folder exists and is not empty.
+        ConfigError: the folder exists and is not empty, or can not be made.
     """
+    tokenizer = dataset.tokenizer()
     require_empty(folder)
-    (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-    dataset.tokenizer().save(folder / TOKENIZER_FILE)
+    try:
+        (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{folder} can not be made: {error.strerror}; choose another --out") from error
+    tokenizer.save(folder / TOKENIZER_FILE)
     partial = folder / f"{CONFIG_FILE}.partial"
     partial.write_text(yaml.safe_dump(to_mapping(config), sort_keys=False), encoding="utf-8")
     partial.replace(folder / CONFIG_FILE)  # last, so that a folder with a config is complete
@@ -73,6 +84,8 @@ def resumed_config(folder: Path, given: Mapping[str, Any]) -> TrainConfig:
         ConfigError: a setting is wrong.
     """
     saved = saved_settings(folder)
+    if "vocab_size" not in (saved.get("model") or {}):
+        raise CheckpointError(f"{folder / CONFIG_FILE} is not the complete config of a run: put it back as it was")
     complete = resolve(saved, vocab_size=1, where=str(folder / CONFIG_FILE))  # the saved model has its own vocab_size
     before = to_mapping(complete)
     now = normalise(given, "command line")

@@ -18,7 +18,7 @@ from antransformer.data import Dataset, Windows, sequential
 from antransformer.errors import CheckpointError, DataError, MachineError, RunStoppedError
 from antransformer.models import Decoder, build
 from antransformer.training import checkpoint, metrics, throughput
-from antransformer.training.config import TrainConfig
+from antransformer.training.config import OPERATIONAL, TrainConfig, to_mapping
 from antransformer.training.device import autocast, choose_device, choose_precision
 from antransformer.training.run import CHECKPOINTS
 from antransformer.training.schedule import learning_rate
@@ -112,6 +112,14 @@ class Trainer:
             raise CheckpointError(
                 f"{self.folder} was trained on other data than {self.config.data}: resume with the data it began with"
             )
+        changed = [
+            name for name, value in self._identity().items() if found.extra.get("settings", {}).get(name) != value
+        ]
+        if changed or found.step > self.config.steps:
+            raise CheckpointError(
+                f"{found.path}: written with another {changed[0] if changed else 'tokens'} than config.yaml has now: "
+                "put config.yaml back as it was"
+            )
         checkpoint.load_model(found, self.model)
         checkpoint.load_optimizer(found, self.model, self.optimizer)
         self.done, self.seconds = found.step, float(found.extra["seconds"])
@@ -122,19 +130,18 @@ class Trainer:
 
         Raises:
             RunStoppedError: SIGINT or SIGTERM came; the checkpoint is written.
-            MachineError: the loss is not finite, or the disk is full.
+            MachineError: the loss, a gradient or a weight is not finite, or the disk is full.
         """
         config, log = self.config, metrics.MetricsLog(self.folder, self.done, self.config.tensorboard)
-        pending: list[Tensor] = []  # losses that were not looked at yet: looking waits for the device
+        pending: list[tuple[Tensor, Tensor]] = []  # not looked at yet: looking waits for the device
         started, counted = time.perf_counter(), self.done
         line: dict[str, Any] = {}
         self.reporter.step(self.done)
         try:
             with StopSignals() as stop:
                 while self.done < config.steps:
-                    loss, grad_norm = self._update(self.done + 1)
+                    pending.append(self._update(self.done + 1))
                     self.done += 1
-                    pending.append(loss)
                     self.reporter.step(self.done)
                     last = self.done == config.steps
                     stopping = None if last else stop.received  # read once: a signal may come at any moment
@@ -146,9 +153,10 @@ class Trainer:
                     elapsed = time.perf_counter() - started
                     self.seconds += elapsed
                     speed = (self.done - counted) * config.batch_tokens / elapsed
-                    line = self._line(pending[-1], grad_norm, speed)
+                    line = self._line(*pending[-1], speed)
                     if evaluate:
                         line |= self.evaluate()
+                    self._require_finite_weights(line)
                     pending.clear()
                     log.write(line)
                     self.reporter.line(line)
@@ -168,12 +176,11 @@ class Trainer:
     def _update(self, step: int) -> tuple[Tensor, Tensor]:
         """One optimizer step; returns the batch's mean loss and the gradient norm before clipping, on the device."""
         config = self.config
-        tokens, targets = self.windows.batch(step - 1, config.batch_size)
-        parts = config.batch_size // config.micro_batch
+        batch = self.windows.batch(step - 1, config.batch_size)
         total = torch.zeros((), device=self.device)
-        for part, target in zip(tokens.chunk(parts), targets.chunk(parts), strict=True):
+        for part, target in zip(*(tokens.split(config.micro_batch) for tokens in batch), strict=True):
             with autocast(self.device, self.precision):
-                loss = self.loss(self._to_device(part), self._to_device(target)) / parts
+                loss = self.loss(self._to_device(part), self._to_device(target)) * (len(part) / config.batch_size)
             loss.backward()
             total += loss.detach()
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
@@ -216,27 +223,46 @@ class Trainer:
             "seconds": round(self.seconds, 3),
         }
 
-    def _require_finite(self, losses: list[Tensor]) -> None:
-        values = torch.stack(losses)
-        if bool(values.isfinite().all()):
-            return
-        first = int(values.isfinite().logical_not().nonzero()[0])
-        step = self.done - len(losses) + 1 + first
-        good = max(checkpoint.step_folders(self.folder / CHECKPOINTS), default=None)
-        raise MachineError(
-            f"the loss is {float(values[first])} at step {step}; last good checkpoint: {good or 'none yet'}; "
+    def _require_finite(self, pending: list[tuple[Tensor, Tensor]]) -> None:
+        """Losses and gradient norms of the last steps."""
+        values = torch.stack([torch.stack(pair) for pair in pending])
+        for step, pair in enumerate(values.tolist(), self.done - len(pending) + 1):
+            for name, value in zip(("loss", "gradient norm"), pair, strict=True):
+                if not math.isfinite(value):
+                    raise self._not_finite(name, value, step)
+
+    def _require_finite_weights(self, line: dict[str, Any]) -> None:
+        """What the last update made of the weights, before they are written or reported."""
+        for key, name in (("largest_row_norm", "largest row norm"), ("val_loss", "validation loss")):
+            if not math.isfinite(line.get(key, 0.0)):
+                raise self._not_finite(name, line[key], self.done)
+
+    def _not_finite(self, name: str, value: float, step: int) -> MachineError:
+        good = checkpoint.newest(self.folder / CHECKPOINTS, self.reporter.note)
+        return MachineError(
+            f"the {name} is {value} at step {step}; last good checkpoint: {good.path if good else 'none yet'}; "
             "try a lower --lr, or another --seed"
         )
 
+    def _identity(self) -> dict[str, Any]:
+        """The settings that a resumed run must share with this one; the model's are compared by themselves."""
+        settings = to_mapping(self.config)
+        return {name: value for name, value in settings.items() if name not in (*OPERATIONAL, "model")}
+
     def _save(self) -> Path:
-        extra = {"seconds": self.seconds, "data": self.dataset.digest, "torch": torch.__version__}
+        extra = {
+            "seconds": self.seconds,
+            "data": self.dataset.digest,
+            "settings": self._identity(),
+            "torch": torch.__version__,
+        }
         folder = self.folder / CHECKPOINTS
         return checkpoint.save(folder, self.done, self.model, self.optimizer, extra, self.config.keep_checkpoints)
 
     def _result(self, line: dict[str, Any]) -> Result:
         if "val_loss" not in line:  # nothing was left to train
             line = line | self.evaluate()
-        path = max(checkpoint.step_folders(self.folder / CHECKPOINTS))
+        path = max(checkpoint.step_folders(self.folder / CHECKPOINTS), key=checkpoint.step_of)
         speed = self.done * self.config.batch_tokens / self.seconds
         return Result(self.done, line["val_loss"], line["bits_per_byte"], speed, path)
 
