@@ -150,7 +150,7 @@ def wrong(arguments, capsys):
         (["train", "--architecture", "gpt"], "architecture must be one of angpt, ngpt, gpt+, got 'gpt'"),
         (["train", "--model.width", "100"], "width 100 is not a multiple of head_width 64: 128 would be"),
         (["train", "--architecture", "gpt+", "--model.gate-scale", "none"], "gate_scale is not an option of gpt+"),
-        (["train", "--tokens", "1K"], "tokens 1,000 is less than one batch of 4,096"),
+        (["train", "--tokens", "1K"], "tokens 1,000 is less than one batch of 2,048"),
         (["train", "--config", "dmo"], "no config file dmo: did you mean demo?"),
         (["train", "--config", ""], "no config file"),
         (["train", "stray"], "unexpected argument stray"),

@@ -68,7 +68,7 @@ def test_defaults_below_the_fitted_range_are_the_measured_ones():
     for architecture in ("angpt", "ngpt", "gpt+"):
         config = resolve({"architecture": architecture}, vocab_size=4096)
         assert config.lr == defaults.SMALL_LR[architecture] < 0.05
-        assert config.batch_tokens == 4096
+        assert config.batch_tokens == defaults.SMALL_BATCH_TOKENS == 2048
     assert resolve({"architecture": "gpt+"}, 4096).warmup == 0.1
     assert resolve({"architecture": "gpt+"}, 4096).weight_decay == 0.1
     assert resolve({}, 4096).warmup == resolve({}, 4096).weight_decay == 0
@@ -137,7 +137,7 @@ def test_batches_are_whole_sequences():
         ({"seed": True}, "config.yaml: seed must be a whole number, got True"),
         ({"tokens": "many"}, "config.yaml: tokens must be a count of tokens such as 4096, 60K or 2.5B, got 'many'"),
         ({"tokens": "-5K"}, "tokens must be at least 1, got -5000"),
-        ({"tokens": 1000}, "tokens 1,000 is less than one batch of 4,096: raise tokens or lower batch_tokens"),
+        ({"tokens": 1000}, "tokens 1,000 is less than one batch of 2,048: raise tokens or lower batch_tokens"),
         ({"compile": "perhaps"}, "config.yaml: compile must be true or false, got 'perhaps'"),
         ({"precision": "fp8"}, "config.yaml: precision must be one of auto, float32, bfloat16, got 'fp8'"),
         ({"data": 5}, "config.yaml: data must be text, got 5"),

@@ -22,7 +22,7 @@ def some_tokens(batch=4):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"gate_scale": "none"}, {"gate_scale": "sqrt_width", "nu_p": "one"}, {"alpha_init": 0.12}]
+    "options", [{}, {"gate_scale": "none"}, {"gate_scale": "sqrt_mlp", "nu_p": "one"}, {"alpha_init": 0.12}]
 )
 def test_folding_keeps_the_function(options):
     model = model_of(**options)

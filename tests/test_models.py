@@ -150,7 +150,7 @@ VARIANTS = [
     ("ngpt", {"s_scale": 0.3, "alpha_init": 0.2}),
     ("angpt", {}),
     ("angpt", {"gate_scale": "none", "s_scale": 0.3}),
-    ("angpt", {"gate_scale": "sqrt_width", "nu_p": "one", "alpha_init": 0.2}),
+    ("angpt", {"gate_scale": "sqrt_mlp", "nu_p": "one", "alpha_init": 0.2}),
 ]
 
 
@@ -258,7 +258,7 @@ def test_sublayer_inputs_hiddens_and_outputs_start_at_norm_one(recorded):
 
 def test_gate_starts_with_the_intended_variance(recorded):
     z = recorded["blocks.0.mlp.gate_proj"]["out"]
-    assert z.std().item() == pytest.approx(1, rel=0.05)  # sqrt_mlp, the default
+    assert z.std().item() == pytest.approx(0.5, rel=0.05)  # sqrt_width, the default
 
 
 @pytest.mark.parametrize("gate_scale", ["none", "sqrt_width", "sqrt_mlp"])

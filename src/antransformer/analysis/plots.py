@@ -36,7 +36,7 @@ def loss_curve(run: Path) -> Path:
     axes.set(
         xlabel="tokens (millions)",
         ylabel="loss (nats per token)",
-        title=f"{run.name}: held-out loss {held_out[-1]['val_loss']:.3f}",
+        title=f"{run.name}: held-out loss {held_out[-1]['val_loss']:.3f}" if held_out else run.name,
     )
     axes.grid(alpha=0.3)
     axes.legend()

@@ -11,7 +11,7 @@ PAPER_VOCABULARY = 50_304
 # How these were chosen: docs/log.md, "Defaults of the first models".
 # A default that depends on the sizes is a function of the config.
 OPTIONS: dict[str, dict[str, Any]] = {
-    "angpt": {"alpha_init": 0.05, "s_scale": 0.03, "gate_scale": "sqrt_mlp", "nu_p": "heads"},
+    "angpt": {"alpha_init": 0.05, "s_scale": 0.03, "gate_scale": "sqrt_width", "nu_p": "heads"},
     "ngpt": {"alpha_init": 0.05, "s_scale": 0.03},
     "gpt+": {"init_std": lambda config: config.width**-0.5},
 }
@@ -60,7 +60,7 @@ class ModelConfig:
         None,
     )
     gate_scale: Literal["sqrt_mlp", "sqrt_width", "none"] = describe(
-        "angpt: constant on the gate before SiLU: sqrt_mlp gives it unit variance, sqrt_width is nGPT's, none is the "
+        "angpt: constant on the gate before SiLU: sqrt_width gives it standard deviation 1/2, sqrt_mlp 1, none is the "
         "printed form",
         None,
     )
