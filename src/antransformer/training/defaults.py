@@ -22,7 +22,7 @@ TOKENS_PER_PARAMETER = 20  # arXiv:2203.15556, and the paper's hyperparameter sw
 BATCH_FITS = {"angpt": (1.1e-6, 0.984), "ngpt": (1.1e-6, 0.984), "gpt+": (9e-5, 0.729)}
 LR_FITS = {"angpt": (0.065, -0.178), "ngpt": (0.065, -0.178), "gpt+": (42.0, -0.482)}
 
-SMALL_LR = {"angpt": 1.2e-2, "ngpt": 1.2e-2, "gpt+": 8e-3}
+SMALL_LR = {"angpt": 1.2e-2, "ngpt": 6e-3, "gpt+": 8e-3}
 SMALL_BATCH_TOKENS = 2048
 SMALL_TOKENS = 8_000_000  # under one epoch of the default corpus
 
