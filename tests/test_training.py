@@ -58,6 +58,20 @@ def resume(corpus, folder, **more):
     return Trainer(config, Dataset.open(corpus), folder, notes, resume=True), notes
 
 
+def run_until(trainer, step):
+    """Break the run off before this step, as a power cut would."""
+    update = trainer._update
+
+    def interrupted(number):
+        if number == step:
+            raise KeyboardInterrupt
+        return update(number)
+
+    trainer._update = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+
+
 def losses(folder):
     return {line["step"]: line["loss"] for line in read_metrics(folder / "metrics.jsonl")}
 
@@ -140,16 +154,7 @@ def test_a_resumed_run_is_bit_for_bit_the_unbroken_one(corpus, tmp_path, archite
     options = {"model": {"architecture": architecture}}
     start(corpus, tmp_path / "unbroken", **options).run()
     broken = start(corpus, tmp_path / "broken", **options)
-    update = broken._update
-
-    def fail_at_13(step):
-        if step == 13:
-            raise KeyboardInterrupt
-        return update(step)
-
-    broken._update = fail_at_13
-    with pytest.raises(KeyboardInterrupt):
-        broken.run()
+    run_until(broken, 13)
     assert max(losses(tmp_path / "broken")) == 12
     trainer, notes = resume(corpus, tmp_path / "broken")
     assert notes == [f"resuming from {tmp_path}/broken/checkpoints/step-00000010"]
@@ -297,16 +302,7 @@ def test_a_broken_checkpoint_takes_no_place_among_those_that_are_kept(corpus, tm
     start(corpus, tmp_path / "run").run()
     damage(tmp_path / "run/checkpoints/step-00000020/model.safetensors", "truncated")
     trainer, _ = resume(corpus, tmp_path / "run", keep_checkpoints=1, checkpoint_every=2)
-    update = trainer._update
-
-    def stop_at_17(step):
-        if step == 17:
-            raise KeyboardInterrupt
-        return update(step)
-
-    trainer._update = stop_at_17
-    with pytest.raises(KeyboardInterrupt):
-        trainer.run()
+    run_until(trainer, 17)
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000016"]
     assert checkpoint.newest(tmp_path / "run/checkpoints", print).step == 16
 
@@ -409,16 +405,7 @@ def limit_file_size():
 
 def test_a_disk_that_fills_up_leaves_the_older_checkpoint_whole(corpus, tmp_path):
     trainer = start(corpus, tmp_path / "run")
-    update = trainer._update
-
-    def stop_at_7(step):
-        if step == 7:
-            raise KeyboardInterrupt
-        return update(step)
-
-    trainer._update = stop_at_7
-    with pytest.raises(KeyboardInterrupt):
-        trainer.run()
+    run_until(trainer, 7)
     # It goes on under a limit on file sizes that the weights exceed.
     resumed = [*command(corpus, tmp_path / "run"), "--resume"]
     second = subprocess.run(resumed, capture_output=True, text=True, preexec_fn=limit_file_size)
