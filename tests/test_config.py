@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from antransformer.errors import ConfigError
-from antransformer.models import PRESETS, ModelConfig
+from antransformer.models import ARCHITECTURES, PRESETS, ModelConfig
 from antransformer.training import defaults
 from antransformer.training.config import (
     TrainConfig,
@@ -33,7 +33,7 @@ def test_there_are_shipped_configs():
     assert "demo" in shipped_configs()
 
 
-@pytest.mark.parametrize("architecture", ["angpt", "ngpt", "gpt+"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_resolves_and_survives_yaml(preset, architecture):
     config = resolve({"preset": preset, "architecture": architecture}, vocab_size=5000)
@@ -65,13 +65,26 @@ def test_defaults_in_the_fitted_range_are_near_the_papers_optima(architecture, p
 
 
 def test_defaults_below_the_fitted_range_are_the_measured_ones():
-    for architecture in ("angpt", "ngpt", "gpt+"):
+    for architecture in ARCHITECTURES:
         config = resolve({"architecture": architecture}, vocab_size=4096)
         assert config.lr == defaults.SMALL_LR[architecture] < 0.05
         assert config.batch_tokens == defaults.SMALL_BATCH_TOKENS == 2048
-    assert resolve({"architecture": "gpt+"}, 4096).warmup == 0.1
-    assert resolve({"architecture": "gpt+"}, 4096).weight_decay == 0.1
-    assert resolve({}, 4096).warmup == resolve({}, 4096).weight_decay == 0
+        expected = 0 if architecture in ("angpt", "ngpt") else 0.1
+        assert config.warmup == config.weight_decay == expected
+
+
+@pytest.mark.parametrize(
+    ("architecture", "relative"), [("ngpt", "angpt"), ("gpt", "gpt+"), ("ln-scaling", "gpt+"), ("dyt", "gpt+")]
+)
+def test_an_architecture_without_fits_takes_its_relatives(architecture, relative):
+    for preset in ("nano", "125m"):
+        settings = {"preset": preset, "tokens": "1B"}
+        mine, theirs = (resolve({**settings, "architecture": name}, 50_304) for name in (architecture, relative))
+        assert mine.batch_tokens == theirs.batch_tokens
+        if (architecture, preset) == ("ngpt", "nano"):
+            assert mine.lr == 6e-3 != theirs.lr  # measured for itself
+        else:
+            assert mine.lr == pytest.approx(theirs.lr, rel=2e-3)  # a few parameters more or less
 
 
 def test_above_the_fitted_range_the_user_decides():
@@ -143,8 +156,9 @@ def test_batches_are_whole_sequences():
         ({"data": 5}, "config.yaml: data must be text, got 5"),
         ({"model": 5}, "config.yaml: model must be a mapping of model settings, got 5"),
         ({"model": {"layers": "two"}}, "config.yaml: model.layers must be a whole number, got 'two'"),
-        ({"preset": "huge"}, "unknown preset 'huge': choose from nano, 32m"),
-        ({"architecture": "gpt"}, "architecture must be one of angpt, ngpt, gpt+, got 'gpt'"),
+        ({"preset": "huge"}, "unknown preset 'huge': choose from pico, nano, 32m"),
+        ({"architecture": "gpt2"}, "architecture must be one of angpt, ngpt, gpt+, gpt, ln-scaling, dyt, got 'gpt2'"),
+        ({"model": {"ablation": "no"}}, "config.yaml: model.ablation must be one of none, constant-x0.5, "),
         ({"context": 64, "model": {"context": 32}}, "context and model.context disagree"),
         ({"model": {"width": 100}}, "width 100 is not a multiple of head_width 64: 128 would be"),
         ({"micro_batch": 0}, "micro_batch must be at least 1, got 0"),

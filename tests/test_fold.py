@@ -3,7 +3,7 @@ import torch
 
 from antransformer.inference.fold import FoldedAnGPT, fold
 from antransformer.inference.generate import generate
-from antransformer.models import ModelConfig, build
+from antransformer.models import ABLATIONS, ARCHITECTURES, ModelConfig, build
 
 
 def model_of(architecture="angpt", **options):
@@ -69,9 +69,12 @@ def test_folding_keeps_dtype_and_leaves_the_model_alone():
 
 
 def test_what_can_not_be_folded_is_said():
-    for architecture in ("gpt+", "ngpt"):
+    for architecture in set(ARCHITECTURES) - {"angpt"}:
         with pytest.raises(TypeError, match="only an anGPT can be folded, not "):
             fold(model_of(architecture))
+    for ablation in ABLATIONS:
+        with pytest.raises(ValueError, match=f"only the unablated anGPT can be folded, not {ablation}"):
+            fold(model_of(ablation=ablation))
     model = model_of()
     with torch.no_grad():
         residual = model.blocks[2].mlp_residual

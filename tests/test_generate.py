@@ -4,9 +4,8 @@ import torch
 from antransformer.data import byte_tokenizer
 from antransformer.errors import CheckpointError, ConfigError
 from antransformer.inference.generate import generate, sample, stream_text
-from antransformer.models import Cache, ModelConfig, build
+from antransformer.models import ARCHITECTURES, Cache, ModelConfig, build
 
-ARCHITECTURES = ["angpt", "ngpt", "gpt+"]
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11]]
 
 

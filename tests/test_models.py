@@ -9,7 +9,8 @@ from antransformer.errors import ConfigError
 from antransformer.models import ModelConfig, build
 from antransformer.nn import Linear, Residual, ScaledParameter
 
-ARCHITECTURES = ["gpt+", "ngpt", "angpt"]
+GPT_PLUS_FAMILY = ["gpt+", "gpt", "ln-scaling", "dyt"]
+ARCHITECTURES = [*GPT_PLUS_FAMILY, "ngpt", "angpt"]
 SMALL = {"vocab_size": 61, "width": 64, "layers": 3, "context": 24, "head_width": 16}
 
 # arXiv:2505.22014: parameters in millions at a vocabulary of 50,304.
@@ -30,21 +31,34 @@ def some_tokens(batch=3, length=24, seed=0):
 
 
 def stir(model):
-    """Move every parameter away from its initial value, so that no scale is 1 by accident."""
+    """Move every parameter away from its initial value, so that no scale is 1 and no offset 0 by accident."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(1 + 0.3 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+            factor, offset = torch.randn((2, *parameter.shape), generator=generator, dtype=parameter.dtype)
+            parameter.mul_(1 + 0.3 * factor).add_(0.01 * offset)
     return model
 
 
 @pytest.mark.parametrize("size", PAPER_SIZES["gpt+"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", PAPER_SIZES)
 def test_parameter_counts_are_the_papers(architecture, size):
     with torch.device("meta"):
         model = build(ModelConfig.preset(size, architecture=architecture, vocab_size=50_304))
     tolerance = 1 if size == "1b" else 0.015
     assert model.parameter_count() / 1e6 == pytest.approx(PAPER_SIZES[architecture][size], abs=tolerance)
+
+
+def test_parameter_counts_of_the_other_baselines():
+    v, d, layers = SMALL["vocab_size"], SMALL["width"], SMALL["layers"]
+    matrices, norms = 2 * v * d + layers * (4 + 3 * 4) * d * d, 2 * layers + 1
+    expected = {
+        "gpt+": matrices + norms * d + layers,
+        "gpt": matrices + norms * d,
+        "ln-scaling": matrices + norms * d + layers,
+        "dyt": matrices + norms * (2 * d + 1) + layers + 1,  # one number more is the scale of the embedding
+    }
+    assert {name: small(name).parameter_count() for name in GPT_PLUS_FAMILY} == expected
 
 
 # The table of the three architectures (arXiv:2505.22014, table 1), written down a second time: plain float64 operations
@@ -87,20 +101,51 @@ def attend(q, k, v, scale):
     return scores.masked_fill(future, -torch.inf).softmax(-1) @ v
 
 
-def reference_gpt_plus(model, tokens):
-    x, h = model.embedding.weight[tokens], model.config.head_width
-    for block in model.blocks:
-        a = rms(x, block.attention_norm.weight)
+def attend_normed(q, k, v, attention):
+    return attend(unit(q), unit(k), v, attention.score_scale)
+
+
+def attend_plain(q, k, v, attention):
+    return attend(q, k, v, 1 / math.sqrt(attention.head_width))
+
+
+def gain(x, norm, depth):
+    return rms(x, norm.weight)
+
+
+def gain_over_root_of_depth(x, norm, depth):
+    return rms(x, norm.weight) / math.sqrt(depth)
+
+
+def dynamic_tanh(x, norm, depth):
+    return norm.weight * torch.tanh(norm.alpha * x) + norm.bias
+
+
+def reference_gpt_plus(model, tokens, normed=gain, attention=attend_normed, embedding_scale=1):
+    x, h = model.embedding.weight[tokens] * embedding_scale, model.config.head_width
+    for depth, block in enumerate(model.blocks, start=1):
+        a = normed(x, block.attention_norm, depth)
         heads = []
         for head in range(model.config.heads):
             wq, wk, wv = heads_of(block.attention.qkv_proj.weight, head, h)
-            q, k = unit(turn(a @ wq.T, h)), unit(turn(a @ wk.T, h))
-            heads.append(attend(q, k, a @ wv.T, block.attention.score_scale))
+            heads.append(attention(turn(a @ wq.T, h), turn(a @ wk.T, h), a @ wv.T, block.attention))
         x = x + torch.cat(heads, -1) @ block.attention.out_proj.weight.T
-        m = rms(x, block.mlp_norm.weight)
+        m = normed(x, block.mlp_norm, depth)
         c = (m @ block.mlp.up_proj.weight.T) * F.silu(m @ block.mlp.gate_proj.weight.T)
         x = x + c @ block.mlp.down_proj.weight.T
-    return rms(x, model.final_norm.weight) @ model.lm_head.weight.T
+    return normed(x, model.final_norm, 1) @ model.lm_head.weight.T
+
+
+def reference_gpt(model, tokens):
+    return reference_gpt_plus(model, tokens, attention=attend_plain)
+
+
+def reference_ln_scaling(model, tokens):
+    return reference_gpt_plus(model, tokens, normed=gain_over_root_of_depth)
+
+
+def reference_dyt(model, tokens):
+    return reference_gpt_plus(model, tokens, normed=dynamic_tanh, embedding_scale=model.embedding_scale)
 
 
 def reference_ngpt(model, tokens):
@@ -143,9 +188,20 @@ def reference_angpt(model, tokens):
     return scaled(model.logit_scale) * (x @ model.lm_head.weight.T)
 
 
-REFERENCES = {"gpt+": reference_gpt_plus, "ngpt": reference_ngpt, "angpt": reference_angpt}
+REFERENCES = {
+    "gpt+": reference_gpt_plus,
+    "gpt": reference_gpt,
+    "ln-scaling": reference_ln_scaling,
+    "dyt": reference_dyt,
+    "ngpt": reference_ngpt,
+    "angpt": reference_angpt,
+}
 VARIANTS = [
     ("gpt+", {}),
+    ("gpt", {}),
+    ("ln-scaling", {}),
+    ("dyt", {}),
+    ("dyt", {"dyt_alpha_init": 0.3}),
     ("ngpt", {}),
     ("ngpt", {"s_scale": 0.3, "alpha_init": 0.2}),
     ("angpt", {}),
@@ -184,9 +240,9 @@ def test_loss_is_the_mean_cross_entropy_and_starts_near_uniform(architecture):
     loss = model.loss(inputs, targets)
     expected = -model(inputs).log_softmax(-1).gather(-1, targets.unsqueeze(-1)).mean()
     torch.testing.assert_close(loss, expected)
-    # GPT+ starts with logits of unit variance, half a nat above uniform; the others with logits of at most 1 / sqrt(d).
+    # GPT+ starts with logits of unit variance, half a nat above uniform; nGPT and anGPT with logits of at most 1.
     above = loss.item() - math.log(61)
-    assert (0.2 < above < 0.8) if architecture == "gpt+" else abs(above) < 0.1
+    assert (0.1 < above < 0.8) if architecture in GPT_PLUS_FAMILY else abs(above) < 0.1
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -210,9 +266,38 @@ def test_built_on_meta_then_made_real_it_is_the_same_model(architecture):
         assert torch.equal(value, model.state_dict()[name]), name
 
 
-def test_architectures_share_no_class_but_the_skeleton():
-    gpt_plus = {type(module) for module in small("gpt+").modules()}
-    assert not gpt_plus & {Linear, Residual, ScaledParameter}
+@pytest.mark.parametrize("architecture", GPT_PLUS_FAMILY)
+def test_the_baselines_share_no_class_with_the_method_but_the_skeleton(architecture):
+    classes = {type(module) for module in small(architecture).modules()}
+    assert not classes & {Linear, Residual, ScaledParameter}
+
+
+@pytest.mark.parametrize("architecture", GPT_PLUS_FAMILY)
+def test_weights_into_the_stream_shrink_with_depth_but_not_under_ln_scaling(architecture):
+    model = small(architecture, width=256)
+    std = 1 / 16 if architecture == "ln-scaling" else 1 / 16 / math.sqrt(6)
+    for block in model.blocks:
+        for projection in (block.attention.out_proj, block.mlp.down_proj):
+            assert projection.weight.std().item() == pytest.approx(std, rel=0.02)
+        assert block.mlp.up_proj.weight.std().item() == pytest.approx(1 / 16, rel=0.02)
+
+
+def test_ln_scaling_reads_the_stream_at_one_over_the_root_of_the_depth():
+    model, seen = small("ln-scaling"), []
+    for name, module in model.named_modules():
+        if name.endswith("norm"):
+            module.register_forward_hook(lambda _module, _inputs, output: seen.append(output.square().mean().item()))
+    with torch.no_grad():
+        model(some_tokens())
+    assert seen == pytest.approx([1, 1, 1 / 2, 1 / 2, 1 / 3, 1 / 3, 1], rel=1e-3)
+
+
+def test_dyt_starts_from_coordinates_of_variance_one_and_the_given_alpha():
+    model = small("dyt", width=256, dyt_alpha_init=0.7)
+    assert model.embed(some_tokens()).square().mean().item() == pytest.approx(1, rel=0.05)
+    alphas = [value.item() for name, value in model.named_parameters() if name.endswith("alpha")]
+    assert alphas == pytest.approx([0.7] * 7)
+    assert not [module for module in model.modules() if isinstance(module, torch.nn.RMSNorm)]
 
 
 # Norms at initialisation, at a width where they concentrate. Sequences of one token leave attention nothing to average.
@@ -349,7 +434,7 @@ def test_tokens_out_of_range_are_named(architecture):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"architecture": "gpt"}, "unknown architecture 'gpt': choose from angpt, ngpt, gpt+"),
+        ({"architecture": "gpt2"}, "unknown architecture 'gpt2': choose from angpt, ngpt, gpt+, gpt, ln-scaling, dyt"),
         ({"width": 100}, "width 100 is not a multiple of head_width 64: 128 would be"),
         ({"layers": 0}, "layers must be a positive integer below 2^31, got 0"),
         ({"width": 64.0}, "width must be a positive integer below 2^31, got 64.0"),
@@ -360,6 +445,13 @@ def test_tokens_out_of_range_are_named(architecture):
         ({"nu_p": "half"}, "nu_p must be heads or one, got 'half'"),
         ({"architecture": "gpt+", "gate_scale": "none"}, "gate_scale is not an option of gpt+: leave it out"),
         ({"init_std": 0.1}, "init_std is not an option of angpt: leave it out"),
+        ({"architecture": "gpt", "dyt_alpha_init": 1.0}, "dyt_alpha_init is not an option of gpt: leave it out"),
+        (
+            {"architecture": "dyt", "dyt_alpha_init": 0},
+            "dyt_alpha_init must be a positive number of ordinary size, got 0",
+        ),
+        ({"ablation": "no-alpha"}, "ablation must be one of none, constant-x0.5, "),
+        ({"architecture": "ngpt", "ablation": "strict"}, "ablation is not an option of ngpt: leave it out"),
     ],
 )
 def test_impossible_configs_are_refused(settings, message):
@@ -372,7 +464,7 @@ def test_presets():
     config = ModelConfig.preset("125m", architecture="ngpt", vocab_size=100, context=64)
     assert (config.width, config.layers, config.heads, config.context) == (512, 18, 8, 64)
     assert (config.architecture, config.vocab_size) == ("ngpt", 100)
-    with pytest.raises(ConfigError, match="unknown preset 'giant': choose from nano, 32m"):
+    with pytest.raises(ConfigError, match="unknown preset 'giant': choose from pico, nano, 32m"):
         ModelConfig.preset("giant")
     with pytest.raises(ConfigError, match="unknown model option 'widht'"):
         ModelConfig.preset("nano", widht=3)

@@ -40,6 +40,10 @@ class MachineError(AntransformerError):
     """Not the user's mistake: the disk, a device, or the run itself failed."""
 
 
+class DivergedError(MachineError):
+    """A loss, gradient or weight is not finite: the run can not go on, and in a comparison that is its result."""
+
+
 class RunStoppedError(AntransformerError):
     """A signal ended the run after its checkpoint was written; ``status`` is the exit status that the shell expects."""
 

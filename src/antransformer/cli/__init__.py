@@ -7,12 +7,20 @@ from collections.abc import Sequence
 import torch
 
 from antransformer import __version__
-from antransformer.cli import demo, generate, prepare, train
+from antransformer.cli import ablate, compare, demo, diagnose, generate, prepare, train
 from antransformer.cli.options import Parser
 from antransformer.cli.progress import silence
 from antransformer.errors import AntransformerError, RunStoppedError, UsageError
 
-VERBS = {"prepare": prepare, "train": train, "generate": generate, "demo": demo}
+VERBS = {
+    "prepare": prepare,
+    "train": train,
+    "generate": generate,
+    "compare": compare,
+    "ablate": ablate,
+    "diagnose": diagnose,
+    "demo": demo,
+}
 
 
 def make_parser() -> Parser:

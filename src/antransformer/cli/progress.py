@@ -1,5 +1,6 @@
 """Progress on a terminal as a bar, elsewhere as plain lines."""
 
+import math
 import os
 import sys
 import time
@@ -8,6 +9,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from antransformer.analysis.jobs import Outcome
 
 
 class TrainingProgress:
@@ -69,6 +72,64 @@ class TrainingProgress:
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
         else:
             say(text)
+
+
+class ExperimentProgress:
+    """Shows an experiment: a bar over the tokens of a stage's runs, and a line for each run that ends."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=False)
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(compact=True),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.task = self.bar.add_task("", total=0, numbers="")
+        self.name, self.tokens, self.runs, self.ended, self.trained = "", 0, 0, 0, 0
+        self.started = time.monotonic()
+
+    def __enter__(self) -> "ExperimentProgress":
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.stop()
+
+    def stage(self, name: str) -> None:
+        """A new stage begins."""
+        self.name, self.tokens, self.runs, self.ended, self.trained = name, 0, 0, 0, 0
+        self.bar.reset(self.task, description=name, total=0, numbers="")
+
+    def plan(self, tokens: int, runs: int) -> None:
+        """More is to come in this stage."""
+        self.tokens += tokens
+        self.runs += runs
+        self.bar.update(self.task, total=self.tokens)
+        self._line(f"{self.name}: {self.runs} runs, {self.tokens / 1e6:,.1f}M tokens")
+
+    def advance(self, tokens: int) -> None:
+        """So many more tokens are trained on."""
+        self.trained += tokens
+        self.bar.update(self.task, completed=self.trained, numbers=f"{self.ended}/{self.runs} runs")
+
+    def done(self, outcome: Outcome, found: bool) -> None:
+        """One run ended."""
+        self.ended += 1
+        loss = "diverged" if math.isinf(outcome.loss) else f"loss {outcome.loss:.4f}"
+        self._line(f"{self.ended}/{self.runs}  {outcome.name}  {loss}{'  (done before)' if found else ''}")
+        self.bar.update(self.task, numbers=f"{self.ended}/{self.runs} runs")
+
+    def _line(self, text: str) -> None:
+        if self.console.is_terminal:
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        else:
+            say(f"[{_duration(time.monotonic() - self.started)}] {text}")
 
 
 class PrepareProgress:

@@ -83,10 +83,12 @@ def fold(model: AnGPT) -> FoldedAnGPT:
 
     Raises:
         TypeError: the model is no anGPT; GPT+ has no factors to fold, nGPT's exact norms can not be.
-        ValueError: an alpha is 1.
+        ValueError: an alpha is 1, or the model is an ablation.
     """
     if not isinstance(model, AnGPT):
         raise TypeError(f"only an anGPT can be folded, not {type(model).__name__}")
+    if model.config.ablation != "none":
+        raise ValueError(f"only the unablated anGPT can be folded, not {model.config.ablation}")
     weight = model.embedding.weight
     with torch.device("meta"):
         folded = FoldedAnGPT(model.config)

@@ -1,24 +1,48 @@
 """What a model is made of: ``ModelConfig`` and the presets."""
 
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from antransformer.errors import ConfigError
 
 PAPER_VOCABULARY = 50_304
 
+# What models.ablations can change of anGPT.
+Ablation = Literal[
+    "none",
+    "constant-x0.5",
+    "constant-x2",
+    "constant-none",
+    "all-x0.5",
+    "all-x2",
+    "all-none",
+    "residual-none",
+    "no-lerp",
+    "scalar-alpha",
+    "strict",
+    "model-axis",
+    "error-1",
+    "error-2",
+    "error-5",
+]
+
 # Options that only some architectures have, with the default of each that has them.
 # How these were chosen: docs/log.md, "Defaults of the first models".
 # A default that depends on the sizes is a function of the config.
+GPT_OPTIONS: dict[str, Any] = {"init_std": lambda config: config.width**-0.5}
 OPTIONS: dict[str, dict[str, Any]] = {
-    "angpt": {"alpha_init": 0.05, "s_scale": 0.03, "gate_scale": "sqrt_width", "nu_p": "heads"},
+    "angpt": {"alpha_init": 0.05, "s_scale": 0.03, "gate_scale": "sqrt_width", "nu_p": "heads", "ablation": "none"},
     "ngpt": {"alpha_init": 0.05, "s_scale": 0.03},
-    "gpt+": {"init_std": lambda config: config.width**-0.5},
+    "gpt+": GPT_OPTIONS,
+    "gpt": GPT_OPTIONS,
+    "ln-scaling": GPT_OPTIONS,
+    "dyt": {**GPT_OPTIONS, "dyt_alpha_init": 1.0},
 }
 OPTION_NAMES = sorted({name for options in OPTIONS.values() for name in options})
 
-# arXiv:2505.22014, table of model sizes; nano is ours, for a laptop CPU.
+# arXiv:2505.22014, table of model sizes; pico and nano are ours, for a laptop CPU.
 PRESETS: dict[str, dict[str, int]] = {
+    "pico": {"width": 128, "layers": 2, "context": 128},
     "nano": {"width": 128, "layers": 4, "context": 256},
     "32m": {"width": 256, "layers": 6},
     "62m": {"width": 384, "layers": 10},
@@ -43,7 +67,10 @@ class ModelConfig:
             architecture does not have.
     """
 
-    architecture: Literal["angpt", "ngpt", "gpt+"] = describe("which architecture", "angpt")
+    architecture: Literal["angpt", "ngpt", "gpt+", "gpt", "ln-scaling", "dyt"] = describe(
+        "angpt; ngpt; gpt+, the baseline; gpt, gpt+ without QK norm; ln-scaling and dyt, gpt+ with other norms",
+        "angpt",
+    )
     vocab_size: int = describe("rows of the embedding and of the head (default: the tokenizer's)", PAPER_VOCABULARY)
     width: int = describe("model width d, a multiple of the head width (default: the preset's)", 128)
     layers: int = describe("number of blocks (default: the preset's)", 4)
@@ -69,7 +96,12 @@ class ModelConfig:
         "cancels it",
         None,
     )
-    init_std: float = describe("gpt+: standard deviation of the initial weights", None)
+    ablation: Ablation = describe(
+        f"angpt: what is changed of the method or left out, to see what it is worth: {', '.join(get_args(Ablation))}",
+        None,
+    )
+    init_std: float = describe("gpt+, gpt, ln-scaling, dyt: standard deviation of the initial weights", None)
+    dyt_alpha_init: float = describe("dyt: initial alpha of tanh(alpha x)", None)
 
     def __post_init__(self) -> None:
         if self.architecture not in OPTIONS:
@@ -85,7 +117,7 @@ class ModelConfig:
                 object.__setattr__(self, name, default(self) if callable(default) else default)
             elif name not in options and getattr(self, name) is not None:
                 raise ConfigError(f"{name} is not an option of {self.architecture}: leave it out")
-        for name in ("rotary_base", "alpha_init", "s_scale", "init_std"):
+        for name in ("rotary_base", "alpha_init", "s_scale", "init_std", "dyt_alpha_init"):
             value = getattr(self, name)
             if value is not None and not 1e-12 < value < 1e12:
                 raise ConfigError(f"{name} must be a positive number of ordinary size, got {value!r}")
@@ -101,6 +133,8 @@ class ModelConfig:
             raise ConfigError(f"gate_scale must be sqrt_mlp, sqrt_width or none, got {self.gate_scale!r}")
         if self.nu_p not in (None, "heads", "one"):
             raise ConfigError(f"nu_p must be heads or one, got {self.nu_p!r}")
+        if self.ablation not in (None, *get_args(Ablation)):
+            raise ConfigError(f"ablation must be one of {', '.join(get_args(Ablation))}, got {self.ablation!r}")
 
     @classmethod
     def preset(

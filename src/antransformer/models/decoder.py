@@ -1,4 +1,4 @@
-"""What the three architectures share: embed, blocks, head, loss."""
+"""What all architectures share: embed, blocks, head, loss."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -38,6 +38,10 @@ class Decoder(nn.Module, ABC):
     def reset_parameters(self) -> None:
         """Draw the initial weights from torch's global generator."""
 
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Token ids (B, T) to the residual stream before the first block, (B, T, d)."""
+        return self.embedding(tokens)
+
     def hidden(self, tokens: Tensor, cache: "Cache | None" = None) -> Tensor:
         """Token ids (B, T) to the residual stream after the last block, (B, T, d).
 
@@ -48,7 +52,7 @@ class Decoder(nn.Module, ABC):
                 an accelerator reports it by itself).
         """
         check_tokens(tokens, self.config, cache.length if cache else 0)
-        x = self.embedding(tokens)
+        x = self.embed(tokens)
         places = self.places(tokens, cache)
         for index, block in enumerate(self.blocks):
             x = block(x, places if cache is None else places._replace(cache=cache.layer(index)))

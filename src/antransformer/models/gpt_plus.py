@@ -71,7 +71,7 @@ class GPTPlus(Decoder):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config, Block)
-        self.final_norm = nn.RMSNorm(config.width, eps=RMS_EPS)
+        self.final_norm: nn.Module = nn.RMSNorm(config.width, eps=RMS_EPS)
         self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -83,14 +83,17 @@ class GPTPlus(Decoder):
         return []
 
     def reset_parameters(self) -> None:
-        """Gaussian weights; those that write to the residual stream shrink with depth (as in GPT-2)."""
-        std = self.config.init_std
+        """Gaussian weights and gains of 1."""
         for name, weight in self.named_parameters():
             if name.endswith("norm.weight"):
                 nn.init.ones_(weight)
             elif name.endswith("score_scale"):
                 nn.init.constant_(weight, math.sqrt(self.config.head_width))
             elif name.endswith(("out_proj.weight", "down_proj.weight")):
-                nn.init.normal_(weight, std=std / math.sqrt(2 * self.config.layers))
+                nn.init.normal_(weight, std=self.output_std())
             else:
-                nn.init.normal_(weight, std=std)
+                nn.init.normal_(weight, std=self.config.init_std)
+
+    def output_std(self) -> float:
+        """Standard deviation of the weights that write to the residual stream; it shrinks with depth (as in GPT-2)."""
+        return self.config.init_std / math.sqrt(2 * self.config.layers)

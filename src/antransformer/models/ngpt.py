@@ -83,9 +83,8 @@ class NGPT(Decoder):
 
     def bounds(self) -> list[Bound]:
         """Strict; columns for the two projections into the residual stream, rows for all else."""
-        into_stream = ("out_proj.weight", "down_proj.weight")
         return [
-            Bound(name, weight, axis=0 if name.endswith(into_stream) else 1, strict=True)
+            Bound(name, weight, axis=model_axis(name), strict=True)
             for name, weight in self.named_parameters()
             if weight.ndim == 2
         ]
@@ -97,3 +96,8 @@ class NGPT(Decoder):
             if isinstance(module, (Linear, ScaledParameter)):
                 module.reset_parameters()
         project_(self.bounds())
+
+
+def model_axis(name: str) -> int:
+    """The axis of a matrix along which the model width lies: 0 for what writes to the residual stream, else 1."""
+    return 0 if name.endswith(("out_proj.weight", "down_proj.weight")) else 1

@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 
 from antransformer.errors import CheckpointError, MachineError, NewerCheckpointError
 from antransformer.models import Decoder, ModelConfig, build
+from antransformer.models.config import OPTION_NAMES
 
 FORMAT = "antransformer-checkpoint"
 VERSION = 1
@@ -140,7 +141,10 @@ def read(path: Path) -> Checkpoint:
         )
     try:
         step, model, extra = state["step"], ModelConfig(**state["model"]), dict(state["extra"])
-        if state["model"] != _model_mapping(model) or step != step_of(path):
+        complete = _model_mapping(model)
+        # An option that came after the checkpoint was written has its default; a size may not be missing.
+        missing = complete.keys() - state["model"].keys() - set(OPTION_NAMES)
+        if missing or {**complete, **state["model"]} != complete or step != step_of(path):
             raise ValueError("a field of the model is missing, or the step is not that of the folder's name")
         digests = {name: str(state["sha256"][name]) for name in (MODEL_FILE, OPTIMIZER_FILE)}
     except (KeyError, TypeError, ValueError) as error:  # a ConfigError is a ValueError

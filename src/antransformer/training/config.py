@@ -40,14 +40,14 @@ class TrainConfig:
 
     model: ModelConfig
     data: str = describe("prepared data folder, or python-stdlib for the built-in corpus", "python-stdlib")
-    preset: str = describe("size: nano, 32m, 62m, 125m, 250m, 0.5b, 1b", "nano")
+    preset: str = describe("size: pico, nano, 32m, 62m, 125m, 250m, 0.5b, 1b", "nano")
     tokens: Count = describe("tokens to train on, such as 60K or 2.5B (default: by the size)", 0)
     batch_tokens: Count = describe("tokens of one step (default: by architecture and size)", 0)
     micro_batch: int = describe("sequences in one forward pass; a step accumulates over them (default: by memory)", 0)
     lr: float = describe("peak learning rate (default: by architecture and size)", 0.0)
     lr_final: float = describe("learning rate of the last step as a share of the peak", 0.01)
-    warmup: float = describe("share of the run with a rising learning rate (default: 0; gpt+ 0.1)", 0.0)
-    weight_decay: float = describe("decay of the weight matrices (default: 0; gpt+ 0.1)", 0.0)
+    warmup: float = describe("share of the run with a rising learning rate (default: angpt, ngpt 0; others 0.1)", 0.0)
+    weight_decay: float = describe("decay of the weight matrices (default: angpt, ngpt 0; others 0.1)", 0.0)
     beta1: float = describe("Adam's first-moment decay", 0.9)
     beta2: float = describe("Adam's second-moment decay", 0.95)
     eps: float = describe("Adam's epsilon", 1e-9)

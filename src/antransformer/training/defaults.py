@@ -6,6 +6,7 @@ smaller models take values measured at nano; docs/log.md has the measurements.
 """
 
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 
@@ -13,22 +14,32 @@ from antransformer.errors import ConfigError
 from antransformer.models import ModelConfig, build
 from antransformer.models.config import PAPER_VOCABULARY
 
+Value = TypeVar("Value")
+
 FITTED_PARAMETERS = (30e6, 1.1e9)  # the paper's sizes, 32m to 1b
 FITTED_SEQUENCE = 2048  # tokens in one of the paper's sequences, in which its batches are counted
 TOKENS_PER_PARAMETER = 20  # arXiv:2203.15556, and the paper's hyperparameter sweeps
 
-# (coefficient, exponent) of a power law in the number of parameters. The paper fits no law for nGPT; it takes anGPT's,
-# the nearest relative.
-BATCH_FITS = {"angpt": (1.1e-6, 0.984), "ngpt": (1.1e-6, 0.984), "gpt+": (9e-5, 0.729)}
-LR_FITS = {"angpt": (0.065, -0.178), "ngpt": (0.065, -0.178), "gpt+": (42.0, -0.482)}
+# The paper fits laws for anGPT and GPT+ only; any other architecture takes those of its nearest relative.
+RELATIVES = {"ngpt": "angpt", "gpt": "gpt+", "ln-scaling": "gpt+", "dyt": "gpt+"}
 
-SMALL_LR = {"angpt": 1.2e-2, "ngpt": 6e-3, "gpt+": 8e-3}
+
+def with_relatives(known: dict[str, Value]) -> dict[str, Value]:
+    """A value for every architecture: the known one, else that of its relative."""
+    return {**{name: known[relative] for name, relative in RELATIVES.items()}, **known}
+
+
+# (coefficient, exponent) of a power law in the number of parameters.
+BATCH_FITS = with_relatives({"angpt": (1.1e-6, 0.984), "gpt+": (9e-5, 0.729)})
+LR_FITS = with_relatives({"angpt": (0.065, -0.178), "gpt+": (42.0, -0.482)})
+
+SMALL_LR = with_relatives({"angpt": 1.2e-2, "ngpt": 6e-3, "gpt+": 8e-3})
 SMALL_BATCH_TOKENS = 2048
 SMALL_TOKENS = 8_000_000  # under one epoch of the default corpus
 
 # Share of the run with a rising learning rate, and decay of the weight matrices.
-WARMUP = {"angpt": 0.0, "ngpt": 0.0, "gpt+": 0.1}
-WEIGHT_DECAY = {"angpt": 0.0, "ngpt": 0.0, "gpt+": 0.1}
+WARMUP = with_relatives({"angpt": 0.0, "gpt+": 0.1})
+WEIGHT_DECAY = with_relatives({"angpt": 0.0, "gpt+": 0.1})
 
 
 def parameter_count(config: ModelConfig) -> int:

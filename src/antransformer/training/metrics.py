@@ -21,13 +21,14 @@ class MetricsLog:
         folder: the run folder.
         after: lines of later steps than this are dropped; a resumed run writes them again.
         tensorboard: write events to ``folder/tensorboard`` too.
+        name: of the file.
 
     Raises:
         MissingExtraError: TensorBoard is asked for and not installed.
     """
 
-    def __init__(self, folder: Path, after: int, tensorboard: bool = False) -> None:
-        self.path = folder / "metrics.jsonl"
+    def __init__(self, folder: Path, after: int, tensorboard: bool = False, name: str = "metrics.jsonl") -> None:
+        self.path = folder / name
         kept = [line for line in read_metrics(self.path) if line["step"] <= after]
         replacement = self.path.with_suffix(".partial")
         replacement.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
@@ -36,7 +37,7 @@ class MetricsLog:
         self._events = _event_writer(folder / "tensorboard", after) if tensorboard else None
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Append one line; it holds at least ``step`` and ``loss``."""
+        """Append one line; it holds at least ``step``."""
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         if self._events is not None:
             for name, value in line.items():
@@ -65,11 +66,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def weight_vectors(model: Decoder) -> list[Bound]:
+    """The bounded vectors of a model, or the rows of all its matrices where it has no bounds."""
+    return model.bounds() or [Bound(name, weight) for name, weight in model.named_parameters() if weight.ndim == 2]
+
+
 @torch.no_grad()
 def largest_row_norm(model: Decoder) -> Tensor:
-    """Largest norm of a bounded vector, or of a row of any matrix where the model has no bounds; a 0-dim tensor."""
-    bounds = model.bounds() or [Bound(name, weight) for name, weight in model.named_parameters() if weight.ndim == 2]
-    return torch.stack([norms(bound).amax() for bound in bounds]).amax()
+    """Largest norm of a weight vector (see ``weight_vectors``); a 0-dim tensor."""
+    return torch.stack([norms(bound).amax() for bound in weight_vectors(model)]).amax()
 
 
 @torch.no_grad()

@@ -106,7 +106,7 @@ def open_checkpoint(path: Path, notify: Any = print) -> tuple[Checkpoint, Tokeni
         CheckpointError: the folder is neither, or holds no whole checkpoint.
     """
     if (path / checkpoint.STATE_FILE).exists():
-        return checkpoint.read(path), Tokenizer.load(path.parent.parent / TOKENIZER_FILE)
+        return checkpoint.read(path), Tokenizer.load(path.resolve().parent.parent / TOKENIZER_FILE)
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such run or checkpoint folder")
     found = checkpoint.newest(path / CHECKPOINTS, notify)

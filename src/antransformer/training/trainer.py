@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from antransformer.bounds import bind
 from antransformer.data import Dataset, Windows, sequential
-from antransformer.errors import CheckpointError, DataError, MachineError, RunStoppedError
+from antransformer.errors import CheckpointError, DataError, DivergedError, RunStoppedError
 from antransformer.models import Decoder, build
 from antransformer.training import checkpoint, metrics, throughput
 from antransformer.training.config import OPERATIONAL, TrainConfig, to_mapping
@@ -130,7 +130,8 @@ class Trainer:
 
         Raises:
             RunStoppedError: SIGINT or SIGTERM came; the checkpoint is written.
-            MachineError: the loss, a gradient or a weight is not finite, or the disk is full.
+            DivergedError: the loss, a gradient or a weight is not finite.
+            MachineError: the disk is full.
         """
         config, log = self.config, metrics.MetricsLog(self.folder, self.done, self.config.tensorboard)
         pending: list[tuple[Tensor, Tensor]] = []  # not looked at yet: looking waits for the device
@@ -237,9 +238,9 @@ class Trainer:
             if not math.isfinite(line.get(key, 0.0)):
                 raise self._not_finite(name, line[key], self.done)
 
-    def _not_finite(self, name: str, value: float, step: int) -> MachineError:
+    def _not_finite(self, name: str, value: float, step: int) -> DivergedError:
         good = checkpoint.newest(self.folder / CHECKPOINTS, self.reporter.note)
-        return MachineError(
+        return DivergedError(
             f"the {name} is {value} at step {step}; last good checkpoint: {good.path if good else 'none yet'}; "
             "try a lower --lr, or another --seed"
         )

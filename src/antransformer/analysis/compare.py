@@ -1,0 +1,73 @@
+"""Architectures against each other: the plan of a comparison, and what it found in a table."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from antransformer.analysis.experiment import Entrant, Plan
+from antransformer.errors import ConfigError
+from antransformer.models import OPTIONS
+from antransformer.models.config import PAPER_VOCABULARY
+from antransformer.training.config import nearest, read_count, resolve
+
+# The setting beside the learning rate that each may search: what its authors or its users tune first.
+KNOBS = {
+    "angpt": "model.s_scale",
+    "ngpt": "model.s_scale",
+    "gpt+": "weight_decay",
+    "gpt": "weight_decay",
+    "ln-scaling": "weight_decay",
+    "dyt": "model.dyt_alpha_init",
+}
+
+# What --quick chooses: the whole comparison of two architectures in under 20 minutes on two cores.
+QUICK: dict[str, Any] = {"preset": "pico", "batch_tokens": 1024, "eval_tokens": 65_536}
+QUICK_BUDGETS = (250_000, 500_000, 1_000_000)
+
+
+def entrants(names: Sequence[str]) -> list[Entrant]:
+    """One for each architecture.
+
+    Raises:
+        ConfigError: unknown, named twice, or fewer than two.
+    """
+    for name in names:
+        if name not in OPTIONS:
+            raise ConfigError(
+                f"unknown architecture {name!r}{nearest(name, OPTIONS) or ': choose from ' + ', '.join(OPTIONS)}"
+            )
+    if len(set(names)) != len(names) or len(names) < 2:
+        raise ConfigError(f"--architectures needs two or more different ones, got {' '.join(names) or 'none'}")
+    return [Entrant(name, {"architecture": name}, KNOBS[name]) for name in names]
+
+
+def budgets_of(tokens: int, given: Sequence[Any] = ()) -> tuple[int, ...]:
+    """The budgets given, ascending, or a quarter, a half and the whole of ``tokens``.
+
+    Raises:
+        ConfigError: one is no count of tokens, or is named twice.
+    """
+    if not given:
+        return tokens // 4, tokens // 2, tokens
+    try:
+        budgets = sorted(int(read_count(value)) for value in given)
+    except ValueError as error:
+        raise ConfigError(f"--budgets must be counts of tokens such as 5M 10M 20M, got {' '.join(given)}") from error
+    if len(set(budgets)) != len(budgets):
+        raise ConfigError(f"--budgets names the same budget twice: {' '.join(given)}")
+    return tuple(budgets)
+
+
+def common_settings(settings: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str, Any]:
+    """What all contenders share: the user's settings, and where these leave it open the reference's default batch."""
+    complete = resolve({**settings, **reference}, PAPER_VOCABULARY)
+    return {"batch_tokens": int(complete.batch_tokens), **settings}
+
+
+def plan(settings: Mapping[str, Any], architectures: Sequence[str], budgets: Sequence[int], **effort: int) -> Plan:
+    """A comparison of architectures, the first being the reference; ``effort`` as in ``Plan``.
+
+    Raises:
+        ConfigError: see ``entrants`` and ``Plan``.
+    """
+    contenders = entrants(architectures)
+    return Plan("compare", common_settings(settings, contenders[0].settings), contenders, budgets, **effort)

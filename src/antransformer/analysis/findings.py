@@ -1,0 +1,65 @@
+"""What follows from an experiment's results: speedups of pairs, differences at the end, and which are significant."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from antransformer.analysis.results import Contender, Results
+from antransformer.analysis.statistics import CONFIDENCE, Difference, Speedup, holm, paired_difference, speedups
+
+
+def finished_budgets(results: Results, contender: Contender) -> list[int]:
+    """Those at which none of its runs diverged."""
+    losses = contender.losses(results.budgets, results.seeds)
+    return [budget for budget, ended in zip(results.budgets, losses, strict=True) if np.isfinite(ended).all()]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The speedup of one contender over another.
+
+    Attributes:
+        points: at each budget at which no run of ``contender`` diverged; none where ``over`` diverged at all of them.
+        shortest, longest: the budgets between which ``over`` has finished runs.
+    """
+
+    contender: Contender
+    over: Contender
+    points: tuple[Speedup, ...]
+    shortest: int
+    longest: int
+
+    @classmethod
+    def of(cls, results: Results, contender: Contender, over: Contender) -> "Pair":
+        """Measure it."""
+        there, here = finished_budgets(results, over), finished_budgets(results, contender)
+        if not there:
+            return cls(contender, over, (), 0, 0)
+        theirs, own = (item.losses(results.budgets, results.seeds) for item in (over, contender))
+        points = speedups(results.budgets, theirs, own)
+        return cls(contender, over, tuple(point for point in points if point.tokens in here), there[0], there[-1])
+
+    def bounded(self, point: Speedup, ratio: float, seconds: bool = False) -> float:
+        """A ratio at this point, in tokens or seconds; what could not be measured is set to the bound that is known."""
+        scale = self.over.seconds_per_step / self.contender.seconds_per_step if seconds else 1.0
+        bounds = {0.0: self.shortest / point.tokens, math.inf: self.longest / point.tokens}
+        return float(bounds.get(ratio, ratio) * scale)
+
+    def words(self, point: Speedup, ratio: float, seconds: bool = False) -> str:
+        """The same as text: 1.70x, or as a bound > 4.00x or < 0.25x."""
+        sign = "< " if ratio == 0 else "> " if math.isinf(ratio) else ""
+        return f"{sign}{self.bounded(point, ratio, seconds):.2f}x"
+
+
+def final_difference(results: Results, contender: Contender) -> Difference:
+    """From the reference, at the largest budget."""
+    longest = results.budgets[-1:]
+    losses = [item.losses(longest, results.seeds)[0] for item in (results.reference, contender)]
+    return paired_difference(*losses)
+
+
+def significant(differences: Sequence[Difference]) -> list[bool]:
+    """Which differences are, after Holm's correction for their number."""
+    return [p < 1 - CONFIDENCE for p in holm([difference.p for difference in differences])]

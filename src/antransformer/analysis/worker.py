@@ -1,0 +1,108 @@
+"""The process that trains one run of an experiment: ``python -m antransformer.analysis.worker RUN DATA DEVICE``.
+
+It speaks to the one that started it in JSON lines on standard output (``step`` and ``error``) and leaves
+``result.json`` in the run folder. It stops, with its checkpoint written, when its standard input ends, so that nothing
+goes on training when the experiment was killed.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import statistics
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from antransformer.analysis.probes import probe
+from antransformer.data import Dataset, sequential
+from antransformer.errors import AntransformerError, DivergedError, RunStoppedError, UsageError
+from antransformer.training import run as runs
+from antransformer.training.metrics import MetricsLog, read_metrics
+from antransformer.training.trainer import Trainer
+
+RESULT_FILE = "result.json"
+PROBES_FILE = "probes.jsonl"
+PROBE_TOKENS = 1024
+
+
+class Reporter:
+    """Sends progress to the parent, and takes the probes at each metrics line."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def follow(self, trainer: Trainer) -> None:
+        """Whom the probes look at."""
+        config = trainer.config
+        sequences = max(1, PROBE_TOKENS // config.model.context)
+        self.trainer = trainer
+        self.tokens, _ = next(sequential(trainer.validation, config.model.context, sequences))
+        self.probes = MetricsLog(self.folder, trainer.done, name=PROBES_FILE)
+
+    def step(self, step: int) -> None:
+        """Tell the parent."""
+        send(step=step)
+
+    def line(self, line: dict[str, Any]) -> None:
+        """Probe the model beside its metrics line."""
+        trainer = self.trainer
+        found = probe(trainer.model, trainer.optimizer, self.tokens.to(trainer.device))
+        with contextlib.suppress(ValueError):  # not finite: the run is about to diverge, and says so itself
+            self.probes.write({"step": line["step"], "tokens": line["tokens"], **found})
+
+    def note(self, text: str) -> None:
+        """Nobody reads a worker's notes."""
+
+
+def main(arguments: list[str]) -> int:
+    """Train the run to its end; 0 also where it diverged, which is a result."""
+    folder, data, device = Path(arguments[0]), arguments[1], arguments[2]
+    threading.Thread(target=stop_with_parent, daemon=True).start()
+    try:
+        train(folder, data, device)
+    except RunStoppedError as error:
+        return error.status
+    except (AntransformerError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        send(error=" ".join(str(error).split()) or type(error).__name__)
+        return 2 if isinstance(error, UsageError) else 1
+    return 0
+
+
+def train(folder: Path, data: str, device: str) -> None:
+    """Go on with the run in ``folder`` and leave its result there."""
+    config = runs.resumed_config(folder, {"device": device, "data": data})
+    reporter = Reporter(folder)
+    dataset = Dataset.open(data, verify=False)  # the parent has verified it
+    trainer = Trainer(config, dataset, folder, reporter, resume=True)
+    reporter.follow(trainer)
+    outcome: dict[str, Any] = {"tokens": config.steps * config.batch_tokens, "data": dataset.digest}
+    try:
+        result = trainer.run()
+        outcome |= {"loss": result.val_loss, "bits_per_byte": result.bits_per_byte, "diverged": None}
+    except DivergedError as error:
+        outcome |= {"loss": None, "bits_per_byte": None, "diverged": str(error)}
+    speeds = [line["tokens_per_second"] for line in read_metrics(folder / "metrics.jsonl")]
+    outcome["seconds_per_step"] = config.batch_tokens / statistics.median(speeds) if speeds else None
+    outcome["parameters"] = trainer.model.parameter_count()
+    partial = (folder / RESULT_FILE).with_suffix(".partial")
+    partial.write_text(json.dumps(outcome, indent=2) + "\n", encoding="utf-8")
+    partial.replace(folder / RESULT_FILE)
+
+
+def send(**message: Any) -> None:
+    """One JSON line to the parent."""
+    print(json.dumps(message), flush=True)
+
+
+def stop_with_parent() -> None:
+    """End as by SIGTERM when standard input does."""
+    sys.stdin.buffer.read()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,146 @@
+"""Compare architectures fairly: the same effort of tuning, seeds, speedup with an interval, and a report.
+
+Each architecture first searches its learning rate (--lr-trials) and one setting of its own (--knob-trials) on the same
+grid of factors around its default; then every budget is run to its end with every seed. The first architecture is the
+reference. The same command goes on where a killed comparison was, and with more --seeds or --budgets it adds the runs
+that are missing.
+
+examples:
+  antransformer compare --quick
+  antransformer compare --data data/mine --preset nano --tokens 20M --architectures gpt+ ngpt angpt --seeds 3
+  antransformer compare --budgets 5M 10M 20M 40M --architectures gpt+ angpt --devices cuda:0 cuda:1
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from antransformer.analysis import report
+from antransformer.analysis.compare import QUICK, QUICK_BUDGETS, budgets_of, plan
+from antransformer.analysis.experiment import Experiment, Plan
+from antransformer.analysis.jobs import Queue, default_devices
+from antransformer.analysis.results import Results
+from antransformer.analysis.statistics import require_scipy
+from antransformer.analysis.verdict import verdict
+from antransformer.cli.common import open_data
+from antransformer.cli.options import Parser, add_config, settings_of
+from antransformer.cli.progress import ExperimentProgress
+from antransformer.errors import ConfigError
+from antransformer.models import OPTIONS, ModelConfig
+from antransformer.training.config import Count, TrainConfig, convert, normalise
+from antransformer.training.device import choose_device
+
+USAGE = "antransformer compare [options]"
+
+# What all runs of an experiment share; the rest is each one's own, or the experiment's business.
+COMMON = (
+    "data",
+    "preset",
+    "batch_tokens",
+    "micro_batch",
+    "lr_final",
+    "beta1",
+    "beta2",
+    "eps",
+    "clip",
+    "eval_tokens",
+    "precision",
+    "compile",
+)
+SIZES = ("width", "layers", "context", "head_width", "mlp_ratio", "vocab_size", "rotary_fraction", "rotary_base")
+
+
+def add_arguments(parser: Parser) -> None:
+    """Options of the verb."""
+    parser.add_argument(
+        "--architectures",
+        nargs="+",
+        metavar="NAME",
+        help=f"two or more of {', '.join(OPTIONS)}; the first is the reference (default gpt+ angpt)",
+    )
+    parser.add_argument(
+        "--tokens", metavar="TOKENS", help="the longest budget; a quarter and a half of it are run too (default 8M)"
+    )
+    parser.add_argument("--budgets", nargs="+", metavar="TOKENS", help="the budgets, in place of --tokens")
+    parser.add_argument("--quick", action="store_true", help="a size and budgets for 20 minutes on two CPU cores")
+    add_experiment_arguments(parser, lr_trials=3, knob_trials=3)
+
+
+def add_experiment_arguments(parser: Parser, lr_trials: int, knob_trials: int) -> None:
+    """Options of every verb that runs an experiment."""
+    parser.add_argument("--seeds", metavar="N", help="measured seeds a budget; trials have their own (default 3)")
+    parser.add_argument(
+        "--lr-trials",
+        metavar="N",
+        help="learning rates to try, each twice the one before; 1 keeps the default rate; a best one at the edge "
+        f"extends the grid (default {lr_trials})",
+    )
+    parser.add_argument(
+        "--knob-trials",
+        metavar="N",
+        help="the same for one more setting of each: weight decay of gpt+, gpt and ln-scaling, s_scale of angpt and "
+        f"ngpt, dyt_alpha_init of dyt, each 3 times the one before (default {knob_trials})",
+    )
+    parser.add_argument("--trial-tokens", metavar="TOKENS", help="budget of the trials (default: the middle budget)")
+    parser.add_argument("--devices", nargs="+", metavar="NAME", help="one worker for each device named, such as cuda:0")
+    parser.add_argument("--workers", metavar="N", help="runs at a time (default: one a GPU, or one a core)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the runs and the report")
+    add_config(parser, TrainConfig, only=COMMON)
+    group = parser.add_argument_group("sizes", "to change what the preset says, for all contenders")
+    add_config(group, ModelConfig, prefix="model.", only=SIZES)
+
+
+def run(parsed: argparse.Namespace) -> None:
+    """Plan, run, report."""
+    given = normalise(settings_of(parsed), "command line")
+    settings = {**QUICK, **given} if parsed.quick else given
+    tokens = convert(parsed.tokens or "8M", Count, "--tokens")
+    budgets = budgets_of(tokens, parsed.budgets or (QUICK_BUDGETS if parsed.quick and not parsed.tokens else ()))
+    planned = plan(
+        settings,
+        parsed.architectures or ["gpt+", "angpt"],
+        budgets,
+        **effort(parsed, lr_trials=3, knob_trials=1 if parsed.quick else 3),
+    )
+    name = "quick" if parsed.quick else planned.common.get("preset", "nano")
+    execute(planned, parsed, parsed.out or Path("runs") / f"compare-{name}")
+
+
+def execute(planned: Plan, parsed: argparse.Namespace, folder: Path) -> Results:
+    """Run a plan with its progress on the terminal, and write its report."""
+    require_scipy()
+    if folder.is_file():
+        raise ConfigError(f"{folder} is a file: choose the name of a folder for --out")
+    devices = parsed.devices or default_devices(number(parsed, "workers", None))
+    for device in devices:
+        choose_device(device)
+    dataset = open_data(planned.common.get("data", "python-stdlib"))
+    with ExperimentProgress() as progress:
+        queue = Queue(folder / "runs", dataset, devices, progress)
+        results = Experiment(planned, dataset, queue, progress.stage).run()
+    results.save(folder)
+    written = report.write(results, folder)
+    print(f"\n{verdict(results)}\n")
+    print(f"report: {written[0]}")
+    return results
+
+
+def effort(parsed: argparse.Namespace, **defaults: int) -> dict[str, int]:
+    """How much to run, as ``Plan`` takes it."""
+    values = {name: number(parsed, name, default) for name, default in {"seeds": 3, **defaults}.items()}
+    return values | {"trial_tokens": convert(parsed.trial_tokens or 0, Count, "--trial-tokens")}
+
+
+def number(parsed: argparse.Namespace, name: str, default: Any) -> Any:
+    """An option that is a positive whole number.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    value = getattr(parsed, name)
+    if value is None:
+        return default
+    count = convert(value, int, f"--{name.replace('_', '-')}")
+    if count < 1:
+        raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {count}")
+    return count

@@ -1,0 +1,36 @@
+"""GPT: GPT+ without QK norm.
+
+The baseline of the paper's second comparison (arXiv:2505.22014, section 5): q and k keep their lengths, and the scores
+are those of arXiv:1706.03762, with no learnable scalar.
+"""
+
+from torch import Tensor, nn
+
+from antransformer.functional import Places, causal_attention, rotate, split_heads
+from antransformer.models.config import ModelConfig
+from antransformer.models.gpt_plus import GPTPlus
+
+
+class Attention(nn.Module):
+    """Causal attention, softmax(q k^T / sqrt(h)) v."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_width = config.head_width
+        self.qkv_proj = nn.Linear(config.width, 3 * config.width, bias=False)
+        self.out_proj = nn.Linear(config.width, config.width, bias=False)
+
+    def forward(self, x: Tensor, places: Places) -> Tensor:
+        """(B, T, d) to (B, T, d)."""
+        q, k, v = split_heads(self.qkv_proj(x), self.head_width)
+        q, k = rotate(q, places.rotary), rotate(k, places.rotary)
+        return self.out_proj(causal_attention(q, k, v, places, scale=self.head_width**-0.5))
+
+
+class GPT(GPTPlus):
+    """GPT+ with this attention in its blocks."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        for block in self.blocks:
+            block.attention = Attention(config)

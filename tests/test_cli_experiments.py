@@ -1,0 +1,99 @@
+"""compare and ablate from the command line, end to end with real runs."""
+
+import json
+import re
+
+import pytest
+
+from antransformer.analysis.results import Results
+from antransformer.cli import main
+from conftest import SMALL_OPTIONS
+
+SHORT = ["--batch-tokens=256", "--eval-tokens=1024", "--workers=2", *SMALL_OPTIONS]
+
+
+def compare(corpus, out, *more):
+    effort = ["--seeds=2", "--lr-trials=1", "--knob-trials=1", "--budgets", "2560", "5120"]
+    return ["compare", "--data", str(corpus), "--out", str(out), *effort, *SHORT, *more]
+
+
+@pytest.fixture(scope="module")
+def compared(corpus, tmp_path_factory):
+    """The folder of a small comparison."""
+    folder = tmp_path_factory.mktemp("compare") / "out"
+    assert main(compare(corpus, folder)) == 0
+    return folder
+
+
+def test_compare_leaves_runs_results_and_a_report(compared):
+    results = Results.load(compared)
+    assert [contender.name for contender in results.contenders] == ["gpt+", "angpt"]
+    assert results.budgets == (2560, 5120) and results.seeds == (1, 2)
+    for contender in results.contenders:
+        assert len(contender.runs) == 4
+        for run in contender.runs:
+            result = json.loads((compared / "runs" / run.folder / "result.json").read_text())
+            assert result["loss"] == run.loss and 0 < run.loss < 6
+    page = (compared / "report.html").read_text()
+    assert "anGPT" in page and "GPT+" in page and len(list(compared.glob("*.png"))) >= 4
+
+
+def test_the_same_command_again_runs_nothing_and_more_seeds_only_what_is_missing(compared, corpus, capfd):
+    before = {path: path.stat().st_mtime_ns for path in compared.glob("runs/*/result.json")}
+    assert main(compare(corpus, compared)) == 0
+    out = capfd.readouterr().out
+    assert out.count("(done before)") == 8 and "report: " in out
+    assert main(compare(corpus, compared, "--seeds=3", "--budgets", "2560")) == 0
+    out = capfd.readouterr().out
+    assert out.count("(done before)") == 4 and len(re.findall(r"loss [\d.]+\n", out)) == 2
+    after = {path: path.stat().st_mtime_ns for path in compared.glob("runs/*/result.json")}
+    assert len(after) == 10 and before.items() <= after.items()
+
+
+def test_ablate_names_what_differs(corpus, tmp_path, capfd):
+    words = ["ablate", "--data", str(corpus), "--out", str(tmp_path), "--only", "all-x2", "--tokens=2560", "--seeds=2"]
+    assert main([*words, *SHORT]) == 0
+    out = capfd.readouterr().out
+    assert "default-2560" in out and "all-x2-2560" in out
+    results = Results.load(tmp_path)
+    assert [contender.name for contender in results.contenders] == ["default", "all-x2"]
+    assert results.contenders[1].settings["model.ablation"] == "all-x2"
+    assert "all-x2" in (tmp_path / "report.html").read_text()
+
+
+def test_the_list_of_ablations(capsys):
+    assert main(["ablate", "--list"]) == 0
+    names = capsys.readouterr().out.split()
+    assert names[0] == "default" and {"no-lerp", "strict", "error-5", "warm-up"} < set(names)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compare", "--seeds=0"], "--seeds must be at least 1, got 0"),
+        (["compare", "--seeds=many"], "--seeds must be a whole number, got 'many'"),
+        (["compare", "--architectures", "gpt+", "angtp"], "unknown architecture 'angtp': did you mean angpt?"),
+        (["compare", "--architectures", "angpt"], "two or more different ones"),
+        (["compare", "--budgets", "100", "5120"], "tokens 100 is less than one batch of 256"),
+        (["compare", "--budgets", "5K", "5K"], "names the same budget twice"),
+        (["compare", "--trial-tokens", "few"], "--trial-tokens must be a count of tokens"),
+        (["compare", "--workers=0"], "--workers must be at least 1"),
+        (["compare", "--devices", "tpu"], "device 'tpu' is not available here"),
+        (["compare", "--model.vocab-size=20"], "outside the model's vocabulary of 20"),
+        (["compare", "--lr=1"], "unknown option --lr"),
+        (["compare", "--data", "nowhere"], "nowhere: no such folder"),
+        (["ablate", "--only", "no-lrep"], "no ablation is named no-lrep: did you mean no-lerp?"),
+        (["ablate", "--tokens", "10"], "tokens 10 is less than one batch of 256"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_status_2(arguments, message, corpus, capsys, tmp_path):
+    verb, *rest = arguments
+    assert main([verb, "--data", str(corpus), "--out", str(tmp_path / "out"), *SHORT, *rest]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.count("\n") == 1 and captured.out == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_comparison_of_other_settings_is_not_mixed_with_this_one(compared, corpus, capsys):
+    assert main(compare(corpus, compared, "--batch-tokens=512")) == 2
+    assert "was made with batch_tokens 256, not 512: choose another --out" in capsys.readouterr().err

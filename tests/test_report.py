@@ -1,0 +1,510 @@
+import base64
+import html
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from antransformer.analysis import drawing, report, statistics
+from antransformer.analysis.charts import loss_by_tokens
+from antransformer.analysis.results import Contender, Results, Run, Trial
+from antransformer.analysis.verdict import verdict
+from antransformer.errors import MissingExtraError
+
+BUDGETS = (250_000, 500_000, 1_000_000)
+SEEDS = (1, 2, 3)
+SPEEDS = {"gpt+": 1.0, "ngpt": 1.25, "angpt": 1.6}
+COMPARED = ["Loss", "Speedup", "Search for settings", "Training curves", "Inside the models", "All numbers"]
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+    monkeypatch.setattr(statistics, "RESAMPLES", 200)
+
+
+def loss_at(tokens, speed=1.0):
+    return 1.35 + 28 * (tokens * speed) ** -0.27
+
+
+def contender(name, speed, budgets=BUDGETS, seeds=SEEDS, noise=0.004, diverged=(), trials=()):
+    """Whose loss is that of the reference with ``speed`` times the tokens, but for noise."""
+    generator = np.random.default_rng(sum(name.encode()))
+    runs = []
+    for budget in budgets:
+        for seed in seeds:
+            loss = loss_at(budget, speed) + 0.01 * math.sin(seed) + noise * generator.normal()
+            loss = math.inf if (budget, seed) in diverged else loss
+            seconds = 0.05 + 0.002 * len(name) if math.isfinite(loss) else math.inf
+            runs.append(Run(budget, seed, loss, loss / 2, seconds, f"{name[:5]}-{budget}-{seed}"))
+    settings = {"lr": 0.004, "warmup": 0.0, "architecture": name}
+    return Contender(name, settings, 2_100_000 + len(name), tuple(trials), tuple(runs))
+
+
+def search(name, best=0.004):
+    rates = [best * 2.0**power for power in (-2, -1, 0, 1, 2)]
+    losses = [2.1 + 0.02 * math.log(rate / best) ** 2 for rate in rates[:-1]] + [math.inf]
+    return [Trial("lr", rate, loss, f"{name}-{rate}") for rate, loss in zip(rates, losses, strict=True)]
+
+
+def experiment(*contenders, budgets=BUDGETS, seeds=SEEDS, kind="compare", **setup):
+    trials = any(item.trials for item in contenders)
+    setup = {"command": "antransformer compare --quick", "batch_tokens": 2048, "torch": "2.13", **setup}
+    return Results(kind, setup, budgets, seeds, 500_000 if trials else 0, contenders)
+
+
+def pair(speed, **options):
+    shape = {key: options[key] for key in ("budgets", "seeds") if key in options}
+    return experiment(contender("gpt+", 1.0, **shape), contender("angpt", speed, **options), **shape)
+
+
+def write_logs(folder, results):
+    for item in results.contenders:
+        run = next(run for run in item.runs if (run.tokens, run.seed) == (results.budgets[-1], results.seeds[0]))
+        path = folder / "runs" / run.folder
+        path.mkdir(parents=True)
+        metrics, probes = [], []
+        for step in range(1, 21):
+            place = {"step": step, "tokens": step * results.budgets[-1] // 20}
+            metrics.append({**place, "loss": loss_at(place["tokens"])})
+            bounded = item.name != "gpt+"
+            growth = 1 if bounded else 400
+            probes.append(
+                {
+                    **place,
+                    "residual_norm": [1.0, 1 + growth * step / 20, 1 + 2 * growth * step / 20],
+                    "row_norm": {"mean": 1.0, "min": 0.9, "max": 1.0 if bounded else 3.0},
+                    "alpha": [[0.05 + step / 200, 0.06], [0.07, 0.08 + step / 200]] if bounded else None,
+                    "moment_variance": None if step == 1 else 1 / step,
+                }
+            )
+        for name, lines in (("metrics", metrics), ("probes", probes)):
+            (path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text outside of styles."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.styles, self.words, self.open = [], [], [], []
+        self.feed(text)
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        while self.open and self.open.pop() != tag:
+            pass
+
+    def handle_data(self, data):
+        (self.styles if "style" in self.open else self.words).append(data)
+
+    def images(self):
+        return [attributes for tag, attributes in self.tags if tag == "img"]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A whole comparison: its results, its folder, and the files of its report."""
+    folder = tmp_path_factory.mktemp("comparison")
+    results = experiment(*(contender(name, speed, trials=search(name)) for name, speed in SPEEDS.items()))
+    write_logs(folder, results)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(statistics, "RESAMPLES", 200)
+        return results, folder, report.write(results, folder)
+
+
+@pytest.fixture
+def page(written):
+    return Page(written[2][0].read_text(encoding="utf-8"))
+
+
+# The verdict
+
+
+def test_verdict_of_a_faster_method():
+    results = pair(1.6)
+    text = verdict(results)
+    found = re.fullmatch(
+        r"anGPT reached the loss of GPT\+ with (\S+)x fewer tokens \(95% interval (\S+)x to (\S+)x; 500K tokens, "
+        r"3 seeds, 2\.1M parameters\); with 1\.0M tokens the loss of anGPT is (\S+) nats lower, a significant "
+        r"difference \(p [=<] \S+\)\.",
+        text,
+    )
+    assert found, text
+    ratio, low, high, difference = map(float, found.groups())
+    assert low < ratio < high and ratio == pytest.approx(1.6, rel=0.08)
+    losses = [item.losses(BUDGETS, SEEDS) for item in results.contenders]
+    exact = statistics.speedups(BUDGETS, *losses)[1]  # with 1.0M tokens no run of the reference reaches the loss
+    assert [f"{value:.2f}" for value in (exact.ratio, exact.low, exact.high)] == list(found.groups()[:3])
+    assert difference == pytest.approx((losses[0][-1] - losses[1][-1]).mean(), abs=5e-4)
+
+
+@pytest.mark.parametrize(
+    ("results", "said"),
+    [
+        (
+            pair(20),
+            "anGPT reached the loss of GPT+ with more than 4.00x fewer tokens: with 250K tokens its loss is below that "
+            "of GPT+ with 1.0M (3 seeds, 2.1M parameters); with 1.0M tokens the loss of anGPT is",
+        ),
+        (
+            pair(0.1),
+            "anGPT needed more tokens than GPT+, a speedup of less than 0.25x: with 1.0M tokens its loss is above that "
+            "of GPT+ with 250K",
+        ),
+        (pair(0.6), "anGPT needed more tokens than GPT+ for the same loss, a speedup of only 0.6"),
+        (pair(0.6), "nats higher, a significant difference (p "),
+        (pair(1.0, noise=0.02), "No speedup of anGPT over GPT+ could be shown: "),
+        (pair(1.0, noise=0.02), "with 1.0M tokens no difference of the losses could be shown (anGPT "),
+        (pair(1.6, seeds=(1,)), "x fewer tokens (500K tokens, 1 seed, 2.1M parameters)"),
+        (pair(1.6, seeds=(1,)), " nats lower (one seed: neither interval nor test)."),
+        (pair(1.6, budgets=BUDGETS[:1]), "One budget shows no speedup of anGPT over GPT+ (3 seeds, 2.1M parameters)"),
+        (pair(1.6, budgets=BUDGETS[:1]), "with 250K tokens the loss of anGPT is 0."),
+        (pair(1.6, diverged=[(1_000_000, 2)]), "(95% interval "),
+        (pair(1.6, diverged=[(1_000_000, 2)]), "with 1.0M tokens the losses can not be compared, as a run diverged."),
+        (pair(1.6, diverged=[(1_000_000, 2)]), "Diverged runs: anGPT 1 of 9."),
+        (
+            pair(1.6, diverged=[(budget, 1) for budget in BUDGETS]),
+            "No speedup of anGPT over GPT+ can be given, as runs diverged at every budget",
+        ),
+        (experiment(contender("gpt+", 1), contender("angpt", 2), contender("dyt", 0.5)), "anGPT reached the loss"),
+        (experiment(contender("gpt+", 1), contender("ngpt", 2)), "nGPT reached the loss of GPT+"),
+        (experiment(contender("angpt", 1), contender("gpt+", 0.5)), "GPT+ needed more tokens than anGPT"),
+    ],
+)
+def test_verdict_in_every_case(results, said):
+    text = verdict(results)
+    assert said in text
+    assert not re.search(r"\bnan\b|\binf\b", text)
+
+
+def test_verdict_of_equal_contenders():
+    twin = contender("gpt+", 1.0)
+    results = experiment(twin, Contender("angpt", {}, 2_100_000, (), twin.runs))
+    assert verdict(results).endswith("; with 1.0M tokens the losses are the same.")
+
+
+def test_verdict_claims_no_more_than_the_finished_runs_of_the_reference_show():
+    lost = [(1_000_000, seed) for seed in SEEDS]
+    results = experiment(contender("gpt+", 1, diverged=lost), contender("angpt", 20))
+    assert "more than 2.00x fewer tokens: with 250K tokens its loss is below that of GPT+ with 500K" in verdict(results)
+    lost = [(250_000, 1)]
+    results = experiment(contender("gpt+", 1, diverged=lost), contender("angpt", 0.1))
+    assert "a speedup of less than 0.50x: with 1.0M tokens its loss is above that of GPT+ with 500K" in verdict(results)
+    lost = [(budget, 1) for budget in BUDGETS]
+    results = experiment(contender("gpt+", 1, diverged=lost), contender("angpt", 2))
+    assert "can be given, as runs diverged at every budget" in verdict(results)
+
+
+def test_verdict_where_there_are_bounds_only():
+    runs = [Run(budget, 1, loss, 1.0, 0.1, "r") for budget, loss in zip(BUDGETS[:2], (3.0, 1.0), strict=True)]
+    shape = {"budgets": BUDGETS[:2], "seeds": (1,)}
+    results = experiment(contender("gpt+", 1, **shape), Contender("angpt", {}, 2_100_000, (), tuple(runs)), **shape)
+    assert verdict(results).startswith(
+        "The speedup of anGPT over GPT+ has bounds only: < 1.00x with 250K tokens, > 1.00x with 500K tokens (1 seed"
+    )
+
+
+# The page of a comparison
+
+
+def test_page_needs_nothing_beside_it(written, page):
+    text = written[2][0].read_text(encoding="utf-8")
+    assert len(text) < 2_000_000
+    assert not {"script", "link", "iframe", "object", "embed", "base"} & {tag for tag, _ in page.tags}
+    assert "http" not in text and "url(" not in "".join(page.styles) and "@import" not in text
+    for _, attributes in page.tags:
+        assert not any(name.startswith("on") for name in attributes)
+        assert attributes.get("src", "data:").startswith("data:") and "href" not in attributes
+    for image in page.images():
+        drawn = base64.b64decode(image["src"].partition("base64,")[2]).decode()
+        assert drawn.startswith("<svg") and drawn.count("<svg") == 1 and "<script" not in drawn
+        assert not re.findall(r'(?:href="|url\()(?!#)', drawn)
+
+
+def test_page_has_every_section_and_chart(written, page):
+    results, _, files = written
+    titles = re.findall(r"<h2>(.*?)</h2>", files[0].read_text(encoding="utf-8"))
+    assert titles == [*COMPARED, "How it was made"]
+    assert verdict(results) in page.text
+    names = {path.stem for path in files[1:]}
+    assert names == {
+        *(
+            "loss-tokens",
+            "loss-seconds",
+            "speedup-tokens",
+            "speedup-seconds",
+            "search-learning-rate",
+            "training-curves",
+        ),
+        *("residual-by-layer", "residual-by-time", "row-norms", "moment-variance", "alpha-ngpt", "alpha-angpt"),
+    }
+    assert len(page.images()) == len(names) == len({image["src"] for image in page.images()})
+    for said in ("antransformer compare --quick", "Trials of 500K tokens: GPT+ 5, nGPT 5, anGPT 5.", "2.13"):
+        assert said in page.text
+
+
+def test_alternative_texts_say_what_the_charts_show(written, page):
+    results, _, _ = written
+    texts = [image["alt"] for image in page.images()]
+    assert all(len(text) > 20 and re.search(r"\d", text) for text in texts) and len(set(texts)) == len(texts)
+    for item in results.contenders:
+        assert f"{item.losses([1_000_000], SEEDS).mean():.3f}" in texts[0]
+    assert any(text.startswith("At the end, from the embedding to the last block: GPT+ 1 to 801") for text in texts)
+
+
+def test_numbers_on_the_page_are_those_of_the_statistics(written, page):
+    results, _, _ = written
+    reference = results.reference
+    for item in results.contenders:
+        for losses in item.losses(BUDGETS, SEEDS):
+            assert f"{losses.mean():.4f} ± {losses.std(ddof=1):.4f}" in page.text
+        assert f"{item.parameters:,}" in page.text
+        for over in results.contenders:
+            if item is over:
+                continue
+            theirs, own = over.losses(BUDGETS, SEEDS), item.losses(BUDGETS, SEEDS)
+            speed = over.seconds_per_step / item.seconds_per_step
+            for point in statistics.speedups(BUDGETS, theirs, own):
+                if 0 < point.ratio < math.inf and point.low > 0 and point.high < math.inf:
+                    assert f"{point.ratio:.2f}x {point.low:.2f}x to {point.high:.2f}x" in page.text
+                    assert (
+                        f"{point.ratio * speed:.2f}x {point.low * speed:.2f}x to {point.high * speed:.2f}x" in page.text
+                    )
+        if item is not reference:
+            found = statistics.paired_difference(reference.losses(BUDGETS, SEEDS)[-1], item.losses(BUDGETS, SEEDS)[-1])
+            assert f"{found.mean:+.4f} {found.low:+.4f} to {found.high:+.4f} p " in page.text
+        small, _ = statistics.sensitivity(*zip(*((t.value, t.loss) for t in item.trials), strict=True))
+        assert f"learning rate 5 0.004 {small:+.3f}" in page.text
+
+
+def test_pictures_are_not_blank(written):
+    for path in written[2][1:]:
+        pixels = imread(path)[..., :3]
+        assert pixels.shape[0] > 400 and pixels.shape[1] > 800
+        assert (pixels < 0.9).any(-1).mean() > 0.01  # letters and lines, on white
+        red, green, blue = np.moveaxis(pixels, -1, 0)
+        assert (np.maximum(abs(red - green), abs(green - blue)) > 0.3).sum() > 300, path  # the contenders' colours
+
+
+def test_the_same_results_give_the_same_chart(written):
+    assert loss_by_tokens(written[0]).svg() == loss_by_tokens(written[0]).svg()
+
+
+@pytest.mark.parametrize("module", ["matplotlib", "scipy"])
+def test_a_missing_extra_is_named(module, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingExtraError, match=rf"{module} is not installed: .*antransformer\[analysis\]"):
+        report.write(pair(1.5), tmp_path)
+
+
+def test_hostile_names_and_settings_are_text(tmp_path):
+    hostile = "<script>alert('$x^{$ & \"q\"')</script>-->"
+    contenders = contender("gpt+", 1), contender(hostile, 1.5, trials=[Trial(hostile, 1.0, 2.0, "t")])
+    results = experiment(*contenders, command=f"antransformer {hostile}", **{hostile: [hostile, 1]})
+    files = report.write(results, tmp_path)
+    text = files[0].read_text(encoding="utf-8")
+    assert "<script" not in text and html.escape(hostile) in text
+    page = Page(text)
+    assert {tag for tag, _ in page.tags} == {tag for tag, _ in Page(text.replace("alert", "")).tags}
+    assert page.text.count("alert('$x^{$ & \"q\"')") > 5
+    assert all(path.parent == tmp_path for path in files)
+    for image in page.images():
+        assert "<script" not in base64.b64decode(image["src"].partition("base64,")[2]).decode()
+
+
+def test_report_without_logs_says_what_is_left_out(tmp_path):
+    files = report.write(pair(1.5), tmp_path)
+    text = Page(files[0].read_text(encoding="utf-8")).text
+    for name in ("metrics", "probes"):
+        assert f"Left out, as there is no {name}.jsonl in the run folder: GPT+, anGPT." in text
+    assert "No setting was searched: each contender has its defaults." in text
+    assert {path.stem for path in files} == {
+        *("report", "loss-tokens", "loss-seconds", "speedup-tokens", "speedup-seconds")
+    }
+
+
+def test_logs_of_some_contenders_only(tmp_path):
+    results = pair(1.5)
+    write_logs(tmp_path, results)
+    next(tmp_path.glob("runs/gpt+*/probes.jsonl")).unlink()
+    files = report.write(results, tmp_path)
+    assert "there is no probes.jsonl in the run folder: GPT+." in files[0].read_text(encoding="utf-8")
+    assert (tmp_path / "residual-by-layer.png") in files
+
+
+@pytest.mark.parametrize(
+    "shape", [{"budgets": BUDGETS[:1]}, {"seeds": (1,)}, {"budgets": BUDGETS[:1], "seeds": (1,)}], ids=str
+)
+def test_report_of_few_runs(shape, tmp_path):
+    results = pair(1.5, **shape)
+    text = Page(report.write(results, tmp_path)[0].read_text(encoding="utf-8")).text
+    assert verdict(results) in text and not re.search(r"\bnan\b|\binf\b", text)
+
+
+def test_report_of_diverged_runs(tmp_path):
+    every = [(budget, seed) for budget in BUDGETS for seed in SEEDS]
+    results = experiment(
+        contender("gpt+", 1, diverged=every[:1]),
+        contender("dyt", 1, diverged=every),
+        contender("angpt", 1.5, diverged=every[-1:]),
+    )
+    text = Page(report.write(results, tmp_path)[0].read_text(encoding="utf-8")).text
+    assert "Diverged runs: GPT+ 1 of 9, DyT 9 of 9, anGPT 1 of 9." in text and "3 of 3 diverged" in text
+    assert not re.search(r"\bnan\b|\binf\b", text)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(250_000, "250K"), (1e6, "1.0M"), (1_250_000, "1.25M"), (999_999, "1.0M"), (12, "12"), (2.5e9, "2.5B")],
+)
+def test_counts_are_short(number, text):
+    assert drawing.count(number) == text
+
+
+# Ablation
+
+
+def variant(name, difference, seeds=SEEDS):
+    generator = np.random.default_rng(sum(name.encode()))
+    losses = [2.2 + 0.01 * seed + difference + 0.0005 * generator.normal() * (difference != 0) for seed in seeds]
+    runs = tuple(
+        Run(500_000, seed, loss, 1.4, 0.05, f"{name}-{seed}") for seed, loss in zip(seeds, losses, strict=True)
+    )
+    return Contender(name, {"lr": 0.004, "model": {"ablation": name}}, 2_100_000, (), runs)
+
+
+def ablation(*variants, seeds=SEEDS):
+    return experiment(variant("default", 0, seeds), *variants, kind="ablate", budgets=(500_000,), seeds=seeds)
+
+
+SUITE = {"no-lerp": 0.05, "<b>-x2": math.inf, "strict": -0.04, "warm-up": 0.0001, "all-x0.5": 5.3}
+
+
+def test_verdict_of_an_ablation():
+    text = verdict(ablation(*(variant(name, difference) for name, difference in SUITE.items())))
+    assert text == (
+        "Of 5 variants 2 are significantly worse than the default, 1 better, 1 can not be told from it, 1 diverged "
+        "(3 seeds, 500K tokens, 2.1M parameters; paired t-tests with Holm's correction). "
+        "The worst that did not diverge is all-x0.5, +5.300 nats."
+    )
+    text = verdict(ablation(variant("a", 0.1, (1,)), variant("b", -0.1, (1,)), seeds=(1,)))
+    assert text.startswith("Of 2 variants 1 have a higher loss than the default and 1 a lower one, 0 diverged (1 seed")
+    lost = experiment(variant("default", math.inf), variant("a", 0.1), kind="ablate", budgets=(500_000,))
+    assert verdict(lost).startswith("The default diverged, so nothing can be said of the variants (3 seeds")
+    assert "1 diverged" in verdict(ablation(variant("a", math.inf)))
+
+
+def test_holm_corrects_for_the_number_of_tests():
+    assert statistics.holm([0.01, 0.04, math.nan, 0.03, 0.005]) == pytest.approx(
+        [0.03, 0.06, math.nan, 0.06, 0.02], nan_ok=True
+    )
+    assert statistics.holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+def test_page_of_an_ablation(tmp_path):
+    results = ablation(*(variant(name, difference) for name, difference in SUITE.items()))
+    files = report.write(results, tmp_path)
+    assert [path.name for path in files] == ["report.html", "ablation.png"]
+    page = Page(files[0].read_text(encoding="utf-8"))
+    assert "Differences" in page.text and "How it was made" in page.text and "<b>-x2" in page.text
+    default = results.reference.losses([500_000], SEEDS)[0]
+    differences = [
+        statistics.paired_difference(default, item.losses([500_000], SEEDS)[0]) for item in results.contenders[1:]
+    ]
+    for found, p in zip(differences, statistics.holm([found.p for found in differences]), strict=True):
+        if math.isfinite(found.mean):
+            shown = "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
+            assert f"{found.mean:+.4f} {found.low:+.4f} to {found.high:+.4f} {shown}" in page.text
+    assert "no-lerp +0.050; <b>-x2 diverged; strict -0.040" in page.images()[0]["alt"]
+    for outcome in ("worse ablation no-lerp", "better ablation strict", "not significant ablation warm-up"):
+        assert outcome in page.text
+
+
+# In a browser
+
+WIDTHS, CHART = (390, 1280), 400
+MEASURE = """
+window.onload = () => {
+  document.body.dataset.found = JSON.stringify([...document.querySelectorAll("iframe")].map(frame => {
+    const page = frame.contentDocument;
+    page.querySelectorAll("details").forEach(part => part.open = true);
+    return {
+      overflow: page.documentElement.scrollWidth - page.documentElement.clientWidth,
+      images: [...page.images].map(image => image.naturalWidth > 0 && image.getBoundingClientRect().width),
+      columns: new Set([...page.images].map(image => image.getBoundingClientRect().left)).size,
+    };
+  }));
+};
+"""
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """Path of a Chromium or Chrome; the gate must have one."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    found = next(filter(None, map(shutil.which, names)), None)
+    if found is None:
+        assert not os.environ.get("ANTRANSFORMER_REQUIRE_CHROMIUM"), f"none of {', '.join(names)} is installed"
+        pytest.skip(f"none of {', '.join(names)} is installed")
+    return found
+
+
+def browse(chromium, folder, document, *options):
+    wrapper = folder / "wrapper.html"
+    wrapper.write_text(document, encoding="utf-8")
+    fixed = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"]
+    command = [chromium, *fixed, f"--user-data-dir={folder / 'profile'}", *options, wrapper.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+def framed(page, script=""):
+    """The page at each width side by side, and its first chart."""
+    text = page.read_text(encoding="utf-8")
+    frames = "".join(f'<iframe width={width} height=3000 srcdoc="{html.escape(text)}"></iframe>' for width in WIDTHS)
+    chart = f'<img width={CHART} src="{Page(text).images()[0]["src"]}">'
+    head = '<!DOCTYPE html><meta charset="utf-8"><meta name="color-scheme" content="light dark">'
+    style = "<style>body{margin:0;display:flex;align-items:start}iframe{border:0;flex:none}</style>"
+    return f"{head}{style}<script>{script}</script><body>{frames}{chart}</body>"
+
+
+def test_page_fits_a_phone_and_a_wide_screen(chromium, written, tmp_path):
+    shown = browse(chromium, tmp_path, framed(written[2][0], MEASURE), "--window-size=1700,3000", "--dump-dom")
+    phone, wide = json.loads(html.unescape(re.search(r'data-found="(.*?)"', shown)[1]))
+    for found in (phone, wide):
+        assert found["overflow"] == 0
+        assert len(found["images"]) == len(written[2]) - 1 and all(found["images"])
+    assert phone["columns"] == 1 and min(phone["images"]) > 330
+    assert wide["columns"] == 2 and min(wide["images"]) > 500
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_page_is_drawn(chromium, written, tmp_path, scheme):
+    picture, size = tmp_path / "page.png", (sum(WIDTHS) + CHART, 3000)
+    setting = f"--blink-settings=preferredColorScheme={int(scheme == 'light')}"
+    window = "--window-size={},{}".format(*size)
+    browse(chromium, tmp_path, framed(written[2][0]), window, setting, f"--screenshot={picture}")
+    pixels = np.round(imread(picture)[..., :3] * 255).astype(int)
+    assert pixels.shape[:2] == size[::-1]
+    ink = drawing.INK if scheme == "light" else drawing.DARK[drawing.INK]
+    for part in np.split(pixels, np.cumsum(WIDTHS), axis=1):
+        assert (part.mean() > 200) if scheme == "light" else (part.mean() < 60)
+        assert drawn_in(part, ink) > 60
+        for name in SPEEDS:
+            assert drawn_in(part, drawing.look(name).colour) > 60, name
+
+
+def drawn_in(pixels, colour):
+    """Number of pixels that have a colour."""
+    return (abs(pixels - [int(colour[at : at + 2], 16) for at in (1, 3, 5)]).max(-1) < 12).sum()
