@@ -42,7 +42,7 @@ def test_a_file_imports_only_from_floors_below_or_its_own(path):
 
 
 def test_models_do_not_branch_on_the_architecture():
-    for name in ("angpt", "ngpt", "gpt_plus", "decoder"):
+    for name in ("angpt", "ngpt", "gpt_plus", "gpt", "ln_scaling", "dyt", "decoder"):
         assert "architecture ==" not in (PACKAGE / f"models/{name}.py").read_text()
 
 

@@ -76,6 +76,16 @@ def losses(folder):
     return {line["step"]: line["loss"] for line in read_metrics(folder / "metrics.jsonl")}
 
 
+def test_a_line_holds_the_mean_loss_since_the_one_before(corpus, tmp_path):
+    more = {"tokens": 256 * 6, "checkpoint_every": 6, "eval_every": 6}
+    start(corpus, tmp_path / "each", **more).run()
+    start(corpus, tmp_path / "some", log_every=3, **more).run()
+    each, some = losses(tmp_path / "each"), losses(tmp_path / "some")
+    assert list(some) == [3, 6]
+    for step, loss in some.items():
+        assert loss == pytest.approx(sum(each[number] for number in (step - 2, step - 1, step)) / 3, rel=1e-6)
+
+
 def weights(folder, step):
     return (folder / f"checkpoints/step-{step:08d}" / checkpoint.MODEL_FILE).read_bytes()
 

@@ -126,7 +126,7 @@ class Experiment:
         if plan.knob_trials > 1:
             self.stage(f"each one's own knob, {plan.trial_tokens:,} tokens")
             self.search(lambda entrant: entrant.knob, plan.knob_trials, KNOB_RATIO)
-        self.stage(f"{len(plan.budgets)} budgets, {plan.seeds} seeds")
+        self.stage("measured runs")
         jobs = {
             (state.entrant.name, tokens, seed): self.job(state, tokens, seed)
             for state in self.states

@@ -94,13 +94,15 @@ def train(folder: Path, data: str, device: str) -> None:
 
 
 def send(**message: Any) -> None:
-    """One JSON line to the parent."""
-    print(json.dumps(message), flush=True)
+    """One JSON line to the parent. Where that is gone the end of standard input says so, and a checkpoint is due."""
+    with contextlib.suppress(OSError):
+        print(json.dumps(message), flush=True)
 
 
 def stop_with_parent() -> None:
     """End as by SIGTERM when standard input does."""
-    sys.stdin.buffer.read()
+    while os.read(sys.stdin.fileno(), 1):  # unbuffered: a reader that holds a lock at the end would abort it
+        pass
     os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -150,11 +150,11 @@ class Trainer:
                     save = last or stopping or self.done % config.checkpoint_every == 0
                     if not (evaluate or save or self.done % config.log_every == 0):
                         continue
-                    self._require_finite(pending)
+                    mean_loss = self._require_finite(pending)
                     elapsed = time.perf_counter() - started
                     self.seconds += elapsed
                     speed = (self.done - counted) * config.batch_tokens / elapsed
-                    line = self._line(*pending[-1], speed)
+                    line = self._line(mean_loss, pending[-1][1], speed)
                     if evaluate:
                         line |= self.evaluate()
                     self._require_finite_weights(line)
@@ -208,13 +208,13 @@ class Trainer:
         tokens_per_byte = self.validation.tokens / self.validation.bytes
         return {"val_loss": loss_per_token, "bits_per_byte": loss_per_token * tokens_per_byte / math.log(2)}
 
-    def _line(self, loss: Tensor, grad_norm: Tensor, tokens_per_second: float) -> dict[str, Any]:
+    def _line(self, loss: float, grad_norm: Tensor, tokens_per_second: float) -> dict[str, Any]:
         alpha = metrics.mean_alpha(self.model)
         steps_per_second = tokens_per_second / self.config.batch_tokens
         return {
             "step": self.done,
             "tokens": self.done * self.config.batch_tokens,
-            "loss": float(loss),
+            "loss": loss,
             "lr": self.optimizer.param_groups[0]["lr"],
             "grad_norm": float(grad_norm),
             "tokens_per_second": round(tokens_per_second, 1),
@@ -224,13 +224,14 @@ class Trainer:
             "seconds": round(self.seconds, 3),
         }
 
-    def _require_finite(self, pending: list[tuple[Tensor, Tensor]]) -> None:
-        """Losses and gradient norms of the last steps."""
+    def _require_finite(self, pending: list[tuple[Tensor, Tensor]]) -> float:
+        """Look at losses and gradient norms of the steps since the last line; returns their mean loss."""
         values = torch.stack([torch.stack(pair) for pair in pending])
         for step, pair in enumerate(values.tolist(), self.done - len(pending) + 1):
             for name, value in zip(("loss", "gradient norm"), pair, strict=True):
                 if not math.isfinite(value):
                     raise self._not_finite(name, value, step)
+        return float(values[:, 0].mean())
 
     def _require_finite_weights(self, line: dict[str, Any]) -> None:
         """What the last update made of the weights, before they are written or reported."""
