@@ -74,7 +74,7 @@ def test_the_list_of_ablations(capsys):
         (["compare", "--seeds=many"], "--seeds must be a whole number, got 'many'"),
         (["compare", "--architectures", "gpt+", "angtp"], "unknown architecture 'angtp': did you mean angpt?"),
         (["compare", "--architectures", "angpt"], "two or more different ones"),
-        (["compare", "--budgets", "100", "5120"], "tokens 100 is less than one batch of 256"),
+        (["compare", "--budgets", "100", "5120"], "a budget of 100 tokens is less than one batch of 256"),
         (["compare", "--budgets", "5K", "5K"], "names the same budget twice"),
         (["compare", "--trial-tokens", "few"], "--trial-tokens must be a count of tokens"),
         (["compare", "--workers=0"], "--workers must be at least 1"),
@@ -83,7 +83,7 @@ def test_the_list_of_ablations(capsys):
         (["compare", "--lr=1"], "unknown option --lr"),
         (["compare", "--data", "nowhere"], "nowhere: no such folder"),
         (["ablate", "--only", "no-lrep"], "no ablation is named no-lrep: did you mean no-lerp?"),
-        (["ablate", "--tokens", "10"], "tokens 10 is less than one batch of 256"),
+        (["ablate", "--tokens", "10"], "a budget of 10 tokens is less than one batch of 256"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_status_2(arguments, message, corpus, capsys, tmp_path):

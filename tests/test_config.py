@@ -1,9 +1,10 @@
 import dataclasses
 import itertools
 
+import hypothesis
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from antransformer.errors import ConfigError
@@ -212,6 +213,7 @@ names = [item.name for item in dataclasses.fields(TrainConfig)]
 model_names = [item.name for item in dataclasses.fields(ModelConfig)]
 
 
+@hypothesis.settings(suppress_health_check=[HealthCheck.too_slow])  # of a busy machine
 @given(
     st.dictionaries(st.sampled_from(names), json_like, max_size=3),
     st.dictionaries(st.sampled_from(model_names), json_like, max_size=2),

@@ -4,8 +4,8 @@ from dataclasses import replace
 import pytest
 
 from antransformer.analysis import ablate, compare
-from antransformer.analysis.experiment import Experiment, Plan, extension, flat, grid_powers, nested
-from antransformer.analysis.jobs import Outcome
+from antransformer.analysis.experiment import Experiment, Plan, extension, grid_powers, nested
+from antransformer.analysis.jobs import Outcome, flat
 from antransformer.analysis.results import Results
 from antransformer.data import Dataset
 from antransformer.errors import ConfigError, DataError
@@ -28,7 +28,7 @@ class FakeQueue:
         jobs = list(jobs)
         self.calls.append([job.name for job in jobs])
         assert len(set(self.calls[-1])) == len(jobs)
-        return {job.name: Outcome(job.name, self.loss(job.config), 1.0, 0.1, 1000) for job in jobs}
+        return {job.name: Outcome(job.name, self.loss(job.config), 1.0, 0.1, 1000, "a machine") for job in jobs}
 
 
 def bowl(best):
@@ -45,8 +45,8 @@ def test_everyone_gets_the_same_grid_around_its_own_default(corpus):
     made = experiment(corpus, bowl({"gpt+": 8e-3, "angpt": 1.2e-2}), lr_trials=3, seeds=2)
     results = made.run()
     assert [[trial.value for trial in contender.trials] for contender in results.contenders] == [
-        [4e-3, 8e-3, 1.6e-2],
-        [6e-3, 1.2e-2, 2.4e-2],
+        [0.00267, 4e-3, 8e-3, 1.6e-2, 2.4e-2],  # three around the default, and three times off to either side
+        [4e-3, 6e-3, 1.2e-2, 2.4e-2, 3.6e-2],
     ]
     assert [contender.settings["lr"] for contender in results.contenders] == [8e-3, 1.2e-2]
     assert results.reference.name == "gpt+" and results.trial_tokens == BUDGETS[1]
@@ -54,9 +54,10 @@ def test_everyone_gets_the_same_grid_around_its_own_default(corpus):
 
 def test_a_best_value_at_the_edge_extends_the_grid_until_it_lies_inside(corpus):
     results = experiment(corpus, bowl({"gpt+": 3.2e-2, "angpt": 1.2e-2}), lr_trials=3).run()
-    assert [trial.value for trial in results.contenders[0].trials] == [4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2]
+    tried = [trial.value for trial in results.contenders[0].trials]
+    assert tried == [4e-3, 8e-3, 0.0107, 1.6e-2, 3.2e-2, 6.4e-2, 9.6e-2]
     assert results.contenders[0].settings["lr"] == 3.2e-2
-    assert len(results.contenders[1].trials) == 3  # nobody else pays for it
+    assert len(results.contenders[1].trials) == 5  # nobody else pays for it
 
 
 def test_an_extension_ends_where_it_finds_nothing():
@@ -69,6 +70,7 @@ def test_an_extension_ends_where_it_finds_nothing():
     assert len(losses) == 7
     assert extension({1.0: 3.0, 2.0: 2.0, 4.0: 3.0}, 3, 2.0) == []
     assert extension({1.0: 1.0, 2.0: 2.0, 4.0: math.inf}, 3, 2.0) == [0.5]
+    assert extension({2.0: math.inf, 1.0: math.inf, 4.0: math.inf}, 3, 2.0) == [0.5]  # all diverged: lower
     assert list(grid_powers(5)) == [-2, -1, 0, 1, 2] and list(grid_powers(2)) == [-1, 0]
 
 
@@ -143,12 +145,16 @@ def test_results_survive_their_file(corpus, tmp_path):
     again = Results.load(tmp_path)
     assert again == replace(results, setup=again.setup)
     assert "Infinity" not in (tmp_path / "results.json").read_text()
-    assert results.setup["command"].startswith("antransformer ") and results.setup["torch"]
+    assert results.setup["command"].startswith("antransformer") and results.setup["made_on"] == ["a machine"]
     (tmp_path / "results.json").write_text("{")
     with pytest.raises(DataError, match="damaged"):
         Results.load(tmp_path)
     with pytest.raises(DataError, match="no results"):
         Results.load(tmp_path / "nowhere")
+
+
+def test_budgets_are_the_tokens_that_are_trained_on():
+    assert compare.plan(COMMON, ["gpt+", "angpt"], (3000, 6000)).budgets == (2816, 5888)
 
 
 def test_budgets():
@@ -166,9 +172,13 @@ def test_what_can_not_run_is_refused_before_anything_runs(corpus):
         compare.plan(COMMON, ["angpt", "angpt"], BUDGETS)
     with pytest.raises(ConfigError, match="seeds must be at least 1"):
         compare.plan(COMMON, ["gpt+", "angpt"], BUDGETS, seeds=0)
-    plan = compare.plan(COMMON, ["gpt+", "angpt"], (100, 2560))
-    with pytest.raises(ConfigError, match="less than one batch"):
-        Experiment(plan, Dataset.open(corpus), FakeQueue(lambda config: 3.0), print)
+    with pytest.raises(ConfigError, match="a budget of 100 tokens is less than one batch of 256"):
+        compare.plan(COMMON, ["gpt+", "angpt"], (100, 2560))
+    with pytest.raises(ConfigError, match="same number of batches"):
+        compare.plan(COMMON, ["gpt+", "angpt"], (2560, 2600))
+    long = {"model": {**SMALL, "context": 10**6}, "batch_tokens": 10**6}
+    with pytest.raises(DataError, match="longest train shard"):
+        Experiment(compare.plan(long, ["gpt+", "angpt"], (10**6,)), Dataset.open(corpus), FakeQueue(None), print)
     small = {**COMMON, "model": {**SMALL, "vocab_size": 20}}
     with pytest.raises(DataError, match="outside the model's vocabulary"):
         Experiment(compare.plan(small, ["gpt+", "angpt"], BUDGETS), Dataset.open(corpus), FakeQueue(None), print)

@@ -382,7 +382,7 @@ def variant(name, difference, seeds=SEEDS):
     runs = tuple(
         Run(500_000, seed, loss, 1.4, 0.05, f"{name}-{seed}") for seed, loss in zip(seeds, losses, strict=True)
     )
-    return Contender(name, {"lr": 0.004, "model": {"ablation": name}}, 2_100_000, (), runs)
+    return Contender(name, {"lr": 0.004, "model.ablation": name}, 2_100_000, (), runs)
 
 
 def ablation(*variants, seeds=SEEDS):
@@ -396,8 +396,8 @@ def test_verdict_of_an_ablation():
     text = verdict(ablation(*(variant(name, difference) for name, difference in SUITE.items())))
     assert text == (
         "Of 5 variants 2 are significantly worse than the default, 1 better, 1 can not be told from it, 1 diverged "
-        "(3 seeds, 500K tokens, 2.1M parameters; paired t-tests with Holm's correction). "
-        "The worst that did not diverge is all-x0.5, +5.300 nats."
+        "(3 seeds, 500K tokens, 2.1M parameters; t-tests with the noise of all variants together and Holm's "
+        "correction). The worst that did not diverge is all-x0.5, +5.300 nats."
     )
     text = verdict(ablation(variant("a", 0.1, (1,)), variant("b", -0.1, (1,)), seeds=(1,)))
     assert text.startswith("Of 2 variants 1 have a higher loss than the default and 1 a lower one, 0 diverged (1 seed")
@@ -420,9 +420,8 @@ def test_page_of_an_ablation(tmp_path):
     page = Page(files[0].read_text(encoding="utf-8"))
     assert "Differences" in page.text and "How it was made" in page.text and "<b>-x2" in page.text
     default = results.reference.losses([500_000], SEEDS)[0]
-    differences = [
-        statistics.paired_difference(default, item.losses([500_000], SEEDS)[0]) for item in results.contenders[1:]
-    ]
+    others = [item.losses([500_000], SEEDS)[0] for item in results.contenders[1:]]
+    differences = statistics.pooled_differences(default, others)
     for found, p in zip(differences, statistics.holm([found.p for found in differences]), strict=True):
         if math.isfinite(found.mean):
             shown = "p < 0.001" if p < 0.001 else f"p = {p:.2g}"

@@ -7,7 +7,7 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from antransformer.analysis.compare import common_settings
+from antransformer.analysis.compare import common_settings, whole_batches
 from antransformer.analysis.experiment import Entrant, Plan
 from antransformer.errors import ConfigError
 from antransformer.models.ablations import ABLATIONS
@@ -64,4 +64,5 @@ def plan(settings: Mapping[str, Any], only: Sequence[str], budgets: Sequence[int
     """
     common = common_settings(settings, {"architecture": "angpt"})
     width = resolve({**common, "architecture": "angpt"}, PAPER_VOCABULARY).model.width
+    budgets = whole_batches(budgets, common["batch_tokens"])
     return Plan("ablate", common, entrants(width, only), budgets, **effort)

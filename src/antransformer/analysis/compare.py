@@ -60,7 +60,24 @@ def budgets_of(tokens: int, given: Sequence[Any] = ()) -> tuple[int, ...]:
 def common_settings(settings: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str, Any]:
     """What all contenders share: the user's settings, and where these leave it open the reference's default batch."""
     complete = resolve({**settings, **reference}, PAPER_VOCABULARY)
-    return {"batch_tokens": int(complete.batch_tokens), **settings}
+    return {**settings, "batch_tokens": int(complete.batch_tokens)}
+
+
+def whole_batches(budgets: Sequence[int], batch_tokens: int) -> tuple[int, ...]:
+    """The tokens that runs of these budgets are trained on.
+
+    Raises:
+        ConfigError: a budget is less than one batch, or two come to the same.
+    """
+    trained = tuple(budget // batch_tokens * batch_tokens for budget in budgets)
+    if not all(trained):
+        raise ConfigError(
+            f"a budget of {min(budgets):,} tokens is less than one batch of {batch_tokens:,}: raise --tokens or "
+            "--budgets, or lower --batch-tokens"
+        )
+    if len(set(trained)) != len(trained):
+        raise ConfigError(f"two budgets come to the same number of batches of {batch_tokens:,} tokens: {trained}")
+    return trained
 
 
 def plan(settings: Mapping[str, Any], architectures: Sequence[str], budgets: Sequence[int], **effort: int) -> Plan:
@@ -70,4 +87,5 @@ def plan(settings: Mapping[str, Any], architectures: Sequence[str], budgets: Seq
         ConfigError: see ``entrants`` and ``Plan``.
     """
     contenders = entrants(architectures)
-    return Plan("compare", common_settings(settings, contenders[0].settings), contenders, budgets, **effort)
+    common = common_settings(settings, contenders[0].settings)
+    return Plan("compare", common, contenders, whole_batches(budgets, common["batch_tokens"]), **effort)

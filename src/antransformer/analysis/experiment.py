@@ -5,24 +5,22 @@ of values in the same ratios around each contender's own default, and goes on wh
 have a seed of their own, so that no measured run was chosen for its luck.
 """
 
-import os
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import torch
-
 from antransformer import __version__
-from antransformer.analysis.jobs import Job, Outcome, Queue
+from antransformer.analysis.jobs import Job, Outcome, Queue, flat
 from antransformer.analysis.results import Contender, Results, Run, Trial
+from antransformer.analysis.statistics import SENSITIVITY_FACTOR
 from antransformer.data import Dataset
 from antransformer.errors import ConfigError
 from antransformer.training.config import TrainConfig, merge, resolve
-from antransformer.training.trainer import check_vocabulary
+from antransformer.training.trainer import check_data
 
 LR_RATIO = 2.0
 KNOB_RATIO = 3.0
@@ -115,23 +113,23 @@ class Experiment:
         self.states = [_State(entrant) for entrant in plan.entrants]
         for state in self.states:  # refuse what can not run before hours are spent on the rest
             for tokens in (plan.trial_tokens, *plan.budgets):
-                check_vocabulary(self.config(state, tokens, TRIAL_SEED), dataset)
+                check_data(self.config(state, tokens, TRIAL_SEED), dataset)
 
     def run(self) -> Results:
         """Search, then measure; raises as ``Queue.run``."""
         plan, started = self.plan, time.time()
         if plan.lr_trials > 1:
             self.stage(f"learning rates, {plan.trial_tokens:,} tokens")
-            self.search(lambda entrant: "lr", plan.lr_trials, LR_RATIO)
+            self.search(lambda entrant: "lr", plan.lr_trials, LR_RATIO, off=SENSITIVITY_FACTOR)
         if plan.knob_trials > 1:
             self.stage(f"each one's own knob, {plan.trial_tokens:,} tokens")
             self.search(lambda entrant: entrant.knob, plan.knob_trials, KNOB_RATIO)
         self.stage("measured runs")
-        jobs = {
+        jobs = {  # contenders side by side, so that what else the machine does slows them alike
             (state.entrant.name, tokens, seed): self.job(state, tokens, seed)
-            for state in self.states
             for tokens in plan.budgets
             for seed in plan.run_seeds()
+            for state in self.states
         }
         outcomes = self.queue.run(jobs.values())
         runs = {key: self.measured(key[1], key[2], outcomes[job.name]) for key, job in jobs.items()}
@@ -148,15 +146,19 @@ class Experiment:
         searched = plan.lr_trials > 1 or plan.knob_trials > 1
         return Results(
             kind=plan.kind,
-            setup=self.setup(time.time() - started),
+            setup=self.setup(time.time() - started, outcomes.values()),
             budgets=tuple(plan.budgets),
             seeds=plan.run_seeds(),
             trial_tokens=plan.trial_tokens if searched else 0,
             contenders=contenders,
         )
 
-    def search(self, setting_of: Callable[[Entrant], str], trials: int, ratio: float) -> None:
-        """Choose a setting for every entrant, by the loss of runs with the seed of the trials."""
+    def search(self, setting_of: Callable[[Entrant], str], trials: int, ratio: float, off: float | None = None) -> None:
+        """Choose a setting for every entrant, by the loss of runs with the seed of the trials.
+
+        With ``off`` the values so many times below and above the best are tried at last, which tells how much it costs
+        to miss it.
+        """
         grids = {}
         for state in self.states:
             center = value_of(self.config(state, self.plan.trial_tokens, TRIAL_SEED), setting_of(state.entrant))
@@ -174,10 +176,10 @@ class Experiment:
             outcomes = self.queue.run(jobs.values())
             for (name, value), job in jobs.items():
                 found[name][value] = job, outcomes[job.name]
-            wanted = {
-                name: extension({value: outcome.loss for value, (_, outcome) in tried.items()}, trials, ratio)
-                for name, tried in found.items()
-            }
+            losses = {name: {value: end.loss for value, (_, end) in tried.items()} for name, tried in found.items()}
+            wanted = {name: extension(tried, trials, ratio) for name, tried in losses.items()}
+            if off and not any(wanted.values()):
+                wanted, off = {name: around(tried, off) for name, tried in losses.items()}, None
         for state in self.states:
             tried, setting = found[state.entrant.name], setting_of(state.entrant)
             state.trials += [
@@ -213,21 +215,19 @@ class Experiment:
         """The settings of an entrant that a reader wants to see."""
         config = self.config(state, self.plan.budgets[-1], TRIAL_SEED)
         names = dict.fromkeys(("lr", "warmup", "weight_decay", state.entrant.knob))
-        return {name: value_of(config, name) for name in names} | flat(state.entrant.settings)
+        return flat(state.entrant.settings) | {name: value_of(config, name) for name in names}
 
-    def setup(self, seconds: float) -> dict[str, Any]:
-        """What all runs share, for the report."""
-        config, devices = self.config(self.states[0], self.plan.budgets[-1], TRIAL_SEED), self.queue.devices
-        names = [torch.cuda.get_device_name(name) for name in set(devices) if name.startswith("cuda")]
+    def setup(self, seconds: float, outcomes: Iterable[Outcome]) -> dict[str, Any]:
+        """What all runs share, for the report; runs that were made elsewhere, or otherwise, are said."""
+        config = self.config(self.states[0], self.plan.budgets[-1], TRIAL_SEED)
         return {
-            "command": " ".join(["antransformer", *sys.argv[1:]]),
+            "command": shlex.join(["antransformer", *sys.argv[1:]]),
             "antransformer": __version__,
-            "torch": torch.__version__,
             "python": platform.python_version(),
-            "device": ", ".join(names) or f"{processor()}, {os.cpu_count()} cores",
-            "workers": len(devices),
-            "precision": config.precision,
+            "made_on": sorted({outcome.machine for outcome in outcomes}),
+            "workers": len(self.queue.devices),
             "data": str(self.dataset.path),
+            "data_digest": self.dataset.digest,
             "tokenizer": f"{self.dataset.tokenizer_name}, {self.dataset.vocab_size} ids",
             "preset": config.preset,
             "width": config.model.width,
@@ -248,13 +248,22 @@ def grid_powers(trials: int) -> Iterable[int]:
 
 
 def extension(losses: Mapping[float, float], trials: int, ratio: float) -> list[float]:
-    """The next value to try: one beyond the best where that lies at an edge, else nothing."""
-    best = min(losses, key=lambda value: losses[value])
+    """The next value to try: one beyond the best where that lies at an edge, else nothing.
+
+    Among equals the lowest is the best: where all diverged, the next one is lower.
+    """
+    best = min(losses, key=lambda value: (losses[value], value))
     if len(losses) >= trials + EXTENSIONS:
         return []
     if best == min(losses):
         return [best / ratio]
     return [best * ratio] if best == max(losses) else []
+
+
+def around(losses: Mapping[float, float], factor: float) -> list[float]:
+    """The values so many times below and above the best."""
+    best = min(losses, key=lambda value: losses[value])
+    return [best / factor, best * factor]
 
 
 def rounded(value: float) -> float:
@@ -274,20 +283,3 @@ def nested(setting: str, value: Any) -> dict[str, Any]:
     """``model.s_scale`` as ``{"model": {"s_scale": value}}``."""
     first, _, rest = setting.partition(".")
     return {first: nested(rest, value) if rest else value}
-
-
-def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their dotted names."""
-    found: dict[str, Any] = {}
-    for name, value in settings.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return found
-
-
-def processor() -> str:
-    """The CPU's name where the system tells it."""
-    try:
-        with Path("/proc/cpuinfo").open(encoding="utf-8") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

@@ -7,7 +7,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from antransformer.analysis.results import Contender, Results
-from antransformer.analysis.statistics import CONFIDENCE, Difference, Speedup, holm, paired_difference, speedups
+from antransformer.analysis.statistics import (
+    CONFIDENCE,
+    Difference,
+    Speedup,
+    holm,
+    paired_difference,
+    pooled_differences,
+    speedups,
+)
 
 
 def finished_budgets(results: Results, contender: Contender) -> list[int]:
@@ -58,6 +66,13 @@ def final_difference(results: Results, contender: Contender) -> Difference:
     longest = results.budgets[-1:]
     losses = [item.losses(longest, results.seeds)[0] for item in (results.reference, contender)]
     return paired_difference(*losses)
+
+
+def variant_differences(results: Results) -> list[Difference]:
+    """Of all but the reference from it, at the largest budget, judged by the noise of all of them."""
+    longest = results.budgets[-1:]
+    reference, *others = (item.losses(longest, results.seeds)[0] for item in results.contenders)
+    return pooled_differences(reference, others)
 
 
 def significant(differences: Sequence[Difference]) -> list[bool]:

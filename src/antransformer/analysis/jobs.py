@@ -9,20 +9,21 @@ import math
 import os
 import queue
 import shutil
+import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from antransformer.analysis import worker
 from antransformer.analysis.worker import RESULT_FILE
 from antransformer.data import Dataset
-from antransformer.errors import ConfigError, DataError, MachineError, RunStoppedError
+from antransformer.errors import AntransformerError, ConfigError, DataError, MachineError, RunStoppedError
 from antransformer.training import run as runs
 from antransformer.training.config import OPERATIONAL, TrainConfig, read_yaml, resolve, to_mapping
 from antransformer.training.trainer import StopSignals
@@ -52,6 +53,7 @@ class Outcome:
     bits_per_byte: float
     seconds_per_step: float
     parameters: int
+    machine: str
 
 
 class Progress(Protocol):
@@ -110,8 +112,8 @@ class Queue:
         folder = self.root / job.name
         if not (folder / runs.CONFIG_FILE).is_file():
             return None
-        saved = to_mapping(resolve(read_yaml(folder / runs.CONFIG_FILE), vocab_size=1, where=str(folder)))
-        for key, value in to_mapping(job.config).items():
+        saved = flat(to_mapping(resolve(read_yaml(folder / runs.CONFIG_FILE), vocab_size=1, where=str(folder))))
+        for key, value in flat(to_mapping(job.config)).items():
             if key not in OPERATIONAL - {"eval_tokens"} and saved.get(key) != value:
                 raise ConfigError(f"{folder} was made with {key} {saved.get(key)}, not {value}: choose another --out")
         if not (folder / RESULT_FILE).is_file():
@@ -125,6 +127,7 @@ class Queue:
                 bits_per_byte=_number(result["bits_per_byte"]),
                 seconds_per_step=_number(result["seconds_per_step"]),
                 parameters=int(result["parameters"]),
+                machine=str(result["machine"]),
             )
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{folder / RESULT_FILE}: damaged; remove {folder}, and the run is made again") from error
@@ -155,11 +158,17 @@ class Queue:
         with StopSignals() as stop:
             for thread in threads:
                 thread.start()
-            for thread in threads:
-                while thread.is_alive():
-                    thread.join(0.2)
-                    if stop.received:
-                        self._halt()
+            try:
+                for thread in threads:
+                    while thread.is_alive():
+                        thread.join(0.2)
+                        if stop.received:
+                            self._halt()
+            except KeyboardInterrupt:  # a second signal does not wait for the next look at the first
+                self._halt()
+                for thread in threads:
+                    thread.join()
+                raise
         if failures:
             raise failures[0]
         if stop.received:
@@ -179,7 +188,8 @@ class Queue:
             if self.halted:
                 return None
             process = subprocess.Popen(
-                [sys.executable, "-m", worker.__name__, str(folder), str(self.dataset.path), device],
+                # -P: a file of the user's that is named like a library is not imported in its place
+                [sys.executable, "-P", "-m", worker.__name__, str(folder), str(self.dataset.path), device],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -200,8 +210,7 @@ class Queue:
             return None
         outcome = self.finished(job)
         if outcome is None:
-            reason = failure or (errors[-1].strip() if errors else f"its process ended with status {status}")
-            raise MachineError(f"{folder}: {reason}; the runs that are done are kept, and the same command goes on")
+            raise _failure(folder, status, failure or "".join(errors[-1:]).strip())
         if not job.keep:
             shutil.rmtree(folder / runs.CHECKPOINTS, ignore_errors=True)
         with self.lock:
@@ -214,7 +223,7 @@ class Queue:
         for line in process.stdout or []:
             try:
                 message = dict(json.loads(line))
-            except ValueError:  # a library's chatter
+            except (ValueError, TypeError):  # a library's chatter
                 continue
             failure = message.get("error", failure)
             step = message.get("step", last)
@@ -250,6 +259,28 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return found
+
+
+def _failure(folder: Path, status: int, said: str) -> AntransformerError:
+    """Why a worker left no result."""
+    if status == 2:
+        return ConfigError(f"{folder}: {said}")
+    if status < 0:
+        name = signal.Signals(-status).name
+        said = f"its process was ended by {name}{', for want of memory?' if name == 'SIGKILL' else ''}"
+    reason = said or f"its process ended with status {status}"
+    return MachineError(f"{folder}: {reason}; the runs that are done are kept, and the same command goes on")
+
+
 def _number(value: float | None) -> float:
-    """A diverged run's null is infinity."""
-    return math.inf if value is None else float(value)
+    """A positive number; a diverged run's null is infinity."""
+    number = math.inf if value is None else float(value)
+    if not number > 0:
+        raise ValueError(f"{number} is not positive")
+    return number

@@ -5,7 +5,7 @@ The page has no script and fetches nothing; its charts are SVG inside it.
 
 import base64
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -16,13 +16,14 @@ import numpy as np
 from antransformer.analysis import charts
 from antransformer.analysis.charts import Lines
 from antransformer.analysis.drawing import Chart, called, count, look
-from antransformer.analysis.findings import Pair, final_difference, significant
+from antransformer.analysis.findings import Pair, final_difference, significant, variant_differences
 from antransformer.analysis.results import Contender, Results
 from antransformer.analysis.statistics import CONFIDENCE, Difference, holm, sensitivity
 from antransformer.analysis.verdict import METHOD, diverged_in_words, method, p_in_words, seeds_in_words, verdict
 from antransformer.training.metrics import read_metrics
 
 FILE = "report.html"
+PROBES = {"tokens", "residual_norm", "row_norm", "alpha", "moment_variance"}
 TEXT = {"setting", "settings", "outcome", "what is changed"}  # columns that are no numbers
 
 STYLE = """
@@ -175,17 +176,18 @@ def _sensitivity_row(contender: Contender, setting: str) -> list[str]:
     best = min(trials, key=lambda trial: trial.loss)
     lost = sensitivity([trial.value for trial in trials], [trial.loss for trial in trials])
     cells = ["not tried" if math.isnan(loss) else "diverged" if math.isinf(loss) else f"{loss:+.3f}" for loss in lost]
-    shown = f"{best.value:g}" if math.isfinite(best.loss) else "all diverged"
+    edge = " (at the edge)" if best.value in (trials[0].value, trials[-1].value) else ""
+    shown = f"{best.value:g}{edge}" if math.isfinite(best.loss) else "all diverged"
     return [look(contender.name).label, called(setting), str(len(trials)), shown, *cells]
 
 
 def _curve_section(results: Results, folder: Path) -> Section:
-    logs, missing = _logs(results, folder, "metrics.jsonl")
+    logs, missing = _logs(results, folder, "metrics.jsonl", {"tokens", "loss"})
     return Section("Training curves", missing, [charts.training_curves(results, logs)] if logs else [])
 
 
 def _inside_section(results: Results, folder: Path) -> Section:
-    logs, missing = _logs(results, folder, "probes.jsonl")
+    logs, missing = _logs(results, folder, "probes.jsonl", PROBES)
     if not logs:
         return Section("Inside the models", missing)
     above = (
@@ -200,13 +202,19 @@ def _inside_section(results: Results, folder: Path) -> Section:
     return Section("Inside the models", above, drawn + [charts.alphas(item, logs[item.name]) for item in stepping])
 
 
-def _logs(results: Results, folder: Path, name: str) -> tuple[dict[str, Lines], str]:
-    """Lines of each contender's longest run with the first seed, and a sentence on those that have none."""
+def _logs(results: Results, folder: Path, name: str, keys: set[str]) -> tuple[dict[str, Lines], str]:
+    """Lines of each contender's longest run with the first seed, and a sentence on those that have none.
+
+    Lines without one of the keys, of another release, are left out.
+    """
     longest = {
         item.name: next(run for run in item.runs if (run.tokens, run.seed) == (results.budgets[-1], results.seeds[0]))
         for item in results.contenders
     }
-    logs = {contender: read_metrics(folder / "runs" / run.folder / name) for contender, run in longest.items()}
+    logs = {
+        contender: [line for line in read_metrics(folder / "runs" / run.folder / name) if keys <= line.keys()]
+        for contender, run in longest.items()
+    }
     empty = ", ".join(look(contender).label for contender, lines in logs.items() if not lines)
     missing = (
         f'<p class="note">Left out, as there is no {name} in the run folder: {escape(empty)}.</p>' if empty else ""
@@ -239,7 +247,7 @@ def _all_numbers(results: Results) -> str:
                 _bits(contender, longest),
                 f"{contender.seconds_per_step:.4g}" if math.isfinite(contender.seconds_per_step) else "diverged",
                 diverged_in_words(contender.runs),
-                "\n".join(f"{called(key)} {_value(value)}" for key, value in _flat(contender.settings).items()),
+                "\n".join(f"{called(key)} {_value(value)}" for key, value in _own_settings(contender)),
             ]
         )
     note = (
@@ -253,11 +261,12 @@ def _all_numbers(results: Results) -> str:
 
 
 def _ablation(results: Results) -> list[Section]:
-    differences = [final_difference(results, variant) for variant in results.contenders[1:]]
+    differences = variant_differences(results)
     known = significant(differences)
     note = (
         "<p>Differences in validation loss are paired over seeds: the same data in the same order. The p values are "
-        "those of paired t-tests, corrected over all rows by Holm's method; the intervals are not corrected.</p>"
+        "those of t-tests with the noise of all variants together, corrected over the rows by Holm's method; the "
+        "intervals are not corrected.</p>"
     )
     return [
         Section("Differences", note, [charts.forest(results, differences, known)]),
@@ -266,8 +275,13 @@ def _ablation(results: Results) -> list[Section]:
     ]
 
 
+def _own_settings(contender: Contender) -> list[tuple[str, Any]]:
+    """Without the architecture, which is its name already."""
+    return [(key, value) for key, value in contender.settings.items() if key != "architecture"]
+
+
 def _ablation_table(results: Results, differences: Sequence[Difference], significant: Sequence[bool]) -> str:
-    longest, default = results.budgets[-1], _flat(results.reference.settings)
+    longest, default = results.budgets[-1], results.reference.settings
     rows = [[look(results.reference.name).label, _mean_loss(results.reference, longest, results.seeds), *[""] * 4]]
     corrected = holm([difference.p for difference in differences])
     for variant, difference, p, known in zip(results.contenders[1:], differences, corrected, significant, strict=True):
@@ -281,7 +295,7 @@ def _ablation_table(results: Results, differences: Sequence[Difference], signifi
                 outcome if known else "diverged" if math.isnan(difference.mean) else "not significant",
                 ", ".join(
                     f"{called(key)} {_value(value)}"
-                    for key, value in _flat(variant.settings).items()
+                    for key, value in variant.settings.items()
                     if default.get(key) != value
                 ),
             ]
@@ -316,10 +330,17 @@ def _rules(results: Results) -> Iterable[str]:
             "own default; where the best lay at the edge the search went on. "
             f"Trials of {count(results.trial_tokens)} tokens: {each}."
         )
-        yield "Trials have a seed of their own, so no measured run was chosen for its luck."
+        yield (
+            "Trials have one seed, none of those measured, so no measured run was chosen for its luck. The search is "
+            "one pass, the learning rate first, and is not repeated at other budgets."
+        )
     nothing = "Nothing else" if results.trial_tokens else "No setting"
     yield f"{nothing} was searched: batch size, betas, schedule, clipping and the rest are as given, or the defaults."
     yield "Nothing is extrapolated: a loss that no finished run reached gives a bound, not a number."
+    yield (
+        "Seconds a step are medians over the runs, contenders side by side; their noise, which other work on the "
+        "machine adds to, is not in the intervals."
+    )
 
 
 # Numbers and HTML
@@ -410,11 +431,3 @@ def _value(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(_value, value))
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-
-
-def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings to be shown, groups taken apart; the architecture is a contender's name already."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat |= _flat(value) if isinstance(value, Mapping) else {} if key == "architecture" else {key: value}
-    return flat

@@ -94,9 +94,8 @@ def speedups(budgets: Sequence[int], baseline: Array, method: Array, seed: int =
     """Convergence speedup of ``method`` over ``baseline`` at each budget of the method.
 
     The interval is a bootstrap over seeds: residuals about each budget's mean, pooled over the budgets of one contender
-    and widened by sqrt(n / (n - 1)) for the mean that was taken off, are drawn anew for every run. (Drawing among two
-    or three seeds of one budget alone would give intervals that are far too narrow.) A diverged run makes the loss at
-    its budget infinite.
+    and widened for their small number, are drawn anew for every run. (Drawing among two or three seeds of one budget
+    alone would give intervals that are far too narrow.) A diverged run makes the loss at its budget infinite.
 
     Args:
         budgets: ascending token counts, the same for both.
@@ -119,9 +118,9 @@ def speedups(budgets: Sequence[int], baseline: Array, method: Array, seed: int =
 
 def paired_difference(reference: Array, other: Array) -> Difference:
     """``other - reference`` over seeds, paired; both (seeds,)."""
-    differences = other - reference
-    if not np.isfinite(differences).all():
+    if not np.isfinite([other, reference]).all():
         return Difference(math.nan, math.nan, math.nan, math.nan)
+    differences = other - reference
     mean = float(differences.mean())
     if len(differences) < 2 or not differences.any():
         return Difference(mean, math.nan, math.nan, math.nan)
@@ -131,6 +130,40 @@ def paired_difference(reference: Array, other: Array) -> Difference:
     test = ttest_1samp(differences, 0.0)
     interval = test.confidence_interval(CONFIDENCE)
     return Difference(mean, float(interval.low), float(interval.high), float(test.pvalue))
+
+
+def pooled_differences(reference: Array, others: Sequence[Array]) -> list[Difference]:
+    """Differences of many contenders from one, over seeds, with one residual variance for all of them.
+
+    The model is loss = contender + seed + noise: what a contender gains from a seed beyond what all gain from it is
+    noise, and all contenders together measure its size, which three seeds of one alone hardly do. Intervals and p are
+    those of Student's t; a contender with a diverged run has NaN and no part in the pool.
+
+    Args:
+        reference: losses (seeds,).
+        others: losses of each other contender, (seeds,).
+    """
+    finished = [losses for losses in others if np.isfinite(losses).all()]
+    table = np.array([reference, *finished])
+    rows, seeds = table.shape
+    freedom = (rows - 1) * (seeds - 1)
+    if not np.isfinite(reference).all() or not freedom:
+        return [paired_difference(reference, losses) for losses in others]
+    require_scipy()
+    from scipy.stats import t
+
+    noise = table - table.mean(1, keepdims=True) - table.mean(0) + table.mean()
+    error = math.sqrt(2 * (noise**2).sum() / freedom / seeds)
+    half = float(t.ppf((1 + CONFIDENCE) / 2, freedom)) * error
+
+    def difference(losses: Array) -> Difference:
+        if not np.isfinite(losses).all():
+            return paired_difference(reference, losses)
+        mean = float((losses - reference).mean())
+        p = float(2 * t.sf(abs(mean) / error, freedom)) if error else math.nan
+        return Difference(mean, mean - half, mean + half, p)
+
+    return [difference(losses) for losses in others]
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -160,11 +193,14 @@ def sensitivity(values: Sequence[float], losses: Sequence[float]) -> tuple[float
     best, slack = x[np.argmin(y)], 1e-9
 
     def lost(side: float) -> float:
-        at = best + side * math.log(SENSITIVITY_FACTOR)
-        if x[finished][0] - slack <= at <= x[finished][-1] + slack:
-            return float(_pchip(x[finished], y[finished])(at) - y.min())
+        away = math.log(SENSITIVITY_FACTOR)
         distance = (x[~finished] - best) * side
-        return math.inf if ((distance > 0) & (distance <= math.log(SENSITIVITY_FACTOR) + slack)).any() else math.nan
+        if ((distance > 0) & (distance <= away + slack)).any():
+            return math.inf
+        at = best + side * away
+        if not x[finished][0] - slack <= at <= x[finished][-1] + slack:
+            return math.nan
+        return float(_pchip(x[finished], y[finished])(at) - y.min())
 
     return lost(-1), lost(1)
 
@@ -177,7 +213,14 @@ def _resampled(losses: Array, generator: np.random.Generator) -> Array:
     pool = (losses[finished] - means[finished, None]).flatten()
     if seeds < 2 or not pool.size:
         return np.broadcast_to(means, (RESAMPLES, budgets))
-    drawn = generator.choice(pool * math.sqrt(seeds / (seeds - 1)), (RESAMPLES, budgets, seeds))
+    require_scipy()
+    from scipy.stats import norm, t
+
+    # Resampled residuals are too small by the mean that was taken off, and know nothing of how badly few of them
+    # measure their own spread: Student's t over the normal quantile makes up for that.
+    upper = (1 + CONFIDENCE) / 2
+    wider = math.sqrt(seeds / (seeds - 1)) * t.ppf(upper, finished.sum() * (seeds - 1)) / norm.ppf(upper)
+    drawn = generator.choice(pool * wider, (RESAMPLES, budgets, seeds))
     return means + drawn.mean(2)
 
 

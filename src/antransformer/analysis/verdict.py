@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from antransformer.analysis.drawing import count, look
-from antransformer.analysis.findings import Pair, final_difference, significant
+from antransformer.analysis.findings import Pair, final_difference, significant, variant_differences
 from antransformer.analysis.results import Contender, Results
 from antransformer.analysis.statistics import CONFIDENCE
 
@@ -103,7 +103,7 @@ def _ablation_verdict(results: Results) -> str:
     reference, variants = look(results.reference.name).label, results.contenders[1:]
     budget, size = count(results.budgets[-1]), count(results.reference.parameters)
     scope = f"{seeds_in_words(results)}, {budget} tokens, {size} parameters"
-    differences = [final_difference(results, variant) for variant in variants]
+    differences = variant_differences(results)
     means, known = np.array([difference.mean for difference in differences]), np.array(significant(differences))
     if not math.isfinite(results.reference.losses(results.budgets[-1:], results.seeds).mean()):
         return f"The {reference} diverged, so nothing can be said of the variants ({scope})."
@@ -115,7 +115,7 @@ def _ablation_verdict(results: Results) -> str:
         worse, better = int((known & (means > 0)).sum()), int((known & (means < 0)).sum())
         same = len(variants) - lost - worse - better
         found = f"{worse} are significantly worse than the {reference}, {better} better, {same} can not be told from it"
-        test = "paired t-tests with Holm's correction"
+        test = "t-tests with the noise of all variants together and Holm's correction"
     sentence = f"Of {len(variants)} variants {found}, {lost} diverged ({scope}; {test})."
     if lost == len(variants):
         return sentence

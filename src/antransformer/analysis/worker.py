@@ -8,6 +8,7 @@ goes on training when the experiment was killed.
 import contextlib
 import json
 import os
+import platform
 import signal
 import statistics
 import sys
@@ -66,7 +67,12 @@ def main(arguments: list[str]) -> int:
         train(folder, data, device)
     except RunStoppedError as error:
         return error.status
-    except (AntransformerError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        send(error="not enough memory: lower --micro-batch, or --workers")
+        return 1
+    except (AntransformerError, OSError, MemoryError) as error:
         send(error=" ".join(str(error).split()) or type(error).__name__)
         return 2 if isinstance(error, UsageError) else 1
     return 0
@@ -88,9 +94,28 @@ def train(folder: Path, data: str, device: str) -> None:
     speeds = [line["tokens_per_second"] for line in read_metrics(folder / "metrics.jsonl")]
     outcome["seconds_per_step"] = config.batch_tokens / statistics.median(speeds) if speeds else None
     outcome["parameters"] = trainer.model.parameter_count()
+    outcome["machine"] = machine(trainer)
     partial = (folder / RESULT_FILE).with_suffix(".partial")
     partial.write_text(json.dumps(outcome, indent=2) + "\n", encoding="utf-8")
     partial.replace(folder / RESULT_FILE)
+
+
+def machine(trainer: Trainer) -> str:
+    """What a run was made with, as far as it bears on its speed or its last digits."""
+    device = trainer.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{processor()} ({device.type})"
+    compiled = ", compiled" if trainer.config.compile else ""
+    threads = f"{torch.get_num_threads()} threads"
+    return f"{name}, {str(trainer.precision).removeprefix('torch.')}{compiled}, {threads}, torch {torch.__version__}"
+
+
+def processor() -> str:
+    """The CPU's name where the system tells it."""
+    try:
+        with Path("/proc/cpuinfo").open(encoding="utf-8") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def send(**message: Any) -> None:

@@ -29,7 +29,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--list", action="store_true", help="print the names of all variants, and end")
     parser.add_argument("--tokens", metavar="TOKENS", help="length of every run (default 1M)")
     parser.add_argument("--quick", action="store_true", help="the size of compare --quick, and 500K tokens")
-    add_experiment_arguments(parser, lr_trials=1, knob_trials=1)
+    add_experiment_arguments(parser, lr_trials=1)
 
 
 def run(parsed: argparse.Namespace) -> None:
@@ -43,6 +43,6 @@ def run(parsed: argparse.Namespace) -> None:
         {**QUICK, **given} if parsed.quick else given,
         parsed.only,
         budgets_of(tokens, [tokens]),
-        **effort(parsed, lr_trials=1, knob_trials=1),
+        **effort(parsed, lr_trials=1),
     )
     execute(planned, parsed, parsed.out or Path("runs") / ("ablate-quick" if parsed.quick else "ablate"))

@@ -29,6 +29,7 @@ from antransformer.errors import ConfigError
 from antransformer.models import OPTIONS, ModelConfig
 from antransformer.training.config import Count, TrainConfig, convert, normalise
 from antransformer.training.device import choose_device
+from antransformer.training.lock import lock
 
 USAGE = "antransformer compare [options]"
 
@@ -63,10 +64,16 @@ def add_arguments(parser: Parser) -> None:
     )
     parser.add_argument("--budgets", nargs="+", metavar="TOKENS", help="the budgets, in place of --tokens")
     parser.add_argument("--quick", action="store_true", help="a size and budgets for 20 minutes on two CPU cores")
-    add_experiment_arguments(parser, lr_trials=3, knob_trials=3)
+    parser.add_argument(
+        "--knob-trials",
+        metavar="N",
+        help="the same for one more setting of each: weight decay of gpt+, gpt and ln-scaling, s_scale of angpt and "
+        "ngpt, dyt_alpha_init of dyt, each 3 times the one before (default 3; with --quick 1)",
+    )
+    add_experiment_arguments(parser, lr_trials=3)
 
 
-def add_experiment_arguments(parser: Parser, lr_trials: int, knob_trials: int) -> None:
+def add_experiment_arguments(parser: Parser, lr_trials: int) -> None:
     """Options of every verb that runs an experiment."""
     parser.add_argument("--seeds", metavar="N", help="measured seeds a budget; trials have their own (default 3)")
     parser.add_argument(
@@ -74,12 +81,6 @@ def add_experiment_arguments(parser: Parser, lr_trials: int, knob_trials: int) -
         metavar="N",
         help="learning rates to try, each twice the one before; 1 keeps the default rate; a best one at the edge "
         f"extends the grid (default {lr_trials})",
-    )
-    parser.add_argument(
-        "--knob-trials",
-        metavar="N",
-        help="the same for one more setting of each: weight decay of gpt+, gpt and ln-scaling, s_scale of angpt and "
-        f"ngpt, dyt_alpha_init of dyt, each 3 times the one before (default {knob_trials})",
     )
     parser.add_argument("--trial-tokens", metavar="TOKENS", help="budget of the trials (default: the middle budget)")
     parser.add_argument("--devices", nargs="+", metavar="NAME", help="one worker for each device named, such as cuda:0")
@@ -115,11 +116,13 @@ def execute(planned: Plan, parsed: argparse.Namespace, folder: Path) -> Results:
     for device in devices:
         choose_device(device)
     dataset = open_data(planned.common.get("data", "python-stdlib"))
-    with ExperimentProgress() as progress:
-        queue = Queue(folder / "runs", dataset, devices, progress)
-        results = Experiment(planned, dataset, queue, progress.stage).run()
-    results.save(folder)
-    written = report.write(results, folder)
+    progress = ExperimentProgress()
+    experiment = Experiment(planned, dataset, Queue(folder / "runs", dataset, devices, progress), progress.stage)
+    with lock(folder):
+        with progress:
+            results = experiment.run()
+        results.save(folder)
+        written = report.write(results, folder)
     print(f"\n{verdict(results)}\n")
     print(f"report: {written[0]}")
     return results

@@ -81,11 +81,10 @@ class Trainer:
     def __init__(
         self, config: TrainConfig, dataset: Dataset, folder: Path, reporter: Reporter, resume: bool = False
     ) -> None:
-        check_vocabulary(config, dataset)
+        check_data(config, dataset)
         self.config, self.dataset, self.folder, self.reporter = config, dataset, folder, reporter
         self.windows = Windows(dataset.split("train"), config.model.context, config.seed)
         self.validation = dataset.split("val")
-        next(sequential(self.validation, config.model.context, 1))  # refuse a split without a window before training
         self.device = choose_device(config.device)
         self.precision = choose_precision(config.precision, self.device)
         torch.manual_seed(config.seed)
@@ -292,12 +291,14 @@ class StopSignals:
         self.__exit__()
 
 
-def check_vocabulary(config: TrainConfig, dataset: Dataset) -> None:
-    """Refuse data with token ids that the model has no row for.
+def check_data(config: TrainConfig, dataset: Dataset) -> None:
+    """Refuse data with token ids that the model has no row for, or without a window of its context in a split.
 
     Raises:
         DataError: naming both sizes.
     """
+    for split in ("train", "val"):
+        Windows(dataset.split(split), config.model.context, config.seed)
     if dataset.max_token >= config.model.vocab_size:
         raise DataError(
             f"{config.data}: token id {dataset.max_token} is outside the model's vocabulary of "
