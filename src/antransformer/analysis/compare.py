@@ -21,7 +21,7 @@ KNOBS = {
 
 # What --quick chooses: the whole comparison of two architectures in under 20 minutes on two cores.
 QUICK: dict[str, Any] = {"preset": "pico", "batch_tokens": 1024, "eval_tokens": 65_536}
-QUICK_BUDGETS = (250_000, 500_000, 1_000_000)
+QUICK_BUDGETS = (200_000, 400_000, 800_000)
 
 
 def entrants(names: Sequence[str]) -> list[Entrant]:
