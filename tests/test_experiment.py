@@ -205,6 +205,8 @@ def test_a_part_of_the_suite():
     assert names == ["default", "no-lerp", "error-1", "error-2", "error-5"]
     with pytest.raises(ConfigError, match="no ablation is named no-lrep: did you mean no-lerp"):
         ablate.entrants(64, ["no-lrep"])
+    with pytest.raises(ConfigError, match="--only default leaves nothing to compare"):
+        ablate.entrants(64, ["default"])
 
 
 def test_nested_and_flat_undo_each_other():

@@ -51,6 +51,8 @@ def entrants(width: int, only: Sequence[str] = ()) -> list[Entrant]:
                 f"no ablation is named {pattern}{nearest(pattern, variants) or ': they are ' + ', '.join(variants)}"
             )
     chosen = [name for name in variants if not only or any(fnmatch.fnmatch(name, pattern) for pattern in only)]
+    if set(chosen) == {DEFAULT}:
+        raise ConfigError(f"--only {' '.join(only)} leaves nothing to compare with the default")
     return [
         Entrant(name, {"architecture": "angpt", **variants[name]}, KNOB) for name in dict.fromkeys([DEFAULT, *chosen])
     ]
