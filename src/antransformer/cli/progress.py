@@ -13,6 +13,20 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from antransformer.analysis.jobs import Outcome
 
 
+def new_bar(text: str, console: Console, transient: bool = False) -> Progress:
+    """A bar behind a text, with the field ``numbers`` and the time left; silent where the console is no terminal."""
+    return Progress(
+        TextColumn(text),
+        BarColumn(bar_width=None),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[numbers]}"),
+        TimeRemainingColumn(compact=True),
+        console=console,
+        disable=not console.is_terminal,
+        transient=transient,
+    )
+
+
 class TrainingProgress:
     """Shows a run: a bar with loss, tokens/s, MFU and time left, or a plain line at each metrics line.
 
@@ -24,15 +38,7 @@ class TrainingProgress:
         self.steps = steps
         self.begun = False
         self.console = Console(stderr=False)
-        self.bar = Progress(
-            TextColumn("step {task.completed:,.0f}/{task.total:,.0f}"),
-            BarColumn(bar_width=None),
-            TaskProgressColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            TimeRemainingColumn(compact=True),
-            console=self.console,
-            disable=not self.console.is_terminal,
-        )
+        self.bar = new_bar("step {task.completed:,.0f}/{task.total:,.0f}", self.console)
         self.task = self.bar.add_task("train", total=steps, numbers="starting")
         self.validation = ""
 
@@ -79,15 +85,7 @@ class ExperimentProgress:
 
     def __init__(self) -> None:
         self.console = Console(stderr=False)
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            TaskProgressColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            TimeRemainingColumn(compact=True),
-            console=self.console,
-            disable=not self.console.is_terminal,
-        )
+        self.bar = new_bar("{task.description}", self.console)
         self.task = self.bar.add_task("", total=0, numbers="")
         self.name, self.tokens, self.runs, self.ended, self.trained = "", 0, 0, 0, 0
         self.started = time.monotonic()
@@ -138,16 +136,7 @@ class PrepareProgress:
     def __init__(self, label: str) -> None:
         console = Console(stderr=True)
         self.label, self.last = label, time.monotonic()
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            TaskProgressColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            TimeRemainingColumn(compact=True),
-            console=console,
-            disable=not console.is_terminal,
-            transient=True,
-        )
+        self.bar = new_bar("{task.description}", console, transient=True)
         self.task = self.bar.add_task(label, total=None, numbers="")
 
     def __enter__(self) -> "PrepareProgress":
