@@ -7,7 +7,7 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from antransformer.analysis.compare import common_settings, whole_batches
+from antransformer.analysis.compare import KNOBS, common_settings, whole_batches
 from antransformer.analysis.experiment import Entrant, Plan
 from antransformer.errors import ConfigError
 from antransformer.models.ablations import ABLATIONS
@@ -15,7 +15,6 @@ from antransformer.models.config import PAPER_VOCABULARY
 from antransformer.training.config import nearest, resolve
 
 DEFAULT = "default"
-KNOB = "model.s_scale"
 
 
 def suite(width: int) -> dict[str, dict[str, Any]]:
@@ -53,9 +52,8 @@ def entrants(width: int, only: Sequence[str] = ()) -> list[Entrant]:
     chosen = [name for name in variants if not only or any(fnmatch.fnmatch(name, pattern) for pattern in only)]
     if set(chosen) == {DEFAULT}:
         raise ConfigError(f"--only {' '.join(only)} leaves nothing to compare with the default")
-    return [
-        Entrant(name, {"architecture": "angpt", **variants[name]}, KNOB) for name in dict.fromkeys([DEFAULT, *chosen])
-    ]
+    names, knob = dict.fromkeys([DEFAULT, *chosen]), KNOBS["angpt"]
+    return [Entrant(name, {"architecture": "angpt", **variants[name]}, knob) for name in names]
 
 
 def plan(settings: Mapping[str, Any], only: Sequence[str], budgets: Sequence[int], **effort: int) -> Plan:

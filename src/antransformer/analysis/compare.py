@@ -1,4 +1,4 @@
-"""Architectures against each other: the plan of a comparison, and what it found in a table."""
+"""Architectures against each other: the plan of a comparison."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

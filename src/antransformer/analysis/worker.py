@@ -22,6 +22,7 @@ from antransformer.analysis.probes import probe
 from antransformer.data import Dataset, sequential
 from antransformer.errors import AntransformerError, DivergedError, RunStoppedError, UsageError
 from antransformer.training import run as runs
+from antransformer.training.device import is_out_of_memory
 from antransformer.training.metrics import MetricsLog, read_metrics
 from antransformer.training.trainer import Trainer
 
@@ -68,7 +69,7 @@ def main(arguments: list[str]) -> int:
     except RunStoppedError as error:
         return error.status
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         send(error="not enough memory: lower --micro-batch, or --workers")
         return 1

@@ -4,13 +4,12 @@ import io
 import sys
 from collections.abc import Sequence
 
-import torch
-
 from antransformer import __version__
 from antransformer.cli import ablate, compare, demo, diagnose, generate, prepare, train
 from antransformer.cli.options import Parser
 from antransformer.cli.progress import silence
 from antransformer.errors import AntransformerError, RunStoppedError, UsageError
+from antransformer.training.device import is_out_of_memory
 
 VERBS = {
     "prepare": prepare,
@@ -58,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         silence()
         return 0
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         return _say("error: not enough memory: lower --micro-batch, or choose a smaller model", 1)
     except (AntransformerError, OSError, MemoryError) as error:

@@ -80,7 +80,7 @@ def add_experiment_arguments(parser: Parser, lr_trials: int) -> None:
         "--lr-trials",
         metavar="N",
         help="learning rates to try, each twice the one before; 1 keeps the default rate; a best one at the edge "
-        f"extends the grid (default {lr_trials})",
+        f"extends the grid, and a third and three times the best are tried at last (default {lr_trials})",
     )
     parser.add_argument("--trial-tokens", metavar="TOKENS", help="budget of the trials (default: the middle budget)")
     parser.add_argument("--devices", nargs="+", metavar="NAME", help="one worker for each device named, such as cuda:0")

@@ -32,6 +32,11 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether the device had no memory left; on a CPU torch says so by words only."""
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
 def autocast(device: torch.device, precision: torch.dtype) -> contextlib.AbstractContextManager[object]:
     """Mixed precision: matrix products in ``precision``, parameters and reductions in float32."""
     if precision == torch.float32:
