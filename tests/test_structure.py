@@ -17,6 +17,7 @@ FLOORS = [
     "data",
     "inference",
     "training",
+    "interop",
     "analysis",
     "cli",
 ]

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from antransformer import __version__
-from antransformer.cli import ablate, compare, demo, diagnose, generate, prepare, train
+from antransformer.cli import ablate, compare, demo, diagnose, export, generate, import_, prepare, train
 from antransformer.cli.options import Parser
 from antransformer.cli.progress import silence
 from antransformer.errors import AntransformerError, RunStoppedError, UsageError
@@ -15,6 +15,8 @@ VERBS = {
     "prepare": prepare,
     "train": train,
     "generate": generate,
+    "export": export,
+    "import": import_,
     "compare": compare,
     "ablate": ablate,
     "diagnose": diagnose,

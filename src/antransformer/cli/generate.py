@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from antransformer.cli.options import Parser
-from antransformer.errors import ConfigError, DataError
+from antransformer.errors import ConfigError
 from antransformer.inference.generate import generate, stream_text
 from antransformer.training.checkpoint import restore
 from antransformer.training.device import choose_device
@@ -53,8 +53,6 @@ def write_sample(path: Path, prompt: str, device: str = "auto", **options: Any) 
     except UnicodeEncodeError as error:
         raise ConfigError("the prompt is not UTF-8 text") from error
     found, tokenizer = open_checkpoint(path, notify=lambda text: print(text, file=sys.stderr))
-    if tokenizer.vocab_size > found.model.vocab_size:
-        raise DataError(f"{path}: its tokenizer has ids beyond the model's vocabulary of {found.model.vocab_size}")
     model = restore(found, choose_device(device))
     # A prompt continues a document; the end-of-text token before it says that one begins here.
     ids = [tokenizer.end_of_text, *tokenizer.encode(prompt)]

@@ -7,6 +7,7 @@ examples:
   antransformer train
   antransformer train --data data/mine --preset 125m --tokens 2.5B --batch-tokens 0.5M --lr 2e-3
   antransformer train --out runs/angpt-nano --resume
+  antransformer train --init runs/angpt-nano --data data/other --tokens 1M --lr 1e-3
 """
 
 import argparse
@@ -88,6 +89,7 @@ def read_config(name: str) -> dict[str, Any]:
 
 
 def _new(settings: dict[str, Any], folder: Path | None) -> tuple[Dataset, TrainConfig, Path]:
+    settings = runs.with_initial_model(settings, print)
     # Settings are checked before the data is prepared or verified: a misspelt option should not cost a minute.
     data = resolve(settings, vocab_size=PAPER_VOCABULARY).data
     if folder is not None:

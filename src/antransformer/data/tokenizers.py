@@ -36,7 +36,7 @@ class Tokenizer:
         library.encode_special_tokens = True
         self._library = library
         self.name = name
-        self.vocab_size = max(library.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.vocab_size = max(self.vocabulary().values(), default=-1) + 1
         ids = [library.token_to_id(token) for token in END_OF_TEXT_NAMES]
         self.end_of_text: int = next((i for i in ids if i is not None), -1)
         if self.end_of_text < 0:
@@ -56,6 +56,11 @@ class Tokenizer:
         """Text of some ids; special tokens are spelled out, bytes that are no UTF-8 become U+FFFD."""
         text: str = self._library.decode([int(i) for i in ids], skip_special_tokens=False)
         return text
+
+    def vocabulary(self) -> dict[str, int]:
+        """Every token and its id, special tokens too."""
+        vocabulary: dict[str, int] = self._library.get_vocab(with_added_tokens=True)
+        return vocabulary
 
     def save(self, path: str | Path) -> None:
         """Write it as a tokenizer.json file, and see it onto the disk."""

@@ -1,6 +1,6 @@
 """What a model is made of: ``ModelConfig`` and the presets."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from antransformer.errors import ConfigError
@@ -150,6 +150,10 @@ class ModelConfig:
         if unknown:
             raise ConfigError(f"unknown model option {unknown[0]!r}: the options are {', '.join(sorted(known))}")
         return cls(**{**preset_sizes(name), "architecture": architecture, "vocab_size": vocab_size, **overrides})
+
+    def mapping(self) -> dict[str, Any]:
+        """The fields as plain data, without the options that the architecture does not have."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     @property
     def heads(self) -> int:

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ def save(folder: Path, step: int, model: Decoder, optimizer: Optimizer, extra: d
             "format": FORMAT,
             "version": VERSION,
             "step": step,
-            "model": _model_mapping(model.config),
+            "model": model.config.mapping(),
             "extra": extra,
             "sha256": {name: sha256(partial / name) for name in tensors},
         }
@@ -141,7 +141,7 @@ def read(path: Path) -> Checkpoint:
         )
     try:
         step, model, extra = state["step"], ModelConfig(**state["model"]), dict(state["extra"])
-        complete = _model_mapping(model)
+        complete = model.mapping()
         # An option that came after the checkpoint was written has its default; a size may not be missing.
         missing = complete.keys() - state["model"].keys() - set(OPTION_NAMES)
         if missing or {**complete, **state["model"]} != complete or step != step_of(path):
@@ -163,10 +163,18 @@ def load_model(checkpoint: Checkpoint, model: Decoder) -> None:
     Raises:
         CheckpointError: the checkpoint is of another model.
     """
-    weights = _load(checkpoint.path / MODEL_FILE)
+    put_weights(load_tensors(checkpoint.path / MODEL_FILE), model, checkpoint.path)
+
+
+def put_weights(weights: dict[str, Tensor], model: Decoder, origin: Path) -> None:
+    """Copy weights by name into ``model``, in its dtype.
+
+    Raises:
+        CheckpointError: those of ``origin`` are of another model.
+    """
     expected = {name: value.shape for name, value in model.state_dict().items()}
     if expected != {name: value.shape for name, value in weights.items()}:
-        raise CheckpointError(f"{checkpoint.path}: its weights are those of another model")
+        raise CheckpointError(f"{origin}: its weights are those of another model")
     model.load_state_dict(weights)
 
 
@@ -176,7 +184,7 @@ def load_optimizer(checkpoint: Checkpoint, model: Decoder, optimizer: Optimizer)
     Raises:
         CheckpointError: they are not those of this model.
     """
-    tensors = _load(checkpoint.path / OPTIMIZER_FILE)
+    tensors = load_tensors(checkpoint.path / OPTIMIZER_FILE)
     saved: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         name, moment = key.rsplit(".", 1)
@@ -234,15 +242,16 @@ def _optimizer_tensors(model: Decoder, optimizer: Optimizer) -> Iterator[tuple[s
             yield f"{name}.{moment}", value.contiguous()
 
 
-def _load(path: Path) -> dict[str, Tensor]:
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file, by name.
+
+    Raises:
+        CheckpointError: it can not be read.
+    """
     try:
         return safetensors.torch.load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: can not be read: {error}") from error
-
-
-def _model_mapping(config: ModelConfig) -> dict[str, Any]:
-    return {key: value for key, value in asdict(config).items() if value is not None}
 
 
 def _umask() -> int:

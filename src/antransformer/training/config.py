@@ -40,6 +40,9 @@ class TrainConfig:
 
     model: ModelConfig
     data: str = describe("prepared data folder, or python-stdlib for the built-in corpus", "python-stdlib")
+    init: str | None = describe(
+        "run folder or checkpoint whose model and weights the run starts from (default: drawn with the seed)", None
+    )
     preset: str = describe("size: pico, nano, 32m, 62m, 125m, 250m, 0.5b, 1b", "nano")
     tokens: Count = describe("tokens to train on, such as 60K or 2.5B (default: by the size)", 0)
     batch_tokens: Count = describe("tokens of one step (default: by architecture and size)", 0)
@@ -186,10 +189,11 @@ def normalise(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
 def to_mapping(config: TrainConfig) -> dict[str, Any]:
     """The config as plain YAML data; ``resolve`` of it gives an equal config."""
     mapping: dict[str, Any] = {
-        name: int(value) if isinstance(value, Count) else value for name, value in asdict(config).items()
+        name: int(value) if isinstance(value, Count) else value
+        for name, value in asdict(config).items()
+        if value is not None
     }
-    mapping["model"] = {name: value for name, value in mapping["model"].items() if value is not None}
-    return mapping
+    return {**mapping, "model": config.model.mapping()}
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -6,17 +6,17 @@ metrics.jsonl    one line a logged step
 checkpoints/     see training/checkpoint.py
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from antransformer.data import Dataset, Tokenizer
-from antransformer.errors import CheckpointError, ConfigError
+from antransformer.errors import CheckpointError, ConfigError, DataError
 from antransformer.training import checkpoint
 from antransformer.training.checkpoint import Checkpoint
-from antransformer.training.config import OPERATIONAL, TrainConfig, normalise, read_yaml, resolve, to_mapping
+from antransformer.training.config import OPERATIONAL, TrainConfig, merge, normalise, read_yaml, resolve, to_mapping
 
 CONFIG_FILE = "config.yaml"
 TOKENIZER_FILE = "tokenizer.json"
@@ -48,12 +48,16 @@ def require_empty(folder: Path) -> None:
 
 
 def create(folder: Path, config: TrainConfig, dataset: Dataset) -> None:
-    """Lay out a new run folder.
+    """Lay out the folder of a new run; raises as ``lay_out``."""
+    lay_out(folder, to_mapping(config), dataset.tokenizer())
+
+
+def lay_out(folder: Path, settings: Mapping[str, Any], tokenizer: Tokenizer) -> None:
+    """Make a run folder without a checkpoint.
 
     Raises:
         ConfigError: the folder exists and is not empty, or can not be made.
     """
-    tokenizer = dataset.tokenizer()
     require_empty(folder)
     try:
         (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
@@ -61,7 +65,7 @@ def create(folder: Path, config: TrainConfig, dataset: Dataset) -> None:
         raise ConfigError(f"{folder} can not be made: {error.strerror}; choose another --out") from error
     tokenizer.save(folder / TOKENIZER_FILE)
     partial = folder / f"{CONFIG_FILE}.partial"
-    partial.write_text(yaml.safe_dump(to_mapping(config), sort_keys=False), encoding="utf-8")
+    partial.write_text(yaml.safe_dump(dict(settings), sort_keys=False), encoding="utf-8")
     partial.replace(folder / CONFIG_FILE)  # last, so that a folder with a config is complete
 
 
@@ -86,6 +90,10 @@ def resumed_config(folder: Path, given: Mapping[str, Any]) -> TrainConfig:
     saved = saved_settings(folder)
     if "vocab_size" not in (saved.get("model") or {}):
         raise CheckpointError(f"{folder / CONFIG_FILE} is not the complete config of a run: put it back as it was")
+    if "tokens" not in saved:
+        raise CheckpointError(
+            f"{folder} holds imported weights and no run to resume: start one from them with --init {folder}"
+        )
     complete = resolve(saved, vocab_size=1, where=str(folder / CONFIG_FILE))  # the saved model has its own vocab_size
     before = to_mapping(complete)
     now = normalise(given, "command line")
@@ -99,17 +107,45 @@ def resumed_config(folder: Path, given: Mapping[str, Any]) -> TrainConfig:
     return resolve({**before, **{key: value for key, value in now.items() if key in OPERATIONAL}}, vocab_size=1)
 
 
-def open_checkpoint(path: Path, notify: Any = print) -> tuple[Checkpoint, Tokenizer]:
+def with_initial_model(settings: Mapping[str, Any], notify: Callable[[str], None]) -> dict[str, Any]:
+    """Normalised settings with the model of the checkpoint that ``init`` names, where it names one.
+
+    Raises:
+        CheckpointError: there is no checkpoint.
+        ConfigError: a setting given is not that of the checkpoint's model.
+    """
+    if settings.get("init") is None:
+        return dict(settings)
+    found, _ = open_checkpoint(Path(settings["init"]), notify)
+    model = found.model.mapping()
+    for name, value in settings.get("model", {}).items():
+        if model.get(name) != value:
+            raise ConfigError(f"{settings['init']} has model.{name} {model.get(name)}, not {value}: leave it out")
+    return merge(settings, {"model": model})
+
+
+def open_checkpoint(path: Path, notify: Callable[[str], None] = print) -> tuple[Checkpoint, Tokenizer]:
     """The checkpoint to use of a run folder (its newest whole one) or of a checkpoint folder, and its tokenizer.
 
     Raises:
         CheckpointError: the folder is neither, or holds no whole checkpoint.
+        DataError: the tokenizer can not be read, or is not the model's.
     """
     if (path / checkpoint.STATE_FILE).exists():
-        return checkpoint.read(path), Tokenizer.load(path.resolve().parent.parent / TOKENIZER_FILE)
-    if not path.is_dir():
+        found = checkpoint.read(path)
+    elif path.is_dir():
+        newest = checkpoint.newest(path / CHECKPOINTS, notify)
+        if newest is None:
+            raise CheckpointError(f"{path}: no checkpoint in it; give a run folder such as runs/angpt-nano")
+        found = newest
+    else:
         raise CheckpointError(f"{path}: no such run or checkpoint folder")
-    found = checkpoint.newest(path / CHECKPOINTS, notify)
-    if found is None:
-        raise CheckpointError(f"{path}: no checkpoint in it; give a run folder such as runs/angpt-nano")
-    return found, Tokenizer.load(path / TOKENIZER_FILE)
+    tokenizer = Tokenizer.load(run_of(found) / TOKENIZER_FILE)
+    if tokenizer.vocab_size > found.model.vocab_size:
+        raise DataError(f"{path}: its tokenizer has ids beyond the model's vocabulary of {found.model.vocab_size}")
+    return found, tokenizer
+
+
+def run_of(found: Checkpoint) -> Path:
+    """The run folder that a checkpoint lies in."""
+    return found.path.resolve().parent.parent

@@ -20,7 +20,7 @@ from antransformer.models import Decoder, build
 from antransformer.training import checkpoint, metrics, throughput
 from antransformer.training.config import OPERATIONAL, TrainConfig, to_mapping
 from antransformer.training.device import autocast, choose_device, choose_precision
-from antransformer.training.run import CHECKPOINTS
+from antransformer.training.run import CHECKPOINTS, open_checkpoint, run_of
 from antransformer.training.schedule import learning_rate
 
 
@@ -97,6 +97,8 @@ class Trainer:
         self.done, self.seconds = 0, 0.0  # completed steps; time spent in them
         if resume:
             self._resume()
+        if config.init is not None and not self.done:
+            self._start_from(Path(config.init))
         self.peak = throughput.peak_flops(self.device, self.precision)
         self.flops_per_step = throughput.flops_per_token(config.model) * config.batch_tokens
 
@@ -123,6 +125,18 @@ class Trainer:
         checkpoint.load_optimizer(found, self.model, self.optimizer)
         self.done, self.seconds = found.step, float(found.extra["seconds"])
         self.reporter.note(f"resuming from {found.path}")
+
+    def _start_from(self, init: Path) -> None:
+        found, tokenizer = open_checkpoint(init, self.reporter.note)
+        if found.model != self.config.model:
+            raise CheckpointError(f"{found.path}: of another model than the settings describe")
+        if tokenizer.vocabulary() != self.dataset.tokenizer().vocabulary():
+            raise DataError(
+                f"{self.config.data}: prepared with another tokenizer than {init} has: prepare it with "
+                f"--tokenizer {run_of(found)}"
+            )
+        checkpoint.load_model(found, self.model)
+        self.reporter.note(f"starting from the weights of {found.path}")
 
     def run(self) -> Result:
         """Train to the end of the budget.

@@ -1,0 +1,132 @@
+"""The model card of an exported model: how to use it, and how it was trained, from what its run wrote down."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from antransformer.data import Tokenizer
+from antransformer.models import ModelConfig
+from antransformer.training.checkpoint import Checkpoint
+from antransformer.training.config import TrainConfig, resolve
+from antransformer.training.defaults import parameter_count
+from antransformer.training.metrics import read_metrics
+from antransformer.training.run import run_of, saved_settings
+
+Fact = tuple[str, str]
+
+ARCHITECTURES = {
+    "angpt": "anGPT, the approximately normalized transformer (arXiv:2505.22014)",
+    "ngpt": "nGPT, the normalized transformer (arXiv:2410.01131)",
+    "gpt+": "GPT+: pre-norm RMSNorm, rotary embedding, gated MLP, QK norm",
+    "gpt": "GPT+ without QK norm",
+    "ln-scaling": "GPT+ with LayerNorm scaling (arXiv:2502.05795)",
+    "dyt": "GPT+ with dynamic tanh in place of its norms (arXiv:2503.10622)",
+}
+BOUNDED = ("angpt", "ngpt")
+
+PAGE = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- antransformer
+- {architecture}
+---
+
+# {name}
+
+A language model of {parameters:,} parameters, trained with antransformer
+([arXiv:2505.22014](https://arxiv.org/abs/2505.22014)). It continues text and follows no instructions.
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "{name}"
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)  # or, without it: import antransformer
+inputs = tokenizer("Once", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100, do_sample=True)[0]))
+```
+
+It has seen sequences of up to {context:,} tokens: nothing stops it past them, but what it writes there will be poor.
+In training `{end}` stood between two documents; put its id, {end_id}, before a prompt to say that one begins here.
+{bounds}
+## Training
+
+| | |
+|---|---|
+{facts}
+{verdict}"""
+
+BOUNDS = """
+Its weight vectors were kept at {norm} in training. To keep them so in further training with any optimizer:
+
+```python
+import antransformer
+
+antransformer.bind(model, optimizer)  # with transformers.Trainer: Trainer(model, ..., optimizers=(optimizer, None))
+```
+"""
+
+
+def card(found: Checkpoint, tokenizer: Tokenizer, name: str, dtype: str, verdict: str | None = None) -> str:
+    """The text of README.md; ``verdict`` is that of the experiment that the run belongs to."""
+    config, folder = found.model, run_of(found)
+    facts = [*model_facts(config, tokenizer, dtype), *training_facts(found, folder)]
+    norm = "norm 1" if config.architecture == "ngpt" else "a norm of at most 1"
+    return PAGE.format(
+        name=name,
+        architecture=config.architecture,
+        parameters=parameter_count(config),
+        context=config.context,
+        end=tokenizer.decode([tokenizer.end_of_text]),
+        end_id=tokenizer.end_of_text,
+        bounds=BOUNDS.format(norm=norm) if config.architecture in BOUNDED else "",
+        facts="\n".join(f"| {label} | {text} |" for label, text in facts),
+        verdict=f"\nVerdict of the experiment that this run belongs to: {verdict}\n" if verdict else "",
+    )
+
+
+def model_facts(config: ModelConfig, tokenizer: Tokenizer, dtype: str) -> Iterator[Fact]:
+    """What the model is."""
+    yield "architecture", ARCHITECTURES[config.architecture]
+    heads = f"{config.heads} heads of width {config.head_width}"
+    yield "size", f"width {config.width}, {config.layers} layers, {heads}, context {config.context:,}"
+    yield "weights", dtype
+    yield "tokenizer", f"{tokenizer.vocab_size:,} ids"
+
+
+def training_facts(found: Checkpoint, folder: Path) -> Iterator[Fact]:
+    """How it was trained; of imported weights that is not known."""
+    settings = saved_settings(folder)
+    if "tokens" not in settings:
+        yield "training", "not known here, the weights were imported"
+        return
+    config = resolve(settings, vocab_size=1)
+    yield "data", config.data
+    if config.init:
+        yield "started from", config.init
+    yield "tokens", f"{found.step * config.batch_tokens:,}, in {found.step:,} steps of {config.batch_tokens:,}"
+    yield "learning rate", learning_rate(config)
+    yield "optimizer", f"Adam, betas {config.beta1} and {config.beta2}, gradients clipped at {config.clip:g}"
+    yield "weight decay", f"{config.weight_decay:g}"
+    yield "seed", str(config.seed)
+    lines = [line for line in read_metrics(folder / "metrics.jsonl") if line["step"] <= found.step]
+    if lines:
+        yield "training loss", f"{lines[-1]['loss']:.4f} nats per token"
+    evaluated = [line for line in lines if "val_loss" in line]
+    if evaluated:
+        yield validation_fact(evaluated[-1], found.step)
+
+
+def learning_rate(config: TrainConfig) -> str:
+    """Peak and course."""
+    warmup = f"warm-up over {config.warmup:.0%} of the run" if config.warmup else "no warm-up"
+    return f"{config.lr:g}, {warmup}, cosine decay to {config.lr_final:.0%} of it over {config.tokens:,} tokens"
+
+
+def validation_fact(line: dict[str, Any], step: int) -> Fact:
+    """Loss of the last validation, and where that was if not at the checkpoint."""
+    where = "" if line["step"] == step else f" (at step {line['step']:,})"
+    return "validation loss", f"{line['val_loss']:.4f} nats per token, {line['bits_per_byte']:.4f} bits per byte{where}"

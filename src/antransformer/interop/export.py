@@ -1,0 +1,113 @@
+"""A checkpoint as a Hugging Face folder: weights, configuration, code, tokenizer, and a card that says what it is."""
+
+import json
+import re
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from antransformer.data import Tokenizer
+from antransformer.errors import CheckpointError, ConfigError, MachineError, MissingExtraError
+from antransformer.interop.card import card
+from antransformer.interop.register import register
+from antransformer.training.checkpoint import Checkpoint, restore
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHARD_SIZE = "5GB"
+
+
+def export(
+    found: Checkpoint,
+    tokenizer: Tokenizer,
+    folder: Path,
+    dtype: str = "float32",
+    max_shard_size: str = SHARD_SIZE,
+    verdict: str | None = None,
+) -> None:
+    """Write the model of a checkpoint where ``AutoModelForCausalLM`` and ``AutoTokenizer`` load it from.
+
+    Args:
+        found: verified checkpoint.
+        tokenizer: that of its run.
+        folder: new, or empty; it is there whole, or not at all.
+        dtype: of the weights.
+        max_shard_size: largest file of weights, such as 5GB or 200MB.
+        verdict: of the experiment that the run belongs to, for the card.
+
+    Raises:
+        MissingExtraError: transformers is not installed, or too old.
+        CheckpointError: the model is an ablation.
+        ConfigError: the folder is not empty or can not be made, or the size is none.
+        MachineError: the weights could not be written.
+    """
+    ablation = found.model.ablation
+    if ablation not in (None, "none"):
+        raise CheckpointError(f"{found.path}: the ablation {ablation} can not be exported, only a whole architecture")
+    if not re.fullmatch(r"[1-9]\d*[KMGT]B", max_shard_size):
+        raise ConfigError(f"max-shard-size must be a size such as 5GB or 200MB, got {max_shard_size!r}")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} is not an empty folder: choose another --out")
+    partial = folder.resolve().with_name(f".partial-{folder.name}")
+    shutil.rmtree(partial, ignore_errors=True)  # what a killed export left
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{folder} can not be made: {error.strerror}; choose another --out") from error
+    try:
+        write_model(found, tokenizer, partial, DTYPES[dtype], max_shard_size)
+        write_tokenizer(tokenizer, partial, found.model.context)
+        (partial / "README.md").write_text(card(found, tokenizer, folder.name, dtype, verdict), encoding="utf-8")
+        partial.replace(folder)
+    except SafetensorError as error:
+        raise MachineError(f"{folder} could not be written: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_model(found: Checkpoint, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype, max_shard_size: str) -> None:
+    """Weights, configuration, generation configuration and the code of both."""
+    try:
+        register()
+        from antransformer.interop.modeling_antransformer import AntransformerConfig, AntransformerForCausalLM
+    except ImportError as error:
+        raise MissingExtraError("transformers", "hf") from error
+    end = tokenizer.end_of_text
+    options = {name: value for name, value in asdict(found.model).items() if name != "ablation"}
+    config = AntransformerConfig(**options, bos_token_id=end, eos_token_id=end, pad_token_id=end)
+    with torch.device("meta"):
+        model = AntransformerForCausalLM(config)
+    weights = restore(found, torch.device("cpu")).state_dict()
+    model.load_state_dict({name: weight.to(dtype) for name, weight in weights.items()}, assign=True)
+    unused = range(tokenizer.vocab_size, found.model.vocab_size)
+    if unused:  # rows that no text has trained
+        model.generation_config.suppress_tokens = list(unused)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    for file in folder.glob("*.safetensors"):
+        file.chmod((folder / "config.json").stat().st_mode)  # safetensors makes files that only their owner can read
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
+    """A tokenizer that gives the ids that the model was trained on, for any text.
+
+    Text that spells a special token is plain text to it, and nothing is added before or behind.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    file = folder / "tokenizer.json"
+    tokenizer.save(file)
+    content = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**content, "post_processor": None}, ensure_ascii=False), encoding="utf-8")
+    end = tokenizer.decode([tokenizer.end_of_text])
+    PreTrainedTokenizerFast(
+        tokenizer_file=str(file),
+        bos_token=end,
+        eos_token=end,
+        pad_token=end,
+        split_special_tokens=True,
+        clean_up_tokenization_spaces=False,
+        padding_side="left",  # a prompt ends where its continuation begins
+        model_max_length=context,
+    ).save_pretrained(folder)
