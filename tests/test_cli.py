@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from antransformer.cli import VERBS, main
+from antransformer.inference import generate
 from conftest import SMALL_OPTIONS
 
 QUICK = ["--batch-tokens=256", "--tokens=2560", "--eval-tokens=1024", "--log-every=1", *SMALL_OPTIONS]
@@ -74,6 +75,26 @@ def test_prepare_train_generate(tmp_path, capsys, monkeypatch, tokenizer):
     checkpoint = sorted((tmp_path / "runs/gpt+-nano/checkpoints").iterdir())[-1]
     assert main(["generate", "--checkpoint", str(checkpoint), "--prompt", "to be", "--max-tokens", "20"]) == 0
     assert capsys.readouterr().out == first  # the same seed
+
+
+def test_generate_folds_an_angpt_to_the_same_text_and_says_what_it_sees_of_a_long_prompt(run, capsys, monkeypatch):
+    words = ["generate", "--checkpoint", str(run), "--prompt", "x = 1\n" * 10, "--max-tokens", "40"]
+    kinds = []
+
+    def spied(model, *arguments, **options):
+        kinds.append(type(model).__name__)
+        return generate(model, *arguments, **options)
+
+    monkeypatch.setattr("antransformer.cli.generate.generate", spied)
+    assert main(words) == 0
+    folded = capsys.readouterr()
+    assert folded.out.startswith("x = 1\n" * 10) and len(folded.out) > 70
+    # 60 bytes and the start of the text
+    assert folded.err == ("the prompt has 61 tokens, more than the context of 32: the model sees its last ones only\n")
+    monkeypatch.setattr("antransformer.cli.generate.folded_where_possible", lambda model: model)
+    assert main(words) == 0
+    assert capsys.readouterr().out == folded.out
+    assert kinds == ["FoldedAnGPT", "AnGPT"]
 
 
 def test_train_numbers_its_default_folders(corpus, tmp_path, monkeypatch):

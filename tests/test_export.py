@@ -18,7 +18,7 @@ from antransformer.bounds import norms
 from antransformer.cli import main
 from antransformer.data import Tokenizer, byte_tokenizer, train_bpe
 from antransformer.errors import MachineError
-from antransformer.inference.generate import generate
+from antransformer.inference import generate
 from antransformer.interop.export import export
 from antransformer.interop.folder import import_folder
 from antransformer.models import ARCHITECTURES, ModelConfig, build

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from antransformer.functional import rotary_tables, rotate
-from antransformer.models import ModelConfig, build
+from antransformer.functional import causal_attention, rotary_tables, rotate
+from antransformer.models import Cache, ModelConfig, build
 from antransformer.models.gpt_plus import RMS_EPS
 
 transformers = pytest.importorskip("transformers")
@@ -81,3 +81,44 @@ def test_rotary_embedding_is_that_of_gpt_neox(fraction):
     tables = rotary_tables(positions, round(h * fraction), 10_000.0)
     for ours, expected in zip((rotate(q, tables), rotate(k, tables)), theirs, strict=True):
         torch.testing.assert_close(ours.transpose(1, 2), expected, rtol=1e-5, atol=1e-5)
+
+
+def written_out(q, k, v, visible, scale):
+    """softmax(scale * q k^T) v in float64, of (B, T, n, h), (B, S, n, h) and a mask (B, T, S)."""
+    q, k, v = (part.double() for part in (q, k, v))
+    scores = torch.einsum("btnh,bsnh->bnts", q, k) * scale
+    weights = scores.masked_fill(~visible.unsqueeze(1), -torch.inf).softmax(-1)
+    return torch.einsum("bnts,bsnh->btnh", weights, v).flatten(2)
+
+
+# What rounding q, k, v and the result to so many bits leaves of values of about 1.
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("padding", [None, [0, 4, 9], [0, 0, 1]])
+@pytest.mark.parametrize("chunks", [[37], [1, 36], [30, 1, 1, 5]])
+@pytest.mark.parametrize(("heads", "head_width", "scale"), [(3, 12, 0.7), (1, 64, 8.0)])
+def test_attention_is_that_of_float64(heads, head_width, scale, chunks, padding, dtype):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn((3, 3, 37, heads, head_width), generator=generator)
+    q, k = torch.nn.functional.normalize(q, dim=-1), torch.nn.functional.normalize(k, dim=-1)
+    q, k, v = (part.to(dtype) for part in (q, k, v))
+    width = heads * head_width
+    model = build(ModelConfig(width=width, head_width=head_width, layers=1, context=40, vocab_size=2)).to(dtype)
+    cache, parts, start = Cache(model, 3, None if padding is None else torch.tensor(padding)), [], 0
+    for chunk in chunks:
+        places = cache.places(chunk)._replace(cache=cache.layer(0))
+        new = slice(start, start + chunk)
+        parts.append(causal_attention(q[:, new], k[:, new], v[:, new], places, scale))
+        cache.length = start = start + chunk
+    positions = torch.arange(37)
+    begun = positions >= torch.tensor(padding or [0, 0, 0])[:, None]
+    visible = (positions <= positions[:, None]) & begun[:, None] | torch.eye(37, dtype=torch.bool)
+    expected = written_out(q, k, v, visible, scale)
+    torch.testing.assert_close(torch.cat(parts, 1)[begun].double(), expected[begun], rtol=0, atol=TOLERANCES[dtype])
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        theirs = torch.nn.functional.scaled_dot_product_attention(
+            *(part.double().transpose(1, 2) for part in (q, k, v)), attn_mask=visible.unsqueeze(1), scale=scale
+        )
+    torch.testing.assert_close(theirs.transpose(1, 2).flatten(2), expected, rtol=0, atol=1e-12)

@@ -30,9 +30,9 @@ from antransformer.analysis.diagnose import (
     text_tokens,
 )
 from antransformer.analysis.plots import PICTURES, diagnosis_picture
-from antransformer.cli.common import DEFAULT_DATA, open_data
+from antransformer.cli.common import DEFAULT_DATA, check_target, open_data
 from antransformer.cli.options import Parser
-from antransformer.errors import ConfigError, MissingExtraError
+from antransformer.errors import MissingExtraError
 from antransformer.training.checkpoint import restore
 from antransformer.training.config import Count, convert
 from antransformer.training.device import choose_device
@@ -83,18 +83,6 @@ def run(parsed: argparse.Namespace) -> None:
         print(f"picture: {picture}")
     except MissingExtraError as error:
         print(f"no picture: {error}")
-
-
-def check_target(option: str, path: Path, endings: tuple[str, ...] = ()) -> None:
-    """Refuse, before the work, a file that can not be written after it.
-
-    Raises:
-        ConfigError: its folder does not exist, it is a folder itself, or its ending is not among those given.
-    """
-    if endings and path.suffix not in endings:
-        raise ConfigError(f"{option} {path}: the name of a picture ends in {', '.join(endings)}")
-    if path.is_dir() or not path.parent.is_dir():
-        raise ConfigError(f"{option} {path}: give the name of a file in a folder that exists")
 
 
 def show(diagnosis: Diagnosis) -> None:

@@ -12,7 +12,9 @@ from typing import Any
 
 from antransformer.cli.options import Parser
 from antransformer.errors import ConfigError
-from antransformer.inference.generate import generate, stream_text
+from antransformer.inference import generate
+from antransformer.inference.folding import folded_where_possible
+from antransformer.inference.sampling import stream_text
 from antransformer.training.checkpoint import restore
 from antransformer.training.device import choose_device
 from antransformer.training.run import open_checkpoint
@@ -53,9 +55,15 @@ def write_sample(path: Path, prompt: str, device: str = "auto", **options: Any) 
     except UnicodeEncodeError as error:
         raise ConfigError("the prompt is not UTF-8 text") from error
     found, tokenizer = open_checkpoint(path, notify=lambda text: print(text, file=sys.stderr))
-    model = restore(found, choose_device(device))
+    model = folded_where_possible(restore(found, choose_device(device)))
     # A prompt continues a document; the end-of-text token before it says that one begins here.
     ids = [tokenizer.end_of_text, *tokenizer.encode(prompt)]
+    if len(ids) > model.config.context:
+        print(
+            f"the prompt has {len(ids):,} tokens, more than the context of {model.config.context:,}: the model sees "
+            "its last ones only",
+            file=sys.stderr,
+        )
     steps = generate(model, [ids], vocab_size=tokenizer.vocab_size, stop=[tokenizer.end_of_text], **options)
     print(prompt, end="", flush=True)
     for piece in stream_text(tokenizer, (token for step in steps for token in step if token is not None)):

@@ -1,1 +1,6 @@
 """From a trained model to text."""
+
+from antransformer.inference.folding import FoldedAnGPT, fold
+from antransformer.inference.sampling import generate
+
+__all__ = ["FoldedAnGPT", "fold", "generate"]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from antransformer import functional
 from antransformer.bounds import Bound
-from antransformer.functional import LayerCache, Places
+from antransformer.functional import LayerCache, Places, Rotary
 from antransformer.models.config import ModelConfig
 
 
@@ -62,18 +62,10 @@ class Decoder(nn.Module, ABC):
 
     def places(self, tokens: Tensor, cache: "Cache | None") -> Places:
         """Positions and visibility of new tokens (B, T), behind those of the cache."""
-        start, steps = cache.length if cache else 0, tokens.shape[1]
-        positions, mask = torch.arange(start, start + steps, device=tokens.device), None
-        padding = None if cache is None else cache.padding
-        if padding is not None or (start and steps > 1):
-            seen = torch.arange(start + steps, device=tokens.device)
-            mask = (seen <= positions.unsqueeze(-1))[None, None]
-            if padding is not None:
-                # A padding token sees itself, since softmax over nothing is not a number; nobody sees it.
-                begun = seen >= padding[:, None, None, None]
-                mask = (mask & begun) | (seen == positions.unsqueeze(-1))
-                positions = (positions - padding.unsqueeze(-1)).clamp_min(0)
-        return Places(functional.rotary_tables(positions, self.config.rotated, self.config.rotary_base), mask)
+        if cache is not None:
+            return cache.places(tokens.shape[1])
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        return Places(functional.rotary_tables(positions, self.config.rotated, self.config.rotary_base))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Token ids (B, T) to logits (B, T, V); raises as ``hidden``."""
@@ -100,14 +92,33 @@ class Cache:
     def __init__(self, model: Decoder, batch: int, padding: Tensor | None = None) -> None:
         config, weight = model.config, model.embedding.weight
         shape = (config.layers, 2, batch, config.context, config.heads, config.head_width)
-        self.store = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+        store = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+        self.layers = [layer.unbind() for layer in store]
+        self.positions = torch.arange(config.context, device=weight.device)
+        tables = functional.rotary_tables(self.positions, config.rotated, config.rotary_base)
+        self.rotary = Rotary(*(table.to(weight.dtype) for table in tables))
         self.padding = padding
         self.length = 0
 
     def layer(self, index: int) -> LayerCache:
         """The part of one block."""
-        k, v = self.store[index]
+        k, v = self.layers[index]
         return LayerCache(k, v, self.length)
+
+    def places(self, steps: int) -> Places:
+        """Positions and visibility of so many tokens behind those that are there."""
+        if self.padding is None and (steps == 1 or not self.length):
+            cos, sin = self.rotary
+            return Places(Rotary(cos.narrow(0, self.length, steps), sin.narrow(0, self.length, steps)))
+        seen = self.positions[: self.length + steps]
+        new = seen[self.length :]
+        mask = (seen <= new.unsqueeze(-1))[None, None]
+        if self.padding is not None:
+            # A padding token sees itself, since softmax over nothing is not a number; nobody sees it.
+            begun = seen >= self.padding[:, None, None, None]
+            mask = (mask & begun) | (seen == new.unsqueeze(-1))
+            new = (new - self.padding.unsqueeze(-1)).clamp_min(0)
+        return Places(Rotary(self.rotary.cos[new], self.rotary.sin[new]), mask)
 
 
 def check_tokens(tokens: Tensor, config: ModelConfig, before: int = 0) -> None:
@@ -120,7 +131,7 @@ def check_tokens(tokens: Tensor, config: ModelConfig, before: int = 0) -> None:
     if length > config.context:
         raise ValueError(f"a sequence of {length} tokens is longer than the context of {config.context}")
     if tokens.device.type == "cpu" and not torch.compiler.is_compiling() and tokens.numel():
-        low, high = tokens.aminmax()
+        low, high = (int(token) for token in tokens.aminmax())
         if low < 0 or high >= config.vocab_size:
-            bad = int(low if low < 0 else high)
+            bad = low if low < 0 else high
             raise ValueError(f"token id {bad} is outside the vocabulary of {config.vocab_size}")

@@ -32,7 +32,7 @@ class FoldedBlock(nn.Module):
         self.head_width = config.head_width
         self.qkv_proj = nn.Linear(width, 3 * width, bias=False)
         self.out_proj = nn.Linear(width, width, bias=False)
-        self.score_scale = nn.Parameter(torch.empty(1))
+        self.score_scale = 1.0
         self.attention_gain = nn.Parameter(torch.empty(width))
         self.up_proj = nn.Linear(width, hidden, bias=False)
         self.gate_proj = nn.Linear(width, hidden, bias=False)
@@ -41,10 +41,9 @@ class FoldedBlock(nn.Module):
 
     def forward(self, x: Tensor, places: Places) -> Tensor:
         """Stream (B, T, d) to the same."""
-        q, k, v = split_heads(self.qkv_proj(x), self.head_width)
-        q = norm(rotate(q, places.rotary)) * self.score_scale
-        k = norm(rotate(k, places.rotary))
-        y = self.out_proj(causal_attention(q, k, v, places))
+        qk, v = split_heads(self.qkv_proj(x), self.head_width)
+        q, k = norm(rotate(qk, places.rotary)).unbind(-2)
+        y = self.out_proj(causal_attention(q, k, v, places, self.score_scale))
         x = x + F.rms_norm(y, x.shape[-1:], self.attention_gain, TINY)
         y = self.down_proj(self.up_proj(x) * F.silu(self.gate_proj(x)))
         return x + F.rms_norm(y, x.shape[-1:], self.mlp_gain, TINY)
@@ -74,16 +73,25 @@ class FoldedAnGPT(Decoder):
         raise TypeError("a folded model is made from a trained one: fold(model)")
 
 
+def folded_where_possible(model: Decoder) -> Decoder:
+    """The folded model, or the same model where ``fold`` has none."""
+    try:
+        return fold(model)
+    except (TypeError, ValueError):
+        return model
+
+
 @torch.no_grad()
-def fold(model: AnGPT) -> FoldedAnGPT:
+def fold(model: Decoder) -> FoldedAnGPT:
     """The same function with all factors, s_Z and nu(alpha) inside the weights, in the model's dtype and device.
 
-    Folding is computed in float64. An alpha of exactly 1 has no folded form (nothing of the stream would be left); with
-    alphas near 1 in many layers the folded stream grows so large that float32 loses digits.
+    Computed in float64 and rounded once: for a model in bfloat16 fold the float32 weights, then cast. An alpha of 1 has
+    no folded form, since nothing of the stream would be left.
 
     Raises:
         TypeError: the model is no anGPT; GPT+ has no factors to fold, nGPT's exact norms can not be.
-        ValueError: an alpha is 1, or the model is an ablation.
+        ValueError: alphas are so near 1 that the folded stream would leave the dtype's range, or the model is an
+            ablation.
     """
     if not isinstance(model, AnGPT):
         raise TypeError(f"only an anGPT can be folded, not {type(model).__name__}")
@@ -109,7 +117,7 @@ def fold_attention(source: Attention, target: FoldedBlock, scale: Tensor) -> Non
     """Take nu_qkv, nu_p and the stream's scale (d,) into the weights."""
     target.qkv_proj.weight.copy_(source.qkv_proj.weight * scale * source.qkv_proj.factor)
     target.out_proj.weight.copy_(source.out_proj.weight.double() * source.out_proj.factor)
-    target.score_scale.copy_(source.score_scale)
+    target.score_scale = float(source.score_scale)
 
 
 def fold_mlp(source: MLP, target: FoldedBlock, scale: Tensor) -> None:
@@ -123,12 +131,12 @@ def fold_residual(alpha: Tensor, gain: Tensor, scale: Tensor) -> Tensor:
     """Set the gain (d,) of the norm that an interpolation became; returns the stream's scale behind it.
 
     Raises:
-        ValueError: an alpha is 1.
+        ValueError: see ``fold``.
     """
     alpha = alpha.double()
     nu = factors.residual(alpha)
     after = scale * (1 - alpha) * nu
-    if bool((after == 0).any()):
-        raise ValueError("an alpha is exactly 1, so the model can not be folded")
+    if bool((after.abs() < torch.finfo(gain.dtype).tiny ** 0.5).any()):
+        raise ValueError(f"an alpha is 1, or several near it, so the model can not be folded in {gain.dtype}")
     gain.copy_(alpha * nu / after / len(alpha) ** 0.5)  # an RMS norm has length sqrt(d)
     return after

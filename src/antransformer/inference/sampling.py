@@ -1,5 +1,6 @@
 """Sampling from a model, one token after the other."""
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -55,62 +56,60 @@ def generate(
     ):
         if not ok:
             raise ConfigError(f"{name} {value} is out of range")
-    device = model.embedding.weight.device
+    device, context = model.embedding.weight.device, model.config.context
     generators = [torch.Generator(device).manual_seed(seed + number) for number in range(len(prompts))]
     stop = frozenset(stop)
 
     def steps() -> Iterator[list[int | None]]:
-        ended = [False] * len(prompts)
-        for logits, texts in grow(model, prompts, max_tokens, cache):
-            tokens = [
-                sample(row[:vocab_size], temperature, top_k, top_p, generator)
-                for row, generator in zip(logits, generators, strict=True)
-            ]
+        texts, ended = [list(prompt) for prompt in prompts], [False] * len(prompts)
+        new, kept = window(model, texts)
+        for _ in range(max_tokens):
+            logits = next_logits(model, new, kept)
+            if not math.isfinite(logits.sum()):
+                raise CheckpointError("the model's logits are not finite: its weights are not those of a sound run")
+            chosen = sample(logits[:, :vocab_size], temperature, top_k, top_p, generators)
+            tokens = chosen.tolist()
             ended = [done or token in stop for done, token in zip(ended, tokens, strict=True)]
             if all(ended):
                 return
             yield [None if done else token for done, token in zip(ended, tokens, strict=True)]
             for text, token in zip(texts, tokens, strict=True):
                 text.append(token)
+            new, kept = (chosen.unsqueeze(1), kept) if cache and kept.length < context else window(model, texts)
 
     return steps()
 
 
-def grow(
-    model: Decoder, prompts: Sequence[Sequence[int]], steps: int, keep: bool
-) -> Iterator[tuple[Tensor, list[list[int]]]]:
-    """Yield next-token logits (B, V), float32, and the texts, which the caller appends a token each to."""
-    texts, context = [list(prompt) for prompt in prompts], model.config.context
-    device, cache = model.embedding.weight.device, None
-    for _ in range(steps):
-        if keep and cache is not None and cache.length < context:
-            new = torch.tensor([text[-1:] for text in texts], device=device)
-        else:
-            windows = [text[-context:] for text in texts]
-            longest = max(len(window) for window in windows)
-            padding = [longest - len(window) for window in windows]
-            new = torch.tensor(
-                [[0] * pad + window for pad, window in zip(padding, windows, strict=True)], device=device
-            )
-            cache = Cache(model, len(texts), torch.tensor(padding, device=device) if any(padding) else None)
-        with torch.no_grad():
-            logits = model.logits(model.hidden(new, cache)[:, -1]).float()
-        if not logits.isfinite().all():
-            raise CheckpointError("the model's logits are not finite: its weights are not those of a sound run")
-        yield logits, texts
+def window(model: Decoder, texts: Sequence[Sequence[int]]) -> tuple[Tensor, Cache]:
+    """The last ``context`` tokens of each text, padded on the left to one length, (B, T), and an empty cache."""
+    windows = [text[-model.config.context :] for text in texts]
+    longest = max(len(window) for window in windows)
+    padding = [longest - len(window) for window in windows]
+    device = model.embedding.weight.device
+    new = torch.tensor([[0] * pad + list(window) for pad, window in zip(padding, windows, strict=True)], device=device)
+    return new, Cache(model, len(texts), torch.tensor(padding, device=device) if any(padding) else None)
 
 
-def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float, generator: torch.Generator) -> int:
-    """One token id from logits (V,); see ``generate`` for the options."""
+@torch.no_grad()
+def next_logits(model: Decoder, new: Tensor, cache: Cache) -> Tensor:
+    """Logits (B, V), float32, of the token behind the new ones (B, T), which follow those of the cache."""
+    return model.logits(model.hidden(new, cache)[:, -1]).float()
+
+
+def sample(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float, generators: Sequence[torch.Generator]
+) -> Tensor:
+    """Token ids (B,) from logits (B, V), each row with its generator; see ``generate`` for the options."""
     if temperature == 0:
-        return int(logits.argmax())
-    logits, ids = torch.sort((logits - logits.amax()) / temperature, descending=True)
-    probabilities = logits.softmax(0)
+        return logits.argmax(-1)
+    logits, ids = torch.sort((logits - logits.amax(-1, keepdim=True)) / temperature, descending=True)
+    probabilities = logits.softmax(-1)
     # A token stays while those before it have less than top_p together; the likeliest one always stays.
-    kept = probabilities.cumsum(0) - probabilities < top_p
-    kept[top_k or len(kept) :] = False
-    probabilities = probabilities * kept
-    return int(ids[torch.multinomial(probabilities, 1, generator=generator)])
+    kept = probabilities.cumsum(-1) - probabilities < top_p
+    kept[:, top_k or ids.shape[1] :] = False
+    rows = zip(probabilities * kept, generators, strict=True)
+    drawn = torch.stack([torch.multinomial(row, 1, generator=generator) for row, generator in rows])
+    return ids.gather(1, drawn).squeeze(1)
 
 
 def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
