@@ -151,7 +151,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, places: Places, scale: flo
         k.transpose(1, 2),
         v.transpose(1, 2),
         attn_mask=places.mask,
-        is_causal=places.mask is None and q.shape[1] == k.shape[1],  # else one new token, which sees all before it
+        is_causal=places.mask is None and q.shape[1] > 1,  # one new token sees all before it
         scale=scale,
     )
     return y.transpose(1, 2).flatten(2)

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from antransformer import __version__
-from antransformer.cli import ablate, compare, demo, diagnose, export, generate, import_, prepare, train
+from antransformer.cli import ablate, bench, compare, demo, diagnose, export, generate, import_, prepare, train
 from antransformer.cli.options import Parser
 from antransformer.cli.progress import silence
 from antransformer.errors import AntransformerError, RunStoppedError, UsageError
@@ -20,6 +20,7 @@ VERBS = {
     "compare": compare,
     "ablate": ablate,
     "diagnose": diagnose,
+    "bench": bench,
     "demo": demo,
 }
 

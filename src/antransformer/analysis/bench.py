@@ -1,0 +1,104 @@
+"""Benchmarks: contenders timed side by side, in alternation within one process.
+
+On a machine that does other things too, or whose clock follows its temperature, a time drifts by tens of percent within
+minutes. Contenders that take turns drift together: of a comparison, the ratio within each round is what can be trusted,
+and its quartiles over rounds say how far.
+"""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Times = dict[str, dict[str, list[float]]]  # part of the work -> contender -> seconds, one a round
+
+
+@dataclass(frozen=True)
+class Quartiles:
+    """Median and quartiles over rounds."""
+
+    low: float
+    median: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender at one task.
+
+    Attributes:
+        task: what was timed, by the name of each of its choices, such as {"batch": 16, "part": "decode"}.
+        contender: its name.
+        seconds: of each round.
+        speed: units of work a second.
+        ratio: this speed over that of the reference in the same round.
+    """
+
+    task: dict[str, Any]
+    contender: str
+    seconds: list[float]
+    speed: Quartiles
+    ratio: Quartiles
+
+
+def quartiles(values: Sequence[float]) -> Quartiles:
+    """Of at least one value; between two values they are interpolated."""
+    low, median, high = statistics.quantiles([*values, *values[:1]][: max(2, len(values))], n=4, method="inclusive")
+    return Quartiles(low, median, high)
+
+
+def alternate(contenders: Mapping[str, Callable[[], Mapping[str, float]]], rounds: int) -> Times:
+    """Let all contenders take turns, after one turn each that does not count.
+
+    Args:
+        contenders: by name; a call does the work once and returns the seconds of each part of it.
+        rounds: how many times; each round begins with another contender.
+    """
+    for call in contenders.values():
+        call()
+    names: list[str] = list(contenders)
+    times: Times = {}
+    for turn in range(rounds):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            for part, seconds in contenders[name]().items():
+                times.setdefault(part, {other: [] for other in names})[name].append(seconds)
+    return times
+
+
+def compare(task: Mapping[str, Any], seconds: Mapping[str, list[float]], amount: float, reference: str) -> list[Row]:
+    """A row for each contender.
+
+    Args:
+        task: what was timed.
+        seconds: of each contender, round by round.
+        amount: units of work in each time.
+        reference: the contender that the others are compared with.
+    """
+    return [
+        Row(
+            task=dict(task),
+            contender=name,
+            seconds=times,
+            speed=quartiles([amount / time for time in times]),
+            ratio=quartiles([base / time for base, time in zip(seconds[reference], times, strict=True)]),
+        )
+        for name, times in seconds.items()
+    ]
+
+
+def now(device: torch.device) -> float:
+    """Seconds on a clock, once the device has done all that it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the times were taken on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {"device": str(device), "name": name, "threads": torch.get_num_threads(), "torch": torch.__version__}

@@ -1,0 +1,190 @@
+"""The speed of generation: filling the cache with a prompt, then one token after the other, greedily.
+
+Our architectures stand beside transformers' Qwen3, which is GPT+ but for details (tests/test_parity.py holds that), in
+the same shape, with random weights, the same prompt, and one loop for all.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from antransformer.analysis.bench import Row, alternate, compare, now
+from antransformer.errors import ConfigError, MissingExtraError
+from antransformer.inference import fold
+from antransformer.inference.sampling import next_logits
+from antransformer.models import Cache, Decoder, ModelConfig, build
+
+Mode = Literal["eager", "compiled"]
+Step = Callable[[Tensor, Any], Tensor]  # new tokens (B, T) and the cache to logits (B, V) of the next token
+
+REFERENCE = "folded"
+SHAPE = ("vocab_size", "width", "layers", "context", "head_width", "mlp_ratio", "rotary_fraction", "rotary_base")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is timed.
+
+    Attributes:
+        model: the shape; its architecture is angpt, the others take theirs from it.
+        batches: numbers of sequences.
+        prompt: tokens of each prompt.
+        new: tokens to make.
+        modes: as written, or through torch.compile.
+        rounds: how many times each contender is timed.
+        device: where.
+        dtype: of weights and cache.
+
+    Raises:
+        ConfigError: a number is below 1, or the tokens do not fit the context.
+    """
+
+    model: ModelConfig
+    batches: tuple[int, ...]
+    prompt: int
+    new: int
+    modes: tuple[Mode, ...]
+    rounds: int
+    device: torch.device
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        for name, value in (("batch", min(self.batches)), ("prompt", self.prompt), ("new", self.new)):
+            if value < 1:
+                raise ConfigError(f"{name} must be at least 1, got {value}")
+        if self.rounds < 1:
+            raise ConfigError(f"rounds must be at least 1, got {self.rounds}")
+        if self.prompt + self.new > self.model.context:
+            raise ConfigError(
+                f"a prompt of {self.prompt:,} tokens and {self.new:,} new ones do not fit the context of "
+                f"{self.model.context:,}: lower one of them, or raise model.context"
+            )
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model to generate with.
+
+    Attributes:
+        cache: an empty cache for a number of sequences.
+        prefill: the step that fills it with the prompt.
+        decode: the step of a single token.
+    """
+
+    cache: Callable[[int], Any]
+    prefill: Step
+    decode: Step
+
+
+def bench_generate(settings: Settings, note: Callable[[str], None]) -> list[Row]:
+    """Time all contenders at every mode and batch; ``note`` is told what begins, and what is left out."""
+    contenders = ours(settings)
+    try:
+        contenders["qwen3"] = qwen3(settings)
+    except MissingExtraError as error:
+        note(f"qwen3 is left out: {error}")
+    return [
+        row
+        for mode in settings.modes
+        for batch in settings.batches
+        for row in timed(contenders, settings, mode, batch, note)
+    ]
+
+
+def timed(
+    contenders: dict[str, Contender], settings: Settings, mode: Mode, batch: int, note: Callable[[str], None]
+) -> Iterator[Row]:
+    """The rows of one mode and batch."""
+    note(f"{mode}, batch {batch}")
+    if mode == "compiled":
+        torch.compiler.reset()  # what was compiled for another batch would be made to fit all
+        contenders = {name: compiled(contender) for name, contender in contenders.items()}
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch, settings.prompt)
+    prompt = torch.randint(settings.model.vocab_size, shape, generator=generator).to(settings.device)
+    calls = {name: partial(measure, contender, prompt, settings.new) for name, contender in contenders.items()}
+    times = alternate(calls, settings.rounds)
+    for part, tokens in (("prefill", batch * settings.prompt), ("decode", batch * settings.new)):
+        yield from compare({"mode": mode, "batch": batch, "part": part}, times[part], tokens, REFERENCE)
+
+
+def measure(contender: Contender, prompt: Tensor, new: int) -> dict[str, float]:
+    """Seconds of both parts for a prompt (B, T), on whose device the model is."""
+    cache = contender.cache(len(prompt))
+    started = now(prompt.device)
+    token = contender.prefill(prompt, cache).argmax(-1, keepdim=True)
+    filled = now(prompt.device)
+    for _ in range(new):
+        token = contender.decode(token, cache).argmax(-1, keepdim=True)
+    return {"prefill": filled - started, "decode": now(prompt.device) - filled}
+
+
+def compiled(contender: Contender) -> Contender:
+    """The same through torch.compile; of all shapes only the length of the cache changes from call to call."""
+    torch._dynamo.config.recompile_limit = 64  # all our models run the same code object
+    return replace(
+        contender,
+        prefill=torch.compile(contender.prefill, dynamic=False, fullgraph=True),
+        decode=torch.compile(contender.decode, fullgraph=True),
+    )
+
+
+def ours(settings: Settings) -> dict[str, Contender]:
+    """Our architectures, anGPT folded and as it is trained."""
+    torch.manual_seed(0)
+    with settings.device:
+        models = {name: build(replace_architecture(settings.model, name)) for name in ("angpt", "gpt+", "ngpt")}
+    models = {REFERENCE: fold(models["angpt"]), **models}
+    return {name: contender(model.to(settings.dtype).eval()) for name, model in models.items()}
+
+
+def contender(model: Decoder) -> Contender:
+    """One of our models."""
+
+    def step(new: Tensor, cache: Cache) -> Tensor:
+        return next_logits(model, new, cache)
+
+    return Contender(partial(Cache, model), step, step)
+
+
+def qwen3(settings: Settings) -> Contender:
+    """transformers' Qwen3 of the same shape, with its fused attention and the cache that it is fastest with.
+
+    Raises:
+        MissingExtraError: transformers is not installed, or too old.
+    """
+    try:
+        from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
+    except ImportError as error:
+        raise MissingExtraError("transformers", "hf") from error
+    shape = settings.model
+    config = Qwen3Config(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.width,
+        intermediate_size=shape.mlp_width,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads,
+        head_dim=shape.head_width,
+        max_position_embeddings=shape.context,
+        rope_parameters={"rope_type": "default", "rope_theta": shape.rotary_base},
+    )
+    with settings.device:
+        model: nn.Module = Qwen3ForCausalLM(config)
+    model.to(settings.dtype).eval()
+
+    @torch.no_grad()
+    def step(new: Tensor, cache: DynamicCache) -> Tensor:
+        return model(input_ids=new, past_key_values=cache, logits_to_keep=1).logits[:, -1].float()
+
+    return Contender(lambda batch: DynamicCache(config=config), step, step)
+
+
+def replace_architecture(model: ModelConfig, architecture: str) -> ModelConfig:
+    """A model of the same shape and of another architecture, whose own options have their defaults."""
+    shape = {name: getattr(model, name) for name in SHAPE}
+    return ModelConfig(**{**shape, "architecture": architecture})

@@ -1,0 +1,129 @@
+import json
+import sys
+from functools import partial
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+from antransformer.analysis.bench import Quartiles, alternate, compare, quartiles
+from antransformer.cli import main
+from antransformer.inference import fold
+from antransformer.inference.sampling import next_logits, window
+from antransformer.models import ModelConfig, build
+
+SIZES = {"vocab_size": 50, "width": 64, "layers": 2, "head_width": 32, "context": 24}
+OPTIONS = [f"--model.{name.replace('_', '-')}={value}" for name, value in SIZES.items()]
+TINY = ["bench", "--what", "generate", "--prompt", "8", "--new", "4", "--rounds", "3", "--batch", "1", "2", *OPTIONS]
+CONTENDERS = ["folded", "angpt", "gpt+", "ngpt", "qwen3"]
+
+
+def test_quartiles():
+    assert quartiles([3.0, 1.0, 2.0, 5.0, 4.0]) == Quartiles(2, 3, 4)
+    assert quartiles([1.0, 2.0]) == Quartiles(1.25, 1.5, 1.75)
+    assert quartiles([7.0]) == Quartiles(7, 7, 7)
+
+
+def test_contenders_take_turns_and_the_first_turn_does_not_count():
+    order = []
+
+    def call(name):
+        order.append(name)
+        return {"one": float(len(order)), "two": 0.5}
+
+    times = alternate({name: partial(call, name) for name in "abc"}, rounds=4)
+    assert "".join(order) == "abc" + "abc" + "bca" + "cab" + "abc"
+    assert times["one"] == {"a": [4, 9, 11, 13], "b": [5, 7, 12, 14], "c": [6, 8, 10, 15]}
+    assert times["two"] == {name: [0.5] * 4 for name in "abc"}
+
+
+def test_the_ratio_is_that_within_each_round():
+    drift = [1.0, 7.0, 2.0, 100.0, 3.0]  # the machine is slower by so much, for all at once
+    seconds = {"base": drift, "half": [2 * second for second in drift]}
+    base, half = compare({"batch": 3}, seconds, amount=10, reference="base")
+    assert base.ratio == Quartiles(1, 1, 1) and half.ratio == Quartiles(0.5, 0.5, 0.5)
+    assert base.speed == quartiles([10 / second for second in drift]) and half.speed.median == base.speed.median / 2
+    assert half.task == {"batch": 3} and half.contender == "half" and half.seconds == seconds["half"]
+
+
+def check(content, modes, contenders=CONTENDERS):
+    rows = content["rows"]
+    tasks = [(mode, batch, part) for mode in modes for batch in (1, 2) for part in ("prefill", "decode")]
+    assert [tuple(row["task"].values()) for row in rows[:: len(contenders)]] == tasks
+    assert [row["contender"] for row in rows] == contenders * len(tasks)
+    for number, row in enumerate(rows):
+        _mode, batch, part = row["task"].values()
+        reference = rows[number - number % len(contenders)]
+        speeds = [batch * {"prefill": 8, "decode": 4}[part] / seconds for seconds in row["seconds"]]
+        assert len(speeds) == 3 and min(speeds) > 0
+        assert row["speed"]["median"] == pytest.approx(sorted(speeds)[1])
+        ratios = [one / other for one, other in zip(reference["seconds"], row["seconds"], strict=True)]
+        assert row["ratio"]["median"] == pytest.approx(sorted(ratios)[1])
+        assert row["ratio"]["low"] <= row["ratio"]["median"] <= row["ratio"]["high"]
+
+
+def test_generation_is_timed_for_all_contenders(tmp_path, capsys):
+    pytest.importorskip("transformers")
+    assert main([*TINY, "--json", str(tmp_path / "speed.json"), "--threads", "1", "--dtype", "bfloat16"]) == 0
+    out, err = capsys.readouterr()
+    content = json.loads((tmp_path / "speed.json").read_text())
+    check(content, ["eager"])
+    assert content["what"] == "generate" and content["dtype"] == "torch.bfloat16" and content["reference"] == "folded"
+    assert content["model"]["layers"] == 2 and content["machine"]["threads"] == 1
+    lines = [line.split() for line in out.splitlines() if line.split()[:1] == ["eager"]]
+    assert [line[:4] for line in lines] == [
+        [*(str(value) for value in row["task"].values()), row["contender"]] for row in content["rows"]
+    ]
+    assert [line[4] for line in lines] == [f"{row['speed']['median']:,.0f}" for row in content["rows"]]
+    assert err == "eager, batch 1\neager, batch 2\n"
+
+
+def test_compiled_generation_is_timed_too_and_qwen3_left_out_where_it_is_not_installed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    assert main([*TINY, "--mode", "both", "--json", str(tmp_path / "speed.json")]) == 0
+    check(json.loads((tmp_path / "speed.json").read_text()), ["eager", "compiled"], CONTENDERS[:-1])
+    err = capsys.readouterr().err
+    assert "qwen3 is left out: transformers is not installed: pip install 'antransformer[hf]'\n" in err
+
+
+@pytest.mark.parametrize("prompts", [[[1, 2, 3], [4, 5, 6]], [[1, 2, 3], [4]]])
+@pytest.mark.parametrize("name", CONTENDERS[:-1])
+def test_a_compiled_step_is_compiled_once_for_all_tokens(name, prompts):
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    model = build(ModelConfig(**SIZES, architecture="angpt" if name == "folded" else name)).eval()
+    model = fold(model) if name == "folded" else model
+    counter = CompileCounter()
+    step = torch.compile(partial(next_logits, model), backend=counter, fullgraph=True)
+    (new, cache), (_, other) = window(model, prompts), window(model, prompts)
+    for _ in range(8):
+        logits = step(new, cache)
+        torch.testing.assert_close(logits, next_logits(model, new, other))
+        new = logits.argmax(-1, keepdim=True)
+    assert cache.length == other.length == 10
+    assert counter.frame_count <= 3  # the prompt, a token, a token behind any number of others
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["bench"], "the following arguments are required: --what"),
+        (["bench", "--what", "naps"], "argument --what: invalid choice: 'naps' (choose from"),
+        ([*TINY, "--batch", "0"], "batch must be at least 1, got 0"),
+        ([*TINY, "--new", "0"], "new must be at least 1, got 0"),
+        ([*TINY, "--prompt", "0"], "prompt must be at least 1, got 0"),
+        ([*TINY, "--rounds", "0"], "rounds must be at least 1, got 0"),
+        ([*TINY, "--threads", "0"], "--threads must be at least 1, got 0"),
+        ([*TINY, "--prompt", "21"], "a prompt of 21 tokens and 4 new ones do not fit the context of 24: lower one of"),
+        ([*TINY, "--preset", "huge"], "unknown preset 'huge': choose from"),
+        ([*TINY, "--model.width", "60"], "width 60 is not a multiple of head_width 32"),
+        ([*TINY, "--model.architecture", "gpt+"], "unknown option --model.architecture"),
+        ([*TINY, "--device", "tpu"], "device 'tpu' is not available here"),
+        ([*TINY, "--json", "nowhere/speed.json"], "--json nowhere/speed.json: give the name of a file in a folder"),
+    ],
+)
+def test_what_can_not_be_measured_is_refused_in_one_line(words, message, capsys):
+    assert main(words) == 2
+    out, err = capsys.readouterr()
+    assert message in err and err.count("\n") == 1 and out == ""
