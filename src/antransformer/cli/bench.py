@@ -130,5 +130,5 @@ def table(rows: Sequence[Row]) -> Table:
 
 
 def spread(value: Quartiles, style: str) -> tuple[str, str]:
-    """Median, and ``low - high``."""
-    return f"{value.median:{style}}", f"{value.low:{style}} - {value.high:{style}}"
+    """Median, and ``low-high``."""
+    return f"{value.median:{style}}", f"{value.low:{style}}-{value.high:{style}}"

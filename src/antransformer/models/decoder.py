@@ -91,9 +91,10 @@ class Cache:
 
     def __init__(self, model: Decoder, batch: int, padding: Tensor | None = None) -> None:
         config, weight = model.config, model.embedding.weight
-        shape = (config.layers, 2, batch, config.context, config.heads, config.head_width)
+        # In memory the keys of a head lie together, position by position: so attention reads them fastest.
+        shape = (config.layers, 2, batch, config.heads, config.context, config.head_width)
         store = torch.empty(shape, dtype=weight.dtype, device=weight.device)
-        self.layers = [layer.unbind() for layer in store]
+        self.layers = [layer.transpose(2, 3).unbind() for layer in store]
         self.positions = torch.arange(config.context, device=weight.device)
         tables = functional.rotary_tables(self.positions, config.rotated, config.rotary_base)
         self.rotary = Rotary(*(table.to(weight.dtype) for table in tables))
