@@ -145,8 +145,7 @@ def test_uniform_attention_shrinks_by_the_attention_factor():
 
 def test_split_heads_keeps_the_rows_of_a_head_together():
     # Rows 0-11 of the fused weight make head 0 (q, k, v of width 4), rows 12-23 head 1.
-    qk, v = functional.split_heads(torch.arange(24.0).view(1, 1, 24), 4)
-    q, k = qk.unbind(-2)
+    q, k, v = functional.split_heads(torch.arange(24.0).view(1, 1, 24), 4)
     assert q[0, 0].tolist() == [[0, 1, 2, 3], [12, 13, 14, 15]]
     assert k[0, 0, 0].tolist() == [4, 5, 6, 7]
     assert v[0, 0, 1].tolist() == [20, 21, 22, 23]

@@ -84,24 +84,22 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     """Rotary position embedding on the leading part of each head (arXiv:2104.09864; halves paired as in GPT-NeoX).
 
     Args:
-        x: queries or keys (B, T, n, h), or both at once (B, T, n, 2, h).
+        x: queries or keys (B, T, n, h).
         rotary: tables of T positions; coordinates past their width are left as they are.
     """
     half = rotary.cos.shape[-1]
-    shape = (*rotary.cos.shape[:-1], *[1] * (x.ndim - 3), half)
-    cos, sin = (table.view(shape).to(x.dtype) for table in rotary)
+    cos, sin = (table.unsqueeze(-2).to(x.dtype) for table in rotary)
     first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
 
 
-def split_heads(qkv: Tensor, head_width: int) -> tuple[Tensor, Tensor]:
-    """Split a fused projection (B, T, n * 3 * h) into q and k, (B, T, n, 2, h), and v (B, T, n, h).
+def split_heads(qkv: Tensor, head_width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Split a fused projection (B, T, n * 3 * h) into q, k, v of shape (B, T, n, h) each.
 
-    q and k stay together for what is done to both: half as many operations, which is what a single token costs. The
-    rows of the fused weight are ordered head by head, so that a block of its rows holds whole heads.
+    The rows of the fused weight are ordered head by head, so that a block of its rows holds whole heads.
     """
-    qk, v = qkv.unflatten(-1, (-1, 3, head_width)).split([2, 1], dim=-2)
-    return qk, v.squeeze(-2)
+    q, k, v = qkv.unflatten(-1, (-1, 3, head_width)).unbind(-2)
+    return q, k, v
 
 
 class LayerCache(NamedTuple):

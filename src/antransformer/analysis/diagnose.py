@@ -294,8 +294,7 @@ def gains(
     """
     assert isinstance(block, Block)
     (x,), qkv = calls["attention.qkv_proj"]
-    qk, v = split_heads(qkv, block.attention.head_width)
-    for name, head in zip("qkv", (*qk.unbind(-2), v), strict=True):
+    for name, head in zip("qkv", split_heads(qkv, block.attention.head_width), strict=True):
         yield name, length(head) / (wanted[name] * length(x).unsqueeze(-1))
     for name, module in PROJECTIONS.items():
         (x,), y = calls[module]

@@ -41,8 +41,8 @@ class FoldedBlock(nn.Module):
 
     def forward(self, x: Tensor, places: Places) -> Tensor:
         """Stream (B, T, d) to the same."""
-        qk, v = split_heads(self.qkv_proj(x), self.head_width)
-        q, k = norm(rotate(qk, places.rotary)).unbind(-2)
+        q, k, v = split_heads(self.qkv_proj(x), self.head_width)
+        q, k = norm(rotate(q, places.rotary)), norm(rotate(k, places.rotary))
         y = self.out_proj(causal_attention(q, k, v, places, self.score_scale))
         x = x + F.rms_norm(y, x.shape[-1:], self.attention_gain, TINY)
         y = self.down_proj(self.up_proj(x) * F.silu(self.gate_proj(x)))

@@ -102,14 +102,17 @@ def sample(
     """Token ids (B,) from logits (B, V), each row with its generator; see ``generate`` for the options."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits, ids = torch.sort((logits - logits.amax(-1, keepdim=True)) / temperature, descending=True)
-    probabilities = logits.softmax(-1)
+    probabilities = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
+    if top_k is None:
+        probabilities, ids = probabilities.sort(descending=True)
+    else:
+        probabilities, ids = probabilities.topk(min(top_k, probabilities.shape[1]))
     # A token stays while those before it have less than top_p together; the likeliest one always stays.
     kept = probabilities.cumsum(-1) - probabilities < top_p
-    kept[:, top_k or ids.shape[1] :] = False
-    rows = zip(probabilities * kept, generators, strict=True)
-    drawn = torch.stack([torch.multinomial(row, 1, generator=generator) for row, generator in rows])
-    return ids.gather(1, drawn).squeeze(1)
+    mass = (probabilities * kept).cumsum(-1)
+    drawn = torch.stack([torch.rand(1, generator=generator, device=logits.device) for generator in generators])
+    place = torch.searchsorted(mass, drawn * mass[:, -1:], right=True)  # the first whose mass lies above
+    return ids.gather(1, place.minimum(kept.sum(-1, keepdim=True) - 1)).squeeze(1)
 
 
 def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:

@@ -38,9 +38,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, places: Places) -> Tensor:
         """(B, T, d) to (B, T, d)."""
-        qk, v = split_heads(self.qkv_proj(x), self.head_width)
-        q, k = norm(rotate(qk, places.rotary)).unbind(-2)
-        return self.out_proj(causal_attention(q * self.score_scale.to(q.dtype), k, v, places))
+        q, k, v = split_heads(self.qkv_proj(x), self.head_width)
+        q = norm(rotate(q, places.rotary)) * self.score_scale.to(q.dtype)
+        k = norm(rotate(k, places.rotary))
+        return self.out_proj(causal_attention(q, k, v, places))
 
 
 class MLP(nn.Module):

@@ -22,8 +22,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, places: Places) -> Tensor:
         """(B, T, d) to (B, T, d)."""
-        qk, v = split_heads(self.qkv_proj(x), self.head_width)
-        q, k = rotate(qk, places.rotary).unbind(-2)
+        q, k, v = split_heads(self.qkv_proj(x), self.head_width)
+        q, k = rotate(q, places.rotary), rotate(k, places.rotary)
         return self.out_proj(causal_attention(q, k, v, places, scale=self.head_width**-0.5))
 
 

@@ -28,9 +28,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, places: Places) -> Tensor:
         """(B, T, d) to (B, T, d)."""
-        qk, v = split_heads(self.qkv_proj(x), self.head_width)
-        s_qk = self.qk_scale().to(qk.dtype).unflatten(0, (-1, 1, self.head_width))
-        q, k = (norm(rotate(qk, places.rotary)) * s_qk).unbind(-2)
+        q, k, v = split_heads(self.qkv_proj(x), self.head_width)
+        s_qk = self.qk_scale().to(q.dtype).unflatten(0, (-1, self.head_width))
+        q, k = norm(rotate(q, places.rotary)) * s_qk, norm(rotate(k, places.rotary)) * s_qk
         return self.out_proj(causal_attention(q, k, v, places, scale=math.sqrt(self.head_width)))
 
 
