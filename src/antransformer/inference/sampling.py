@@ -82,11 +82,11 @@ def generate(
 
 def window(model: Decoder, texts: Sequence[Sequence[int]]) -> tuple[Tensor, Cache]:
     """The last ``context`` tokens of each text, padded on the left to one length, (B, T), and an empty cache."""
-    windows = [text[-model.config.context :] for text in texts]
-    longest = max(len(window) for window in windows)
-    padding = [longest - len(window) for window in windows]
+    seen = [list(text[-model.config.context :]) for text in texts]
+    longest = max(len(tokens) for tokens in seen)
+    padding = [longest - len(tokens) for tokens in seen]
     device = model.embedding.weight.device
-    new = torch.tensor([[0] * pad + list(window) for pad, window in zip(padding, windows, strict=True)], device=device)
+    new = torch.tensor([[0] * pad + tokens for pad, tokens in zip(padding, seen, strict=True)], device=device)
     return new, Cache(model, len(texts), torch.tensor(padding, device=device) if any(padding) else None)
 
 
