@@ -32,10 +32,13 @@ def test_contenders_take_turns_and_the_first_turn_does_not_count():
         order.append(name)
         return {"one": float(len(order)), "two": 0.5}
 
-    times = alternate({name: partial(call, name) for name in "abc"}, rounds=4)
-    assert "".join(order) == "abc" + "abc" + "bca" + "cab" + "abc"
-    assert times["one"] == {"a": [4, 9, 11, 13], "b": [5, 7, 12, 14], "c": [6, 8, 10, 15]}
-    assert times["two"] == {name: [0.5] * 4 for name in "abc"}
+    times = alternate({name: partial(call, name) for name in "abc"}, rounds=8)
+    rounds = ["".join(order[start : start + 3]) for start in range(0, len(order), 3)]
+    assert rounds[0] == "abc" and {"".join(sorted(turn)) for turn in rounds} == {"abc"}
+    assert len(rounds) == 9 and len(set(rounds)) > 3
+    for name in "abc":
+        assert times["one"][name] == [3 * turn + rounds[turn].index(name) + 1 for turn in range(1, 9)]
+        assert times["two"][name] == [0.5] * 8
 
 
 def test_the_ratio_is_that_within_each_round():

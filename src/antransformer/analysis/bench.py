@@ -6,6 +6,7 @@ and its quartiles over rounds say how far.
 """
 
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -56,17 +57,16 @@ def alternate(contenders: Mapping[str, Callable[[], Mapping[str, float]]], round
 
     Args:
         contenders: by name; a call does the work once and returns the seconds of each part of it.
-        rounds: how many times; each round begins with another contender.
+        rounds: how many times, each in an order of its own: what one leaves in caches and memory is found by the next,
+            which should not always be the same.
     """
     for call in contenders.values():
         call()
-    names: list[str] = list(contenders)
     times: Times = {}
     for turn in range(rounds):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
+        for name in random.Random(turn).sample(list(contenders), len(contenders)):
             for part, seconds in contenders[name]().items():
-                times.setdefault(part, {other: [] for other in names})[name].append(seconds)
+                times.setdefault(part, {other: [] for other in contenders})[name].append(seconds)
     return times
 
 
