@@ -14,7 +14,6 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -30,9 +29,9 @@ from antransformer.analysis.diagnose import (
     text_tokens,
 )
 from antransformer.analysis.plots import PICTURES, diagnosis_picture
-from antransformer.cli.common import DEFAULT_DATA, open_data
+from antransformer.cli.common import DEFAULT_DATA, check_target, new_table, open_data
 from antransformer.cli.options import Parser
-from antransformer.errors import ConfigError, MissingExtraError
+from antransformer.errors import MissingExtraError
 from antransformer.training.checkpoint import restore
 from antransformer.training.config import Count, convert
 from antransformer.training.device import choose_device
@@ -83,18 +82,6 @@ def run(parsed: argparse.Namespace) -> None:
         print(f"picture: {picture}")
     except MissingExtraError as error:
         print(f"no picture: {error}")
-
-
-def check_target(option: str, path: Path, endings: tuple[str, ...] = ()) -> None:
-    """Refuse, before the work, a file that can not be written after it.
-
-    Raises:
-        ConfigError: its folder does not exist, it is a folder itself, or its ending is not among those given.
-    """
-    if endings and path.suffix not in endings:
-        raise ConfigError(f"{option} {path}: the name of a picture ends in {', '.join(endings)}")
-    if path.is_dir() or not path.parent.is_dir():
-        raise ConfigError(f"{option} {path}: give the name of a file in a folder that exists")
 
 
 def show(diagnosis: Diagnosis) -> None:
@@ -159,14 +146,6 @@ def factor_cells(layers: list[FactorError]) -> tuple[str, str, str]:
     """Needed factor, size of the error, and spread, as means over layers."""
     needed, spread = mean(layer.needed for layer in layers), mean(layer.spread for layer in layers)
     return f"{needed:.3f}", f"{number(100 * mean_error(layers))}%", f"{spread:.1%}"
-
-
-def new_table(*columns: str) -> Table:
-    """A plain table; all columns but the first hold numbers."""
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for place, column in enumerate(columns):
-        table.add_column(column, justify="right" if place else "left", vertical="bottom")
-    return table
 
 
 def plus_minus(spread: Spread) -> str:
