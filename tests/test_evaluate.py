@@ -222,11 +222,16 @@ def test_perplexity_of_a_text_is_that_of_our_own_model(run, model, tmp_path, bat
     assert [score.items for score in result.scores] == [3, 3, 3] and result.texts == windows == 7
 
 
-def test_a_text_that_is_one_long_word_has_no_finite_word_perplexity(run, tmp_path):
-    (tmp_path / "text").write_text("x" * 1000)
-    [result] = evaluate(*open_checkpoint(run), texts=[tmp_path / "text"])
+def test_a_text_that_is_one_long_word_has_no_finite_word_perplexity(run, model, tmp_path):
+    (tmp_path / "text").write_text("abcdefgh" * 125)  # its windows are the same
+    told = []
+    [result] = evaluate(*open_checkpoint(run), texts=[tmp_path / "text"], tell=lambda *numbers: told.append(numbers))
     values = {score.metric: score.value for score in result.scores}
-    assert values["word_perplexity"] is None and values["bits_per_byte"] > 0
+    ids = [END, *b"abcdefgh" * 125]
+    total = sum(by_hand(model, ids[: start + CONTEXT], min(CONTEXT, 1001 - start)) for start in range(1, 1001, CONTEXT))
+    assert values["word_perplexity"] is None
+    assert values["bits_per_byte"] == pytest.approx(-total / 1000 / math.log(2), rel=1e-4)
+    assert told[-1] == (str(tmp_path / "text"), 6, 6)
 
 
 # The tasks

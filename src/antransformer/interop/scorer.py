@@ -84,7 +84,11 @@ class Scorer(HFLM):
             if not 0 < len(continuation) <= self.max_length:
                 raise DataError(f"an answer has {len(continuation)} tokens, the model's context {self.max_length}")
             self.cut += len(context) + len(continuation) > self.max_length + 1
-        if "override_bs" not in options:  # else of windows, which are counted
+        windows = "override_bs" in options
+        # Texts that differ in their last token only are read once. Not so the windows of repetitive text: lm_eval
+        # would take those of the same tokens for the same, although they may score more or fewer of them.
+        self.logits_cache = not windows
+        if not windows:
             self.total = len({(*context, *continuation[:-1]) for _, context, continuation in requests})
         found: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, *arguments, **options)
         return found
