@@ -12,6 +12,7 @@ import torch
 
 from antransformer.cli import main
 from antransformer.data import byte_tokenizer
+from antransformer.errors import CheckpointError
 from antransformer.interop.evaluate import evaluate
 from antransformer.interop.export import transformers_model, transformers_tokenizer
 from antransformer.interop.task_data import pages
@@ -199,6 +200,21 @@ def test_batches_change_nothing(run):
     assert [value for value, _ in together] == pytest.approx([value for value, _ in alone], rel=1e-5)
 
 
+def test_broken_weights_are_said(run):
+    scored = lm(run, batch_size=4)
+    with torch.no_grad():
+        scored.model.lm_head.weight[7] = math.nan
+    with pytest.raises(CheckpointError, match="logits are not finite"):
+        scored.loglikelihood(pairs(), disable_tqdm=True)
+
+
+def test_a_perplexity_beyond_all_numbers_is_said(run, tmp_path):
+    folder = write(tmp_path, {"lambada_test.jsonl": [{"text": "a " + "b" * 170}]} | FORMS["piqa"][1])
+    lambada, piqa = evaluate(*open_checkpoint(run), ["lambada_openai", "piqa"], folder)
+    assert lambada.problem == "its perplexity is beyond all numbers" and not lambada.scores
+    assert piqa.problem is None and piqa.scores
+
+
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_perplexity_of_a_text_is_that_of_our_own_model(run, model, tmp_path, batch_size):
     texts = ["to be, or  not\nto be. " * 40, "ä short one", "x" * CONTEXT]
@@ -321,7 +337,7 @@ def test_evaluate_on_the_command_line(run, tmp_path):
     assert re.search(r"winogrande +acc +[01]\.\d{4} +± 0\.\d{4} +3 *\n", done.stdout), done.stdout
     assert re.search(r"text +word_perplexity +[\d,.e+]+ +1 *\n", done.stdout)
     assert "piqa: 2 of 8 texts were longer than the context of 192 tokens, and lost their beginning" in done.stdout
-    assert "hellaswag can not be scored: an answer has 301 tokens, the model's context 192" in done.stdout
+    assert "hellaswag can not be scored: an answer has 301 tokens: the model takes 1 to 192" in done.stdout
     # A line for each that was scored, and nothing of lm_eval's.
     assert re.fullmatch(r"(\[0:\d\d:\d\d\] \S+  \d+ texts\n){3}", done.stderr), done.stderr
     written = json.loads((run / "evaluation.json").read_text())

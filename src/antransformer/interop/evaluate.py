@@ -89,7 +89,7 @@ def evaluate(
         MissingExtraError: lm_eval is not installed.
         ConfigError: a task is unknown, or nothing is asked for.
         DataError: data could not be loaded, or a file is missing or broken.
-        CheckpointError: the model is an ablation.
+        CheckpointError: the model is an ablation, or its weights are broken.
     """
     if not tasks and not texts:
         raise ConfigError("nothing to evaluate: give --tasks, or --text")
@@ -117,8 +117,9 @@ def evaluate(
         try:
             scored = lm.score(loaded, limit, partial(tell, name))
             results.append(Result(name, source, list(scores_of(scored)), lm.total, lm.cut))
-        except DataError as error:  # the others are no worse for it
-            results.append(Result(name, source, [], lm.total, lm.cut, problem=str(error)))
+        except (DataError, OverflowError) as error:  # the others are no worse for it
+            reason = str(error) if isinstance(error, DataError) else "its perplexity is beyond all numbers"
+            results.append(Result(name, source, [], lm.total, lm.cut, problem=reason))
     if all(result.problem for result in results):
         raise DataError("; ".join(f"{result.name} can not be scored: {result.problem}" for result in results))
     return results

@@ -22,7 +22,7 @@ from lm_eval.tasks import TaskManager
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from antransformer.errors import ConfigError, DataError
+from antransformer.errors import CheckpointError, ConfigError, DataError
 from antransformer.interop import task_data
 from antransformer.interop.modeling_antransformer import AntransformerForCausalLM
 from antransformer.training.config import nearest
@@ -64,7 +64,13 @@ class Scorer(HFLM):
         self.done = self.total = self.cut = 0
 
     def score(self, tasks: Tasks, limit: int | None, tell: Tell) -> dict[str, Any]:
-        """Results of loaded tasks, as lm_eval has them; raises DataError where an answer does not fit."""
+        """Results of loaded tasks, as lm_eval has them.
+
+        Raises:
+            DataError: an answer does not fit into the context.
+            CheckpointError: the weights are broken.
+            OverflowError: a perplexity is no number.
+        """
         self.tell, self.done, self.total, self.cut = tell, 0, 0, 0
         with quiet():
             results: dict[str, Any] = evaluate(self, tasks, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=False)
@@ -82,7 +88,7 @@ class Scorer(HFLM):
     ) -> list[tuple[float, bool]]:
         for _, context, continuation in requests:
             if not 0 < len(continuation) <= self.max_length:
-                raise DataError(f"an answer has {len(continuation)} tokens, the model's context {self.max_length}")
+                raise DataError(f"an answer has {len(continuation)} tokens: the model takes 1 to {self.max_length}")
             self.cut += len(context) + len(continuation) > self.max_length + 1
         windows = "override_bs" in options
         # Texts that differ in their last token only are read once. Not so the windows of repetitive text: lm_eval
@@ -95,6 +101,8 @@ class Scorer(HFLM):
 
     def _model_call(self, inps: Tensor, *arguments: Any, **options: Any) -> Tensor:
         logits: Tensor = super()._model_call(inps, *arguments, **options)
+        if not logits.isfinite().all():
+            raise CheckpointError("the model's logits are not finite: its weights are not those of a sound run")
         self.done += len(inps)
         self.tell(self.done, self.total)
         return logits
@@ -102,7 +110,7 @@ class Scorer(HFLM):
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep what lm_eval and what it uses log, print and draw from the terminal."""
+    """Keep from the terminal what lm_eval, and what it uses, print, log and draw."""
     levels = {name: logging.getLogger(name).level for name in LOGGERS}
     try:
         for name in LOGGERS:
