@@ -565,7 +565,7 @@ def test_a_folder_that_can_not_be_written_is_not_left_behind(tmp_path, monkeypat
         raise SafetensorError("No space left on device")
 
     make_run(tmp_path / "run")
-    monkeypatch.setattr("antransformer.interop.export.write_tokenizer", full)
+    monkeypatch.setattr("antransformer.interop.export.transformers_tokenizer", full)
     with pytest.raises(MachineError, match="could not be written: No space left on device"):
         export(*runs.open_checkpoint(tmp_path / "run"), tmp_path / "hf")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -5,7 +5,19 @@ import sys
 from collections.abc import Sequence
 
 from antransformer import __version__
-from antransformer.cli import ablate, bench, compare, demo, diagnose, export, generate, import_, prepare, train
+from antransformer.cli import (
+    ablate,
+    bench,
+    compare,
+    demo,
+    diagnose,
+    evaluate,
+    export,
+    generate,
+    import_,
+    prepare,
+    train,
+)
 from antransformer.cli.options import Parser
 from antransformer.cli.progress import silence
 from antransformer.errors import AntransformerError, RunStoppedError, UsageError
@@ -15,6 +27,7 @@ VERBS = {
     "prepare": prepare,
     "train": train,
     "generate": generate,
+    "evaluate": evaluate,
     "export": export,
     "import": import_,
     "compare": compare,
@@ -62,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        return _say("error: not enough memory: lower --micro-batch, or choose a smaller model", 1)
+        return _say("error: not enough memory: lower --micro-batch or --batch-size, or choose a smaller model", 1)
     except (AntransformerError, OSError, MemoryError) as error:
         return _say(f"error: {error or type(error).__name__}", 1)
     except KeyboardInterrupt:

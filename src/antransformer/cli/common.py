@@ -1,6 +1,9 @@
-"""What several verbs do before their work."""
+"""What several verbs do before and after their work."""
 
 from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
 
 from antransformer.cli.progress import PrepareProgress
 from antransformer.data import Dataset, ensure_default
@@ -31,3 +34,11 @@ def check_target(option: str, path: Path, endings: tuple[str, ...] = ()) -> None
         raise ConfigError(f"{option} {path}: the name of a picture ends in {', '.join(endings)}")
     if path.is_dir() or not path.parent.is_dir():
         raise ConfigError(f"{option} {path}: give the name of a file in a folder that exists")
+
+
+def new_table(*columns: str) -> Table:
+    """A plain table; all columns but the first hold numbers."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for place, column in enumerate(columns):
+        table.add_column(column, justify="right" if place else "left", vertical="bottom")
+    return table

@@ -13,7 +13,6 @@ examples:
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from antransformer.analysis import report
 from antransformer.analysis.compare import QUICK, QUICK_BUDGETS, budgets_of, plan
@@ -23,7 +22,7 @@ from antransformer.analysis.results import Results
 from antransformer.analysis.statistics import require_scipy
 from antransformer.analysis.verdict import verdict
 from antransformer.cli.common import open_data
-from antransformer.cli.options import Parser, add_config, settings_of
+from antransformer.cli.options import Parser, add_config, number, settings_of
 from antransformer.cli.progress import ExperimentProgress
 from antransformer.errors import ConfigError
 from antransformer.models import OPTIONS, ModelConfig
@@ -132,18 +131,3 @@ def effort(parsed: argparse.Namespace, **defaults: int) -> dict[str, int]:
     """How much to run, as ``Plan`` takes it."""
     values = {name: number(parsed, name, default) for name, default in {"seeds": 3, **defaults}.items()}
     return values | {"trial_tokens": convert(parsed.trial_tokens or 0, Count, "--trial-tokens")}
-
-
-def number(parsed: argparse.Namespace, name: str, default: Any) -> Any:
-    """An option that is a positive whole number.
-
-    Raises:
-        ConfigError: it is not.
-    """
-    value = getattr(parsed, name)
-    if value is None:
-        return default
-    count = convert(value, int, f"--{name.replace('_', '-')}")
-    if count < 1:
-        raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {count}")
-    return count

@@ -14,7 +14,6 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -30,7 +29,7 @@ from antransformer.analysis.diagnose import (
     text_tokens,
 )
 from antransformer.analysis.plots import PICTURES, diagnosis_picture
-from antransformer.cli.common import DEFAULT_DATA, check_target, open_data
+from antransformer.cli.common import DEFAULT_DATA, check_target, new_table, open_data
 from antransformer.cli.options import Parser
 from antransformer.errors import MissingExtraError
 from antransformer.training.checkpoint import restore
@@ -147,14 +146,6 @@ def factor_cells(layers: list[FactorError]) -> tuple[str, str, str]:
     """Needed factor, size of the error, and spread, as means over layers."""
     needed, spread = mean(layer.needed for layer in layers), mean(layer.spread for layer in layers)
     return f"{needed:.3f}", f"{number(100 * mean_error(layers))}%", f"{spread:.1%}"
-
-
-def new_table(*columns: str) -> Table:
-    """A plain table; all columns but the first hold numbers."""
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for place, column in enumerate(columns):
-        table.add_column(column, justify="right" if place else "left", vertical="bottom")
-    return table
 
 
 def plus_minus(spread: Spread) -> str:

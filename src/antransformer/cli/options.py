@@ -5,8 +5,8 @@ import dataclasses
 import typing
 from typing import Any, NoReturn
 
-from antransformer.errors import UsageError
-from antransformer.training.config import Count, nearest
+from antransformer.errors import ConfigError, UsageError
+from antransformer.training.config import Count, convert, nearest
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -73,3 +73,18 @@ def settings_of(parsed: argparse.Namespace) -> dict[str, Any]:
                 place = place.setdefault(part, {})
             place[name] = value
     return settings
+
+
+def number(parsed: argparse.Namespace, name: str, default: Any) -> Any:
+    """An option that is a positive whole number.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    value = getattr(parsed, name)
+    if value is None:
+        return default
+    count = convert(value, int, f"--{name.replace('_', '-')}")
+    if count < 1:
+        raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {count}")
+    return count

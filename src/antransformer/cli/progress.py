@@ -130,6 +130,34 @@ class ExperimentProgress:
             say(f"[{_duration(time.monotonic() - self.started)}] {text}")
 
 
+class EvaluationProgress:
+    """Shows an evaluation: a bar over the texts of a task, or a plain line when all of them are read."""
+
+    def __init__(self) -> None:
+        # The stream itself: what the work prints meanwhile goes elsewhere.
+        self.console = Console(file=sys.stderr)
+        self.bar = new_bar("{task.description}", self.console, transient=True)
+        self.task = self.bar.add_task("", total=None, numbers="")
+        self.started = time.monotonic()
+
+    def __enter__(self) -> "EvaluationProgress":
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.stop()
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        """So many of a task's texts are read; of none, it is being loaded."""
+        numbers = f"{done:,}/{total:,} texts" if total else "loading"
+        self.bar.update(self.task, description=name, completed=done, total=total or None, numbers=numbers)
+        if self.bar.disable and 0 < total <= done:
+            line = f"[{_duration(time.monotonic() - self.started)}] {name}  {total:,} texts"
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
 class PrepareProgress:
     """Shows the preparation of data; pass it as ``progress`` to ``data.prepare``."""
 

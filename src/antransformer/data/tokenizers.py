@@ -62,10 +62,15 @@ class Tokenizer:
         vocabulary: dict[str, int] = self._library.get_vocab(with_added_tokens=True)
         return vocabulary
 
+    def to_json(self) -> str:
+        """The content of a tokenizer.json file."""
+        text: str = self._library.to_str(pretty=True)
+        return text
+
     def save(self, path: str | Path) -> None:
         """Write it as a tokenizer.json file, and see it onto the disk."""
         with Path(path).open("w", encoding="utf-8") as file:
-            file.write(self._library.to_str(pretty=True))
+            file.write(self.to_json())
             file.flush()
             os.fsync(file.fileno())
 

@@ -5,7 +5,9 @@ import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import tokenizers
 import torch
 from safetensors import SafetensorError
 
@@ -14,6 +16,11 @@ from antransformer.errors import CheckpointError, ConfigError, MachineError, Mis
 from antransformer.interop.card import card
 from antransformer.interop.register import register
 from antransformer.training.checkpoint import Checkpoint, restore
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from antransformer.interop.modeling_antransformer import AntransformerForCausalLM
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHARD_SIZE = "5GB"
@@ -43,9 +50,6 @@ def export(
         ConfigError: the folder is not empty or can not be made, or the size is none.
         MachineError: the weights could not be written.
     """
-    ablation = found.model.ablation
-    if ablation not in (None, "none"):
-        raise CheckpointError(f"{found.path}: the ablation {ablation} can not be exported, only a whole architecture")
     if not re.fullmatch(r"[1-9]\d*[KMGT]B", max_shard_size):
         raise ConfigError(f"max-shard-size must be a size such as 5GB or 200MB, got {max_shard_size!r}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -58,7 +62,7 @@ def export(
         raise ConfigError(f"{folder} can not be made: {error.strerror}; choose another --out") from error
     try:
         write_model(found, tokenizer, partial, DTYPES[dtype], max_shard_size)
-        write_tokenizer(tokenizer, partial, found.model.context)
+        transformers_tokenizer(tokenizer, found.model.context).save_pretrained(partial)
         (partial / "README.md").write_text(card(found, tokenizer, folder.name, dtype, verdict), encoding="utf-8")
         partial.replace(folder)
     except SafetensorError as error:
@@ -69,6 +73,29 @@ def export(
 
 def write_model(found: Checkpoint, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype, max_shard_size: str) -> None:
     """Weights, configuration, generation configuration and the code of both."""
+    model = transformers_model(found, tokenizer, dtype)
+    unused = range(tokenizer.vocab_size, found.model.vocab_size)
+    if unused:  # rows that no text has trained
+        model.generation_config.suppress_tokens = list(unused)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    for file in folder.glob("*.safetensors"):
+        file.chmod((folder / "config.json").stat().st_mode)  # safetensors makes files that only their owner can read
+
+
+def transformers_model(
+    found: Checkpoint, tokenizer: Tokenizer, dtype: torch.dtype = torch.float32
+) -> "AntransformerForCausalLM":
+    """The model of a checkpoint as transformers has it, on the CPU.
+
+    Raises:
+        MissingExtraError: transformers is not installed, or too old.
+        CheckpointError: the model is an ablation.
+    """
+    ablation = found.model.ablation
+    if ablation not in (None, "none"):
+        raise CheckpointError(
+            f"{found.path}: the ablation {ablation} can not be exported or evaluated, only a whole architecture"
+        )
     try:
         register()
         from antransformer.interop.modeling_antransformer import AntransformerConfig, AntransformerForCausalLM
@@ -81,28 +108,20 @@ def write_model(found: Checkpoint, tokenizer: Tokenizer, folder: Path, dtype: to
         model = AntransformerForCausalLM(config)
     weights = restore(found, torch.device("cpu")).state_dict()
     model.load_state_dict({name: weight.to(dtype) for name, weight in weights.items()}, assign=True)
-    unused = range(tokenizer.vocab_size, found.model.vocab_size)
-    if unused:  # rows that no text has trained
-        model.generation_config.suppress_tokens = list(unused)
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
-    for file in folder.glob("*.safetensors"):
-        file.chmod((folder / "config.json").stat().st_mode)  # safetensors makes files that only their owner can read
+    return model
 
 
-def write_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
+def transformers_tokenizer(tokenizer: Tokenizer, context: int) -> "PreTrainedTokenizerFast":
     """A tokenizer that gives the ids that the model was trained on, for any text.
 
     Text that spells a special token is plain text to it, and nothing is added before or behind.
     """
     from transformers import PreTrainedTokenizerFast
 
-    file = folder / "tokenizer.json"
-    tokenizer.save(file)
-    content = json.loads(file.read_text(encoding="utf-8"))
-    file.write_text(json.dumps({**content, "post_processor": None}, ensure_ascii=False), encoding="utf-8")
+    content = {**json.loads(tokenizer.to_json()), "post_processor": None}
     end = tokenizer.decode([tokenizer.end_of_text])
-    PreTrainedTokenizerFast(
-        tokenizer_file=str(file),
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(content, ensure_ascii=False)),
         bos_token=end,
         eos_token=end,
         pad_token=end,
@@ -110,4 +129,4 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
         clean_up_tokenization_spaces=False,
         padding_side="left",  # a prompt ends where its continuation begins
         model_max_length=context,
-    ).save_pretrained(folder)
+    )
