@@ -248,7 +248,9 @@ def test_a_reader_that_goes_away_does_not_end_a_run(corpus, tmp_path):
 def test_a_model_that_does_not_fit_is_status_1(corpus, tmp_path, capsys):
     words = ["train", "--data", str(corpus), "--out", str(tmp_path / "run"), *QUICK, "--model.vocab-size=2000000000"]
     assert main([*words, "--model.width=64000", "--lr=1e-3"]) == 1
-    assert "not enough memory: lower --micro-batch or --batch-size, or choose a smaller model" in capsys.readouterr().err
+    assert (
+        "not enough memory: lower --micro-batch or --batch-size, or choose a smaller model" in capsys.readouterr().err
+    )
     assert not (tmp_path / "run").exists()
 
 

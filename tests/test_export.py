@@ -17,8 +17,9 @@ from antransformer.analysis.results import Contender, Results, Run
 from antransformer.bounds import norms
 from antransformer.cli import main
 from antransformer.data import Tokenizer, byte_tokenizer, train_bpe
-from antransformer.errors import MachineError
+from antransformer.errors import CheckpointError, MachineError
 from antransformer.inference import generate
+from antransformer.interop.card import card
 from antransformer.interop.export import export
 from antransformer.interop.folder import import_folder
 from antransformer.models import ARCHITECTURES, ModelConfig, build
@@ -351,10 +352,34 @@ def test_the_card_of_an_experiments_run_has_its_verdict(tmp_path):
     assert main([*words, str(tmp_path / "before")]) == 0
     results.save(tmp_path)
     (tmp_path / "report.html").touch()
+    for name in ("loss-tokens.png", "alpha-angpt.png"):
+        (tmp_path / name).write_bytes(name.encode())
     assert main([*words, str(tmp_path / "after")]) == 0
     assert "experiment" not in (tmp_path / "before/README.md").read_text()
     text = (tmp_path / "after/README.md").read_text()
-    assert "Verdict of the experiment that this run belongs to: One budget shows no speedup of anGPT over GPT+" in text
+    assert "## The experiment that it belongs to\n\nOne budget shows no speedup of anGPT over GPT+" in text
+    assert "![loss-tokens](loss-tokens.png)" in text and ".png" not in text.replace("loss-tokens.png", "")
+    assert (tmp_path / "after/loss-tokens.png").read_bytes() == b"loss-tokens.png"
+
+
+def test_the_card_has_the_scores_of_its_step_only(tmp_path):
+    make_run(tmp_path / "run")
+    part = {"task": "blimp_part", "metric": "acc", "value": 0.25, "stderr": None, "items": 8}
+    whole = {**part, "task": "blimp", "value": 0.5, "stderr": 0.125, "items": 1000}
+    endless = {**part, "task": "book.txt", "value": None}
+    found = [{"name": "blimp", "scores": [whole, part]}, {"name": "book.txt", "scores": [endless]}]
+    file = tmp_path / "run/evaluation.json"
+    file.write_text(json.dumps({"step": 20, "results": found}))
+    found, tokenizer = runs.open_checkpoint(tmp_path / "run")
+    text = card(found, tokenizer, "name", "float32")
+    assert "## Evaluation" in text and "| blimp | acc | 0.5000 ± 0.1250 | 1,000 |" in text
+    assert "blimp_part" not in text and "book.txt" not in text
+    file.write_text(file.read_text().replace("20", "10"))
+    assert "## Evaluation" not in card(found, tokenizer, "name", "float32")
+    for content in ("{", "[]", '{"step": 20}'):
+        file.write_text(content)
+        with pytest.raises(CheckpointError, match=r"evaluation\.json is broken: delete it, or evaluate again"):
+            card(found, tokenizer, "name", "float32")
 
 
 # The tokenizer

@@ -62,7 +62,7 @@ def add_arguments(parser: Parser) -> None:
         "--tokens", metavar="TOKENS", help="the longest budget; a quarter and a half of it are run too (default 8M)"
     )
     parser.add_argument("--budgets", nargs="+", metavar="TOKENS", help="the budgets, in place of --tokens")
-    parser.add_argument("--quick", action="store_true", help="a size and budgets for 20 minutes on two CPU cores")
+    parser.add_argument("--quick", action="store_true", help="a size and budgets for 18 minutes on two CPU cores")
     parser.add_argument(
         "--knob-trials",
         metavar="N",

@@ -30,6 +30,7 @@ from rich.console import Console
 from antransformer.cli.common import check_target, new_table
 from antransformer.cli.options import Parser, number
 from antransformer.cli.progress import EvaluationProgress
+from antransformer.interop.card import EVALUATION_FILE
 from antransformer.interop.evaluate import BATCH_SIZE, Result, evaluate
 from antransformer.training.device import choose_device
 from antransformer.training.run import open_checkpoint, run_of
@@ -49,14 +50,14 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--limit", metavar="N", help="only the first N items of a task, or documents of a file")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default auto)")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="all figures as JSON (default evaluation.json in the run folder)"
+        "--out", type=Path, metavar="FILE", help=f"all figures as JSON (default {EVALUATION_FILE} in the run folder)"
     )
 
 
 def run(parsed: argparse.Namespace) -> None:
     """Score, print, write."""
     found, tokenizer = open_checkpoint(parsed.checkpoint, notify=lambda text: print(text, file=sys.stderr))
-    out = parsed.out or run_of(found) / "evaluation.json"
+    out = parsed.out or run_of(found) / EVALUATION_FILE
     check_target("--out", out)
     batch_size, limit = number(parsed, "batch_size", BATCH_SIZE), number(parsed, "limit", None)
     tasks = [name.strip() for name in parsed.tasks.split(",") if name.strip()]

@@ -19,6 +19,7 @@ from antransformer.interop.export import DTYPES, SHARD_SIZE, export
 from antransformer.training.run import open_checkpoint, run_of
 
 USAGE = "antransformer export --checkpoint RUN --out DIR [options]"
+PICTURES = ("loss-tokens.png", "speedup-tokens.png")  # of a report, for the card of a run that belongs to it
 
 
 def add_arguments(parser: Parser) -> None:
@@ -37,6 +38,7 @@ def run(parsed: argparse.Namespace) -> None:
     experiment = run_of(found).parent.parent
     reported = all((experiment / name).is_file() for name in (report.FILE, results.FILE))
     words = verdict(results.Results.load(experiment)) if reported else None
-    export(found, tokenizer, parsed.out, parsed.dtype, parsed.max_shard_size, words)
+    pictures = [experiment / name for name in PICTURES if (experiment / name).is_file()] if reported else []
+    export(found, tokenizer, parsed.out, parsed.dtype, parsed.max_shard_size, words, pictures)
     print(f"{parsed.out}: {found.model.architecture} of step {found.step:,}, {parsed.dtype}")
     print(f'next: transformers.AutoModelForCausalLM.from_pretrained("{parsed.out}"), after import antransformer')

@@ -1,10 +1,12 @@
 """The model card of an exported model: how to use it, and how it was trained, from what its run wrote down."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from antransformer.data import Tokenizer
+from antransformer.errors import CheckpointError
 from antransformer.models import ModelConfig
 from antransformer.training.checkpoint import Checkpoint
 from antransformer.training.config import TrainConfig, resolve
@@ -13,6 +15,8 @@ from antransformer.training.metrics import read_metrics
 from antransformer.training.run import run_of, saved_settings
 
 Fact = tuple[str, str]
+
+EVALUATION_FILE = "evaluation.json"  # in a run folder; written by the verb evaluate
 
 ARCHITECTURES = {
     "angpt": "anGPT, the approximately normalized transformer (arXiv:2505.22014)",
@@ -57,7 +61,7 @@ In training `{end}` stood between two documents; put its id, {end_id}, before a 
 | | |
 |---|---|
 {facts}
-{verdict}"""
+{evaluation}{experiment}"""
 
 BOUNDS = """
 Its weight vectors were kept at {norm} in training. To keep them so in further training with any optimizer:
@@ -70,11 +74,35 @@ antransformer.bind(model, optimizer)  # with transformers.Trainer: Trainer(model
 """
 
 
-def card(found: Checkpoint, tokenizer: Tokenizer, name: str, dtype: str, verdict: str | None = None) -> str:
-    """The text of README.md; ``verdict`` is that of the experiment that the run belongs to."""
+EVALUATION = """
+## Evaluation
+
+| task | metric | value | items |
+|---|---|---|---|
+{rows}
+"""
+
+EXPERIMENT = """
+## The experiment that it belongs to
+
+{verdict}
+{pictures}"""
+
+
+def card(
+    found: Checkpoint,
+    tokenizer: Tokenizer,
+    name: str,
+    dtype: str,
+    verdict: str | None = None,
+    pictures: Sequence[str] = (),
+) -> str:
+    """The text of README.md; verdict and pictures are those of the experiment that the run belongs to."""
     config, folder = found.model, run_of(found)
     facts = [*model_facts(config, tokenizer, dtype), *training_facts(found, folder)]
     norm = "norm 1" if config.architecture == "ngpt" else "a norm of at most 1"
+    rows = list(evaluation_rows(folder, found.step))
+    shown = "".join(f"\n![{Path(picture).stem}]({picture})\n" for picture in pictures)
     return PAGE.format(
         name=name,
         architecture=config.architecture,
@@ -84,7 +112,8 @@ def card(found: Checkpoint, tokenizer: Tokenizer, name: str, dtype: str, verdict
         end_id=tokenizer.end_of_text,
         bounds=BOUNDS.format(norm=norm) if config.architecture in BOUNDED else "",
         facts="\n".join(f"| {label} | {text} |" for label, text in facts),
-        verdict=f"\nVerdict of the experiment that this run belongs to: {verdict}\n" if verdict else "",
+        evaluation=EVALUATION.format(rows="\n".join(rows)) if rows else "",
+        experiment=EXPERIMENT.format(verdict=verdict, pictures=shown) if verdict else "",
     )
 
 
@@ -130,3 +159,24 @@ def validation_fact(line: dict[str, Any], step: int) -> Fact:
     """Loss of the last validation, and where that was if not at the checkpoint."""
     where = "" if line["step"] == step else f" (at step {line['step']:,})"
     return "validation loss", f"{line['val_loss']:.4f} nats per token, {line['bits_per_byte']:.4f} bits per byte{where}"
+
+
+def evaluation_rows(folder: Path, step: int) -> Iterator[str]:
+    """Scores of the last evaluation in the run folder, none if that was of another step.
+
+    Raises:
+        CheckpointError: its file is broken.
+    """
+    file = folder / EVALUATION_FILE
+    if not file.is_file():
+        return
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        for result in content["results"] if content["step"] == step else ():
+            scores = result["scores"]
+            for score in [score for score in scores if score["task"] == result["name"]] or scores:
+                if score["value"] is not None:
+                    error = "" if score["stderr"] is None else f" ± {score['stderr']:.4f}"
+                    yield f"| {score['task']} | {score['metric']} | {score['value']:.4f}{error} | {score['items']:,} |"
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} is broken: delete it, or evaluate again") from error

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,6 +34,7 @@ def export(
     dtype: str = "float32",
     max_shard_size: str = SHARD_SIZE,
     verdict: str | None = None,
+    pictures: Sequence[Path] = (),
 ) -> None:
     """Write the model of a checkpoint where ``AutoModelForCausalLM`` and ``AutoTokenizer`` load it from.
 
@@ -43,6 +45,7 @@ def export(
         dtype: of the weights.
         max_shard_size: largest file of weights, such as 5GB or 200MB.
         verdict: of the experiment that the run belongs to, for the card.
+        pictures: of its report, which go with the card.
 
     Raises:
         MissingExtraError: transformers is not installed, or too old.
@@ -63,10 +66,14 @@ def export(
     try:
         write_model(found, tokenizer, partial, DTYPES[dtype], max_shard_size)
         transformers_tokenizer(tokenizer, found.model.context).save_pretrained(partial)
-        (partial / "README.md").write_text(card(found, tokenizer, folder.name, dtype, verdict), encoding="utf-8")
+        for picture in pictures:
+            shutil.copyfile(picture, partial / picture.name)
+        names = [picture.name for picture in pictures]
+        page = card(found, tokenizer, folder.name, dtype, verdict, names)
+        (partial / "README.md").write_text(page, encoding="utf-8")
         partial.replace(folder)
-    except SafetensorError as error:
-        raise MachineError(f"{folder} could not be written: {error}") from error
+    except (OSError, SafetensorError) as error:
+        raise MachineError(f"{folder} could not be written: {getattr(error, 'strerror', None) or error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
