@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types smoke clean
+.PHONY: demo test slow lint types smoke clean
 
 demo: $(VENV)/.ready
 	$(BIN)/antransformer demo
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n auto
+
+slow: $(VENV)/.ready
+	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -22,3 +22,16 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[10:30]
     prepare(files[4:], folder / "data", tokenizer="byte", val_inputs=files[:4])
     return folder / "data"
+
+
+class Notes(list):
+    """A reporter that remembers."""
+
+    def step(self, step):
+        pass
+
+    def line(self, line):
+        pass
+
+    def note(self, text):
+        self.append(text)

@@ -21,22 +21,9 @@ from antransformer.training.config import resolve
 from antransformer.training.device import choose_device
 from antransformer.training.metrics import read_metrics
 from antransformer.training.trainer import Trainer
-from conftest import SMALL, SMALL_OPTIONS
+from conftest import SMALL, SMALL_OPTIONS, Notes
 
 ARCHITECTURES = ["angpt", "ngpt", "gpt+"]
-
-
-class Notes(list):
-    """A reporter that remembers."""
-
-    def step(self, step):
-        pass
-
-    def line(self, line):
-        pass
-
-    def note(self, text):
-        self.append(text)
 
 
 def settings(corpus, **more):

@@ -32,12 +32,13 @@ class TrainingProgress:
 
     Args:
         steps: length of the run.
+        shown: false for all but one of several processes that train together.
     """
 
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
+    def __init__(self, steps: int, shown: bool = True) -> None:
+        self.steps, self.shown = steps, shown
         self.begun = False
-        self.console = Console(stderr=False)
+        self.console = Console(stderr=False, force_terminal=None if shown else False)
         self.bar = new_bar("step {task.completed:,.0f}/{task.total:,.0f}", self.console)
         self.task = self.bar.add_task("train", total=steps, numbers="starting")
         self.validation = ""
@@ -61,6 +62,8 @@ class TrainingProgress:
 
     def line(self, line: dict[str, Any]) -> None:
         """Show the numbers of a metrics line."""
+        if not self.shown:
+            return
         if "val_loss" in line:
             self.validation = f"  val {line['val_loss']:.3f}"
         numbers = f"loss {line['loss']:.3f}{self.validation}  {line['tokens_per_second']:,.0f} tok/s"
@@ -74,6 +77,8 @@ class TrainingProgress:
 
     def note(self, text: str) -> None:
         """A line of its own."""
+        if not self.shown:
+            return
         if self.console.is_terminal:
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
         else:

@@ -8,6 +8,7 @@ examples:
   antransformer train --data data/mine --preset 125m --tokens 2.5B --batch-tokens 0.5M --lr 2e-3
   antransformer train --out runs/angpt-nano --resume
   antransformer train --init runs/angpt-nano --data data/other --tokens 1M --lr 1e-3
+  torchrun --nproc-per-node 8 -m antransformer train --data data/mine --preset 0.5b --parallel shard
 """
 
 import argparse
@@ -18,7 +19,7 @@ from antransformer.cli.common import open_data
 from antransformer.cli.options import Parser, add_config, settings_of
 from antransformer.cli.progress import TrainingProgress
 from antransformer.data import Dataset
-from antransformer.errors import CheckpointError, ConfigError
+from antransformer.errors import CheckpointError, ConfigError, DivergedError, RunStoppedError
 from antransformer.models import ModelConfig
 from antransformer.models.config import PAPER_VOCABULARY
 from antransformer.training import run as runs
@@ -32,6 +33,7 @@ from antransformer.training.config import (
     resolve,
     shipped_configs,
 )
+from antransformer.training.parallel import World, join
 from antransformer.training.trainer import Result, Trainer
 
 USAGE = "antransformer train [options]"
@@ -58,24 +60,38 @@ def run(parsed: argparse.Namespace) -> None:
 
 
 def train(settings: dict[str, Any], folder: Path | None, resume: bool = False) -> tuple[Path, Result]:
-    """One run with its progress on the terminal; returns its folder and how it ended."""
-    dataset, config, folder = _resumed(settings, folder) if resume else _new(settings, folder)
-    with TrainingProgress(config.steps) as progress:
-        trainer = Trainer(config, dataset, folder, progress, resume)
-        if not resume:
-            runs.create(folder, config, dataset)
-        count = trainer.model.parameter_count()
-        progress.note(
-            f"{config.model.architecture}, {count / 1e6:.2f}M parameters, {config.steps:,} steps of "
-            f"{config.batch_tokens:,} tokens, learning rate {config.lr:g}, on {trainer.device}; run folder {folder}"
+    """One run with its progress on the terminal, shown by the first process; returns its folder and how it ended."""
+    with join() as world:
+        with world.rank_0_first():
+            dataset, config, folder = _resumed(settings, folder) if resume else _new(settings, folder)
+        with TrainingProgress(config.steps, shown=world.rank == 0) as progress:
+            trainer = Trainer(config, dataset, folder, progress, resume, world)
+            with world.rank_0_first():
+                if not resume and world.rank == 0:
+                    runs.create(folder, config, dataset)
+            progress.note(
+                f"{config.model.architecture}, {trainer.model.parameter_count() / 1e6:.2f}M parameters, "
+                f"{config.steps:,} steps of {config.batch_tokens:,} tokens, learning rate {config.lr:g}, on "
+                f"{trainer.device}{shared(config, world)}; run folder {folder}"
+            )
+            try:
+                result = trainer.run()
+            except (RunStoppedError, DivergedError) as error:  # which all processes come to together
+                if world.rank == 0:
+                    raise
+                raise SystemExit(1) from error
+    if world.rank == 0:
+        print(
+            f"validation loss {result.val_loss:.4f} nats per token, {result.bits_per_byte:.4f} bits per byte; "
+            f"{result.tokens_per_second:,.0f} tokens/s; checkpoint {result.checkpoint}"
         )
-        result = trainer.run()
-    print(
-        f"validation loss {result.val_loss:.4f} nats per token, {result.bits_per_byte:.4f} bits per byte; "
-        f"{result.tokens_per_second:,.0f} tokens/s; checkpoint {result.checkpoint}"
-    )
-    print(f"next: antransformer generate --checkpoint {folder}")
+        print(f"next: antransformer generate --checkpoint {folder}")
     return folder, result
+
+
+def shared(config: TrainConfig, world: World) -> str:
+    """In words, how many processes share the model."""
+    return f" and {world.size - 1} more, {config.parallel}" if world.size > 1 else ""
 
 
 def read_config(name: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 from antransformer.errors import CheckpointError, MachineError, NewerCheckpointError
 from antransformer.models import Decoder, ModelConfig, build
 from antransformer.models.config import OPTION_NAMES
+from antransformer.training.parallel import like, whole
 
 FORMAT = "antransformer-checkpoint"
 VERSION = 1
@@ -52,21 +53,33 @@ class Checkpoint:
     extra: dict[str, Any]
 
 
-def save(folder: Path, step: int, model: Decoder, optimizer: Optimizer, extra: dict[str, Any], keep: int) -> Path:
+def save(
+    folder: Path,
+    step: int,
+    model: Decoder,
+    optimizer: Optimizer,
+    extra: dict[str, Any],
+    keep: int,
+    writes: bool = True,
+) -> Path:
     """Write the checkpoint of ``step`` into ``folder`` and remove all but the newest ``keep``.
+
+    Of the processes that share a model all have to call this, and one of them ``writes``.
 
     Raises:
         MachineError: it could not be written; earlier checkpoints are untouched.
     """
     target = folder / f"step-{step:08d}"
     partial = folder / f".partial-{target.name}"
+    tensors = {
+        MODEL_FILE: _collected(model.state_dict().items(), writes),
+        OPTIMIZER_FILE: _collected(_optimizer_tensors(model, optimizer), writes),
+    }
+    if not writes:
+        return target
     try:
         remove_partial(folder)
         partial.mkdir(parents=True)
-        tensors = {
-            MODEL_FILE: {name: value.contiguous() for name, value in model.state_dict().items()},
-            OPTIMIZER_FILE: dict(_optimizer_tensors(model, optimizer)),
-        }
         for name, content in tensors.items():
             safetensors.torch.save_file(content, partial / name)
         state = {
@@ -172,10 +185,16 @@ def put_weights(weights: dict[str, Tensor], model: Decoder, origin: Path) -> Non
     Raises:
         CheckpointError: those of ``origin`` are of another model.
     """
-    expected = {name: value.shape for name, value in model.state_dict().items()}
-    if expected != {name: value.shape for name, value in weights.items()}:
+    expected = model.state_dict()
+    if {name: value.shape for name, value in expected.items()} != {
+        name: value.shape for name, value in weights.items()
+    }:
         raise CheckpointError(f"{origin}: its weights are those of another model")
-    model.load_state_dict(weights)
+    model.load_state_dict({name: like(value, expected[name]) for name, value in weights.items()})
+
+
+def _shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in tensors.items()}
 
 
 def load_optimizer(checkpoint: Checkpoint, model: Decoder, optimizer: Optimizer) -> None:
@@ -193,7 +212,14 @@ def load_optimizer(checkpoint: Checkpoint, model: Decoder, optimizer: Optimizer)
     names = _optimizer_names(model, optimizer)
     if set(names) != set(saved):
         raise CheckpointError(f"{checkpoint.path}: its optimizer state is that of another model")
-    content["state"] = {index: saved[name] for index, name in enumerate(names)}
+    parameters = dict(model.named_parameters())
+    content["state"] = {
+        index: {
+            moment: like(value, parameters[name]) if value.shape == parameters[name].shape else value
+            for moment, value in saved[name].items()
+        }
+        for index, name in enumerate(names)
+    }
     optimizer.load_state_dict(content)
 
 
@@ -239,7 +265,17 @@ def _optimizer_tensors(model: Decoder, optimizer: Optimizer) -> Iterator[tuple[s
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for name, parameter in zip(_optimizer_names(model, optimizer), parameters, strict=True):
         for moment, value in optimizer.state[parameter].items():
-            yield f"{name}.{moment}", value.contiguous()
+            yield f"{name}.{moment}", value
+
+
+def _collected(tensors: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]:
+    """Tensors that may be shared, whole and in main memory where they are kept."""
+    found = {}
+    for name, value in tensors:
+        collected = whole(value)
+        if keep:
+            found[name] = collected.cpu().contiguous()
+    return found
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

@@ -64,6 +64,11 @@ class TrainConfig:
     device: str = describe("auto, cpu, cuda, cuda:1, mps", "auto")
     precision: Literal["auto", "float32", "bfloat16"] = describe("auto: bfloat16 on a GPU, float32 on a CPU", "auto")
     compile: bool = describe("compile the model with torch.compile", False)
+    parallel: Literal["replicate", "shard", "hybrid"] = describe(
+        "under torchrun: each process has the whole model, or a part of it (FSDP), or a part of that of its machine",
+        "replicate",
+    )
+    activation_checkpointing: bool = describe("compute each block again in the backward pass, to save memory", False)
     tensorboard: bool = describe("write TensorBoard events too", False)
 
     def __post_init__(self) -> None:
@@ -116,6 +121,8 @@ OPERATIONAL = frozenset(
         "keep_checkpoints",
         "device",
         "compile",
+        "parallel",
+        "activation_checkpointing",
         "tensorboard",
         "data",
     )

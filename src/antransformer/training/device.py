@@ -7,18 +7,18 @@ import torch
 from antransformer.errors import ConfigError
 
 
-def choose_device(name: str) -> torch.device:
-    """``auto`` takes a CUDA device, then Apple's, then the CPU.
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """``auto`` takes a CUDA device, then Apple's, then the CPU; of CUDA devices without a number that of the rank.
 
     Raises:
         ConfigError: no such device here.
     """
     if name == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda")
+            return torch.device("cuda", local_rank)
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        device = torch.device(name)
+        device = torch.device(name, local_rank) if name == "cuda" else torch.device(name)
         torch.zeros(1, device=device).item()  # the meta device has no values
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ConfigError(f"device {name!r} is not available here: use auto or cpu") from error

@@ -12,6 +12,7 @@ from antransformer.bounds import Bound, norms
 from antransformer.errors import MissingExtraError
 from antransformer.models import Decoder
 from antransformer.nn import Residual
+from antransformer.training.parallel import whole
 
 
 class MetricsLog:
@@ -74,13 +75,13 @@ def weight_vectors(model: Decoder) -> list[Bound]:
 @torch.no_grad()
 def largest_row_norm(model: Decoder) -> Tensor:
     """Largest norm of a weight vector (see ``weight_vectors``); a 0-dim tensor."""
-    return torch.stack([norms(bound).amax() for bound in weight_vectors(model)]).amax()
+    return torch.stack([whole(norms(bound)).amax() for bound in weight_vectors(model)]).amax()
 
 
 @torch.no_grad()
 def mean_alpha(model: Decoder) -> Tensor | None:
     """Mean residual step over all layers and coordinates; None for a model without."""
-    alphas = [module.alpha().mean() for module in model.modules() if isinstance(module, Residual)]
+    alphas = [whole(module.alpha()).mean() for module in model.modules() if isinstance(module, Residual)]
     return torch.stack(alphas).mean() if alphas else None
 
 

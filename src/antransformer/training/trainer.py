@@ -1,4 +1,4 @@
-"""The training loop, on one device."""
+"""The training loop, the same on one device and in each of many processes (training/parallel.py)."""
 
 import math
 import signal
@@ -16,10 +16,11 @@ from torch.optim import Optimizer
 from antransformer.bounds import bind
 from antransformer.data import Dataset, Windows, sequential
 from antransformer.errors import CheckpointError, DataError, DivergedError, RunStoppedError
-from antransformer.models import Decoder, build
+from antransformer.models import Decoder
 from antransformer.training import checkpoint, metrics, throughput
 from antransformer.training.config import OPERATIONAL, TrainConfig, to_mapping
 from antransformer.training.device import autocast, choose_device, choose_precision
+from antransformer.training.parallel import ALONE, World, make_model, share_gradients, whole
 from antransformer.training.run import CHECKPOINTS, open_checkpoint, run_of
 from antransformer.training.schedule import learning_rate
 
@@ -71,28 +72,36 @@ class Trainer:
         folder: the run folder, laid out by ``run.create``.
         reporter: hears of progress.
         resume: go on from the newest whole checkpoint in the folder, if there is one.
+        world: the processes that train together; the first of them writes.
 
     Raises:
-        ConfigError: no such device.
+        ConfigError: no such device, or the processes can not share a batch evenly.
         DataError: the data does not fit the model.
         CheckpointError: the checkpoint is of another model or other data.
     """
 
     def __init__(
-        self, config: TrainConfig, dataset: Dataset, folder: Path, reporter: Reporter, resume: bool = False
+        self,
+        config: TrainConfig,
+        dataset: Dataset,
+        folder: Path,
+        reporter: Reporter,
+        resume: bool = False,
+        world: World = ALONE,
     ) -> None:
         check_data(config, dataset)
+        self.world = world
         self.config, self.dataset, self.folder, self.reporter = config, dataset, folder, reporter
         self.windows = Windows(dataset.split("train"), config.model.context, config.seed)
         self.validation = dataset.split("val")
-        self.device = choose_device(config.device)
+        self.device = choose_device(config.device, world.local_rank)
         self.precision = choose_precision(config.precision, self.device)
         torch.manual_seed(config.seed)
-        self.model = build(config.model).to(self.device)
+        self.model = make_model(config, world, self.device, self.precision)
         self.optimizer = make_optimizer(self.model, config)
         bind(self.model, self.optimizer)
         self.loss: Callable[[Tensor, Tensor], Tensor] = (
-            torch.compile(self.model.loss) if config.compile else self.model.loss
+            torch.compile(self.model.loss) if config.compile and world.size == 1 else self.model.loss
         )
         self.done, self.seconds = 0, 0.0  # completed steps; time spent in them
         if resume:
@@ -146,7 +155,8 @@ class Trainer:
             DivergedError: the loss, a gradient or a weight is not finite.
             MachineError: the disk is full.
         """
-        config, log = self.config, metrics.MetricsLog(self.folder, self.done, self.config.tensorboard)
+        config, world = self.config, self.world
+        log = None if world.rank else metrics.MetricsLog(self.folder, self.done, config.tensorboard)
         pending: list[tuple[Tensor, Tensor]] = []  # not looked at yet: looking waits for the device
         started, counted = time.perf_counter(), self.done
         line: dict[str, Any] = {}
@@ -158,7 +168,9 @@ class Trainer:
                     self.done += 1
                     self.reporter.step(self.done)
                     last = self.done == config.steps
-                    stopping = None if last else stop.received  # read once: a signal may come at any moment
+                    # Read once, since a signal may come at any moment; every process stops at the same step.
+                    received = 0 if last else world.largest(stop.received or 0)
+                    stopping = signal.Signals(received) if received else None
                     evaluate = last or (self.done % config.eval_every == 0 and not stopping)
                     save = last or stopping or self.done % config.checkpoint_every == 0
                     if not (evaluate or save or self.done % config.log_every == 0):
@@ -172,7 +184,8 @@ class Trainer:
                         line |= self.evaluate()
                     self._require_finite_weights(line)
                     pending.clear()
-                    log.write(line)
+                    if log is not None:
+                        log.write(line)
                     self.reporter.line(line)
                     if save:
                         path = self._save()
@@ -184,20 +197,28 @@ class Trainer:
                         )
                     started, counted = time.perf_counter(), self.done
         finally:
-            log.close()
+            if log is not None:
+                log.close()
         return self._result(line)
 
     def _update(self, step: int) -> tuple[Tensor, Tensor]:
-        """One optimizer step; returns the batch's mean loss and the gradient norm before clipping, on the device."""
-        config = self.config
-        batch = self.windows.batch(step - 1, config.batch_size)
+        """One optimizer step.
+
+        Returns:
+            The mean loss of this process's share of the batch, and the gradient norm of all before clipping, on the
+            device.
+        """
+        config, world = self.config, self.world
+        batch = self.windows.batch(step - 1, config.batch_size, world.rank, world.size)
+        parts = list(zip(*(tokens.split(config.micro_batch) for tokens in batch), strict=True))
         total = torch.zeros((), device=self.device)
-        for part, target in zip(*(tokens.split(config.micro_batch) for tokens in batch), strict=True):
+        for number, (part, target) in enumerate(parts, start=1):
+            share_gradients(self.model, number == len(parts))
             with autocast(self.device, self.precision):
-                loss = self.loss(self._to_device(part), self._to_device(target)) * (len(part) / config.batch_size)
+                loss = self.loss(self._to_device(part), self._to_device(target)) * (len(part) / len(batch[0]))
             loss.backward()
             total += loss.detach()
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
+        grad_norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip))
         rate = learning_rate(step, config.steps, config.lr, warmup=config.warmup, final=config.lr_final)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -208,16 +229,17 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Validation loss in nats per token, and in bits per byte of the text."""
+        world, context = self.world, self.config.model.context
         total, count = torch.zeros((), dtype=torch.float64), 0
-        batches = sequential(
-            self.validation, self.config.model.context, self.config.micro_batch, self.config.eval_tokens
-        )
+        batches = sequential(self.validation, context, self.config.micro_batch * world.size, self.config.eval_tokens)
         for tokens, targets in batches:
+            mine = slice(world.rank, None, world.size) if world.rank < len(tokens) else slice(1)
             with autocast(self.device, self.precision):
-                loss = self.model.loss(self._to_device(tokens), self._to_device(targets))
-            total += loss.double().cpu() * tokens.numel()
+                loss = self.model.loss(self._to_device(tokens[mine]), self._to_device(targets[mine]))
+            if world.rank < len(tokens):  # else it only went along: the processes compute together or not at all
+                total += loss.double().cpu() * tokens[mine].numel()
             count += tokens.numel()
-        loss_per_token = float(total) / count
+        loss_per_token = float(world.sum(total)) / count
         tokens_per_byte = self.validation.tokens / self.validation.bytes
         return {"val_loss": loss_per_token, "bits_per_byte": loss_per_token * tokens_per_byte / math.log(2)}
 
@@ -238,8 +260,8 @@ class Trainer:
         }
 
     def _require_finite(self, pending: list[tuple[Tensor, Tensor]]) -> float:
-        """Look at losses and gradient norms of the steps since the last line; returns their mean loss."""
-        values = torch.stack([torch.stack(pair) for pair in pending])
+        """Look at losses and gradient norms of the steps since the last line; returns their mean loss over all."""
+        values = self.world.sum(torch.stack([torch.stack(pair) for pair in pending])) / self.world.size
         for step, pair in enumerate(values.tolist(), self.done - len(pending) + 1):
             for name, value in zip(("loss", "gradient norm"), pair, strict=True):
                 if not math.isfinite(value):
@@ -272,7 +294,10 @@ class Trainer:
             "torch": torch.__version__,
         }
         folder = self.folder / CHECKPOINTS
-        return checkpoint.save(folder, self.done, self.model, self.optimizer, extra, self.config.keep_checkpoints)
+        keep, writes = self.config.keep_checkpoints, self.world.rank == 0
+        path = checkpoint.save(folder, self.done, self.model, self.optimizer, extra, keep, writes)
+        self.world.barrier()
+        return path
 
     def _result(self, line: dict[str, Any]) -> Result:
         if "val_loss" not in line:  # nothing was left to train

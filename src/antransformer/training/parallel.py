@@ -1,0 +1,192 @@
+"""Many devices: torch's process groups and FSDP2, applied to a model from outside.
+
+torchrun starts the processes and tells each its place. Every way of sharing a model is a mesh of (replicate, shard):
+replicated is (size, 1), sharded (1, size), hybrid (nodes, devices of a node). Gradients are averaged over both, and
+parameters are split along their first axis over the second, so that the rows of a weight stay whole: their bounds need
+no communication. Started without torchrun there is one process, and nothing here does anything.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from antransformer.errors import ConfigError, MachineError
+from antransformer.models import Decoder, build
+from antransformer.training.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that train one model together, and which of them this one is.
+
+    Attributes:
+        rank: number of this process, from 0.
+        size: how many there are.
+        local_rank: number of this process on its machine.
+        local_size: how many are on this machine.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    @contextlib.contextmanager
+    def rank_0_first(self) -> Iterator[None]:
+        """What is inside rank 0 does before all others, and if it fails they never begin; all leave together."""
+        if self.rank:
+            self.barrier()
+        yield
+        if not self.rank:
+            self.barrier()
+        self.barrier()
+
+    def barrier(self) -> None:
+        """Wait for all."""
+        if self.size > 1:
+            dist.barrier()
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all processes of a tensor that lies on the device, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def largest(self, value: int) -> int:
+        """The largest of the numbers that the processes give; waits for all, but for no device."""
+        if self.size == 1:
+            return value
+        agreed = torch.tensor(value)
+        dist.all_reduce(agreed, dist.ReduceOp.MAX)
+        return int(agreed)
+
+
+ALONE = World()
+
+
+@contextlib.contextmanager
+def join() -> Iterator[World]:
+    """The world that torchrun describes in the environment, entered.
+
+    Raises:
+        MachineError: inside, when another process is gone.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield ALONE
+        return
+    local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    gpu = torch.cuda.is_available()
+    if gpu:
+        torch.cuda.set_device(local_rank)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+    try:
+        yield World(dist.get_rank(), size, local_rank, local_size)
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        raise MachineError(f"rank {dist.get_rank()}: another process of this run is gone; it says why") from error
+    finally:
+        dist.destroy_process_group()
+
+
+def make_model(config: TrainConfig, world: World, device: torch.device, precision: torch.dtype) -> Decoder:
+    """The model on its device or devices, its weights drawn from torch's global generator, the same for any number.
+
+    Raises:
+        ConfigError: the processes can not share a batch evenly.
+    """
+    if config.batch_size % world.size:
+        raise ConfigError(
+            f"a batch of {config.batch_size} sequences can not be shared evenly by {world.size} processes: change "
+            "batch_tokens, or their number"
+        )
+    if world.size == 1:
+        model = build(config.model).to(device)
+        if config.activation_checkpointing:
+            checkpoint_blocks(model)
+        return model
+    with torch.device("meta"):
+        model = build(config.model)
+    if config.activation_checkpointing:
+        checkpoint_blocks(model)
+    if config.compile:
+        for block in model.blocks:
+            block.compile()
+    shard(model, make_mesh(config.parallel, world, device), precision)
+    model.to_empty(device=device)
+    with WholeDraws():
+        model.reset_parameters()
+    return model
+
+
+def make_mesh(way: str, world: World, device: torch.device) -> DeviceMesh:
+    """The (replicate, shard) mesh of a way to share a model."""
+    shape = {
+        "replicate": (world.size, 1),
+        "shard": (1, world.size),
+        "hybrid": (world.size // world.local_size, world.local_size),
+    }[way]
+    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def shard(model: Decoder, mesh: DeviceMesh, precision: torch.dtype) -> None:
+    """Share each block, and then what is left, over a mesh; products in ``precision``, gradients summed in float32."""
+    policy = MixedPrecisionPolicy()
+    if precision != torch.float32:
+        policy = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=torch.float32)
+    for module in (*model.blocks, model):
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+
+
+def checkpoint_blocks(model: Decoder) -> None:
+    """Compute what is inside each block again in the backward pass, instead of keeping it."""
+    for block in model.blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def share_gradients(model: Decoder, now: bool) -> None:
+    """Whether the next backward pass averages its gradients over the processes; only the last of a step has to."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(now)
+
+
+class WholeDraws(TorchDispatchMode):
+    """While entered, random values of a shared parameter are those that the whole parameter would get.
+
+    Each process draws the whole on the CPU, one parameter at a time, and keeps its part.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Intercept ``normal_``, with which all of our weights are drawn."""
+        if func is torch.ops.aten.normal_.default and isinstance(args[0], DTensor):
+            shared = args[0]
+            drawn = torch.empty(shared.shape, dtype=shared.dtype, device="cpu")
+            func(drawn, *args[1:], **(kwargs or {}))
+            return shared.copy_(like(drawn, shared))
+        return func(*args, **(kwargs or {}))
+
+
+def like(whole: Tensor, parameter: Tensor) -> Tensor:
+    """This process's part of a tensor that all of them have, shared as ``parameter`` is."""
+    if not isinstance(parameter, DTensor):
+        return whole
+    whole = whole.to(parameter.device)
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def whole(value: Tensor) -> Tensor:
+    """All of a tensor that may be shared; every process has to ask for it at the same time."""
+    return value.full_tensor() if isinstance(value, DTensor) else value

@@ -1,0 +1,110 @@
+"""What the tests of parallelism start with torchrun: one run after the other, as each of its processes.
+
+python -m torch.distributed.run --nproc-per-node N tests/parallel_worker.py CORPUS FOLDER NAME...
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from torch.distributed.tensor.debug import CommDebugMode
+
+from antransformer.bounds import norms, project_
+from antransformer.data import Dataset
+from antransformer.errors import DivergedError, RunStoppedError
+from antransformer.models import build
+from antransformer.training import parallel, run
+from antransformer.training.config import resolve
+from antransformer.training.trainer import Trainer
+from conftest import SMALL, Notes
+
+ARCHITECTURES = ("angpt", "gpt+", "ngpt")
+CASES = {
+    f"{a}-{way}": {"parallel": way, "model": {"architecture": a}}
+    for a in ARCHITECTURES
+    for way in ("replicate", "shard")
+}
+CASES |= {f"{a}-hybrid": {"parallel": "hybrid", "model": {"architecture": a}} for a in ARCHITECTURES}
+CASES |= {
+    "accumulated": {"parallel": "shard", "micro_batch": 1},
+    "recomputed": {"parallel": "shard", "activation_checkpointing": True},
+    "compiled": {"parallel": "shard", "compile": True},
+    "bfloat16": {"parallel": "shard", "precision": "bfloat16"},
+    "broken": {"parallel": "shard"},
+    "stopped": {"parallel": "shard"},
+}
+
+
+def config_of(corpus, name):
+    """Settings of a case: 20 steps of 8 windows."""
+    case = CASES[name]
+    base = {"data": str(corpus), "batch_tokens": 256, "tokens": 256 * 20, "log_every": 1, "eval_tokens": 2048}
+    model = {**SMALL, **case.get("model", {})}
+    return resolve({**base, "lr": 1e-2, "checkpoint_every": 10, "eval_every": 10, **case, "model": model}, 257)
+
+
+def main(corpus, folder, names):
+    with parallel.join() as world:
+        torch.set_num_threads(1)
+        for name in names:
+            config, dataset = config_of(corpus, name), Dataset.open(corpus)
+            trainer = Trainer(config, dataset, folder / name, Notes(), world=world)
+            check_start(trainer)
+            with world.rank_0_first():
+                if world.rank == 0:
+                    run.create(folder / name, config, dataset)
+            if name in ("broken", "stopped"):
+                fail_on_the_last_rank(trainer, world, name)
+            else:
+                trainer.run()
+                check_bounds(trainer)
+
+
+def check_start(trainer):
+    """The weights are those of a single process, but for the rounding of norms, and shared where they should be."""
+    torch.manual_seed(trainer.config.seed)
+    alone = build(trainer.config.model).state_dict()
+    for name, value in trainer.model.state_dict().items():
+        torch.testing.assert_close(parallel.whole(value), alone[name], rtol=1e-6, atol=0)
+    whole = trainer.config.parallel == "replicate"
+    weight = trainer.model.embedding.weight
+    assert (weight.to_local().shape == weight.shape) == whole
+
+
+def check_bounds(trainer):
+    """They hold for every row on every rank, and keeping those of rows needs no communication."""
+    for bound in trainer.model.bounds():
+        lengths = norms(bound).to_local()
+        assert lengths.numel() == 0 or lengths.max() <= 1 + 1e-6, bound.name
+    with CommDebugMode() as traffic:
+        project_(bound for bound in trainer.model.bounds() if bound.axis == 1)
+    assert traffic.get_total_counts() == 0
+
+
+def fail_on_the_last_rank(trainer, world, name):
+    """At step 7 the last rank alone gets a gradient that is no number, or a signal; all must end there."""
+    update = trainer._update
+
+    def disturbed(step):
+        if step == 7 and world.rank == world.size - 1:
+            if name == "stopped":
+                os.kill(os.getpid(), signal.SIGTERM)
+            else:
+                trainer.model.embedding.register_forward_hook(lambda _module, _inputs, output: output * float("nan"))
+        return update(step)
+
+    trainer._update = disturbed
+    try:
+        trainer.run()
+    except (DivergedError, RunStoppedError) as error:
+        assert "at step 7" in str(error), error
+        assert isinstance(error, RunStoppedError) == (name == "stopped")
+        assert trainer.done == 7
+    else:
+        raise AssertionError("the run went on")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

@@ -1,0 +1,175 @@
+"""Runs of several processes: the same numbers as those of one."""
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from antransformer.data import Dataset
+from antransformer.errors import ConfigError
+from antransformer.training import checkpoint, run
+from antransformer.training.metrics import read_metrics
+from antransformer.training.parallel import World, make_model
+from antransformer.training.trainer import Trainer
+from conftest import SMALL_OPTIONS, Notes
+from parallel_worker import ARCHITECTURES, CASES, config_of
+
+CPU = torch.device("cpu")
+WORKER = Path(__file__).with_name("parallel_worker.py")
+WAYS = [name for name in CASES if name not in ("bfloat16", "broken", "stopped") and not name.endswith("hybrid")]
+
+
+def torchrun(processes, *words, machines=1, **options):
+    """Start a job of so many processes; machines are several agents on this one."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes // machines)]
+    if machines == 1:
+        start.append("--standalone")
+    return subprocess.run(
+        [*start, *map(str, words)], capture_output=True, text=True, timeout=300, env=environment, **options
+    )
+
+
+def trained(corpus, folder, processes, names, **options):
+    result = torchrun(processes, WORKER, corpus, folder, *names, **options)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def by_two(corpus, tmp_path_factory):
+    """Every case but hybrid, each trained by two processes."""
+    names = [name for name in CASES if not name.endswith("hybrid")]
+    return trained(corpus, tmp_path_factory.mktemp("two"), 2, names)
+
+
+@pytest.fixture(scope="module")
+def alone(corpus, tmp_path_factory):
+    """The runs of a single process by case; those of the same settings are one."""
+    found, folder = {}, tmp_path_factory.mktemp("one")
+
+    def train(name):
+        config = replace(config_of(corpus, name), parallel="replicate", compile=False, activation_checkpointing=False)
+        key = (config.model.architecture, config.precision)
+        if key not in found:
+            dataset = Dataset.open(corpus)
+            found[key] = folder / "-".join(key)
+            run.create(found[key], config, dataset)
+            Trainer(config, dataset, found[key], Notes()).run()
+        return found[key]
+
+    return train
+
+
+def lines_of(folder):
+    return read_metrics(folder / "metrics.jsonl")
+
+
+def check_equal(shared, single, tolerance):
+    """What was written down of 20 steps."""
+    lines, expected = lines_of(shared), lines_of(single)
+    assert [line["step"] for line in lines] == list(range(1, 21))
+    for line, other in zip(lines, expected, strict=True):
+        assert line.keys() == other.keys()
+        for key in {"loss", "grad_norm", "largest_row_norm", "val_loss", "bits_per_byte", "mean_alpha"} & line.keys():
+            if other[key] is not None:
+                assert line[key] == pytest.approx(other[key], rel=tolerance), (key, line["step"])
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_two_processes_compute_what_one_computes(by_two, alone, name):
+    check_equal(by_two / name, alone(name), 1e-4)
+    weights = [
+        checkpoint.load_tensors(folder / "checkpoints/step-00000020/model.safetensors")
+        for folder in (by_two / name, alone(name))
+    ]
+    for key, value in weights[0].items():
+        torch.testing.assert_close(value, weights[1][key], rtol=1e-3, atol=1e-4)
+
+
+def test_in_half_precision_nearly_so(by_two, alone):
+    """FSDP rounds the parameters themselves, autocast only what goes into a product."""
+    check = [line["loss"] for line in lines_of(by_two / "bfloat16")]
+    assert check == pytest.approx([line["loss"] for line in lines_of(alone("bfloat16"))], rel=2e-2)
+    saved = checkpoint.load_tensors(by_two / "bfloat16/checkpoints/step-00000020/model.safetensors")
+    assert {value.dtype for value in saved.values()} == {torch.float32}
+
+
+def test_what_happens_to_one_process_ends_all_at_the_same_step(by_two):
+    assert lines_of(by_two / "broken")[-1]["step"] == 6  # a loss that is no number is not written down
+    assert not list((by_two / "broken/checkpoints").iterdir())
+    assert [path.name for path in (by_two / "stopped/checkpoints").iterdir()] == ["step-00000007"]
+
+
+@pytest.mark.parametrize("name", ["angpt-shard", "stopped"])
+def test_one_process_goes_on_with_the_checkpoint_of_two(corpus, by_two, alone, tmp_path, name):
+    """Also with the optimizer's moments, and with no window twice or left out."""
+    folder = tmp_path / name
+    folder.mkdir()
+    for path in (by_two / name).rglob("*"):
+        if path.is_file() and "step-00000020" not in str(path):
+            (folder / path.relative_to(by_two / name)).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path.relative_to(by_two / name)).write_bytes(path.read_bytes())
+    trainer = Trainer(run.resumed_config(folder, {}), Dataset.open(corpus), folder, Notes(), resume=True)
+    assert trainer.done == {"angpt-shard": 10, "stopped": 7}[name]
+    trainer.run()
+    check_equal(folder, alone(name), 1e-4)
+
+
+def test_two_processes_on_the_command_line_stop_and_go_on(corpus, tmp_path, alone):
+    words = ["--data", corpus, "--out", tmp_path / "run", "--batch-tokens=256", "--tokens=5120", "--lr=1e-2"]
+    words += ["--log-every=1", "--eval-tokens=2048", "--eval-every=10", "--checkpoint-every=10", *SMALL_OPTIONS]
+    first = torchrun(2, "-m", "antransformer", "train", *words, "--parallel", "shard")
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.count("step 20/20") == first.stdout.count("validation loss") == 1
+    assert "and 1 more, shard" in first.stdout
+    check_equal(tmp_path / "run", alone("angpt-shard"), 1e-4)
+    newest = tmp_path / "run/checkpoints/step-00000020"
+    (newest / "state.json").unlink()  # as if it had been killed before
+    again = torchrun(2, "-m", "antransformer", "train", "--resume", "--out", tmp_path / "run", "--parallel=replicate")
+    assert again.returncode == 0, again.stderr
+    assert "going back to the one before" in again.stdout and "resuming from" in again.stdout
+    check_equal(tmp_path / "run", alone("angpt-shard"), 1e-4)
+    taken = torchrun(2, "-m", "antransformer", "train", *words)
+    assert taken.returncode != 0
+    assert taken.stderr.count("is not empty: choose another --out") == 1
+    assert "cli/train.py" not in taken.stderr  # torchrun has a traceback of its own, we have none
+
+
+def test_a_batch_that_can_not_be_shared_is_said(corpus):
+    with pytest.raises(ConfigError, match="a batch of 8 sequences can not be shared evenly by 3 processes"):
+        make_model(config_of(corpus, "angpt-shard"), World(size=3), CPU, torch.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [4])
+def test_four_processes_compute_what_one_computes(corpus, tmp_path, alone, processes):
+    trained(corpus, tmp_path, processes, WAYS)
+    for name in WAYS:
+        check_equal(tmp_path / name, alone(name), 1e-4)
+
+
+@pytest.mark.slow
+def test_two_machines_of_two(corpus, tmp_path, alone):
+    names = [f"{architecture}-hybrid" for architecture in ARCHITECTURES]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--nnodes=2", "--rdzv-backend=c10d"]
+    start += ["--rdzv-endpoint=localhost:29611", "--rdzv-id=test", "--max-restarts=0", str(WORKER), str(corpus)]
+    agents = [
+        subprocess.Popen([*start, str(tmp_path), *names], env=environment, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    try:
+        for agent in agents:
+            _, complaint = agent.communicate(timeout=300)
+            assert agent.returncode == 0, complaint[-3000:]
+    finally:
+        for agent in agents:
+            agent.send_signal(signal.SIGKILL)
+    for name in names:
+        check_equal(tmp_path / name, alone(name), 1e-4)
