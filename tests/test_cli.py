@@ -1,3 +1,4 @@
+import os
 import re
 import subprocess
 import sys
@@ -6,6 +7,7 @@ import pytest
 
 from antransformer.cli import VERBS, main
 from antransformer.inference import generate
+from antransformer.training.lock import lock
 from conftest import SMALL_OPTIONS
 
 QUICK = ["--batch-tokens=256", "--tokens=2560", "--eval-tokens=1024", "--log-every=1", *SMALL_OPTIONS]
@@ -195,6 +197,8 @@ def test_mistakes_that_need_a_run(run, corpus, capsys, tmp_path):
     before = sorted(path.name for path in run.rglob("*"))
     assert "is not empty: choose another --out, or --resume" in wrong([*train, "--out", run], capsys)
     resume = ["train", "--out", run, "--resume"]
+    with lock(run):
+        assert f"is in use by process {os.getpid()}: wait for it" in wrong(resume, capsys)
     assert "was trained with model.architecture angpt, not ngpt" in wrong([*resume, "--architecture=ngpt"], capsys)
     assert "was trained with model.width 64, not 128" in wrong([*resume, "--model.width=128"], capsys)
     text_folder(tmp_path / "text")
@@ -215,7 +219,7 @@ def test_mistakes_that_need_a_run(run, corpus, capsys, tmp_path):
     assert "the prompt is not UTF-8 text" in wrong([*generate_from, "--prompt=\udcff"], capsys)
     (tmp_path / "file").write_text("text")
     assert "file is a file: choose the name of a new folder" in wrong([*train, "--out", tmp_path / "file"], capsys)
-    assert "can not be made: Not a directory" in wrong([*train, "--out", tmp_path / "file/run"], capsys)
+    assert "can not be written: Not a directory" in wrong([*train, "--out", tmp_path / "file/run"], capsys)
     assert "a file; make a data folder of it" in wrong(["train", "--data", tmp_path / "file"], capsys)
     assert "not a prepared data folder" in wrong(["train", "--data", run], capsys)
     assert sorted(path.name for path in run.rglob("*")) == before

@@ -12,6 +12,7 @@ examples:
 """
 
 import argparse
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from antransformer.training.config import (
     resolve,
     shipped_configs,
 )
+from antransformer.training.lock import lock
 from antransformer.training.parallel import World, join
 from antransformer.training.trainer import Result, Trainer
 
@@ -66,20 +68,21 @@ def train(settings: dict[str, Any], folder: Path | None, resume: bool = False) -
             dataset, config, folder = _resumed(settings, folder) if resume else _new(settings, folder)
         with TrainingProgress(config.steps, shown=world.rank == 0) as progress:
             trainer = Trainer(config, dataset, folder, progress, resume, world)
-            with world.rank_0_first():
-                if not resume and world.rank == 0:
-                    runs.create(folder, config, dataset)
-            progress.note(
-                f"{config.model.architecture}, {trainer.model.parameter_count() / 1e6:.2f}M parameters, "
-                f"{config.steps:,} steps of {config.batch_tokens:,} tokens, learning rate {config.lr:g}, on "
-                f"{trainer.device}{shared(config, world)}; run folder {folder}"
-            )
-            try:
-                result = trainer.run()
-            except (RunStoppedError, DivergedError) as error:  # which all processes come to together
-                if world.rank == 0:
-                    raise
-                raise SystemExit(1) from error
+            with lock(folder) if world.rank == 0 else contextlib.nullcontext():
+                with world.rank_0_first():
+                    if not resume and world.rank == 0:
+                        runs.create(folder, config, dataset)
+                progress.note(
+                    f"{config.model.architecture}, {trainer.model.parameter_count() / 1e6:.2f}M parameters, "
+                    f"{config.steps:,} steps of {config.batch_tokens:,} tokens, learning rate {config.lr:g}, on "
+                    f"{trainer.device}{shared(config, world)}; run folder {folder}"
+                )
+                try:
+                    result = trainer.run()
+                except (RunStoppedError, DivergedError) as error:  # which all processes come to together
+                    if world.rank == 0:
+                        raise
+                    raise SystemExit(1) from error
     if world.rank == 0:
         print(
             f"validation loss {result.val_loss:.4f} nats per token, {result.bits_per_byte:.4f} bits per byte; "

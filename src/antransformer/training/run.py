@@ -17,6 +17,7 @@ from antransformer.errors import CheckpointError, ConfigError, DataError
 from antransformer.training import checkpoint
 from antransformer.training.checkpoint import Checkpoint
 from antransformer.training.config import OPERATIONAL, TrainConfig, merge, normalise, read_yaml, resolve, to_mapping
+from antransformer.training.lock import LOCK_FILE
 
 CONFIG_FILE = "config.yaml"
 TOKENIZER_FILE = "tokenizer.json"
@@ -41,7 +42,7 @@ def require_empty(folder: Path) -> None:
     if not folder.is_dir():
         raise ConfigError(f"{folder} is a file: choose the name of a new folder for --out")
     # What a run leaves that was killed while it laid out its folder; its config comes last.
-    unfinished = {CHECKPOINTS, TOKENIZER_FILE, f"{CONFIG_FILE}.partial"}
+    unfinished = {CHECKPOINTS, TOKENIZER_FILE, f"{CONFIG_FILE}.partial", LOCK_FILE}
     begun = {path.name for path in folder.iterdir()}
     if begun - unfinished or any((folder / CHECKPOINTS).glob("*")):
         raise ConfigError(f"{folder} is not empty: choose another --out, or --resume to go on with the run in it")
