@@ -82,8 +82,8 @@ def read_observations(paths: Sequence[Path]) -> Observations:
             try:
                 searches += _searched(results)
                 runs += _measured(results)
-            except KeyError as error:
-                raise DataError(f"{path}: its results do not hold {error}") from None
+            except (KeyError, TypeError, ValueError) as error:
+                raise DataError(f"{path}: its results lack what a fit needs ({error})") from None
         else:
             rows = read_table(path, Observation)
             searches += rows
@@ -112,7 +112,7 @@ def _measured(results: Results) -> list[Observation]:
 def _observation(contender: Contender, results: Results, tokens: int, lr: float, loss: float) -> Observation:
     batch = contender.settings.get("batch_tokens", results.setup["batch_tokens"])
     name = contender.settings.get("architecture", contender.name)
-    return Observation(name, contender.parameters, tokens, batch, lr, loss)
+    return Observation(name, *map(float, (contender.parameters, tokens, batch, lr, loss)))
 
 
 def _check_shared(folders: Mapping[Path, Results]) -> None:

@@ -20,8 +20,9 @@ SURFACE_RESAMPLES = 200
 BINS_PER_DECADE = 4
 HUBER = 1e-3  # arXiv:2203.15556, appendix D.3
 EXPONENTS = np.linspace(0.05, 1.2, 24)  # where the search for L(N, D) starts, both ways
-STARTS = 6  # of those, the best that are followed to their end
+STARTS = 4  # of those, the best that are followed to their end
 LIMITS = ((-12.0, 12.0),) * 3 + ((0.005, 3.0),) * 2  # log nats, and exponents, beyond all that is plausible
+COLLINEAR = 0.99  # correlation of log N and log D; from there on the intervals were seen to miss the truth
 
 Array = NDArray[np.float64]
 Interval = tuple[float, float]
@@ -267,8 +268,7 @@ def surface(parameters: Array, tokens: Array, losses: Array, resamples: int = SU
         resamples: of the bootstrap; 0 leaves it out, and its intervals infinite.
 
     Returns:
-        The law; where the points leave a direction open, or the search ends at one of its limits, all delta intervals
-        are infinite.
+        The law; where the runs do not tell its numbers apart, all intervals are infinite.
     """
     n, d, y = np.log(parameters), np.log(tokens), np.log(losses)
     centers = n.mean(), d.mean()  # about which the exponents hardly depend on A and B
@@ -277,17 +277,16 @@ def surface(parameters: Array, tokens: Array, losses: Array, resamples: int = SU
     fitted, jacobian = _log_loss(found, n, d)
     residuals, freedom = y - fitted, len(y) - 5
     error = math.sqrt(residuals @ residuals / freedom)
-    drawn = [
-        _natural(_followed(found, n, d, again)[0], *centers) for again in _resampled(fitted, residuals, 5, resamples)
-    ]
     E, log_a, log_b, alpha, beta = natural = _natural(found, *centers)
-    covariance = _covariance(jacobian, _huber_variance(error))
-    if np.isclose(found, np.transpose(LIMITS)).any():  # such as E = 0: a straight line where a curve was expected
-        covariance = np.full((5, 5), math.inf)
-    if np.isfinite(covariance).all():
+    covariance = np.full((5, 5), math.inf)
+    drawn: list[Array] = []
+    if _told_apart(found, jacobian, n, d):
         to_natural = np.eye(5)
-        to_natural[0, 0], to_natural[1, 3], to_natural[2, 4] = E, centers[0], centers[1]
-        covariance = to_natural @ covariance @ to_natural.T
+        to_natural[0, 0], to_natural[1, 3], to_natural[2, 4] = E, *centers
+        solve = to_natural @ np.linalg.pinv(jacobian)
+        covariance = solve @ solve.T * _huber_variance(error)
+        again = _resampled(fitted, residuals, 5, resamples)
+        drawn = [_natural(_followed(found, n, d, values)[0], *centers) for values in again]
     names, logs = ("E", "A", "B", "alpha", "beta"), (False, True, True, False, False)
     return Surface(
         E=float(E),
@@ -359,12 +358,16 @@ def _huber_variance(error: float) -> float:
     return float(error**2 * (inside - 2 * k * norm.pdf(k) + 2 * k**2 * norm.sf(k)) / inside**2)
 
 
-def _covariance(jacobian: Array, variance: float) -> Array:
-    """Of least squares with so much variance a point; infinite where the points leave a direction open."""
+def _told_apart(theta: Array, jacobian: Array, n: Array, d: Array) -> bool:
+    """Whether the runs tell the five numbers apart, so that there is a point in intervals of them.
+
+    They do not where tokens go with size, where the search ended at a limit (such as E = 0: log L is straight) or where
+    a change of one number looks like a change of others.
+    """
+    straight = abs(np.corrcoef(n, d)[0, 1]) > COLLINEAR
+    at_limit = np.isclose(theta, np.transpose(LIMITS)).any()
     scale = np.linalg.norm(jacobian, axis=0)
-    if not scale.all() or np.linalg.cond(jacobian / scale) > 1e7:
-        return np.full((jacobian.shape[1],) * 2, math.inf)
-    return np.asarray(np.linalg.inv(jacobian.T @ jacobian) * variance, float)
+    return not straight and not at_limit and bool(scale.all()) and np.linalg.cond(jacobian / scale) < 1e7
 
 
 # Intervals

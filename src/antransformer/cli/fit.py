@@ -111,7 +111,7 @@ def optima_table(it: Fit) -> Table:
 
 def laws_table(it: Fit) -> Table:
     """A row for each power law."""
-    table = new_table("N parameters, C = 6 N D FLOPs", "exponent, 95% (t)", "bootstrap", "R2", "points")
+    table = new_table("law, C = 6 N D FLOPs", "exponent, 95% (t)", "bootstrap", "R2", "points")
     for name, (_, of) in LAWS.items():
         if law := it.laws.get(name):
             table.add_row(
