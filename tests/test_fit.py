@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -196,10 +197,12 @@ def test_a_diverged_run_has_no_part_in_the_loss(tmp_path):
 
 def test_losses_alone_of_an_architecture_with_one_size_are_no_law_but_no_mistake():
     lone = [replace(row, architecture="ngpt") for row in swept(sizes=SIZES[:1])]
-    rows = (*swept(), *lone)
+    diverged = [replace(row, architecture="dyt", loss=math.inf) for row in lone]
+    rows = (*swept(), *lone, *diverged)
     found = {it.name: it for it in fit(Observations(rows, rows))}
     assert "lr" not in found["ngpt"].laws and found["angpt"].laws["lr"].points == 4
     assert "best learning rate: no law, for 1 point of the 2 needed" in found["ngpt"].notes
+    assert not found["dyt"].optima and "no finished run: no law of the loss" in found["dyt"].notes
     assert charts(list(found.values()), rows)
 
 
@@ -213,7 +216,7 @@ def test_losses_alone_of_an_architecture_with_one_size_are_no_law_but_no_mistake
         (f"{HEADER}\nangpt,1e6,1e7,2048,fast,3\n", "row 1 (line 2): lr must be a number, got 'fast'"),
         (f"{HEADER}\nangpt,1e6,1e7,2048,1e-3\n", "row 1 (line 2): loss must be a number, got ''"),
         (f"{HEADER}\nangpt,1e6,inf,2048,1e-3,3\n", "row 1 (line 2): tokens must be above 0 and finite, got inf"),
-        (f"{HEADER}\nangpt,1e6,1e7,2048,1e-3,nan\n", "loss must be above 0, got nan"),
+        (f"{HEADER}\nangpt,1e6,1e7,2048,1e-3,nan\n", "loss must be above 0 and finite, got nan"),
         (f"{HEADER}\n,1e6,1e7,2048,1e-3,3\n", "the architecture is empty"),
         (f"{HEADER}\nangpt,1e6,1e7,2048,1e-3,3\nangpt,1e6,2e7,2048,1e-3,2.9\n", "too few sizes for a law over them"),
         (b"PK\x03\x04\xff\xfe", "no CSV file"),
@@ -263,3 +266,14 @@ def test_a_users_mistake_is_one_line_and_status_2(arguments, message, tmp_path, 
     captured = capsys.readouterr()
     assert message in captured.err and captured.err.count("\n") == 1 and captured.out == ""
     assert not (tmp_path / "runs").exists()
+
+
+def test_what_is_not_installed_is_said(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "optima.csv").write_text(OPTIMA)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["fit", "--optima", "optima.csv", "--json", "laws.json"]) == 0
+    assert "no pictures: matplotlib is not installed" in capsys.readouterr().out and (tmp_path / "laws.json").exists()
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    assert main(["fit", "--optima", "optima.csv"]) == 2
+    assert "scipy is not installed: pip install 'antransformer[analysis]'" in capsys.readouterr().err

@@ -137,7 +137,7 @@ def test_a_diverged_run_bounds_the_best_rate_from_above():
     b, r, loss = bowl(200_000, 2e-3, [200_000], RATES)
     found = optimum(b, r, np.where(r > 2.5e-3, math.inf, loss))
     assert found.lr_bracketed and found.lr == pytest.approx(2e-3, rel=0.05)
-    assert math.isnan(optimum(b, r, np.full_like(loss, math.inf)).lr)
+    assert optimum(b, r, np.full_like(loss, math.inf)) is None
     assert not optimum(b, r, np.where(r > RATES[0] * 1.1, math.inf, loss)).lr_bracketed
 
 

@@ -139,13 +139,14 @@ def _fit(name: str, observed: Observations, bins: int | None) -> Fit:
 
 
 def _optima(rows: Sequence[Observation]) -> list[SizeOptimum]:
-    """Of each size and number of tokens at which more than one learning rate was tried."""
+    """Of each size and number of tokens at which more than one learning rate was tried, and not all diverged."""
     found = []
     for parameters, tokens in sorted({(row.parameters, row.tokens) for row in rows}):
         own = [row for row in rows if (row.parameters, row.tokens) == (parameters, tokens)]
         if len({row.lr for row in own}) > 1:
             best = scaling.optimum(column(own, "batch"), column(own, "lr"), column(own, "loss"))
-            found.append(SizeOptimum(parameters, tokens, best))
+            if best:
+                found.append(SizeOptimum(parameters, tokens, best))
     return found
 
 

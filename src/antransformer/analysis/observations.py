@@ -16,6 +16,8 @@ from antransformer.errors import DataError
 
 SHARED = {"data_digest": "data", "validation_tokens": "held-out windows"}  # without which losses do not compare
 
+SMALLEST, LARGEST = 1e-30, 1e30  # beyond, products and powers would overflow
+
 
 @dataclass(frozen=True)
 class Observation:
@@ -66,7 +68,7 @@ class Observations:
 
 
 def read_observations(paths: Sequence[Path]) -> Observations:
-    """Folders of comparisons or sweeps, and tables, together.
+    """Folders of comparisons, and tables, together.
 
     Raises:
         DataError: one of them can not be read, is an ablation, or is of other data than another.
@@ -78,7 +80,7 @@ def read_observations(paths: Sequence[Path]) -> Observations:
         if path.is_dir():
             folders[path] = results = Results.load(path)
             if results.kind == "ablate":
-                raise DataError(f"{path} is an ablation, whose variants have one size: give comparisons or sweeps")
+                raise DataError(f"{path} is an ablation, whose variants have one size: give comparisons")
             try:
                 searches += _searched(results)
                 runs += _measured(results)
@@ -168,6 +170,6 @@ def _value(line: Mapping[str, str | None], name: str, where: str) -> str | float
         value = float(text)
     except ValueError:
         raise DataError(f"{where}: {name} must be a number, got '{text}'") from None
-    if not value > 0 or (value == math.inf and name != "loss"):
-        raise DataError(f"{where}: {name} must be above 0{'' if name == 'loss' else ' and finite'}, got {text}")
+    if not SMALLEST < value < LARGEST and not (value == math.inf and name == "loss"):
+        raise DataError(f"{where}: {name} must be above 0 and finite, got {text}")
     return value

@@ -140,7 +140,7 @@ class Surface:
 # The best learning rate and batch
 
 
-def optimum(batches: Array, lrs: Array, losses: Array) -> Optimum:
+def optimum(batches: Array, lrs: Array, losses: Array) -> Optimum | None:
     """The best batch and learning rate in two stages of Akima interpolation (arXiv:2406.19146).
 
     For each batch the loss over log learning rate is interpolated and minimised, then these minima over log batch. A
@@ -148,6 +148,9 @@ def optimum(batches: Array, lrs: Array, losses: Array) -> Optimum:
 
     Args:
         batches, lrs, losses: one a run; repeated settings are averaged, a diverged run has an infinite loss.
+
+    Returns:
+        None where all diverged.
     """
     stages = []
     for batch in np.unique(batches):
@@ -155,7 +158,7 @@ def optimum(batches: Array, lrs: Array, losses: Array) -> Optimum:
         if np.isfinite(means).any():
             stages.append((math.log(batch), *_minimum(np.log(rates), means)))
     if not stages:
-        return Optimum(math.nan, math.nan, math.inf, False, False, 0)
+        return None
     known = [stage for stage in stages if stage[3]] or stages
     x, rates, lowest, bracketed = (np.array(column) for column in zip(*known, strict=True))
     best, loss, batch_bracketed = _minimum(x, lowest)
@@ -376,15 +379,19 @@ def _told_apart(theta: Array, jacobian: Array, n: Array, d: Array) -> bool:
 def _resampled(fitted: Array, residuals: Array, parameters: int, resamples: int) -> Array:
     """The fit with residuals drawn anew, (resamples, points): as wide as they would be had nothing been fitted to them.
 
-    Beyond that they are widened by Student's t over the normal quantile, for how badly few of them show their spread.
+    Beyond that they are widened by Student's t over the normal quantile, for how badly few of them show their spread,
+    and smoothed (by Silverman's rule, at the same variance): a fit by Huber's loss runs through some of its points, and
+    residuals of exactly nothing, drawn again, make it look surer than it is.
     """
     points, freedom = len(fitted), len(fitted) - parameters
     if not freedom:
         return np.empty((0, points))
     upper = (1 + CONFIDENCE) / 2
     wider = math.sqrt(points / freedom) * _t(freedom) / _normal(upper)
-    drawn = np.random.default_rng(0).choice(residuals - residuals.mean(), (resamples, points))
-    return fitted + wider * drawn
+    generator, smooth = np.random.default_rng(0), 1.06 * points**-0.2  # in standard deviations
+    drawn = generator.choice(residuals - residuals.mean(), (resamples, points))
+    drawn += smooth * residuals.std() * generator.normal(size=drawn.shape)
+    return fitted + wider / math.sqrt(1 + smooth**2) * drawn
 
 
 def _t(freedom: int) -> float:

@@ -39,8 +39,9 @@ def best_setting(fits: Sequence[Fit], name: str) -> Chart:
     figure, axes = new_figure()
     sizes = sorted(it.parameters for fit in fits for it in fit.optima)
     for fit in fits:
-        points = [(it.parameters, getattr(it.best, name), getattr(it, f"known_{name}")) for it in fit.optima]
-        _points(axes, fit, *(np.array(column) for column in zip(*points, strict=True)))
+        x, y = [it.parameters for it in fit.optima], [getattr(it.best, name) for it in fit.optima]
+        known = np.array([getattr(it, f"known_{name}") for it in fit.optima], bool)
+        _points(axes, fit, np.array(x), np.array(y), known)
         _law(axes, fit, name, sizes[0] / 1.15, sizes[-1] * 1.15)
     _logarithmic(axes)
     budget_ticks(axes, [round(size) for size in sizes])

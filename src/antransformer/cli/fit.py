@@ -1,6 +1,6 @@
 """Fit scaling laws: best learning rate and batch, loss on the compute frontier, and L(N, D), with 95% intervals.
 
-RESULTS are folders of comparisons or sweeps, measured on the same data, or CSV files of your own with a header and one
+RESULTS are folders of comparisons, measured on the same data, or CSV files of your own with a header and one
 finished run a row, whose columns are: architecture; parameters (all of them); tokens (of the whole run); batch (in
 tokens); lr (the peak); loss (held out, in nats per token; inf for a run that diverged). Other columns are ignored.
 
