@@ -81,6 +81,11 @@ def test_few_points_widen_and_two_know_nothing():
     assert law(SIZES[1]) == pytest.approx(y[1])
 
 
+def test_a_constant_has_no_variance_to_explain():
+    law = power_law(SIZES, np.full(5, 0.0269))
+    assert law.exponent == pytest.approx(0, abs=1e-12) and math.isnan(law.r2)
+
+
 def test_the_band_of_a_law_is_narrowest_amid_its_points_and_agrees_with_the_intervals():
     law = power_law(SIZES, 3 * SIZES**0.5 * np.array([1.1, 0.9, 1.1, 0.9, 1.1]))
     low, high = law.band(np.array([1e7, 1.2e8, 1e10]))

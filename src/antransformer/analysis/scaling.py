@@ -53,7 +53,7 @@ class PowerLaw:
     """y = coefficient * x ** exponent.
 
     Attributes:
-        r2: share of the variance of log y that the law explains.
+        r2: share of the variance of log y that the law explains; NaN where all y are equal.
         points: that it was fitted to; with two of them nothing says how far off it is.
         span: smallest and largest x.
         covariance: of (log coefficient, exponent).
@@ -219,7 +219,7 @@ def power_law(x: Array, y: Array) -> PowerLaw:
     return PowerLaw(
         coefficient=math.exp(log_coefficient),
         exponent=float(exponent),
-        r2=float(1 - residuals @ residuals / spread) if spread else 1.0,
+        r2=float(1 - residuals @ residuals / spread) if spread > 1e-20 else math.nan,
         points=len(u),
         span=(float(x.min()), float(x.max())),
         covariance=_matrix(covariance),

@@ -118,7 +118,7 @@ def laws_table(it: Fit) -> Table:
                 f"{name} = {law.coefficient:.3g} {of}^{law.exponent:.3f}",
                 interval(law.delta["exponent"], ".3f"),
                 interval(law.bootstrap["exponent"], ".3f"),
-                f"{law.r2:.3f}",
+                "" if math.isnan(law.r2) else f"{law.r2:.3f}",
                 str(law.points),
             )
     return table
