@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from antransformer.analysis.observations import read_observations
 from antransformer.analysis.results import Results
 from antransformer.cli import main
 from conftest import SMALL_OPTIONS
@@ -36,6 +37,16 @@ def test_compare_leaves_runs_results_and_a_report(compared):
             assert result["loss"] == run.loss and 0 < run.loss < 6
     page = (compared / "report.html").read_text()
     assert "anGPT" in page and "GPT+" in page and len(list(compared.glob("*.png"))) >= 4
+
+
+def test_fit_reads_a_comparison(compared, capsys):
+    rows = read_observations([compared]).runs
+    assert {(row.architecture, row.batch, row.tokens) for row in rows} == {
+        (name, 256, tokens) for name in ("gpt+", "angpt") for tokens in (2560, 5120)
+    }
+    assert len(rows) == 8 and all(row.lr > 0 and row.parameters > 1000 for row in rows)
+    assert main(["fit", str(compared)]) == 2
+    assert "too few sizes" in capsys.readouterr().err
 
 
 def test_the_same_command_again_runs_nothing_and_more_seeds_only_what_is_missing(compared, corpus, capfd):

@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, Protocol
 
-from antransformer.analysis.results import Contender
 from antransformer.errors import MissingExtraError
 
 # The colours of everything but data: for a light page, and what takes their place in an SVG on a dark one.
@@ -165,7 +164,15 @@ def new_figure(rows: int = 1, columns: int = 1, height: float = SIZE[1]) -> tupl
     return figure, figure.subplots(rows, columns, sharey=True)
 
 
-def legend(figure: Any, contenders: Sequence[Contender]) -> None:
+class Named(Protocol):
+    """What has a look: a contender, or its fit."""
+
+    @property
+    def name(self) -> str:
+        """As ``look`` takes it."""
+
+
+def legend(figure: Any, contenders: Sequence[Named]) -> None:
     """Above the axes, where no line runs through it."""
     from matplotlib.lines import Line2D
 

@@ -1,0 +1,279 @@
+"""antransformer fit, from folders and tables to laws, JSON and pictures."""
+
+import csv
+import json
+import math
+import re
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from antransformer.analysis import scaling
+from antransformer.analysis.fits import fit
+from antransformer.analysis.observations import Observation, Observations, read_observations
+from antransformer.analysis.results import Contender, Results, Run, Trial
+from antransformer.analysis.scaling_charts import charts
+from antransformer.cli import main
+
+HEADER = "architecture,parameters,tokens,batch,lr,loss"
+OPTIMA = """architecture,parameters,batch,lr
+angpt,32.10e6,31,3.4e-3
+angpt,62.28e6,39,2.1e-3
+angpt,127.08e6,120,2.6e-3
+gpt+,32.10e6,25,1.1e-2
+gpt+,62.28e6,31,5.3e-3
+gpt+,127.08e6,134,7.7e-3
+"""
+SIZES = (30e6, 60e6, 120e6, 240e6)
+RATIOS = (1.25, 5, 20, 80)
+BATCH, LR = (2.25e-3, 0.984), (0.065, -0.178)
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+    monkeypatch.setattr(scaling, "SURFACE_RESAMPLES", 10)
+
+
+def loss_at(n, d, batch, lr):
+    best_batch, best_lr = BATCH[0] * n ** BATCH[1], LR[0] * n ** LR[1]
+    off = math.log(lr / best_lr) - 0.5 * math.log(batch / best_batch)
+    return 1.9 + 300 / n**0.33 + 500 / d**0.3 + 0.02 * math.log(batch / best_batch) ** 2 + 0.1 * off**2
+
+
+def swept(architecture="angpt", sizes=SIZES):
+    """A grid search at 20 tokens a parameter, and runs at its best settings with other tokens."""
+    rows = []
+    for n in sizes:
+        best = round(BATCH[0] * n ** BATCH[1]), LR[0] * n ** LR[1]
+        for ratio in RATIOS:
+            grid = (
+                [(2048 * 2**k, 3e-4 * 10 ** (j / 3)) for k in range(3, 10) for j in range(6)] if ratio == 20 else [best]
+            )
+            rows += [
+                Observation(architecture, n, ratio * n, batch, lr, loss_at(n, ratio * n, batch, lr))
+                for batch, lr in grid
+            ]
+    return rows
+
+
+def table(path, rows):
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(HEADER.split(","))
+        writer.writerows([row.architecture, row.parameters, row.tokens, row.batch, row.lr, row.loss] for row in rows)
+    return path
+
+
+def experiment(size, best_lr, kind="compare", **setup):
+    """What a comparison of one size leaves, with a search of the learning rate."""
+    contenders = []
+    for name, shift in (("gpt+", 0.2), ("angpt", 0.0)):
+        trials = [
+            Trial("lr", rate, 3.5 + shift + 0.1 * math.log(rate / best_lr) ** 2, f"{name}-{rate:g}")
+            for rate in best_lr * 2.0 ** np.arange(-2, 3)
+        ]
+        runs = [
+            Run(
+                tokens,
+                seed,
+                2 + shift + 300 / size**0.3 + 400 / tokens**0.3 + 0.01 * seed,
+                1.0,
+                0.1,
+                f"{tokens}-{seed}",
+            )
+            for tokens in (1_000_000, 2_000_000, 4_000_000)
+            for seed in (-1, 1)
+        ]
+        knob = Trial("weight_decay", 0.1, 0.1, f"{name}-knob")
+        settings = {"architecture": name, "lr": best_lr}
+        contenders.append(Contender(name, settings, size, (*trials, knob), tuple(runs)))
+    setup = {"batch_tokens": 2048, "data_digest": "abc", "validation_tokens": 4096, **setup}
+    return Results(kind, setup, (1_000_000, 2_000_000, 4_000_000), (-1, 1), 2_000_000, tuple(contenders))
+
+
+def folder(path, *args, **kwargs):
+    path.mkdir()
+    experiment(*args, **kwargs).save(path)
+    return path
+
+
+def test_optima_give_the_laws_alone(tmp_path, capsys):
+    source, target = tmp_path / "optima.csv", tmp_path / "laws.json"
+    source.write_text(OPTIMA)
+    assert main(["fit", "--optima", str(source), "--json", str(target), "--out", str(tmp_path / "pictures")]) == 0
+    laws = json.loads(target.read_text())
+    assert list(laws) == ["angpt", "gpt+"]
+    for architecture in laws.values():
+        for name in ("batch", "lr"):
+            assert {"coefficient", "exponent", "r2"} <= architecture[name].keys()
+    n, batch = np.log([32.10e6, 62.28e6, 127.08e6]), np.log([31, 39, 120])
+    assert laws["angpt"]["batch"]["exponent"] == pytest.approx(np.polyfit(n, batch, 1)[0])
+    out = capsys.readouterr().out
+    assert "batch = " in out and "3 points only" in out
+    assert {path.name for path in (tmp_path / "pictures").iterdir()} == {"best-batch.png", "best-lr.png"}
+
+
+def test_all_laws_come_back_from_a_table(tmp_path, capsys):
+    source, target = table(tmp_path / "runs.csv", swept()), tmp_path / "laws.json"
+    assert main(["fit", str(source), "--json", str(target), "--out", str(tmp_path / "pictures")]) == 0
+    found = json.loads(target.read_text())["angpt"]
+    assert found["batch"]["exponent"] == pytest.approx(BATCH[1], abs=0.06)
+    assert found["lr"]["exponent"] == pytest.approx(LR[1], abs=0.06)
+    assert found["surface"]["alpha"] == pytest.approx(0.33, abs=0.01)
+    assert found["surface"]["E"] == pytest.approx(1.9, abs=0.02)
+    assert len(found["optima"]) == 4 and all(place["best"]["lr_bracketed"] for place in found["optima"])
+    assert found["loss"]["exponent"] < 0 and found["frontier"][0].keys() >= {"compute", "bracketed"}
+    pictures = {path.name for path in (tmp_path / "pictures").iterdir()}
+    assert pictures == {
+        f"{name}.png" for name in ("best-batch", "best-lr", "loss-compute", "best-size", "best-tokens", "search-angpt")
+    }
+    assert all(path.stat().st_size > 10_000 for path in (tmp_path / "pictures").iterdir())
+    out = capsys.readouterr().out
+    assert re.search(r"lr = \S+ N\^-0\.1\d+ ", out) and "alpha = 0.33" in out
+
+
+def test_folders_of_comparisons_are_read_as_searches_and_runs(tmp_path):
+    paths = [folder(tmp_path / str(size), size, lr) for size, lr in ((2_000_000, 4e-3), (8_000_000, 2e-3))]
+    observed = read_observations(paths)
+    assert len(observed.searches) == 2 * 2 * 5 and len(observed.runs) == 2 * 2 * 6  # no trial of the other knob
+    assert {(row.tokens, row.batch) for row in observed.searches} == {(2e6, 2048)}
+    fits = {it.name: it for it in fit(observed)}
+    angpt = fits["angpt"]
+    assert [place.best.lr for place in angpt.optima] == pytest.approx([4e-3, 2e-3], rel=0.01)
+    assert angpt.laws["lr"].exponent == pytest.approx(-0.5, abs=0.01) and "batch" not in angpt.laws
+    assert angpt.laws["lr"].delta["exponent"] == (-math.inf, math.inf)
+    assert len(angpt.runs) == 6  # seeds are one mean
+    assert fits["gpt+"].runs[0].loss - angpt.runs[0].loss == pytest.approx(0.2)
+    said = " ".join(angpt.notes)
+    for words in ("one batch was tried", "two points, and nothing", "tokens a parameter", "there are 6 of 2 and 3"):
+        assert words in said
+
+
+def test_the_name_is_the_architecture_and_the_batch_may_be_its_own(tmp_path):
+    results = experiment(2_000_000, 4e-3)
+    named = [
+        replace(it, name=f"{it.name} 64K", settings={**it.settings, "batch_tokens": 65_536})
+        for it in results.contenders
+    ]
+    replace(results, contenders=tuple(named)).save(tmp_path)
+    rows = read_observations([tmp_path]).runs
+    assert {(row.architecture, row.batch) for row in rows} == {("gpt+", 65_536), ("angpt", 65_536)}
+
+
+def test_an_edge_is_left_out_and_said():
+    rows = [row for row in swept() if row.parameters != SIZES[3] or row.lr < 1e-3]
+    (found,) = fit(Observations(tuple(rows), tuple(rows)))
+    assert found.laws["lr"].points == found.laws["batch"].points == 3
+    assert not found.optima[3].known_lr and not found.optima[3].known_batch
+    assert "best learning rate: at 1 of 4 places the best lies at an edge of what was tried (240M)" in " ".join(
+        found.notes
+    )
+    drawn = {chart.name: chart for chart in charts([found], rows)}
+    hollow = [line for line in drawn["best-lr"].figure.axes[0].get_lines() if line.get_markerfacecolor() == "none"]
+    assert [list(line.get_xdata()) for line in hollow] == [[SIZES[3]]]
+
+
+def test_sizes_that_nothing_brackets_give_no_law_of_the_best_size():
+    rows = [row for row in swept() if row.tokens == 20 * row.parameters]  # one ratio: every bin has one size
+    (found,) = fit(Observations((), tuple(rows)))
+    assert not {"size", "tokens", "batch", "lr"} & found.laws.keys() and "loss" in found.laws
+    said = " ".join(found.notes)
+    assert (
+        "4 of 4 bins of compute have no smaller and larger size" in said and "best size: no law, for 0 points" in said
+    )
+    assert "no learning rates were searched" in said and found.surface is None
+
+
+def test_a_diverged_run_has_no_part_in_the_loss(tmp_path):
+    rows = swept()
+    worst = Observation("angpt", SIZES[0], 1e6, 2048, 1.0, math.inf)
+    source = table(tmp_path / "runs.csv", [*rows, worst])
+    observed = read_observations([source])
+    assert observed.runs[-1].loss == math.inf
+    assert fit(observed)[0].surface == fit(Observations((), tuple(rows)))[0].surface
+
+
+def test_losses_alone_of_an_architecture_with_one_size_are_no_law_but_no_mistake():
+    lone = [replace(row, architecture="ngpt") for row in swept(sizes=SIZES[:1])]
+    diverged = [replace(row, architecture="dyt", loss=math.inf) for row in lone]
+    rows = (*swept(), *lone, *diverged)
+    found = {it.name: it for it in fit(Observations(rows, rows))}
+    assert "lr" not in found["ngpt"].laws and found["angpt"].laws["lr"].points == 4
+    assert "best learning rate: no law, for 1 point of the 2 needed" in found["ngpt"].notes
+    assert not found["dyt"].optima and "no finished run: no law of the loss" in found["dyt"].notes
+    assert charts(list(found.values()), rows)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no column named architecture or parameters"),
+        (f"{HEADER}\n", "no rows under the header"),
+        ("architecture,parameters,tokens,lr,loss\nangpt,1,1,1,1\n", "no column named batch"),
+        (f"{HEADER}\nangpt,1e6,1e7,2048,1e-3,3\nangpt,2e6,1e7,2048,1e-3,-3\n", "row 2 (line 3): loss must be above 0"),
+        (f"{HEADER}\nangpt,1e6,1e7,2048,fast,3\n", "row 1 (line 2): lr must be a number, got 'fast'"),
+        (f"{HEADER}\nangpt,1e6,1e7,2048,1e-3\n", "row 1 (line 2): loss must be a number, got ''"),
+        (f"{HEADER}\nangpt,1e6,inf,2048,1e-3,3\n", "row 1 (line 2): tokens must be above 0 and finite, got inf"),
+        (f"{HEADER}\nangpt,1e6,1e7,2048,1e-3,nan\n", "loss must be above 0 and finite, got nan"),
+        (f"{HEADER}\n,1e6,1e7,2048,1e-3,3\n", "the architecture is empty"),
+        (f"{HEADER}\nangpt,1e6,1e7,2048,1e-3,3\nangpt,1e6,2e7,2048,1e-3,2.9\n", "too few sizes for a law over them"),
+        (b"PK\x03\x04\xff\xfe", "no CSV file"),
+    ],
+)
+def test_a_bad_table_is_one_line_and_status_2(text, message, tmp_path, capsys):
+    source = tmp_path / "runs.csv"
+    source.write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert main(["fit", str(source), "--out", str(tmp_path / "pictures")]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.count("\n") == 1 and captured.out == ""
+    assert not (tmp_path / "pictures").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give either RESULTS, folders or CSV files with losses, or --optima FILE"),
+        (["one", "--optima", "optima.csv"], "give either RESULTS"),
+        (["nowhere.csv"], "nowhere.csv: No such file"),
+        (["empty"], "empty: no results of a comparison in it"),
+        (["one", "other"], "other was measured on other data than one"),
+        (["one", "ablated"], "ablated is an ablation"),
+        (["one", "bare"], "bare: its results lack what a fit needs ('batch_tokens')"),
+        (["one"], "too few sizes for a law over them: one of gpt+, angpt"),
+        (["--optima", "optima.csv", "--out", "optima.csv"], "optima.csv is a file"),
+        (["--optima", "optima.csv", "--json", "no/where.json"], "--json no/where.json"),
+        (["one", "--bins", "none"], "--bins must be a whole number"),
+        (["--optima", "single.csv"], "too few sizes"),
+        (["--optima", "negative.csv"], "negative.csv: row 1 (line 2): batch must be above 0"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_status_2(arguments, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "optima.csv").write_text(OPTIMA)
+    (tmp_path / "single.csv").write_text("".join(OPTIMA.splitlines(keepends=True)[:2]))
+    (tmp_path / "negative.csv").write_text("architecture,parameters,batch,lr\nangpt,1e6,-1,1e-3\n")
+    (tmp_path / "empty").mkdir()
+    folder(tmp_path / "one", 2_000_000, 4e-3)
+    folder(tmp_path / "other", 8_000_000, 4e-3, data_digest="xyz")
+    folder(tmp_path / "ablated", 8_000_000, 4e-3, kind="ablate")
+    results = experiment(8_000_000, 4e-3)
+    del results.setup["batch_tokens"]
+    (tmp_path / "bare").mkdir()
+    results.save(tmp_path / "bare")
+    assert main(["fit", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.count("\n") == 1 and captured.out == ""
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_is_not_installed_is_said(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "optima.csv").write_text(OPTIMA)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["fit", "--optima", "optima.csv", "--json", "laws.json"]) == 0
+    assert "no pictures: matplotlib is not installed" in capsys.readouterr().out and (tmp_path / "laws.json").exists()
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    assert main(["fit", "--optima", "optima.csv"]) == 2
+    assert "scipy is not installed: pip install 'antransformer[analysis]'" in capsys.readouterr().err
