@@ -226,7 +226,7 @@ def attention(
         rotary: tables of the positions of q and k; None for none.
         causal: a token at position t sees positions up to t.
         window: and only those nearer than ``window`` to its own; None for no limit.
-        mask: boolean, (T, S) or (B, 1 or n, T, S) or what broadcasts to it, true where a token may look, on top of these.
+        mask: boolean, (T, S) or (B, 1 or n, T, S) or what broadcasts to it, true where a token may look as well.
 
     Returns:
         (B, T, n * h): heads concatenated. Of a token that sees r values alike, each head has norm 1 / sqrt(r); of one
