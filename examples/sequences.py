@@ -4,7 +4,8 @@
     python examples/sequences.py    # under two minutes on 2 CPU cores
 
 The data are the names of countries, regions and languages that pycountry ships, in eight languages written in Latin
-letters. Each name is taken in one language only, so that what is named in the test set was never seen. Padding is masked.
+letters. Each name is taken in one language only, so that what is named in the test set was never seen before. Padding is
+masked.
 """
 
 import gettext
