@@ -4,8 +4,8 @@
     python examples/sequences.py    # under two minutes on 2 CPU cores
 
 The data are the names of countries, regions and languages that pycountry ships, in eight languages written in Latin
-letters. Each name is taken in one language only, so that what is named in the test set was never seen before. Padding is
-masked.
+letters. Each name is taken in one language only, so that what is named in the test set was never seen before. Padding
+is masked.
 """
 
 import gettext
@@ -23,7 +23,7 @@ from antransformer.nn import MLP, Attention, Embedding, Head
 LANGUAGES = ("de", "fr", "ga", "hu", "it", "nl", "pl", "ro")
 WIDTH, HEADS, LAYERS, LENGTH, NAMES = 64, 4, 2, 24, 3000
 PADDING = 0
-LRS = (1e-3, 3e-3, 1e-2, 3e-2)
+LRS = (3e-3, 1e-2, 3e-2, 1e-1)
 
 
 class ApproximatelyNormalizedClassifier(nn.Module):
