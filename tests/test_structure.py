@@ -12,6 +12,7 @@ FLOORS = [
     "factors",
     "functional",
     "nn",
+    "blocks",
     "bounds",
     "models",
     "data",

@@ -9,13 +9,15 @@ is the natural reading, the paper does not print it; strict norms are nGPT's, ar
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
+
+from antransformer.nn import Embedding, Linear
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,25 @@ class Bound:
     strict: bool = False
 
 
-class Bounded(Protocol):
-    """Anything that lists its bounds."""
+def of(module: nn.Module) -> list[Bound]:
+    """The bounds of a module: those that its method ``bounds()`` lists, or else those of the modules in it.
 
-    def bounds(self) -> list[Bound]:
-        """The constraints on this model's parameters."""
-        ...
+    The rows of every ``antransformer.nn.Linear``, ``Embedding`` and ``Head`` are bounded, and a bias as one vector.
+
+    >>> model = nn.Sequential(Embedding(50, 64), nn.LayerNorm(64), Linear(64, 2, bias=True))
+    >>> [(bound.name, bound.axis) for bound in of(model)]
+    [('0.weight', 1), ('2.weight', 1), ('2.bias', 0)]
+    """
+    declared = getattr(module, "bounds", None)
+    if callable(declared):
+        return declared()
+    if isinstance(module, Embedding):
+        return [Bound("weight", module.weight)]
+    if isinstance(module, Linear):
+        bias = [] if module.bias is None else [Bound("bias", module.bias, axis=0)]
+        return [Bound("weight", module.weight), *bias]
+    parts = [(name, bound) for name, child in module.named_children() for bound in of(child)]
+    return [replace(bound, name=f"{name}.{bound.name}") for name, bound in parts]
 
 
 def norms(bound: Bound) -> Tensor:
@@ -62,8 +77,8 @@ def project_(bounds: Iterable[Bound]) -> None:
         bound.parameter.div_(length)
 
 
-def bind(model: Bounded, optimizer: Optimizer) -> RemovableHandle:
-    """Keep the model's bounds after every ``optimizer.step()``, of any torch optimizer.
+def bind(model: nn.Module, optimizer: Optimizer) -> RemovableHandle:
+    """Keep the model's bounds (``of``) after every ``optimizer.step()``, of any torch optimizer.
 
     The bounds are read now: wrap, shard or cast the model first, as for building the optimizer.
 
@@ -71,15 +86,18 @@ def bind(model: Bounded, optimizer: Optimizer) -> RemovableHandle:
         A handle; ``handle.remove()`` releases the optimizer.
 
     Raises:
-        TypeError: the model does not list its bounds.
+        TypeError: the model has no bounds.
         ValueError: none of its bounded parameters is in the optimizer.
     """
-    if not hasattr(model, "bounds"):
-        raise TypeError(f"{type(model).__name__} lists no bounds: give it a method bounds() -> list[Bound]")
-    bounds = model.bounds()
+    listed = of(model)
+    if not listed and not hasattr(model, "bounds"):
+        raise TypeError(
+            f"{type(model).__name__} lists no bounds: build it from antransformer.nn, or give it a method "
+            "bounds() -> list[Bound]"
+        )
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    bounds = [bound for bound in bounds if id(bound.parameter) in stepped]
-    if not bounds and model.bounds():
+    bounds = [bound for bound in listed if id(bound.parameter) in stepped]
+    if listed and not bounds:
         raise ValueError("the optimizer steps none of the model's bounded parameters: build it from this model's")
 
     def keep(_optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:

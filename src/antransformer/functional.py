@@ -1,9 +1,13 @@
-"""The operations of the three architectures, as pure functions of tensors.
+"""The operations of the method, and of the architectures compared with it, as pure functions of tensors.
 
-Shapes: B batch, T tokens, d model width, n heads, h head width. Norms and factors are computed in float32 and cast back
-to the activation's dtype, so that half-precision activations stay half precision and the attention kernel stays fast.
+Shapes: B batch, T tokens, S tokens that are looked at, d model width, f MLP width, n heads, h head width. Norms and
+factors are computed in float32 and cast back to the activation's dtype, so that half-precision activations stay half
+precision and the attention kernel stays fast.
 """
 
+import math
+from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -22,22 +26,85 @@ def norm(x: Tensor) -> Tensor:
     return x * length.clamp_min(NORM_EPS).reciprocal().to(x.dtype)
 
 
-def linear(x: Tensor, weight: Tensor, scale: float | Tensor = 1.0) -> Tensor:
-    """``scale * (weight x)`` with the scale applied to the weight, which has fewer elements than the result.
+def linear(x: Tensor, weight: Tensor, scale: float | Tensor = 1.0, bias: Tensor | None = None) -> Tensor:
+    """``scale * (weight x) + bias`` with the scale applied to the weight, which has fewer elements than the result.
 
     Args:
         x: (..., fan_in).
         weight: (fan_out, fan_in).
         scale: a constant factor, or a vector (fan_out,) of one scale per output neuron.
+        bias: (fan_out,), not scaled.
 
     Returns:
-        (..., fan_out).
+        (..., fan_out), of about unit norm for x of unit norm, rows of unit norm, ``factors.linear`` and no bias.
+
+    >>> x, weight = norm(torch.randn(100, 256)), norm(torch.randn(1024, 256))
+    >>> round(linear(x, weight, factors.linear(256, 1024)).norm(dim=-1).mean().item(), 1)
+    1.0
     """
     if isinstance(scale, Tensor):
         weight = weight * scale.to(weight.dtype).unsqueeze(1)
     elif scale != 1.0:
         weight = weight * scale
-    return F.linear(x, weight)
+    return F.linear(x, weight, bias)
+
+
+def mlp(
+    x: Tensor,
+    up: Tensor,
+    down: Tensor,
+    gate: Tensor | None = None,
+    activation: Callable[[Tensor], Tensor] = F.silu,
+    std: float = 0.5,
+) -> Tensor:
+    """Feed-forward map of unit norm: down (up x * activation(gate x)), or without a gate down activation(up x).
+
+    What the activation gets has the standard deviation ``std``, and its factor is derived from that
+    (arXiv:2505.22014, section 4.2, there for SiLU at 1/2).
+
+    Args:
+        x: (..., d), of about unit norm.
+        up: (f, d), rows of unit norm.
+        down: (d, f), rows of unit norm.
+        gate: (f, d), rows of unit norm; None for a plain MLP.
+        activation: elementwise.
+        std: standard deviation of its input, positive.
+
+    Returns:
+        (..., d), of about unit norm.
+
+    Raises:
+        ValueError: see ``factors.activation``.
+
+    >>> x, up, down = norm(torch.randn(100, 256)), norm(torch.randn(1024, 256)), norm(torch.randn(256, 1024))
+    >>> round(mlp(x, up, down, activation=torch.tanh, std=2.0).norm(dim=-1).mean().item(), 1)
+    1.0
+    """
+    nu = mlp_factors(up.shape[1], up.shape[0], gate is not None, activation, std)
+    if gate is None:
+        return linear(activation(linear(x, up, nu.up)), down, nu.down)
+    return linear(linear(x, up, nu.up) * activation(linear(x, gate, nu.gate)), down, nu.down)
+
+
+class MLPFactors(NamedTuple):
+    """Constants on the weights of an MLP."""
+
+    up: float
+    gate: float
+    down: float
+
+
+@lru_cache(maxsize=64)
+def mlp_factors(width: int, hidden: int, gated: bool, activation: Callable[[Tensor], Tensor], std: float) -> MLPFactors:
+    """What makes an MLP of unit norm; arguments and errors as in ``mlp``.
+
+    Coordinates of ``W x`` have variance 1 / width, so that std * sqrt(width) gives the activation its input. With a
+    gate nu_act rides on the up projection, which the hidden activations are linear in; without, on the down projection.
+    """
+    spread, nu_act = std * math.sqrt(width), factors.activation(activation, std)
+    if gated:
+        return MLPFactors(factors.linear(width, hidden) * nu_act, spread, factors.linear(hidden, width))
+    return MLPFactors(spread, 1.0, factors.linear(hidden, width) * nu_act / math.sqrt(hidden))
 
 
 def interpolate(x: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
@@ -47,6 +114,13 @@ def interpolate(x: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
         x: the residual stream (..., d), of about unit norm.
         y: the sublayer's output (..., d), of unit norm.
         alpha: (d,), how far each coordinate moves towards y.
+
+    Returns:
+        (..., d), of about unit norm where x and y are uncorrelated.
+
+    >>> x, y = norm(torch.randn(100, 256)), norm(torch.randn(100, 256))
+    >>> round(interpolate(x, y, torch.full((256,), 0.3)).norm(dim=-1).mean().item(), 1)
+    1.0
     """
     nu = factors.residual(alpha)
     return x * ((1 - alpha) * nu).to(x.dtype) + y * (alpha * nu).to(y.dtype)
@@ -131,6 +205,77 @@ class Places(NamedTuple):
     cache: LayerCache | None = None
 
 
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    score_scale: float | Tensor = 1.0,
+    rotary: Rotary | None = None,
+    causal: bool = False,
+    window: int | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Attention on q and k of unit norm: softmax(score_scale * norm(q) norm(k)^T) v (arXiv:2505.22014, table 1).
+
+    Args:
+        q: (B, T, n, h), of any norm.
+        k: (B, S, m, h), of any norm; n is a multiple of m: m = n is multi-head, m = 1 multi-query, and all between
+            them grouped-query attention (arXiv:2305.13245).
+        v: (B, S, m, h), each head of unit norm.
+        score_scale: a number, or a learned tensor (1,); sqrt(h) gives scores of random directions unit variance.
+        rotary: tables of the positions of q and k; None for none.
+        causal: a token at position t sees positions up to t.
+        window: and only those nearer than ``window`` to its own; None for no limit.
+        mask: boolean, (T, S) or (B, 1 or n, T, S) or what broadcasts to it, true where a token may look as well.
+
+    Returns:
+        (B, T, n * h): heads concatenated. Of a token that sees r values alike, each head has norm 1 / sqrt(r); of one
+        that looks at a single value, norm 1; of one that may look nowhere, norm 0.
+
+    Raises:
+        ValueError: the window is not positive.
+
+    >>> x = norm(torch.randn(2, 10, 4, 64))
+    >>> y = attention(x, x, x, score_scale=8.0, causal=True)
+    >>> y.shape, bool((y[:, 0].unflatten(-1, (4, 64)).norm(dim=-1) - 1 < 1e-6).all())  # the first sees only itself
+    (torch.Size([2, 10, 256]), True)
+    """
+    if rotary is not None:
+        q, k = rotate(q, rotary), rotate(k, rotary)
+    if window is not None or (causal and mask is not None):
+        near = visible(q.shape[1], k.shape[1], causal, window, q.device)
+        mask, causal = (near if mask is None else mask & near), False
+    scale = score_scale.to(q.dtype) if isinstance(score_scale, Tensor) else score_scale
+    return softmax_attention(norm(q) * scale, norm(k), v, mask, causal)
+
+
+def visible(queries: int, keys: int, causal: bool, window: int | None, device: torch.device) -> Tensor:
+    """Where a token may look, (T, S), true where it may; positions of both count from 0. Raises as ``attention``."""
+    distance = torch.arange(queries, device=device).unsqueeze(1) - torch.arange(keys, device=device)
+    seen = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
+    if window is None:
+        return seen
+    if window < 1:
+        raise ValueError(f"window must be at least 1, a token itself, got {window}")
+    return seen & (distance.abs() < window)
+
+
+def softmax_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False, scale: float = 1.0
+) -> Tensor:
+    """softmax(scale * q k^T) v in torch's fused kernel; shapes as in ``attention``."""
+    y = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=causal,
+        scale=scale,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return y.transpose(1, 2).flatten(2)
+
+
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, places: Places, scale: float = 1.0) -> Tensor:
     """Causal softmax attention: softmax(scale * q k^T) v.
 
@@ -144,15 +289,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, places: Places, scale: flo
     """
     if places.cache is not None:
         k, v = places.cache.extend(k, v)
-    y = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=places.mask,
-        is_causal=places.mask is None and q.shape[1] > 1,  # one new token sees all before it
-        scale=scale,
-    )
-    return y.transpose(1, 2).flatten(2)
+    # One new token sees all before it.
+    return softmax_attention(q, k, v, places.mask, causal=places.mask is None and q.shape[1] > 1, scale=scale)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

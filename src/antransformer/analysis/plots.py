@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from antransformer.analysis.derive import Derivation
 from antransformer.analysis.diagnose import Diagnosis, Spread
 from antransformer.errors import CheckpointError, MissingExtraError
 from antransformer.training.metrics import read_metrics
@@ -73,6 +74,30 @@ def diagnosis_picture(diagnosis: Diagnosis, title: str, path: Path) -> None:
     for panel in panels.values():
         panel.grid(alpha=0.3)
     figure.suptitle(title)
+    figure.savefig(path, dpi=150)
+
+
+def derivation_picture(derivation: Derivation, path: Path) -> None:
+    """Draw predicted over measured factors, and how norms scatter, map by map, in the format of the path's ending.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    rows = derivation.rows
+    figure = _figure_type()(figsize=(9, 1.4 + 0.22 * len(rows)), layout="constrained")
+    ratio, scatter = figure.subplots(1, 2, sharey=True)
+    places = range(len(rows))
+    for label, marker, size in (("random", "o", 6), ("data", "s", 4)):
+        ratio.plot([row.predicted / getattr(row, label) for row in rows], places, marker, ms=size, label=label)
+        scatter.plot([getattr(row, f"{label}_scatter") for row in rows], places, marker, ms=size)
+    ratio.axvline(1, color="gray", lw=1, ls="--")
+    ratio.set(xlabel="predicted factor / needed factor", yticks=places)
+    ratio.set_yticklabels([f"{row.name}, {row.kind}" for row in rows], fontsize=7)
+    ratio.invert_yaxis()
+    scatter.set(xlabel="scatter of the norm (deviation / mean)", xlim=(0, None))
+    ratio.legend()
+    for panel in (ratio, scatter):
+        panel.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
 
 

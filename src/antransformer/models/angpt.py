@@ -56,7 +56,7 @@ class MLP(nn.Module):
         nu_act = factors.activation(F.silu, std=gate_factor / math.sqrt(width))
         self.up_proj = Linear(width, hidden, factor=nu_uz * nu_act)
         self.gate_proj = Linear(width, hidden, factor=gate_factor)
-        self.down_proj = Linear(hidden, width, factor=factors.linear(hidden, width))
+        self.down_proj = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, d) to (B, T, d)."""
@@ -84,7 +84,7 @@ class AnGPT(Decoder):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config, Block)
-        self.lm_head = Linear(config.width, config.vocab_size)
+        self.lm_head = Linear(config.width, config.vocab_size, factor=1.0)
         self.logit_scale = ScaledParameter(config.vocab_size, 1.0, config.s_scale)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -22,8 +22,8 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.head_width = config.head_width
-        self.qkv_proj = Linear(config.width, 3 * config.width)
-        self.out_proj = Linear(config.width, config.width)
+        self.qkv_proj = Linear(config.width, 3 * config.width, factor=1.0)
+        self.out_proj = Linear(config.width, config.width, factor=1.0)
         self.qk_scale = ScaledParameter(config.width, 1.0, config.s_scale)
 
     def forward(self, x: Tensor, places: Places) -> Tensor:
@@ -39,9 +39,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.up_proj = Linear(config.width, config.mlp_width)
-        self.gate_proj = Linear(config.width, config.mlp_width)
-        self.down_proj = Linear(config.mlp_width, config.width)
+        self.up_proj = Linear(config.width, config.mlp_width, factor=1.0)
+        self.gate_proj = Linear(config.width, config.mlp_width, factor=1.0)
+        self.down_proj = Linear(config.mlp_width, config.width, factor=1.0)
         self.up_scale = ScaledParameter(config.mlp_width, 1.0, config.s_scale)
         self.gate_scale = ScaledParameter(config.mlp_width, 1.0, config.s_scale)
         self.gate_factor = math.sqrt(config.width)
@@ -74,7 +74,7 @@ class NGPT(Decoder):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config, Block)
-        self.lm_head = Linear(config.width, config.vocab_size)
+        self.lm_head = Linear(config.width, config.vocab_size, factor=1.0)
         self.logit_scale = ScaledParameter(config.vocab_size, 1.0, config.s_scale)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -1,0 +1,308 @@
+import doctest
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import antransformer
+from antransformer import blocks, bounds, errors, factors, functional
+from antransformer.blocks import DecoderBlock, EncoderBlock, EncoderDecoder
+from antransformer.nn import MLP, Attention, Embedding, Head, Linear, Residual
+
+MASKS = {
+    "bidirectional": ({}, lambda row, keys: keys),
+    "causal": ({"causal": True}, lambda row, keys: row + 1),
+    "sliding, causal": ({"causal": True, "window": 4}, lambda row, keys: min(row + 1, 4)),
+    "sliding": ({"window": 4}, lambda row, keys: min(row, 3) + min(keys - row, 4)),
+}
+KV_HEADS = {"multi-head": 4, "grouped-query": 2, "multi-query": 1}
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def unit(*shape, dtype=torch.float32):
+    return functional.norm(torch.randn(shape, dtype=dtype))
+
+
+def mean_norm(x):
+    return x.norm(dim=-1).mean().item()
+
+
+def slope(activation, std):
+    """E activation'(z)^2 for z of this standard deviation."""
+    z = (torch.randn(1_000_000) * std).requires_grad_()
+    (gradient,) = torch.autograd.grad(activation(z).sum(), z)
+    return gradient.square().mean().item()
+
+
+@pytest.mark.parametrize("module", [functional, antransformer.nn, blocks, bounds], ids=lambda module: module.__name__)
+def test_worked_examples_in_docstrings(module):
+    result = doctest.testmod(module)
+    assert result.attempted and not result.failed
+
+
+@pytest.mark.parametrize("std", [0.5, 2.0])
+@pytest.mark.parametrize("activation", [F.silu, F.gelu, F.relu, torch.tanh, lambda z: F.relu(z).square()])
+@pytest.mark.parametrize("gated", [True, False])
+def test_scale_of_the_mlp_forward_and_backward(gated, activation, std):
+    mlp, x = MLP(256, 768, gated, activation, std), unit(400, 256).requires_grad_()
+    y = mlp(x)
+    assert mean_norm(y) == pytest.approx(1, rel=0.03)
+    y.backward(unit(400, 256))
+    # Through the activation std nu act'(z) comes back, and through u, with a gate, all of a random gradient.
+    back = (std * factors.activation(activation, std)) ** 2 * slope(activation, std)
+    assert x.grad.square().sum(-1).mean().item() == pytest.approx(back + gated, rel=0.08)
+    gate = mlp.gate_proj.weight if gated else None
+    twin = functional.mlp(x, mlp.up_proj.weight, mlp.down_proj.weight, gate, activation, std)
+    torch.testing.assert_close(y, twin)
+
+
+@pytest.mark.parametrize("kv_heads", KV_HEADS)
+@pytest.mark.parametrize("mask", MASKS)
+def test_scale_of_dense_attention_forward(mask, kv_heads):
+    options, seen = MASKS[mask]
+    attention = Attention(256, 4, KV_HEADS[kv_heads], **options)
+    nn.init.zeros_(attention.score_scale)  # all that is seen counts alike
+    scale = torch.tensor([factors.attention(seen(row, 12)) for row in range(12)])
+    norms = attention(unit(200, 12, 256)).norm(dim=-1).mean(0) * scale
+    torch.testing.assert_close(norms, torch.ones(12), rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("kv_heads", KV_HEADS)
+def test_scale_of_attention_backward_and_of_its_output_scale(kv_heads):
+    attention, x = Attention(256, 4, KV_HEADS[kv_heads], out_scale=factors.attention(12)), unit(200, 12, 256)
+    nn.init.zeros_(attention.score_scale)
+    y = attention(x.requires_grad_())
+    assert mean_norm(y) == pytest.approx(1, rel=0.04)
+    y.backward(unit(200, 12, 256))
+    assert mean_norm(x.grad) == pytest.approx(1, rel=0.05)  # 12 gradients, each a twelfth, times sqrt(12)
+
+
+def test_scores_of_random_directions_have_unit_variance():
+    attention, x = Attention(256, 4), unit(100, 12, 256)
+    q, k = (functional.norm(proj(x).unflatten(-1, (-1, 64))) for proj in (attention.q_proj, attention.k_proj))
+    scores = torch.einsum("btnh,bsnh->bnts", q * attention.score_scale, k)
+    assert scores.std().item() == pytest.approx(1, rel=0.05)
+
+
+def loop_attention(q, k, v, score_scale, allowed):
+    """One head and one row after the other; allowed(row, column) says what is seen."""
+    out, shared = torch.zeros_like(q), q.shape[2] // k.shape[2]
+    for head in range(q.shape[2]):
+        for row in range(q.shape[1]):
+            columns = [column for column in range(k.shape[1]) if allowed(row, column)]
+            looked = F.normalize(k[:, columns, head // shared], dim=-1)
+            scores = torch.einsum("bh,bsh->bs", F.normalize(q[:, row, head], dim=-1), looked) * score_scale
+            out[:, row, head] = torch.einsum("bs,bsh->bh", scores.softmax(-1), v[:, columns, head // shared])
+    return out.flatten(2)
+
+
+@pytest.mark.parametrize("kv_heads", KV_HEADS)
+@pytest.mark.parametrize(
+    ("options", "allowed"),
+    [
+        ({}, lambda row, column: True),
+        ({"causal": True}, lambda row, column: column <= row),
+        ({"window": 3}, lambda row, column: abs(row - column) < 3),
+        ({"causal": True, "window": 3}, lambda row, column: 0 <= row - column < 3),
+        ({"mask": torch.arange(9)[None] != 4}, lambda row, column: column != 4),
+        ({"causal": True, "mask": torch.arange(9)[None] != 4}, lambda row, column: column <= row and column != 4),
+    ],
+)
+def test_attention_agrees_with_a_loop_forward_and_backward(options, allowed, kv_heads):
+    shapes = ((2, 9, 4, 8), (2, 9, KV_HEADS[kv_heads], 8), (2, 9, KV_HEADS[kv_heads], 8))
+    q, k, v = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+    scale = torch.tensor([2.5], dtype=torch.float64, requires_grad=True)
+    ours, theirs = functional.attention(q, k, v, scale, **options), loop_attention(q, k, v, scale, allowed)
+    torch.testing.assert_close(ours, theirs)
+    gradient = torch.randn_like(ours)
+    grads = torch.autograd.grad(ours, (q, k, v, scale), gradient)
+    for mine, expected in zip(grads, torch.autograd.grad(theirs, (q, k, v, scale), gradient), strict=True):
+        torch.testing.assert_close(mine, expected)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("memory_length", [None, 7])
+def test_attention_agrees_with_torchs_multi_head_attention(memory_length, causal, padded):
+    # Where q and k have unit heads anyway, ours is torch's: heads of unit norm, and turns for their projections.
+    ours = Attention(32, 4, causal=causal).double()
+    theirs = nn.MultiheadAttention(32, 4, bias=False, batch_first=True, dtype=torch.float64)
+    x = unit(3, 5, 4, 8, dtype=torch.float64).flatten(2)
+    memory = x if memory_length is None else unit(3, memory_length, 4, 8, dtype=torch.float64).flatten(2)
+    turns = [
+        torch.block_diag(*torch.linalg.qr(torch.randn(4, 8, 8, dtype=torch.float64)).Q) * size for size in (0.3, 0.2)
+    ]
+    with torch.no_grad():
+        ours.q_proj.weight.copy_(turns[0])
+        ours.k_proj.weight.copy_(turns[1])
+        ours.score_scale.fill_(1 / math.sqrt(8))  # torch's constant
+        values = ours.v_proj.weight * ours.v_proj.factor
+        theirs.in_proj_weight.copy_(torch.cat([turns[0] / 0.3, turns[1] / 0.2, values]))
+        theirs.out_proj.weight.copy_(ours.out_proj.weight * ours.out_proj.factor)
+    keys = memory.shape[1]
+    hidden = torch.zeros(3, keys, dtype=torch.bool)
+    if padded:
+        hidden[1, 3:] = hidden[2, 1:] = True
+    barred = ~torch.ones(5, keys, dtype=torch.bool).tril() if causal else None
+    expected, _ = theirs(x, memory, memory, key_padding_mask=hidden, attn_mask=barred, need_weights=False)
+    mask = ~hidden[:, None, None] if padded else None
+    torch.testing.assert_close(ours(x, None if memory is x else memory, mask), expected)
+
+
+@pytest.mark.parametrize("rotary", [0.0, 0.5, 1.0])
+def test_rotary_of_a_share_of_each_head(rotary):
+    attention, x = Attention(64, 2, rotary=rotary, causal=True).double(), unit(2, 6, 64, dtype=torch.float64)
+    q, k, v = (proj(x).unflatten(-1, (2, 32)) for proj in (attention.q_proj, attention.k_proj, attention.v_proj))
+    turned = round(32 * rotary)
+    tables = functional.rotary_tables(torch.arange(6), turned, 10_000.0)
+    q, k = (
+        torch.cat([functional.rotate(part[..., :turned], tables), part[..., turned:]], -1) if turned else part
+        for part in (q, k)
+    )
+    y = loop_attention(q, k, v, attention.score_scale, lambda row, column: column <= row)
+    torch.testing.assert_close(attention(x), attention.out_proj(y), rtol=1e-6, atol=1e-9)
+
+
+def test_a_token_that_may_look_nowhere_gets_nothing_and_no_nan():
+    q = torch.randn(1, 3, 2, 8, requires_grad=True)
+    mask = torch.tensor([[True, True, True], [False, False, False], [True, False, False]])
+    y = functional.attention(q, q, q, mask=mask)
+    assert torch.equal(y[0, 1], torch.zeros(16)) and y[0, [0, 2]].abs().min() > 0
+    y.sum().backward()
+    assert q.grad.isfinite().all()
+
+
+def test_padding_does_not_reach_the_other_tokens():
+    block = EncoderBlock(Attention(64, 2, rotary=1.0), MLP(64))
+    x = unit(2, 8, 64)
+    mask = (torch.arange(8) < 5)[None, None, None]
+    torch.testing.assert_close(block(x, mask)[:, :5], block(x[:, :5]))
+
+
+def small_encoder_decoder(layers=2):
+    encoder = [EncoderBlock(Attention(256, 4, rotary=0.5), MLP(256)) for _ in range(layers)]
+    decoder = [
+        DecoderBlock(Attention(256, 4, causal=True, rotary=0.5), Attention(256, 4, kv_heads=2), MLP(256))
+        for _ in range(layers)
+    ]
+    return EncoderDecoder(encoder, decoder)
+
+
+def test_encoder_decoder_keeps_norms_and_order():
+    model, source, target = (
+        small_encoder_decoder(),
+        unit(20, 9, 256).requires_grad_(),
+        unit(20, 6, 256).requires_grad_(),
+    )
+    y = model(source, target)
+    assert mean_norm(y) == pytest.approx(1, rel=0.05)
+    # What stands later in the target reaches no earlier token; every token of the source reaches all.
+    first = torch.autograd.grad(y[:, 2].sum(), (source, target), retain_graph=True)
+    assert (first[0].norm(dim=-1) > 0).all()
+    assert (first[1].norm(dim=-1) > 0).all(0).tolist() == [True] * 3 + [False] * 3
+    y.backward(unit(20, 6, 256))
+    assert 0.3 < mean_norm(target.grad) < 1.2  # of a gradient of norm 1, through four updates of a 20th each
+
+
+def test_source_mask_hides_padding_from_encoder_and_decoder():
+    model, source, target = small_encoder_decoder(1), unit(2, 9, 256), unit(2, 6, 256)
+    mask = (torch.arange(9) < 4)[None, None, None]
+    torch.testing.assert_close(model(source, target, mask), model(source[:, :4], target))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_activations_keep_their_dtype_and_one_graph_compiles(dtype):
+    block = EncoderBlock(Attention(64, 2, kv_heads=1, causal=True, window=3, rotary=0.5), MLP(64)).to(dtype)
+    x = unit(2, 8, 64).to(dtype)
+    y = torch.compile(block, backend="eager", fullgraph=True)(x)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y, block(x))
+
+
+class Classifier(nn.Module):
+    """A user's own, with norm layers of torch's among our blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = Embedding(20, 64)
+        self.inputs = Linear(5, 64, bias=True)
+        self.norm = nn.LayerNorm(64)
+        self.blocks = nn.ModuleList(EncoderBlock(Attention(64, 2, kv_heads=1), MLP(64)) for _ in range(2))
+        self.head = Head(64, 3)
+
+    def forward(self, tokens, values):
+        x = self.embedding(tokens) + functional.norm(self.inputs(values))
+        x = functional.norm(self.norm(x))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(1))
+
+
+def test_bounds_of_a_users_model_hold_after_real_steps():
+    model = Classifier()
+    found = {bound.name: bound for bound in bounds.of(model)}
+    matrices = {name for name, value in model.named_parameters() if value.ndim == 2}
+    assert found.keys() == matrices | {"inputs.bias"} and len(found) == 4 + 2 * 7
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    antransformer.bind(model, optimizer)
+    with torch.no_grad():
+        model.head.weight.mul_(0.5)  # rows inside
+    for _ in range(3):
+        tokens, values = torch.randint(0, 20, (16, 7)), torch.randn(16, 7, 5)
+        F.cross_entropy(model(tokens, values), tokens[:, 0] % 3).backward()
+        before = {name: bound.parameter.detach().clone() for name, bound in found.items()}
+        optimizer.step()
+        optimizer.zero_grad()
+        for name, bound in found.items():
+            assert not torch.equal(bound.parameter, before[name])
+            assert bounds.norms(bound).max() <= 1 + 1e-6
+    assert model.inputs.bias.norm() > 0.3 and model.norm.weight.norm() > 2
+
+
+def test_bounds_of_a_part_are_its_own_and_a_list_of_the_models_own_wins():
+    part = antransformer.build(antransformer.ModelConfig(vocab_size=20, width=64, layers=1, head_width=32))
+    both = nn.ModuleDict({"language": part, "head": Linear(64, 2)})
+    names = [bound.name for bound in bounds.of(both)]
+    assert names == [f"language.{bound.name}" for bound in part.bounds()] + ["head.weight"]
+
+    class OnlyTheFirst(nn.Sequential):
+        def bounds(self):
+            return [antransformer.Bound("0.weight", self[0].weight, strict=True)]
+
+    assert [bound.strict for bound in bounds.of(OnlyTheFirst(Linear(4, 4), Linear(4, 4)))] == [True]
+
+
+def test_modules_are_ready_when_made_and_nothing_is_drawn_on_meta():
+    state = torch.get_rng_state()
+    with torch.device("meta"):
+        Classifier()
+    assert torch.equal(torch.get_rng_state(), state)
+    for bound in bounds.of(Classifier()):
+        length = bounds.norms(bound)
+        torch.testing.assert_close(length, torch.full_like(length, bound.name != "inputs.bias"))
+    torch.testing.assert_close(Residual(8).alpha(), torch.full((8,), 0.05))
+    x = unit(4, 64)
+    head = Head(64, 3)
+    torch.testing.assert_close(head(x), x @ head.weight.T)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Attention(100, 3), "heads must divide the width of 100, got 3"),
+        (lambda: Attention(64, 4, kv_heads=3), "kv_heads must divide the 4 heads, got 3"),
+        (lambda: Attention(64, 4, kv_heads=0), "kv_heads must divide the 4 heads, got 0"),
+        (lambda: Attention(64, 4, window=0), "window must be at least 1, a token itself, got 0"),
+        (lambda: Attention(64, 4, rotary=1.5), r"rotary must be in \[0, 1\] and an even part of a head of width 16"),
+        (lambda: Attention(64, 4, rotary=0.3), r"rotary must be .* got 0.3"),
+    ],
+)
+def test_bad_arguments_say_what_would_be_right(make, message):
+    with pytest.raises(errors.UsageError, match=message):
+        make()

@@ -1,0 +1,63 @@
+import re
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import antransformer
+
+GUIDE = (Path(__file__).parent.parent / "docs/library.md").read_text()
+SOURCE = GUIDE.split("## Bring your own model")[1]
+
+
+def block_after(steps):
+    """The guide's block with so many of its diffs applied, as a class."""
+    lines = re.search(r"```python\n(class Block.*?)```", SOURCE, re.DOTALL)[1].splitlines()
+    diffs = [textwrap.dedent(diff) for diff in re.findall(r" *```diff\n(.*?) *```", SOURCE, re.DOTALL)]
+    for diff in diffs[:steps]:
+        at = lines.index("        super().__init__()") + 1
+        for line in diff.splitlines():
+            mark, text = line[0], line[1:]
+            if mark == "-":
+                at = lines.index(text)
+                del lines[at]
+            else:
+                lines.insert(at, text)
+                at += 1
+    scope = {"nn": nn, "F": F, "torch": torch, "antransformer": antransformer}
+    exec("\n".join(lines), scope)
+    return scope["Block"], len(diffs)
+
+
+@pytest.mark.parametrize("steps", range(4))
+def test_each_step_of_the_guide_runs(steps):
+    torch.manual_seed(0)
+    make, diffs = block_after(steps)
+    assert diffs == 4
+    x = antransformer.functional.norm(torch.randn(200, 256))
+    y = make(256)(x)
+    assert y.shape == x.shape and y.isfinite().all()
+    if steps == 3:
+        assert y.norm(dim=-1).mean().item() == pytest.approx(1, abs=0.02)
+
+
+def test_the_last_step_binds_and_the_short_form_is_the_same_map():
+    torch.manual_seed(0)
+    model = nn.Sequential(block_after(3)[0](64), antransformer.nn.Head(64, 3))
+    *_, diff = re.findall(r"```diff\n(.*?) *```", SOURCE, re.DOTALL)
+    lines = [line.strip()[1:] for line in diff.splitlines() if line.strip().startswith("+")]
+    scope = {"torch": torch, "antransformer": antransformer, "model": model}
+    exec("\n".join(lines), scope)
+    for _ in range(3):
+        model(antransformer.functional.norm(torch.randn(50, 64))).square().sum().backward()
+        scope["optimizer"].step()
+    bounds = antransformer.bounds.of(model)
+    assert len(bounds) == 3 and all(antransformer.bounds.norms(bound).max() <= 1 + 1e-6 for bound in bounds)
+    block, x = model[0], torch.randn(5, 64)
+    short = antransformer.nn.MLP(64, gated=False, activation=F.gelu, std=1.0)
+    short.up_proj.weight, short.down_proj.weight = block.up.weight, block.down.weight
+    long = block.down(F.gelu(block.up(x) * block.root) * (block.nu / block.root))
+    torch.testing.assert_close(short(x), long)
