@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types smoke clean
+.PHONY: demo test fuzz lint types smoke clean
 
 demo: $(VENV)/.ready
 	$(BIN)/antransformer demo
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n auto
+
+fuzz: $(VENV)/.ready
+	ANTRANSFORMER_FUZZ_CASES=10000 $(BIN)/python -m pytest -n auto tests/test_fuzz.py
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -20,7 +20,7 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # the meta device has no values
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, ValueError) as error:
         raise ConfigError(f"device {name!r} is not available here: use auto or cpu") from error
     return device
 
