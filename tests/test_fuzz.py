@@ -42,7 +42,7 @@ from antransformer.training.config import TrainConfig, read_yaml, resolve
 from antransformer.training.defaults import parameter_count
 from antransformer.training.lock import lock
 from antransformer.training.metrics import MetricsLog, read_metrics
-from antransformer.training.run import open_checkpoint
+from antransformer.training.run import open_checkpoint, resumed_config
 from antransformer.training.trainer import Trainer, make_optimizer
 from test_report import contender, experiment
 
@@ -845,3 +845,14 @@ def test_a_line_without_end_is_refused(tmp_path, monkeypatch, ending):
     monkeypatch.setattr(readers, "LINE_BYTES", 1 << 20)
     (tmp_path / f"bomb{ending}").write_bytes(BOMB if ending == ".jsonl.gz" else gzip.decompress(BOMB))
     assert "a line of more than 1 MiB" in refusal(list, readers.read(tmp_path / f"bomb{ending}"))
+
+
+def test_a_run_whose_config_has_no_model_is_not_resumed(whole, tmp_path):
+    shutil.copytree(whole / "run", tmp_path / "run")
+    config = tmp_path / "run/config.yaml"
+    config.write_text(yaml.safe_dump({**yaml.safe_load(config.read_text()), "model": 8}))
+    assert "is not the complete config of a run" in refusal(resumed_config, tmp_path / "run", {})
+
+
+def test_a_name_of_two_lines_makes_one_line(tmp_path):
+    assert "no tokenizer can be read there" in refusal(Tokenizer.load, tmp_path / "two\nlines")

@@ -88,7 +88,8 @@ def resumed_config(folder: Path, given: Mapping[str, Any]) -> TrainConfig:
         ConfigError: a setting is wrong.
     """
     saved = saved_settings(folder)
-    if "vocab_size" not in (saved.get("model") or {}):
+    model = saved.get("model")
+    if not isinstance(model, dict) or "vocab_size" not in model:
         raise CheckpointError(f"{folder / CONFIG_FILE} is not the complete config of a run: put it back as it was")
     if "tokens" not in saved:
         raise CheckpointError(
