@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow lint types smoke clean
+.PHONY: demo test slow fuzz lint types smoke clean
 
 demo: $(VENV)/.ready
 	$(BIN)/antransformer demo
@@ -13,6 +13,9 @@ test: $(VENV)/.ready
 
 slow: $(VENV)/.ready
 	$(BIN)/python -m pytest -m slow
+
+fuzz: $(VENV)/.ready
+	ANTRANSFORMER_FUZZ_CASES=10000 $(BIN)/python -m pytest -n auto tests/test_fuzz.py
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -114,7 +114,7 @@ def test_a_folder_of_other_settings_or_data_is_refused(finished, corpus, tmp_pat
 def test_a_worker_that_can_not_write_its_result_ends_the_queue_with_its_name(corpus, tmp_path):
     broken, dataset = job("broken"), Dataset.open(corpus)
     runs.create(tmp_path / "broken", broken.config, dataset)
-    (tmp_path / "broken" / "result.partial").mkdir()
+    (tmp_path / "broken" / "result.json.partial").mkdir()
     with pytest.raises(MachineError, match=r"broken: .*Is a directory.*the same command goes on"):
         Queue(tmp_path, dataset, ["cpu"], Heard()).run([broken])
 

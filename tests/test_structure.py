@@ -9,6 +9,7 @@ import antransformer
 PACKAGE = Path(antransformer.__file__).parent
 FLOORS = [
     "errors",
+    "files",
     "factors",
     "functional",
     "nn",

@@ -6,7 +6,10 @@ be put right), ``MachineError`` with 1 (the disk is full, the run diverged).
 
 
 class AntransformerError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base of every error that this package raises on purpose; its message is one line, whatever is named in it."""
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(" ".join(str(message).splitlines()))
 
 
 class UsageError(AntransformerError, ValueError):

@@ -24,6 +24,7 @@ from antransformer.analysis import worker
 from antransformer.analysis.worker import RESULT_FILE
 from antransformer.data import Dataset
 from antransformer.errors import AntransformerError, ConfigError, DataError, MachineError, RunStoppedError
+from antransformer.files import read_json
 from antransformer.training import run as runs
 from antransformer.training.config import OPERATIONAL, TrainConfig, read_yaml, resolve, to_mapping
 from antransformer.training.trainer import StopSignals
@@ -119,7 +120,7 @@ class Queue:
         if not (folder / RESULT_FILE).is_file():
             return None
         try:
-            result = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
+            result = read_json(folder / RESULT_FILE)
             digest = result["data"]
             outcome = Outcome(
                 name=job.name,
@@ -129,7 +130,7 @@ class Queue:
                 parameters=int(result["parameters"]),
                 machine=str(result["machine"]),
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise DataError(f"{folder / RESULT_FILE}: damaged; remove {folder}, and the run is made again") from error
         if digest != self.dataset.digest:
             raise DataError(f"{folder} was trained on other data than {self.dataset.path}: choose another --out")

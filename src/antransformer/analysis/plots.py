@@ -18,7 +18,7 @@ def loss_curve(run: Path) -> Path:
         CheckpointError: the run has no metrics.
         MissingExtraError: matplotlib is not installed.
     """
-    lines = read_metrics(run / "metrics.jsonl")
+    lines = [line for line in read_metrics(run / "metrics.jsonl") if {"tokens", "loss"} <= line.keys()]
     if not lines:
         raise CheckpointError(f"{run}: no metrics.jsonl with a line in it")
     figure = _figure_type()(figsize=(7, 4.2))

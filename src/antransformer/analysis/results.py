@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from antransformer.errors import DataError
+from antransformer.files import read_json, replace_text
 
 FILE = "results.json"
 FORMAT = "antransformer-results"
@@ -109,10 +110,31 @@ class Results:
             for entry in (*contender["trials"], *contender["runs"]):
                 entry.update({key: None for key, value in entry.items() if value == math.inf})
         path = folder / FILE
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        partial.replace(path)
+        replace_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
         return path
+
+    def _require_whole(self) -> None:
+        """Raise ValueError where a run is missing, or is none."""
+        counts = (*self.budgets, *self.seeds, self.trial_tokens, *(item.parameters for item in self.contenders))
+        runs = [run for item in self.contenders for run in item.runs]
+        trials = [trial for item in self.contenders for trial in item.trials]
+        numbers = [value for run in runs for value in (run.loss, run.bits_per_byte, run.seconds_per_step)]
+        numbers += [value for trial in trials for value in (trial.value, trial.loss)]
+        names = [self.kind, *(item.name for item in self.contenders)]
+        names += [run.folder for run in runs] + [trial.folder for trial in trials]
+        wanted = {(budget, seed) for budget in self.budgets for seed in self.seeds}
+        if (
+            self.kind not in ("compare", "ablate")
+            or not all(type(count) is int and 0 <= count < 2**63 for count in counts)
+            or not all(map(_is_number, numbers))
+            or not all(isinstance(name, str) and ".." not in name for name in names)
+            or not isinstance(self.setup, dict)
+            or not wanted
+            or len(self.contenders) < 2
+            or list(self.budgets) != sorted(set(self.budgets) - {0})
+            or not all(wanted <= {(run.tokens, run.seed) for run in item.runs} for item in self.contenders)
+        ):
+            raise ValueError("its runs are not those of an experiment")
 
     @classmethod
     def load(cls, folder: Path) -> "Results":
@@ -123,7 +145,7 @@ class Results:
         """
         path = folder / FILE
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
             if content.pop("format") != FORMAT or content.pop("version") != VERSION:
                 raise ValueError("another format or version")
             contenders = tuple(
@@ -137,11 +159,17 @@ class Results:
                 for entry in content.pop("contenders")
             )
             content |= {"budgets": tuple(content["budgets"]), "seeds": tuple(content["seeds"])}
-            return cls(**content, contenders=contenders)
+            results = cls(**content, contenders=contenders)
+            results._require_whole()
+            return results
         except OSError as error:
             raise DataError(f"{folder}: no results of a comparison in it ({FILE}: {error.strerror})") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path}: damaged or of another release ({error})") from error
+
+
+def _is_number(value: Any) -> bool:
+    return (type(value) in (int, float) and 0 <= value < math.inf) or value == math.inf
 
 
 def _finite_or_infinite(entry: dict[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import torch
 from antransformer.analysis.probes import probe
 from antransformer.data import Dataset, sequential
 from antransformer.errors import AntransformerError, DivergedError, RunStoppedError, UsageError
+from antransformer.files import replace_text
 from antransformer.training import run as runs
 from antransformer.training.device import is_out_of_memory
 from antransformer.training.metrics import MetricsLog, read_metrics
@@ -92,13 +93,11 @@ def train(folder: Path, data: str, device: str) -> None:
         outcome |= {"loss": result.val_loss, "bits_per_byte": result.bits_per_byte, "diverged": None}
     except DivergedError as error:
         outcome |= {"loss": None, "bits_per_byte": None, "diverged": str(error)}
-    speeds = [line["tokens_per_second"] for line in read_metrics(folder / "metrics.jsonl")]
+    speeds = [speed for line in read_metrics(folder / "metrics.jsonl") if (speed := line.get("tokens_per_second"))]
     outcome["seconds_per_step"] = config.batch_tokens / statistics.median(speeds) if speeds else None
     outcome["parameters"] = trainer.model.parameter_count()
     outcome["machine"] = machine(trainer)
-    partial = (folder / RESULT_FILE).with_suffix(".partial")
-    partial.write_text(json.dumps(outcome, indent=2) + "\n", encoding="utf-8")
-    partial.replace(folder / RESULT_FILE)
+    replace_text(folder / RESULT_FILE, json.dumps(outcome, indent=2) + "\n")
 
 
 def machine(trainer: Trainer) -> str:

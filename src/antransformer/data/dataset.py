@@ -1,7 +1,6 @@
 """The prepared data folder, from the reading side: open it, verify it, and map its shards into memory."""
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from antransformer.data.shards import DTYPES, FORMAT, VERSION
 from antransformer.data.tokenizers import Tokenizer
 from antransformer.errors import DataError
+from antransformer.files import read_json
 
 HASH_BYTES = 8 << 20
 AGAIN = "remove the folder and prepare the data again"
@@ -117,14 +117,14 @@ class Dataset:
 def _read_meta(path: Path) -> tuple[dict[str, Any], str]:
     where = str(path / "meta.json")
     try:
-        meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+        meta = read_json(path / "meta.json")
     except OSError as error:
         if path.is_dir():
             raise DataError(f"{path}: not a prepared data folder, it has no readable meta.json") from error
         if path.exists():
             raise DataError(f"{path}: a file; make a data folder of it with antransformer prepare") from error
         raise DataError(f"{path}: no such folder; prepare the data first") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise DataError(f"{where}: damaged, not JSON ({error}); {AGAIN}") from error
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise DataError(f"{where}: not the meta.json of a prepared data folder (its format must be {FORMAT!r})")

@@ -13,13 +13,14 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from antransformer.errors import DataError, MissingExtraError
 
 SEPARATOR = "<|endoftext|>"
 MAX_CHARACTERS = 256 * 1024
 BLOCK_BYTES = 1 << 20
+LINE_BYTES = 1 << 28
 JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 PARQUET = ".parquet"
 
@@ -138,15 +139,24 @@ def _lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
     name = path.name.lower()
     if name.endswith(".gz"):
         with gzip.GzipFile(fileobj=file) as lines:
-            yield from lines
+            yield from _short(path, lines)
     elif name.endswith(".zst"):
         zstandard = optional("zstandard")
         try:
-            yield from io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True))
+            stream = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
+            yield from _short(path, io.BufferedReader(stream))
         except zstandard.ZstdError as error:
             raise DataError(f"{path}: not a whole zstd file ({error})") from error
     else:
-        yield from file
+        yield from _short(path, file)
+
+
+def _short(path: Path, lines: IO[bytes] | io.BufferedIOBase) -> Iterator[bytes]:
+    """Lines that memory holds: a small compressed file can unfold to any length."""
+    while line := lines.readline(LINE_BYTES):
+        if len(line) == LINE_BYTES:
+            raise DataError(f"{path}: a line of more than {LINE_BYTES >> 20} MiB; write one document to a line")
+        yield line
 
 
 def _text_of(line: bytes, where: str) -> str:

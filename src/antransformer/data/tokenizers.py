@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from antransformer.errors import DataError
+from antransformer.files import read_text, replace_text
 
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<|im_end|>")
@@ -44,17 +46,20 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of one text, without an end-of-text token."""
-        ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
+        with _failing(f"tokenizer {self.name} can not read a text"):
+            ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
         """Ids of many texts, one array [tokens] each, on all cores."""
-        encodings = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
+        with _failing(f"tokenizer {self.name} can not read a text"):
+            encodings = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of some ids; special tokens are spelled out, bytes that are no UTF-8 become U+FFFD."""
-        text: str = self._library.decode([int(i) for i in ids], skip_special_tokens=False)
+        with _failing(f"tokenizer {self.name} can not spell its ids"):
+            text: str = self._library.decode([int(i) for i in ids], skip_special_tokens=False)
         return text
 
     def vocabulary(self) -> dict[str, int]:
@@ -69,10 +74,7 @@ class Tokenizer:
 
     def save(self, path: str | Path) -> None:
         """Write it as a tokenizer.json file, and see it onto the disk."""
-        with Path(path).open("w", encoding="utf-8") as file:
-            file.write(self.to_json())
-            file.flush()
-            os.fsync(file.fileno())
+        replace_text(Path(path), self.to_json())
 
     @classmethod
     def load(cls, path: str | Path, name: str | None = None) -> "Tokenizer":
@@ -81,16 +83,28 @@ class Tokenizer:
         Raises:
             DataError: there is no such file, it is no tokenizer, or it has no end-of-text token.
         """
-        file = Path(path).resolve()
+        file = Path(os.path.realpath(path))  # Path.resolve raises on a loop of links
         if file.is_dir():
             file /= "tokenizer.json"
         try:
-            library = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+            with _failing(f"{file}: not a tokenizer.json"):
+                library = tokenizers.Tokenizer.from_str(read_text(file))
         except OSError as error:
             raise DataError(f"{file}: no tokenizer can be read there ({error.strerror})") from error
-        except Exception as error:  # the library raises no narrower type
-            raise DataError(f"{file}: not a tokenizer.json ({' '.join(str(error).split())})") from error
         return cls(library, name or (file.parent.name if file.name == "tokenizer.json" else file.stem))
+
+
+@contextmanager
+def _failing(what: str) -> Iterator[None]:
+    """Turn an error of the library into a ``DataError``; its panics are no ``Exception``, and it exports no type."""
+    try:
+        yield
+    except OSError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise DataError(f"{what} ({' '.join(str(error).split())})") from error
 
 
 def byte_tokenizer() -> Tokenizer:

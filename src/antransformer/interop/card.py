@@ -141,10 +141,10 @@ def training_facts(found: Checkpoint, folder: Path) -> Iterator[Fact]:
     yield "optimizer", f"Adam, betas {config.beta1} and {config.beta2}, gradients clipped at {config.clip:g}"
     yield "weight decay", f"{config.weight_decay:g}"
     yield "seed", str(config.seed)
-    lines = [line for line in read_metrics(folder / "metrics.jsonl") if line["step"] <= found.step]
+    lines = [line for line in read_metrics(folder / "metrics.jsonl") if line["step"] <= found.step and "loss" in line]
     if lines:
         yield "training loss", f"{lines[-1]['loss']:.4f} nats per token"
-    evaluated = [line for line in lines if "val_loss" in line]
+    evaluated = [line for line in lines if {"val_loss", "bits_per_byte"} <= line.keys()]
     if evaluated:
         yield validation_fact(evaluated[-1], found.step)
 

@@ -1,6 +1,6 @@
 """A folder that ``export`` wrote, or transformers after it, back to a run folder; transformers is not needed."""
 
-import json
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from antransformer.data import Tokenizer
 from antransformer.errors import CheckpointError, ConfigError
+from antransformer.files import read_json as read_json_file
 from antransformer.models import ModelConfig, build
 from antransformer.models.config import OPTION_NAMES
 from antransformer.training import checkpoint
@@ -37,8 +38,10 @@ def import_folder(source: Path, target: Path) -> Path:
     config, tokenizer = read_config(source), Tokenizer.load(source)
     with torch.device("meta"):
         model = build(config)
+    weights = read_weights(source)
+    checkpoint.require_shapes(weights, model, source)
     model.to_empty(device="cpu")
-    checkpoint.put_weights(read_weights(source), model, source)
+    model.load_state_dict(weights)
     lay_out(target, {"model": config.mapping()}, tokenizer)
     fresh = torch.optim.Adam(model.parameters())
     return checkpoint.save(target / CHECKPOINTS, 0, model, fresh, extra={"imported": str(source)}, keep=1)
@@ -67,13 +70,16 @@ def read_weights(source: Path) -> dict[str, Tensor]:
         if not isinstance(places, dict):
             raise CheckpointError(f"{source / INDEX_FILE}: weight_map is missing")
     files = sorted({str(name) for name in places.values()})
+    for file in files:
+        if not re.fullmatch(r"[\w.-]+\.safetensors", file):
+            raise CheckpointError(f"{source / INDEX_FILE}: {file!r} is not the name of a file beside it")
     return {name: weight for file in files for name, weight in checkpoint.load_tensors(source / file).items()}
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; raises as ``import_folder``."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json_file(path)
     except OSError as error:
         raise CheckpointError(f"{path.parent}: not an exported model, {path.name}: {error.strerror}") from error
     except ValueError as error:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from antransformer.data.readers import SEPARATOR, reading
 from antransformer.errors import DataError
+from antransformer.files import require_file
 
 Row = dict[str, Any]
 
@@ -201,4 +202,5 @@ def documents(path: Path) -> list[Row]:
 def read(path: Path) -> str:
     """A whole file, of UTF-8, as it is; raises DataError."""
     with reading(path):
+        require_file(path)
         return path.read_bytes().decode("utf-8-sig")

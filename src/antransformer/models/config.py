@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 from antransformer.errors import ConfigError
 
 PAPER_VOCABULARY = 50_304
+MOST_LAYERS = 10_000  # counting the parameters makes each of them, and more are a slip of the finger
 
 # What models.ablations can change of anGPT.
 Ablation = Literal[
@@ -110,6 +111,11 @@ class ModelConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
                 raise ConfigError(f"{name} must be a positive integer below 2^31, got {value!r}")
+        if self.layers > MOST_LAYERS:
+            raise ConfigError(f"layers must be at most {MOST_LAYERS:,}, got {self.layers:,}")
+        for name, rows in (("vocab_size", self.vocab_size), ("mlp_ratio", self.mlp_width)):
+            if rows * self.width >= 2**50:
+                raise ConfigError(f"width {self.width:,} and {name} {getattr(self, name):,} make a matrix too large")
         options = OPTIONS[self.architecture]
         for name in OPTION_NAMES:
             if name in options and getattr(self, name) is None:

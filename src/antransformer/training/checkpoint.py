@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from antransformer.errors import CheckpointError, MachineError, NewerCheckpointError
+from antransformer.files import read_json, require_file
 from antransformer.models import Decoder, ModelConfig, build
 from antransformer.models.config import OPTION_NAMES
 from antransformer.training.parallel import like, whole
@@ -141,7 +142,7 @@ def read(path: Path) -> Checkpoint:
         NewerCheckpointError: it was written by a newer release.
     """
     try:
-        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+        state = read_json(path / STATE_FILE)
     except OSError as error:
         raise CheckpointError(f"{path}: not a checkpoint, {STATE_FILE} can not be read: {error.strerror}") from error
     except ValueError as error:
@@ -176,25 +177,17 @@ def load_model(checkpoint: Checkpoint, model: Decoder) -> None:
     Raises:
         CheckpointError: the checkpoint is of another model.
     """
-    put_weights(load_tensors(checkpoint.path / MODEL_FILE), model, checkpoint.path)
+    weights = load_tensors(checkpoint.path / MODEL_FILE)
+    require_shapes(weights, model, checkpoint.path)
+    shared = model.state_dict()
+    model.load_state_dict({name: like(value, shared[name]) for name, value in weights.items()})
 
 
-def put_weights(weights: dict[str, Tensor], model: Decoder, origin: Path) -> None:
-    """Copy weights by name into ``model``, in its dtype.
-
-    Raises:
-        CheckpointError: those of ``origin`` are of another model.
-    """
-    expected = model.state_dict()
-    if {name: value.shape for name, value in expected.items()} != {
-        name: value.shape for name, value in weights.items()
-    }:
+def require_shapes(weights: dict[str, Tensor], model: Decoder, origin: Path) -> None:
+    """Raise ``CheckpointError`` where the weights of ``origin`` are those of another model."""
+    expected = {name: value.shape for name, value in model.state_dict().items()}
+    if expected != {name: value.shape for name, value in weights.items()}:
         raise CheckpointError(f"{origin}: its weights are those of another model")
-    model.load_state_dict({name: like(value, expected[name]) for name, value in weights.items()})
-
-
-def _shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
-    return {name: value.shape for name, value in tensors.items()}
 
 
 def load_optimizer(checkpoint: Checkpoint, model: Decoder, optimizer: Optimizer) -> None:
@@ -206,16 +199,18 @@ def load_optimizer(checkpoint: Checkpoint, model: Decoder, optimizer: Optimizer)
     tensors = load_tensors(checkpoint.path / OPTIMIZER_FILE)
     saved: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
-        name, moment = key.rsplit(".", 1)
+        name, _, moment = key.rpartition(".")
         saved.setdefault(name, {})[moment] = value
     content = optimizer.state_dict()
     names = _optimizer_names(model, optimizer)
-    if set(names) != set(saved):
-        raise CheckpointError(f"{checkpoint.path}: its optimizer state is that of another model")
     parameters = dict(model.named_parameters())
+    shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    moments = {name: {"step": torch.Size(), "exp_avg": shapes[name], "exp_avg_sq": shapes[name]} for name in names}
+    if {name: {key: value.shape for key, value in state.items()} for name, state in saved.items()} != moments:
+        raise CheckpointError(f"{checkpoint.path}: its optimizer state is that of another model")
     content["state"] = {
         index: {
-            moment: like(value, parameters[name]) if value.shape == parameters[name].shape else value
+            moment: like(value, parameters[name]) if value.shape == shapes[name] else value
             for moment, value in saved[name].items()
         }
         for index, name in enumerate(names)
@@ -227,8 +222,10 @@ def restore(checkpoint: Checkpoint, device: torch.device) -> Decoder:
     """The checkpoint's model, built and loaded, in evaluation mode."""
     with torch.device("meta"):
         model = build(checkpoint.model)
+    weights = load_tensors(checkpoint.path / MODEL_FILE)
+    require_shapes(weights, model, checkpoint.path)  # before memory is taken for what the config says
     model.to_empty(device=device)
-    load_model(checkpoint, model)
+    model.load_state_dict(weights)
     return model.eval()
 
 
@@ -285,9 +282,10 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         CheckpointError: it can not be read.
     """
     try:
+        require_file(path)
         return safetensors.torch.load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: can not be read: {error}") from error
+    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:  # the latter of odd types and sizes
+        raise CheckpointError(f"{path}: can not be read: {' '.join(str(error).split())}") from error
 
 
 def _umask() -> int:

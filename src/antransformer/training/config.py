@@ -5,6 +5,7 @@ Settings come from a YAML file and from the command line as the same thing, a ne
 """
 
 import difflib
+import reprlib
 import types
 import typing
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from typing import Any, Literal
 import yaml
 
 from antransformer.errors import ConfigError
+from antransformer.files import read_text
 from antransformer.models import ModelConfig
 from antransformer.models.config import describe, preset_sizes
 from antransformer.training import defaults
@@ -181,7 +183,7 @@ def normalise(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
     flat = dict(settings)
     model = flat.pop("model", None) or {}
     if not isinstance(model, Mapping):
-        raise ConfigError(f"{where}: model must be a mapping of model settings, got {model!r}")
+        raise ConfigError(f"{where}: model must be a mapping of model settings, got {shown(model)}")
     for name in ALIASES:
         if name in flat:
             value = flat.pop(name)
@@ -210,11 +212,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: the file is missing, is not YAML, or holds no mapping.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = _Loader(read_text(path)).get_single_data()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise ConfigError(f"{path}: can not be read: {reason}") from error
-    except (yaml.YAMLError, AttributeError, ValueError, RecursionError) as error:  # odd scalars, deep nesting
+    except Exception as error:  # odd scalars and deep nesting raise anything
         line = getattr(getattr(error, "problem_mark", None), "line", None)
         place = f" near line {line + 1}" if line is not None else ""
         raise ConfigError(
@@ -225,6 +227,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise ConfigError(f"{path}: must hold settings as key: value")
     return content
+
+
+class _Loader(yaml.SafeLoader):
+    """Aliases of single values only: a few lines of lists of aliases of lists unfold to more than any memory holds."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        alias = self.check_event(yaml.AliasEvent)
+        node = super().compose_node(parent, index)
+        if alias and not isinstance(node, yaml.ScalarNode):
+            raise yaml.composer.ComposerError(None, None, "an alias of more than a single value")
+        return node
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -245,12 +258,19 @@ def convert(value: Any, hint: Any, key: str) -> Any:
         choices = typing.get_args(hint)
         if value in choices:
             return value
-        raise ConfigError(f"{key} must be one of {', '.join(choices)}, got {value!r}")
+        raise ConfigError(f"{key} must be one of {', '.join(choices)}, got {shown(value)}")
     reader, wanted = _READERS[hint]
     try:
         return reader(value)
     except (ValueError, TypeError, OverflowError):
-        raise ConfigError(f"{key} must be {wanted}, got {value!r}") from None
+        raise ConfigError(f"{key} must be {wanted}, got {shown(value)}") from None
+
+
+def shown(value: Any) -> str:
+    """A value for a message, of which it must not be the greater part."""
+    if isinstance(value, int) and abs(value) >= 2**64:
+        return "a number of more than 64 bits"  # Python spells none of more than 4,300 digits
+    return reprlib.repr(value)
 
 
 def read_count(value: Any) -> Count:
@@ -301,7 +321,7 @@ def _whole_sequences(tokens: int, context: int) -> int:
 
 def _check(name: str, value: Any, ok: bool, wanted: str) -> None:
     if not ok:
-        raise ConfigError(f"{name} must be {wanted}, got {value!r}")
+        raise ConfigError(f"{name} must be {wanted}, got {shown(value)}")
 
 
 def _read_int(value: Any) -> int:

@@ -20,7 +20,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     try:
         device = torch.device(name, local_rank) if name == "cuda" else torch.device(name)
         torch.zeros(1, device=device).item()  # the meta device has no values
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, ValueError) as error:
         raise ConfigError(f"device {name!r} is not available here: use auto or cpu") from error
     return device
 

@@ -27,7 +27,7 @@ def lock(folder: Path) -> Iterator[None]:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK_FILE).open("a+", encoding="utf-8")
+        file = open(folder / LOCK_FILE, "a+", encoding="utf-8", opener=_no_link)  # noqa: SIM115
     except OSError as error:
         raise ConfigError(f"{folder} can not be written: {error.strerror}; choose another --out") from error
     with file:
@@ -41,3 +41,7 @@ def lock(folder: Path) -> Iterator[None]:
         file.write(str(os.getpid()))
         file.flush()
         yield
+
+
+def _no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)  # what a link points to is not ours to empty

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from antransformer.bounds import Bound, norms
 from antransformer.errors import MissingExtraError
+from antransformer.files import replace_text
 from antransformer.models import Decoder
 from antransformer.nn import Residual
 from antransformer.training.parallel import whole
@@ -31,9 +32,7 @@ class MetricsLog:
     def __init__(self, folder: Path, after: int, tensorboard: bool = False, name: str = "metrics.jsonl") -> None:
         self.path = folder / name
         kept = [line for line in read_metrics(self.path) if line["step"] <= after]
-        replacement = self.path.with_suffix(".partial")
-        replacement.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        replacement.replace(self.path)
+        replace_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = self.path.open("a", encoding="utf-8", buffering=1)
         self._events = _event_writer(folder / "tensorboard", after) if tensorboard else None
 
@@ -54,17 +53,25 @@ class MetricsLog:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a ``metrics.jsonl``; a last line cut off by a kill is left out, a missing file has none."""
-    if not path.exists():
+    if not path.is_file():
         return []
     lines = []
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             line = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(line, dict) and type(line.get("step")) is int:
+        if isinstance(line, dict) and type(line.get("step")) is int and _are_numbers(line):
             lines.append(line)
     return lines
+
+
+def _are_numbers(line: Mapping[str, Any]) -> bool:
+    """Whether what is drawn and printed of a line can be."""
+    values = (
+        line[name] for name in ("tokens", "loss", "val_loss", "bits_per_byte", "tokens_per_second") if name in line
+    )
+    return all(type(value) in (int, float) and abs(value) < 1e300 for value in values)
 
 
 def weight_vectors(model: Decoder) -> list[Bound]:

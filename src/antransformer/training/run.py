@@ -14,6 +14,7 @@ import yaml
 
 from antransformer.data import Dataset, Tokenizer
 from antransformer.errors import CheckpointError, ConfigError, DataError
+from antransformer.files import replace_text
 from antransformer.training import checkpoint
 from antransformer.training.checkpoint import Checkpoint
 from antransformer.training.config import OPERATIONAL, TrainConfig, merge, normalise, read_yaml, resolve, to_mapping
@@ -42,7 +43,7 @@ def require_empty(folder: Path) -> None:
     if not folder.is_dir():
         raise ConfigError(f"{folder} is a file: choose the name of a new folder for --out")
     # What a run leaves that was killed while it laid out its folder; its config comes last.
-    unfinished = {CHECKPOINTS, TOKENIZER_FILE, f"{CONFIG_FILE}.partial", LOCK_FILE}
+    unfinished = {CHECKPOINTS, TOKENIZER_FILE, f"{TOKENIZER_FILE}.partial", f"{CONFIG_FILE}.partial", LOCK_FILE}
     begun = {path.name for path in folder.iterdir()}
     if begun - unfinished or any((folder / CHECKPOINTS).glob("*")):
         raise ConfigError(f"{folder} is not empty: choose another --out, or --resume to go on with the run in it")
@@ -65,9 +66,8 @@ def lay_out(folder: Path, settings: Mapping[str, Any], tokenizer: Tokenizer) -> 
     except OSError as error:
         raise ConfigError(f"{folder} can not be made: {error.strerror}; choose another --out") from error
     tokenizer.save(folder / TOKENIZER_FILE)
-    partial = folder / f"{CONFIG_FILE}.partial"
-    partial.write_text(yaml.safe_dump(dict(settings), sort_keys=False), encoding="utf-8")
-    partial.replace(folder / CONFIG_FILE)  # last, so that a folder with a config is complete
+    # Last, so that a folder with a config is complete.
+    replace_text(folder / CONFIG_FILE, yaml.safe_dump(dict(settings), sort_keys=False))
 
 
 def saved_settings(folder: Path) -> dict[str, Any]:
@@ -89,7 +89,8 @@ def resumed_config(folder: Path, given: Mapping[str, Any]) -> TrainConfig:
         ConfigError: a setting is wrong.
     """
     saved = saved_settings(folder)
-    if "vocab_size" not in (saved.get("model") or {}):
+    model = saved.get("model")
+    if not isinstance(model, dict) or "vocab_size" not in model:
         raise CheckpointError(f"{folder / CONFIG_FILE} is not the complete config of a run: put it back as it was")
     if "tokens" not in saved:
         raise CheckpointError(

@@ -122,9 +122,10 @@ class Trainer:
             raise CheckpointError(
                 f"{self.folder} was trained on other data than {self.config.data}: resume with the data it began with"
             )
-        changed = [
-            name for name, value in self._identity().items() if found.extra.get("settings", {}).get(name) != value
-        ]
+        settings, seconds = found.extra.get("settings"), found.extra.get("seconds")
+        if not isinstance(settings, dict) or type(seconds) is not float or not 0 < seconds < math.inf:
+            raise CheckpointError(f"{found.path}: what the run wrote of itself into state.json is missing or damaged")
+        changed = [name for name, value in self._identity().items() if settings.get(name) != value]
         if changed or found.step > self.config.steps:
             raise CheckpointError(
                 f"{found.path}: written with another {changed[0] if changed else 'tokens'} than config.yaml has now: "
@@ -132,7 +133,7 @@ class Trainer:
             )
         checkpoint.load_model(found, self.model)
         checkpoint.load_optimizer(found, self.model, self.optimizer)
-        self.done, self.seconds = found.step, float(found.extra["seconds"])
+        self.done, self.seconds = found.step, seconds
         self.reporter.note(f"resuming from {found.path}")
 
     def _start_from(self, init: Path) -> None:
