@@ -78,19 +78,19 @@ def experiment(size, best_lr, kind="compare", **setup):
             Run(
                 tokens,
                 seed,
-                2 + shift + 300 / size**0.3 + 400 / tokens**0.3 + 0.01 * seed,
+                2 + shift + 300 / size**0.3 + 400 / tokens**0.3 + 0.02 * (seed - 1.5),
                 1.0,
                 0.1,
                 f"{tokens}-{seed}",
             )
             for tokens in (1_000_000, 2_000_000, 4_000_000)
-            for seed in (-1, 1)
+            for seed in (1, 2)
         ]
         knob = Trial("weight_decay", 0.1, 0.1, f"{name}-knob")
         settings = {"architecture": name, "lr": best_lr}
-        contenders.append(Contender(name, settings, size, (*trials, knob), tuple(runs)))
+        contenders.append(Contender(name, settings, int(size), (*trials, knob), tuple(runs)))
     setup = {"batch_tokens": 2048, "data_digest": "abc", "validation_tokens": 4096, **setup}
-    return Results(kind, setup, (1_000_000, 2_000_000, 4_000_000), (-1, 1), 2_000_000, tuple(contenders))
+    return Results(kind, setup, (1_000_000, 2_000_000, 4_000_000), (1, 2), 2_000_000, tuple(contenders))
 
 
 def folder(path, *args, **kwargs):

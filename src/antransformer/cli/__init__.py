@@ -52,7 +52,7 @@ def make_parser() -> Parser:
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True, dest="verb")
     for name, module in VERBS.items():
         summary = (module.__doc__ or "").strip().partition("\n")[0]
-        verb = verbs.add_parser(name, help=summary, description=module.__doc__, usage=module.USAGE)
+        verb = verbs.add_parser(name, help=summary.replace("%", "%%"), description=module.__doc__, usage=module.USAGE)
         module.add_arguments(verb)
         verb.set_defaults(run=module.run, parser=verb)
     return parser
