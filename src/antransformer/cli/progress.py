@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -27,7 +27,22 @@ def new_bar(text: str, console: Console, transient: bool = False) -> Progress:
     )
 
 
-class TrainingProgress:
+class Shown:
+    """Something with a bar that is on the terminal while it is entered."""
+
+    bar: Progress
+
+    def __enter__(self) -> Self:
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.stop()
+
+
+class TrainingProgress(Shown):
     """Shows a run: a bar with loss, tokens/s, MFU and time left, or a plain line at each metrics line.
 
     Args:
@@ -42,15 +57,6 @@ class TrainingProgress:
         self.bar = new_bar("step {task.completed:,.0f}/{task.total:,.0f}", self.console)
         self.task = self.bar.add_task("train", total=steps, numbers="starting")
         self.validation = ""
-
-    def __enter__(self) -> "TrainingProgress":
-        self.bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.bar.stop()
 
     def step(self, step: int) -> None:
         """Move the bar; the first call says where the run begins."""
@@ -85,7 +91,7 @@ class TrainingProgress:
             say(text)
 
 
-class ExperimentProgress:
+class ExperimentProgress(Shown):
     """Shows an experiment: a bar over the tokens of a stage's runs, and a line for each run that ends."""
 
     def __init__(self) -> None:
@@ -94,15 +100,6 @@ class ExperimentProgress:
         self.task = self.bar.add_task("", total=0, numbers="")
         self.name, self.tokens, self.runs, self.ended, self.trained = "", 0, 0, 0, 0
         self.started = time.monotonic()
-
-    def __enter__(self) -> "ExperimentProgress":
-        self.bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.bar.stop()
 
     def stage(self, name: str) -> None:
         """A new stage begins."""
@@ -135,7 +132,7 @@ class ExperimentProgress:
             say(f"[{_duration(time.monotonic() - self.started)}] {text}")
 
 
-class EvaluationProgress:
+class EvaluationProgress(Shown):
     """Shows an evaluation: a bar over the texts of a task, or a plain line when all of them are read."""
 
     def __init__(self) -> None:
@@ -144,15 +141,6 @@ class EvaluationProgress:
         self.bar = new_bar("{task.description}", self.console, transient=True)
         self.task = self.bar.add_task("", total=None, numbers="")
         self.started = time.monotonic()
-
-    def __enter__(self) -> "EvaluationProgress":
-        self.bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.bar.stop()
 
     def __call__(self, name: str, done: int, total: int) -> None:
         """So many of a task's texts are read; of none, it is being loaded."""
@@ -163,7 +151,7 @@ class EvaluationProgress:
             self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-class PrepareProgress:
+class PrepareProgress(Shown):
     """Shows the preparation of data; pass it as ``progress`` to ``data.prepare``."""
 
     def __init__(self, label: str) -> None:
@@ -171,15 +159,6 @@ class PrepareProgress:
         self.label, self.last = label, time.monotonic()
         self.bar = new_bar("{task.description}", console, transient=True)
         self.task = self.bar.add_task(label, total=None, numbers="")
-
-    def __enter__(self) -> "PrepareProgress":
-        self.bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.bar.stop()
 
     def __call__(self, done_bytes: int, total_bytes: int, documents: int, tokens: int) -> None:
         """One batch of documents is written."""
