@@ -42,8 +42,9 @@ from antransformer.training.config import TrainConfig, read_yaml, resolve
 from antransformer.training.defaults import parameter_count
 from antransformer.training.lock import lock
 from antransformer.training.metrics import MetricsLog, read_metrics
+from antransformer.training.optimizer import make_optimizer
 from antransformer.training.run import open_checkpoint, resumed_config
-from antransformer.training.trainer import Trainer, make_optimizer
+from antransformer.training.trainer import Trainer
 from test_report import contender, experiment
 
 CASES = int(os.environ.get("ANTRANSFORMER_FUZZ_CASES", "300"))

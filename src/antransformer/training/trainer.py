@@ -11,15 +11,14 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from antransformer.bounds import bind
 from antransformer.data import Dataset, Windows, sequential
 from antransformer.errors import CheckpointError, DataError, DivergedError, RunStoppedError
-from antransformer.models import Decoder
 from antransformer.training import checkpoint, metrics, throughput
 from antransformer.training.config import OPERATIONAL, TrainConfig, to_mapping
 from antransformer.training.device import autocast, choose_device, choose_precision
+from antransformer.training.optimizer import make_optimizer
 from antransformer.training.parallel import ALONE, World, make_model, share_gradients, whole
 from antransformer.training.run import CHECKPOINTS, open_checkpoint, run_of
 from antransformer.training.schedule import learning_rate
@@ -47,20 +46,6 @@ class Result:
     bits_per_byte: float
     tokens_per_second: float
     checkpoint: Path
-
-
-def make_optimizer(model: Decoder, config: TrainConfig) -> Optimizer:
-    """Adam, with decoupled weight decay on the matrices where the config has some."""
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
-    others = [parameter for parameter in model.parameters() if parameter.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        groups,
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=matrices[0].device.type in ("cpu", "cuda"),
-    )
 
 
 class Trainer:
