@@ -7,14 +7,15 @@ learning rates, each around its own default.
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from antransformer.analysis.coordinates import coordinates
 from antransformer.analysis.experiment import EXTENSIONS, complete, extension, grid_powers, made_with, rounded
 from antransformer.analysis.jobs import Job, Outcome, Queue
-from antransformer.analysis.sweep_results import Sweep, SweepRun
+from antransformer.analysis.sweep_results import Coordinates, Sweep, SweepRun
 from antransformer.data import Dataset
 from antransformer.errors import ConfigError
 from antransformer.models import OPTIONS, ModelConfig
@@ -207,7 +208,15 @@ class Sweeper:
             for seed, outcome in enumerate(seeds)
         )
         ended = [outcome for rates in found.values() for seeds in rates.values() for outcome in seeds]
-        return Sweep(self.setup(time.time() - started, ended), runs)
+        return Sweep(self.setup(time.time() - started, ended), runs, self.coordinates() if self.plan.by_width else ())
+
+    def coordinates(self) -> tuple[Coordinates, ...]:
+        """Of every architecture and size, at the middle of its grid and the smallest batch."""
+        self.stage("activations")
+        cells = {(cell.architecture, cell.size): cell for cell in sorted(self.plan.grids, key=lambda cell: -cell.batch)}
+        middle = {cell: grid[len(grid) // 2] for cell, grid in self.plan.grids.items()}
+        configs = [replace(self.config(cell, middle[cell], 0), device=self.queue.devices[0]) for cell in cells.values()]
+        return tuple(found for config in configs for found in coordinates(config, self.dataset))
 
     def _wanted(self, found: Mapping[Cell, Mapping[float, Sequence[Outcome]]]) -> list[tuple[Cell, float]]:
         return [

@@ -4,19 +4,17 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from antransformer.analysis.bench import now
 from antransformer.analysis.experiment import LINES
 from antransformer.analysis.jobs import cores, steps_tokens
+from antransformer.analysis.steps import unkept
 from antransformer.analysis.sweep import Cell, Sweeper
 from antransformer.analysis.worker import PROBE_TOKENS
 from antransformer.data import Dataset
 from antransformer.training.config import Count, TrainConfig
-from antransformer.training.trainer import Trainer
 
 STEPS = 3  # timed, after one that is not
 CPU_TOKENS = 8192  # of such a step on a CPU, whose speed a larger batch hardly changes
@@ -35,19 +33,6 @@ class Estimate:
     runs: tuple[int, int]
     tokens: tuple[int, int]
     hours: tuple[float, float]
-
-
-class Silent:
-    """A reporter to nobody."""
-
-    def step(self, step: int) -> None:
-        """Nothing."""
-
-    def line(self, line: dict[str, Any]) -> None:
-        """Nothing."""
-
-    def note(self, text: str) -> None:
-        """Nothing."""
 
 
 def estimate(sweeper: Sweeper) -> Estimate:
@@ -97,7 +82,7 @@ def seconds_per_token(config: TrainConfig, dataset: Dataset, device: str) -> flo
     if torch.device(device).type == "cpu":
         batch = min(batch, max(1, CPU_TOKENS // config.model.context) * config.model.context)
     config = replace(config, device=device, batch_tokens=Count(batch), micro_batch=min(config.micro_batch, batch))
-    trainer = Trainer(config, dataset, Path(), Silent())
+    trainer = unkept(config, dataset)
     times = []
     for step in range(STEPS + 1):
         started = now(trainer.device)

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from antransformer.analysis import results
+from antransformer.analysis import results, sweep_report
 from antransformer.analysis.jobs import Queue
 from antransformer.analysis.statistics import require_scipy
 from antransformer.analysis.sweep import Sweeper, plan
@@ -113,8 +113,10 @@ def run(parsed: argparse.Namespace) -> None:
     with lock(folder):
         with progress:
             swept = sweeper.run()
-        path = swept.save(folder)
-    print(f"\nresults: {path}")
+        swept.save(folder)
+        written = sweep_report.write(swept, folder)
+    print(f"\n{sweep_report.lead(swept)}\n")
+    print(f"report: {written[0]}")
     print(f"laws: antransformer fit {folder}")
 
 
