@@ -170,6 +170,13 @@ def test_batches_are_whole_sequences():
         ({"model": {"s_scale": 1e300}}, "s_scale must be a positive number of ordinary size, got 1e+300"),
         ({"warmup": 1}, "warmup must be at least 0 and below 1, got 1.0"),
         ({"log_every": 0}, "log_every must be at least 1, got 0"),
+        ({"tensor_parallel": 0}, "tensor_parallel must be at least 1, got 0"),
+        ({"tensor_parallel": 2, "architecture": "ngpt"}, "tensor_parallel is for angpt and gpt+, not ngpt: leave it"),
+        ({"tensor_parallel": 4}, "tensor_parallel 4 can not split 2 heads evenly: choose a divisor"),
+        (
+            {"tensor_parallel": 2, "model": {"mlp_ratio": 511 / 128}},
+            "can not split 511 hidden coordinates of the MLP evenly",
+        ),
     ],
 )
 def test_wrong_settings_are_named(settings, message):
