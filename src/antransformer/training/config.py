@@ -105,15 +105,11 @@ class TrainConfig:
                 f"tokens {self.tokens:,} is less than one batch of {self.batch_tokens:,}: raise tokens or lower "
                 "batch_tokens"
             )
-        self._check_split()
-
-    def _check_split(self) -> None:
-        model, ranks = self.model, self.tensor_parallel
-        if ranks > 1 and model.architecture not in ("angpt", "gpt+"):
+        model, split = self.model, self.tensor_parallel
+        if split > 1 and model.architecture not in ("angpt", "gpt+"):
             raise ConfigError(f"tensor_parallel is for angpt and gpt+, not {model.architecture}: leave it out")
-        for size, what in ((model.heads, "heads"), (model.mlp_width, "hidden coordinates of the MLP")):
-            if size % ranks:
-                raise ConfigError(f"tensor_parallel {ranks} can not split {size:,} {what} evenly: choose a divisor")
+        if model.heads % split:  # the MLP has a multiple of the heads' coordinates
+            raise ConfigError(f"tensor_parallel {split} can not split {model.heads} heads evenly: choose a divisor")
 
     @property
     def batch_size(self) -> int:
