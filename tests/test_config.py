@@ -173,10 +173,6 @@ def test_batches_are_whole_sequences():
         ({"tensor_parallel": 0}, "tensor_parallel must be at least 1, got 0"),
         ({"tensor_parallel": 2, "architecture": "ngpt"}, "tensor_parallel is for angpt and gpt+, not ngpt: leave it"),
         ({"tensor_parallel": 4}, "tensor_parallel 4 can not split 2 heads evenly: choose a divisor"),
-        (
-            {"tensor_parallel": 2, "model": {"mlp_ratio": 511 / 128}},
-            "can not split 511 hidden coordinates of the MLP evenly",
-        ),
     ],
 )
 def test_wrong_settings_are_named(settings, message):
