@@ -102,7 +102,7 @@ def join() -> Iterator[World]:
         yield ALONE
         return
     local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
-    gpu = torch.cuda.is_available()
+    gpu = torch.cuda.device_count() >= local_size  # else they compute on the CPU, or choose_device says what is wrong
     if gpu:
         torch.cuda.set_device(local_rank)
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")

@@ -79,7 +79,7 @@ class Trainer:
         self.config, self.dataset, self.folder, self.reporter = config, dataset, folder, reporter
         self.windows = Windows(dataset.split("train"), config.model.context, config.seed)
         self.validation = dataset.split("val")
-        self.device = choose_device(config.device, world.local_rank)
+        self.device = choose_device(config.device, world.local_rank, world.local_size)
         self.precision = choose_precision(config.precision, self.device)
         torch.manual_seed(config.seed)
         self.model = make_model(config, world, self.device, self.precision)
