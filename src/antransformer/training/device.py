@@ -23,9 +23,7 @@ def choose_device(name: str, local_rank: int = 0, local_size: int = 1) -> torch.
             return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
         name = "cuda"
     if local_size > 1 and name.startswith("cuda:"):
-        raise ConfigError(
-            f"device {name!r} can not be that of {local_size} processes: use cuda, of which each takes one"
-        )
+        raise ConfigError(f"device {name!r} can not be that of {local_size} processes: use cuda, and each takes one")
     if name == "cuda" and 0 < torch.cuda.device_count() < local_size:
         raise ConfigError(
             f"{local_size} processes on this machine and {torch.cuda.device_count()} CUDA devices: start no more "

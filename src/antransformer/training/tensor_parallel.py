@@ -74,12 +74,12 @@ def _others(module: nn.Module, without: Iterable[nn.Module]) -> list[nn.Module]:
     return [inner for inner in module.modules() if inner not in left_out]
 
 
-def _on_parts(modules: list[nn.Module], summed: Placement, forward: Callable[..., Tensor], *args: Any) -> Tensor:
+def _on_parts(modules: list[nn.Module], gradients: Placement, forward: Callable[..., Tensor], *args: Any) -> Tensor:
     """``forward`` with this rank's part of each weight of ``modules`` in its place.
 
     Args:
         modules: whose weights are unsharded DTensors of the mesh.
-        summed: how the gradients of whole weights come out: Partial where each rank uses them for its own heads or
+        gradients: how those of whole weights come out: Partial where each rank uses them for its own heads or
             tokens, Replicate where all compute the same.
         forward: what computes.
         args: its arguments.
@@ -89,7 +89,7 @@ def _on_parts(modules: list[nn.Module], summed: Placement, forward: Callable[...
         assert isinstance(weight, DTensor)
         (placement,) = weight.placements
         # An attribute of the same name hides a parameter, which stays registered.
-        attributes[name] = weight.to_local(grad_placements=[summed if placement.is_replicate() else placement])
+        attributes[name] = weight.to_local(grad_placements=[gradients if placement.is_replicate() else placement])
     try:
         return forward(*args)
     finally:
