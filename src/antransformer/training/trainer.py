@@ -152,7 +152,7 @@ class Trainer:
         try:
             with StopSignals() as stop:
                 while self.done < config.steps:
-                    pending.append(self._update(self.done + 1))
+                    pending.append(self.update(self.done + 1))
                     self.done += 1
                     self.reporter.step(self.done)
                     last = self.done == config.steps
@@ -189,7 +189,7 @@ class Trainer:
                 log.close()
         return self._result(line)
 
-    def _update(self, step: int) -> tuple[Tensor, Tensor]:
+    def update(self, step: int) -> tuple[Tensor, Tensor]:
         """One optimizer step.
 
         Returns:
