@@ -38,6 +38,7 @@ COMMON = (
     "preset",
     "batch_tokens",
     "micro_batch",
+    "optimizer",
     "lr_final",
     "beta1",
     "beta2",
@@ -56,7 +57,8 @@ def add_arguments(parser: Parser) -> None:
         "--architectures",
         nargs="+",
         metavar="NAME",
-        help=f"two or more of {', '.join(OPTIONS)}; the first is the reference (default gpt+ angpt)",
+        help=f"two or more of {', '.join(OPTIONS)}, or one of them with -muon behind it, such as angpt-muon, trained "
+        "with Muon; the first is the reference (default gpt+ angpt)",
     )
     parser.add_argument(
         "--tokens", metavar="TOKENS", help="the longest budget; a quarter and a half of it are run too (default 8M)"
@@ -78,8 +80,9 @@ def add_experiment_arguments(parser: Parser, lr_trials: int) -> None:
     parser.add_argument(
         "--lr-trials",
         metavar="N",
-        help="learning rates to try, each twice the one before; 1 keeps the default rate; a best one at the edge "
-        f"extends the grid, and a third and three times the best are tried at last (default {lr_trials})",
+        help="learning rates to try, each twice the one before, and with Muon then as many of its own; 1 keeps the "
+        "default; a best one at the edge extends the grid, and a third and three times the best are tried at last "
+        f"(default {lr_trials})",
     )
     parser.add_argument("--trial-tokens", metavar="TOKENS", help="budget of the trials (default: the middle budget)")
     add_queue_arguments(parser)
