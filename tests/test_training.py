@@ -14,7 +14,7 @@ import torch
 
 from antransformer.bounds import norms
 from antransformer.data import Dataset, sequential
-from antransformer.errors import CheckpointError, DataError, MachineError
+from antransformer.errors import CheckpointError, ConfigError, DataError, MachineError
 from antransformer.models import Decoder
 from antransformer.training import checkpoint, run
 from antransformer.training.config import resolve
@@ -488,12 +488,26 @@ def test_bfloat16_autocast_and_compile_train_to_about_the_same_losses(corpus, tm
 
 
 def test_no_such_device_is_named():
-    from antransformer.errors import ConfigError
-
     assert choose_device("cpu").type == "cpu"
     for name in ("tpu", "meta", "cuda:7" if torch.cuda.device_count() < 8 else "xla"):
         with pytest.raises(ConfigError, match=f"device '{name}' is not available here"):
             choose_device(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("auto", "4 processes on this machine and 2 CUDA devices: start no more with torchrun --nproc-per-node"),
+        ("cuda", "4 processes on this machine and 2 CUDA devices"),
+        ("cuda:1", "device 'cuda:1' can not be that of 4 processes: use cuda, and each takes one"),
+    ],
+)
+def test_processes_have_a_device_each(monkeypatch, name, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match=message):
+        choose_device(name, local_rank=3, local_size=4)
+    assert choose_device("cpu", local_rank=3, local_size=4) == torch.device("cpu")
 
 
 def test_the_trainer_holds_a_plain_decoder(corpus, tmp_path):

@@ -70,7 +70,13 @@ def norms(bound: Bound) -> Tensor:
     """Norms of the bounded vectors in float32 (float64 for float64), with the summed axis kept at size 1."""
     weight = bound.parameter
     precision = torch.promote_types(weight.dtype, torch.float32)
-    return torch.linalg.vector_norm(weight, dim=bound.axis, keepdim=True, dtype=precision)
+    length = torch.linalg.vector_norm(weight, dim=bound.axis, keepdim=True, dtype=precision)
+    placements = getattr(length, "placements", ())
+    if any(placement.is_partial() for placement in placements):  # vectors lie in parts on several ranks: one message
+        from torch.distributed.tensor import Replicate  # which takes a second, and is there where such a tensor is
+
+        length = length.redistribute(placements=[Replicate() if part.is_partial() else part for part in placements])
+    return length
 
 
 @torch.no_grad()

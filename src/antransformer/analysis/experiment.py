@@ -197,9 +197,7 @@ class Experiment:
         own = merge(self.plan.common, state.entrant.settings)
         for setting, value in {**state.chosen, **(settings or {})}.items():
             own = merge(own, nested(setting, value))
-        config = resolve({**own, "tokens": tokens, "seed": seed}, self.dataset.vocab_size)
-        every = {"log_every": max(1, config.steps // LINES), "eval_every": config.steps, "keep_checkpoints": 1}
-        return resolve({**own, "tokens": tokens, "seed": seed, **every}, self.dataset.vocab_size)
+        return complete({**own, "tokens": tokens, "seed": seed}, self.dataset.vocab_size)
 
     def job(self, state: _State, tokens: int, seed: int, settings: Mapping[str, Any] | None = None) -> Job:
         """One run; its name holds what distinguishes it."""
@@ -228,14 +226,7 @@ class Experiment:
         """What all runs share, for the report; runs that were made elsewhere, or otherwise, are said."""
         config = self.config(self.states[0], self.plan.budgets[-1], TRIAL_SEED)
         return {
-            "command": shlex.join(["antransformer", *sys.argv[1:]]),
-            "antransformer": __version__,
-            "python": platform.python_version(),
-            "made_on": sorted({outcome.machine for outcome in outcomes}),
-            "workers": len(self.queue.devices),
-            "data": str(self.dataset.path),
-            "data_digest": self.dataset.digest,
-            "tokenizer": f"{self.dataset.tokenizer_name}, {self.dataset.vocab_size} ids",
+            **made_with(self.dataset, self.queue, seconds, outcomes),
             "preset": config.preset,
             "width": config.model.width,
             "layers": config.model.layers,
@@ -244,9 +235,30 @@ class Experiment:
             "validation_tokens": int(config.eval_tokens),
             "lr_trials": self.plan.lr_trials,
             "knob_trials": self.plan.knob_trials,
-            "date": time.strftime("%Y-%m-%d"),
-            "minutes_of_the_last_call": round(seconds / 60, 1),
         }
+
+
+def made_with(dataset: Dataset, queue: Queue, seconds: float, outcomes: Iterable[Outcome]) -> dict[str, Any]:
+    """Command, versions, machine and data of runs, for a report."""
+    return {
+        "command": shlex.join(["antransformer", *sys.argv[1:]]),
+        "antransformer": __version__,
+        "python": platform.python_version(),
+        "made_on": sorted({outcome.machine for outcome in outcomes}),
+        "workers": len(queue.devices),
+        "data": str(dataset.path),
+        "data_digest": dataset.digest,
+        "tokenizer": f"{dataset.tokenizer_name}, {dataset.vocab_size} ids",
+        "date": time.strftime("%Y-%m-%d"),
+        "minutes_of_the_last_call": round(seconds / 60, 1),
+    }
+
+
+def complete(settings: Mapping[str, Any], vocab_size: int) -> TrainConfig:
+    """``resolve`` for a run that is only looked at when it is done, with its metrics and probes along the way."""
+    steps = resolve(settings, vocab_size).steps
+    every = {"log_every": max(1, steps // LINES), "eval_every": steps, "keep_checkpoints": 1}
+    return resolve({**settings, **every}, vocab_size)
 
 
 def grid_powers(trials: int) -> Iterable[int]:

@@ -85,12 +85,17 @@ def add_experiment_arguments(parser: Parser, lr_trials: int) -> None:
         f"(default {lr_trials})",
     )
     parser.add_argument("--trial-tokens", metavar="TOKENS", help="budget of the trials (default: the middle budget)")
-    parser.add_argument("--devices", nargs="+", metavar="NAME", help="one worker for each device named, such as cuda:0")
-    parser.add_argument("--workers", metavar="N", help="runs at a time (default: one a GPU, or one a core)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the runs and the report")
+    add_queue_arguments(parser)
     add_config(parser, TrainConfig, only=COMMON)
     group = parser.add_argument_group("sizes", "to change what the preset says, for all contenders")
     add_config(group, ModelConfig, prefix="model.", only=SIZES)
+
+
+def add_queue_arguments(parser: Parser) -> None:
+    """Where runs go, and how many at a time."""
+    parser.add_argument("--devices", nargs="+", metavar="NAME", help="one worker for each device named, such as cuda:0")
+    parser.add_argument("--workers", metavar="N", help="runs at a time (default: one a GPU, or one a core)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the runs and the report")
 
 
 def run(parsed: argparse.Namespace) -> None:
@@ -114,9 +119,7 @@ def execute(planned: Plan, parsed: argparse.Namespace, folder: Path) -> Results:
     require_scipy()
     if folder.is_file():
         raise ConfigError(f"{folder} is a file: choose the name of a folder for --out")
-    devices = parsed.devices or default_devices(number(parsed, "workers", None))
-    for device in devices:
-        choose_device(device)
+    devices = devices_of(parsed)
     dataset = open_data(planned.common.get("data", "python-stdlib"))
     progress = ExperimentProgress()
     experiment = Experiment(planned, dataset, Queue(folder / "runs", dataset, devices, progress), progress.stage)
@@ -128,6 +131,18 @@ def execute(planned: Plan, parsed: argparse.Namespace, folder: Path) -> Results:
     print(f"\n{verdict(results)}\n")
     print(f"report: {written[0]}")
     return results
+
+
+def devices_of(parsed: argparse.Namespace) -> list[str]:
+    """One entry a worker.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    devices = parsed.devices or default_devices(number(parsed, "workers", None))
+    for device in devices:
+        choose_device(device)
+    return devices
 
 
 def effort(parsed: argparse.Namespace, **defaults: int) -> dict[str, int]:

@@ -74,6 +74,9 @@ class TrainConfig:
         "under torchrun: each process has the whole model, or a part of it (FSDP), or a part of that of its machine",
         "replicate",
     )
+    tensor_parallel: int = describe(
+        "under torchrun: how many neighbouring processes split each layer of the model (angpt, gpt+)", 1
+    )
     activation_checkpointing: bool = describe("compute each block again in the backward pass, to save memory", False)
     tensorboard: bool = describe("write TensorBoard events too", False)
 
@@ -87,6 +90,7 @@ class TrainConfig:
             "eval_tokens",
             "checkpoint_every",
             "keep_checkpoints",
+            "tensor_parallel",
         ):
             _check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         for name in ("lr", "eps", "clip", "muon_lr"):
@@ -107,6 +111,11 @@ class TrainConfig:
                 f"tokens {self.tokens:,} is less than one batch of {self.batch_tokens:,}: raise tokens or lower "
                 "batch_tokens"
             )
+        model, split = self.model, self.tensor_parallel
+        if split > 1 and model.architecture not in ("angpt", "gpt+"):
+            raise ConfigError(f"tensor_parallel is for angpt and gpt+, not {model.architecture}: leave it out")
+        if model.heads % split:  # the MLP has a multiple of the heads' coordinates
+            raise ConfigError(f"tensor_parallel {split} can not split {model.heads} heads evenly: choose a divisor")
 
     @property
     def batch_size(self) -> int:
@@ -130,6 +139,7 @@ OPERATIONAL = frozenset(
         "device",
         "compile",
         "parallel",
+        "tensor_parallel",
         "activation_checkpointing",
         "tensorboard",
         "data",

@@ -4,7 +4,7 @@ import math
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -75,11 +75,11 @@ class Trainer:
         world: World = ALONE,
     ) -> None:
         check_data(config, dataset)
-        self.world = world
+        self.world = world = replace(world, tensor=config.tensor_parallel)
         self.config, self.dataset, self.folder, self.reporter = config, dataset, folder, reporter
         self.windows = Windows(dataset.split("train"), config.model.context, config.seed)
         self.validation = dataset.split("val")
-        self.device = choose_device(config.device, world.local_rank)
+        self.device = choose_device(config.device, world.local_rank, world.local_size)
         self.precision = choose_precision(config.precision, self.device)
         torch.manual_seed(config.seed)
         self.model = make_model(config, world, self.device, self.precision)
@@ -152,7 +152,7 @@ class Trainer:
         try:
             with StopSignals() as stop:
                 while self.done < config.steps:
-                    pending.append(self._update(self.done + 1))
+                    pending.append(self.update(self.done + 1))
                     self.done += 1
                     self.reporter.step(self.done)
                     last = self.done == config.steps
@@ -189,7 +189,7 @@ class Trainer:
                 log.close()
         return self._result(line)
 
-    def _update(self, step: int) -> tuple[Tensor, Tensor]:
+    def update(self, step: int) -> tuple[Tensor, Tensor]:
         """One optimizer step.
 
         Returns:
@@ -197,7 +197,7 @@ class Trainer:
             device.
         """
         config, world = self.config, self.world
-        batch = self.windows.batch(step - 1, config.batch_size, world.rank, world.size)
+        batch = self.windows.batch(step - 1, config.batch_size, world.data_rank, world.data_size)
         parts = list(zip(*(tokens.split(config.micro_batch) for tokens in batch), strict=True))
         total = torch.zeros((), device=self.device)
         for number, (part, target) in enumerate(parts, start=1):
@@ -218,16 +218,17 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """Validation loss in nats per token, and in bits per byte of the text."""
         world, context = self.world, self.config.model.context
+        rank, size = world.data_rank, world.data_size
         total, count = torch.zeros((), dtype=torch.float64), 0
-        batches = sequential(self.validation, context, self.config.micro_batch * world.size, self.config.eval_tokens)
+        batches = sequential(self.validation, context, self.config.micro_batch * size, self.config.eval_tokens)
         for tokens, targets in batches:
-            mine = slice(world.rank, None, world.size) if world.rank < len(tokens) else slice(1)
+            mine = slice(rank, None, size) if rank < len(tokens) else slice(1)
             with autocast(self.device, self.precision):
                 loss = self.model.loss(self._to_device(tokens[mine]), self._to_device(targets[mine]))
-            if world.rank < len(tokens):  # else it only went along: the processes compute together or not at all
+            if rank < len(tokens):  # else it only went along: the processes compute together or not at all
                 total += loss.double().cpu() * tokens[mine].numel()
             count += tokens.numel()
-        loss_per_token = float(world.sum(total)) / count
+        loss_per_token = float(world.sum(total)) / (count * world.tensor)
         tokens_per_byte = self.validation.tokens / self.validation.bytes
         return {"val_loss": loss_per_token, "bits_per_byte": loss_per_token * tokens_per_byte / math.log(2)}
 
