@@ -34,6 +34,7 @@ CASES |= {
     "recomputed": {"parallel": "shard", "activation_checkpointing": True},
     "compiled": {"parallel": "shard", "compile": True},
     "muon-shard": {"parallel": "shard", "optimizer": "muon"},
+    "muon-tensor": {"parallel": "shard", "tensor_parallel": 2, "optimizer": "muon"},
     "bfloat16": {"parallel": "shard", "precision": "bfloat16"},
     "broken": {"parallel": "shard"},
     "stopped": {"parallel": "shard"},
