@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.nn.parallel import DistributedDataParallel
 
-from antransformer.bounds import norms, project_
+from antransformer.bounds import bind, norms, of, project_
 from antransformer.data import Dataset
 from antransformer.errors import DivergedError, RunStoppedError
-from antransformer.models import build
+from antransformer.models import ModelConfig, build
 from antransformer.training import parallel, run
 from antransformer.training.config import resolve
 from antransformer.training.trainer import Trainer
@@ -33,6 +34,7 @@ CASES |= {
     "recomputed": {"parallel": "shard", "activation_checkpointing": True},
     "compiled": {"parallel": "shard", "compile": True},
     "muon-shard": {"parallel": "shard", "optimizer": "muon"},
+    "muon-tensor": {"parallel": "shard", "tensor_parallel": 2, "optimizer": "muon"},
     "bfloat16": {"parallel": "shard", "precision": "bfloat16"},
     "broken": {"parallel": "shard"},
     "stopped": {"parallel": "shard"},
@@ -60,6 +62,7 @@ def config_of(corpus, name):
 def main(corpus, folder, names):
     with parallel.join() as world:
         torch.set_num_threads(1)
+        check_ddp(world)
         for name in names:
             config, dataset = config_of(corpus, name), Dataset.open(corpus)
             trainer = Trainer(config, dataset, folder / name, Notes(), world=world)
@@ -72,6 +75,25 @@ def main(corpus, folder, names):
             else:
                 trainer.run()
                 check_bounds(trainer)
+
+
+def check_ddp(world):
+    """A loop of one's own with torch's DDP and ``bind``: bounds hold, and all ranks have the same weights."""
+    torch.manual_seed(0)
+    wrapped = DistributedDataParallel(build(ModelConfig(vocab_size=50, **SMALL)))
+    optimizer = torch.optim.AdamW(wrapped.parameters(), lr=0.05)
+    bind(wrapped, optimizer)
+    for step in range(3):
+        tokens = torch.randint(0, 50, (4, 17), generator=torch.Generator().manual_seed(10 * step + world.rank))
+        torch.nn.functional.cross_entropy(wrapped(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for bound in of(wrapped):
+        lengths = norms(bound)
+        assert lengths.max() <= 1 + 1e-6, bound.name
+        first = bound.parameter.detach().clone()
+        torch.distributed.broadcast(first, 0)
+        assert torch.equal(bound.parameter, first)
 
 
 def check_start(trainer):

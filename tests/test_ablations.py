@@ -24,7 +24,8 @@ TIMES = {
     "error-5": 1.05,
 }
 LEFT_OUT = ["constant-none", "all-none"]
-FORWARD = [name for name in ABLATIONS if name not in ("strict", "model-axis")]  # those that change the function
+TRAINING = ("strict", "model-axis", "strict-model-axis", "tangent")  # those that leave the function as it is
+FORWARD = [name for name in ABLATIONS if name not in TRAINING]
 
 
 def small(ablation="none", seed=0, **overrides):
@@ -156,7 +157,7 @@ def test_the_stream_has_the_norm_that_the_factors_predict(ablation):
 # What the function makes of it, with weights given.
 
 
-@pytest.mark.parametrize("ablation", ["strict", "model-axis"])
+@pytest.mark.parametrize("ablation", TRAINING)
 def test_bounds_are_no_part_of_the_function(weights, ablation):
     assert torch.equal(logits(weights, ablation), logits(weights))
 
@@ -205,14 +206,14 @@ def test_bounds_hold_from_the_start_and_after_real_steps(ablation):
     model = small(ablation)
     for bound in model.bounds():
         into_stream = bound.name.endswith(("out_proj.weight", "down_proj.weight"))
-        assert bound.axis == (0 if into_stream and ablation == "model-axis" else 1)
-        assert bound.strict == (ablation == "strict")
+        assert bound.axis == (0 if into_stream and "model-axis" in ablation else 1)
+        assert bound.strict == ("strict" in ablation)
         torch.testing.assert_close(norms(bound), torch.ones_like(norms(bound)))
     assert [bound.name for bound in model.bounds()] == [bound.name for bound in small().bounds()]
     train(model)
     lengths = [norms(bound) for bound in model.bounds()]
     assert max(length.max() for length in lengths) <= 1 + 1e-6
-    if ablation == "strict":
+    if "strict" in ablation:
         assert min(length.min() for length in lengths) >= 1 - 1e-6
 
 
@@ -223,7 +224,7 @@ def test_only_strict_forbids_short_vectors(ablation):
         model.blocks[0].mlp.down_proj.weight.div_(2)
     train(model, steps=1, lr=1e-3)
     lengths = {bound.name: norms(bound) for bound in model.bounds()}["blocks.0.mlp.down_proj.weight"]
-    assert lengths.min() > 1 - 1e-6 if ablation == "strict" else lengths.max() < 0.6
+    assert lengths.min() > 1 - 1e-6 if "strict" in ablation else lengths.max() < 0.6
 
 
 def test_along_the_model_axis_the_rows_of_the_projections_into_the_stream_are_free():
@@ -270,3 +271,19 @@ def test_a_checkpoint_brings_it_back(ablation, tmp_path):
     assert restored.config.ablation == ablation
     with torch.no_grad():
         assert torch.equal(restored(some_tokens()), model(some_tokens()))
+
+
+def test_tangent_gradients_only_turn():
+    default, model = small(), small("tangent")
+    for each in (default, model):
+        for part in range(2):  # accumulated
+            tokens = some_tokens(length=25, seed=part)
+            each.loss(tokens[:, :-1], tokens[:, 1:]).backward()
+    for name, weight in model.named_parameters():
+        expected = dict(default.named_parameters())[name].grad
+        if weight.ndim == 2:
+            unit = weight.detach() / weight.detach().norm(dim=1, keepdim=True)
+            radial = (expected * unit).sum(dim=1, keepdim=True) * unit
+            assert radial.norm() > 1e-4 * expected.norm()
+            expected = expected - radial
+        torch.testing.assert_close(weight.grad, expected, rtol=1e-4, atol=1e-7)

@@ -127,6 +127,22 @@ def test_settings_come_from_file_and_command_line(corpus, tmp_path, capsys):
     assert "4 steps of 256 tokens, learning rate 0.002" in capsys.readouterr().out
 
 
+def test_training_with_muon_says_both_rates_and_so_does_the_card(corpus, tmp_path, capsys):
+    pytest.importorskip("transformers")
+    options = ["--data", str(corpus), "--batch-tokens", "256", "--tokens", "512", "--eval-tokens", "2048"]
+    run = str(tmp_path / "run")
+    assert main(["train", "--optimizer", "muon", "--muon-lr", "3e-2", *options, *SMALL_OPTIONS, "--out", run]) == 0
+    assert "learning rate 0.012 and Muon's 0.03" in capsys.readouterr().out
+    assert main(["export", "--checkpoint", run, "--out", str(tmp_path / "hf")]) == 0
+    assert (
+        "| optimizer | Muon for the blocks' matrices, learning rate 0.03; else Adam, betas 0.9"
+        in (tmp_path / "hf/README.md").read_text()
+    )
+    capsys.readouterr()
+    assert main(["train", "--muon-lr", "3e-2", *options, "--out", str(tmp_path / "other")]) == 2
+    assert "muon_lr is the learning rate of optimizer muon: set both, or leave muon_lr out" in capsys.readouterr().err
+
+
 def test_resume_of_a_finished_run_says_so_and_changes_nothing(run, capsys):
     before = (run / "metrics.jsonl").read_text()
     assert main(["train", "--out", str(run), "--resume"]) == 0

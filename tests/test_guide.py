@@ -44,6 +44,23 @@ def test_each_step_of_the_guide_runs(steps):
         assert y.norm(dim=-1).mean().item() == pytest.approx(1, abs=0.02)
 
 
+def test_a_model_is_normalized_trained_and_made_plain_again():
+    first, second = re.findall(r"```python\n(.*?)```", GUIDE.split("## Bounded rows")[1].split("\n## ")[0], re.DOTALL)
+    torch.manual_seed(0)
+
+    def make():
+        return nn.Sequential(nn.Embedding(20, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+
+    scope = {"torch": torch, "antransformer": antransformer, "model": make()}
+    exec(first.split("\n", 1)[1] + second, scope)  # all but the loading
+    model, tokens = scope["model"], torch.arange(20)
+    model(tokens).square().sum().backward()
+    scope["optimizer"].step()
+    again = make()
+    again.load_state_dict(scope["plain"](model))
+    assert torch.equal(again(tokens), model(tokens))
+
+
 def test_the_last_step_binds_and_the_short_form_is_the_same_map():
     torch.manual_seed(0)
     model = nn.Sequential(block_after(3)[0](64), antransformer.nn.Head(64, 3))

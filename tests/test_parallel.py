@@ -21,7 +21,7 @@ from parallel_worker import ARCHITECTURES, CASES, MORE, config_of
 
 CPU = torch.device("cpu")
 WORKER = Path(__file__).with_name("parallel_worker.py")
-ROUGH = ("bfloat16", "muon-shard", "broken", "stopped")
+ROUGH = ("bfloat16", "muon-shard", "muon-tensor", "broken", "stopped")
 HYBRID = [*(f"{architecture}-hybrid" for architecture in ARCHITECTURES), "tensor-hybrid"]
 WAYS = [name for name in CASES if name not in ROUGH]
 
@@ -106,9 +106,10 @@ def test_in_half_precision_nearly_so(by_two, alone):
     check_nearly_equal(by_two / "bfloat16", alone("bfloat16"))
 
 
-def test_muon_shards_nearly_so(by_two, alone):
+@pytest.mark.parametrize("name", ["muon-shard", "muon-tensor"])
+def test_muon_shards_nearly_so(by_two, alone, name):
     """It orthogonalizes in bfloat16, and gradients averaged over two processes are not those of one to the last bit."""
-    check_equal(by_two / "muon-shard", alone("muon-shard"), 1e-2)
+    check_equal(by_two / name, alone(name), 1e-2)
 
 
 def test_what_happens_to_one_process_ends_all_at_the_same_step(by_two):

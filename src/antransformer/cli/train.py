@@ -73,9 +73,10 @@ def train(settings: dict[str, Any], folder: Path | None, resume: bool = False) -
                 with world.rank_0_first():
                     if not resume and world.rank == 0:
                         runs.create(folder, config, dataset)
+                muon = "" if config.muon_lr is None else f" and Muon's {config.muon_lr:g}"
                 progress.note(
                     f"{config.model.architecture}, {trainer.model.parameter_count() / 1e6:.2f}M parameters, "
-                    f"{config.steps:,} steps of {config.batch_tokens:,} tokens, learning rate {config.lr:g}, on "
+                    f"{config.steps:,} steps of {config.batch_tokens:,} tokens, learning rate {config.lr:g}{muon}, on "
                     f"{trainer.device}{shared(config, world)}; run folder {folder}"
                 )
                 try:

@@ -138,7 +138,8 @@ def training_facts(found: Checkpoint, folder: Path) -> Iterator[Fact]:
         yield "started from", config.init
     yield "tokens", f"{found.step * config.batch_tokens:,}, in {found.step:,} steps of {config.batch_tokens:,}"
     yield "learning rate", learning_rate(config)
-    yield "optimizer", f"Adam, betas {config.beta1} and {config.beta2}, gradients clipped at {config.clip:g}"
+    muon = "" if config.muon_lr is None else f"Muon for the blocks' matrices, learning rate {config.muon_lr:g}; else "
+    yield "optimizer", f"{muon}Adam, betas {config.beta1} and {config.beta2}, gradients clipped at {config.clip:g}"
     yield "weight decay", f"{config.weight_decay:g}"
     yield "seed", str(config.seed)
     lines = [line for line in read_metrics(folder / "metrics.jsonl") if line["step"] <= found.step and "loss" in line]

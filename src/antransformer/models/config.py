@@ -22,6 +22,8 @@ Ablation = Literal[
     "scalar-alpha",
     "strict",
     "model-axis",
+    "strict-model-axis",
+    "tangent",
     "error-1",
     "error-2",
     "error-5",
