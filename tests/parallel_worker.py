@@ -32,6 +32,7 @@ CASES |= {
     "accumulated": {"parallel": "shard", "micro_batch": 1},
     "recomputed": {"parallel": "shard", "activation_checkpointing": True},
     "compiled": {"parallel": "shard", "compile": True},
+    "muon-shard": {"parallel": "shard", "optimizer": "muon"},
     "bfloat16": {"parallel": "shard", "precision": "bfloat16"},
     "broken": {"parallel": "shard"},
     "stopped": {"parallel": "shard"},

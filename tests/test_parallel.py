@@ -21,8 +21,9 @@ from parallel_worker import ARCHITECTURES, CASES, MORE, config_of
 
 CPU = torch.device("cpu")
 WORKER = Path(__file__).with_name("parallel_worker.py")
-WAYS = [name for name in CASES if name not in ("bfloat16", "broken", "stopped")]
+ROUGH = ("bfloat16", "muon-shard", "broken", "stopped")
 HYBRID = [*(f"{architecture}-hybrid" for architecture in ARCHITECTURES), "tensor-hybrid"]
+WAYS = [name for name in CASES if name not in ROUGH]
 
 
 def torchrun(processes, *words, machines=1, **options):
@@ -56,7 +57,7 @@ def alone(corpus, tmp_path_factory):
     def train(name):
         alike = {"parallel": "replicate", "tensor_parallel": 1, "compile": False, "activation_checkpointing": False}
         config = replace(config_of(corpus, name), **alike)
-        key = (config.model.architecture, config.precision)
+        key = (config.model.architecture, config.precision, config.optimizer)
         if key not in found:
             dataset = Dataset.open(corpus)
             found[key] = folder / "-".join(key)
@@ -103,6 +104,11 @@ def check_nearly_equal(shared, single):
 
 def test_in_half_precision_nearly_so(by_two, alone):
     check_nearly_equal(by_two / "bfloat16", alone("bfloat16"))
+
+
+def test_muon_shards_nearly_so(by_two, alone):
+    """It orthogonalizes in bfloat16, and gradients averaged over two processes are not those of one to the last bit."""
+    check_equal(by_two / "muon-shard", alone("muon-shard"), 1e-2)
 
 
 def test_what_happens_to_one_process_ends_all_at_the_same_step(by_two):

@@ -49,7 +49,11 @@ class TrainConfig:
     tokens: Count = describe("tokens to train on, such as 60K or 2.5B (default: by the size)", 0)
     batch_tokens: Count = describe("tokens of one step (default: by architecture and size)", 0)
     micro_batch: int = describe("sequences in one forward pass; a step accumulates over them (default: by memory)", 0)
-    lr: float = describe("peak learning rate (default: by architecture and size)", 0.0)
+    optimizer: Literal["adam", "muon"] = describe(
+        "adam; or muon for the blocks' matrices, and adam for embedding, head and vectors", "adam"
+    )
+    lr: float = describe("peak learning rate of adam (default: by architecture and size)", 0.0)
+    muon_lr: float | None = describe("peak learning rate of muon (default: by architecture)", None)
     lr_final: float = describe("learning rate of the last step as a share of the peak", 0.01)
     warmup: float = describe("share of the run with a rising learning rate (default: angpt, ngpt 0; others 0.1)", 0.0)
     weight_decay: float = describe("decay of the weight matrices (default: angpt, ngpt 0; others 0.1)", 0.0)
@@ -89,8 +93,10 @@ class TrainConfig:
             "tensor_parallel",
         ):
             _check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        for name in ("lr", "eps", "clip"):
-            _check(name, getattr(self, name), getattr(self, name) > 0, "positive")
+        for name in ("lr", "eps", "clip", "muon_lr"):
+            _check(name, getattr(self, name), getattr(self, name) is None or getattr(self, name) > 0, "positive")
+        if (self.muon_lr is None) != (self.optimizer == "adam"):
+            raise ConfigError("muon_lr is the learning rate of optimizer muon: set both, or leave muon_lr out")
         for name in ("beta1", "beta2", "warmup"):
             _check(name, getattr(self, name), 0 <= getattr(self, name) < 1, "at least 0 and below 1")
         _check("lr_final", self.lr_final, 0 <= self.lr_final <= 1, "between 0 and 1")
@@ -171,6 +177,8 @@ def resolve(settings: Mapping[str, Any], vocab_size: int, where: str = "settings
     }
     if "lr" not in values:
         values["lr"] = defaults.learning_rate(model)
+    if values.get("optimizer") == "muon":
+        values.setdefault("muon_lr", defaults.MUON_LR[model.architecture])
     if "batch_tokens" not in values:
         values["batch_tokens"] = _whole_sequences(defaults.batch_tokens(model), model.context)
     if "tokens" not in values:

@@ -110,7 +110,9 @@ class Trainer:
         settings, seconds = found.extra.get("settings"), found.extra.get("seconds")
         if not isinstance(settings, dict) or type(seconds) is not float or not 0 < seconds < math.inf:
             raise CheckpointError(f"{found.path}: what the run wrote of itself into state.json is missing or damaged")
-        changed = [name for name, value in self._identity().items() if settings.get(name) != value]
+        # A setting that came after the checkpoint was written has its default.
+        before = {"optimizer": "adam", **settings}
+        changed = [name for name, value in self._identity().items() if before.get(name) != value]
         if changed or found.step > self.config.steps:
             raise CheckpointError(
                 f"{found.path}: written with another {changed[0] if changed else 'tokens'} than config.yaml has now: "
@@ -150,7 +152,7 @@ class Trainer:
         try:
             with StopSignals() as stop:
                 while self.done < config.steps:
-                    pending.append(self._update(self.done + 1))
+                    pending.append(self.update(self.done + 1))
                     self.done += 1
                     self.reporter.step(self.done)
                     last = self.done == config.steps
@@ -187,7 +189,7 @@ class Trainer:
                 log.close()
         return self._result(line)
 
-    def _update(self, step: int) -> tuple[Tensor, Tensor]:
+    def update(self, step: int) -> tuple[Tensor, Tensor]:
         """One optimizer step.
 
         Returns:
@@ -205,9 +207,9 @@ class Trainer:
             loss.backward()
             total += loss.detach()
         grad_norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip))
-        rate = learning_rate(step, config.steps, config.lr, warmup=config.warmup, final=config.lr_final)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            peak = group["initial_lr"]
+            group["lr"] = learning_rate(step, config.steps, peak, warmup=config.warmup, final=config.lr_final)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return total, grad_norm
