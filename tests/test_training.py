@@ -49,14 +49,14 @@ def resume(corpus, folder, **more):
 
 def run_until(trainer, step):
     """Break the run off before this step, as a power cut would."""
-    update = trainer._update
+    update = trainer.update
 
     def interrupted(number):
         if number == step:
             raise KeyboardInterrupt
         return update(number)
 
-    trainer._update = interrupted
+    trainer.update = interrupted
     with pytest.raises(KeyboardInterrupt):
         trainer.run()
 
@@ -156,7 +156,7 @@ def test_muon_steps_the_matrices_of_the_blocks_and_each_has_its_own_peak(corpus,
     matrices = ("attention.qkv_proj", "attention.out_proj", "mlp.up_proj", "mlp.gate_proj", "mlp.down_proj")
     assert inner == {f"blocks.{layer}.{name}.weight" for layer in (0, 1) for name in matrices}
     assert len(decayed) + len(others) + len(inner) == len(names)
-    trainer._update(15)
+    trainer.update(15)
     rates = [group["lr"] for group in trainer.optimizer.param_groups]
     share = learning_rate(15, 20, 1.0, warmup=0.1, final=0.01)
     assert rates == pytest.approx([trainer.config.lr * share] * 2 + [0.05 * share])
@@ -165,7 +165,7 @@ def test_muon_steps_the_matrices_of_the_blocks_and_each_has_its_own_peak(corpus,
 def test_the_rate_of_muon_is_the_angle_by_which_rows_of_unit_norm_turn(corpus, tmp_path):
     trainer = start(corpus, tmp_path / "run", optimizer="muon", muon_lr=0.05)
     before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
-    trainer._update(1)
+    trainer.update(1)
     for name, value in trainer.model.named_parameters():
         if name.startswith("blocks") and value.ndim == 2:
             angles = torch.cosine_similarity(value.detach(), before[name]).clamp(-1, 1).acos()
