@@ -120,7 +120,7 @@ def check_bounds(trainer):
 
 def fail_on_the_last_rank(trainer, world, name):
     """At step 7 the last rank alone gets a gradient that is no number, or a signal; all must end there."""
-    update = trainer._update
+    update = trainer.update
 
     def disturbed(step):
         if step == 7 and world.rank == world.size - 1:
@@ -130,7 +130,7 @@ def fail_on_the_last_rank(trainer, world, name):
                 trainer.model.embedding.register_forward_hook(lambda _module, _inputs, output: output * float("nan"))
         return update(step)
 
-    trainer._update = disturbed
+    trainer.update = disturbed
     try:
         trainer.run()
     except (DivergedError, RunStoppedError) as error:

@@ -49,14 +49,14 @@ def resume(corpus, folder, **more):
 
 def run_until(trainer, step):
     """Break the run off before this step, as a power cut would."""
-    update = trainer._update
+    update = trainer.update
 
     def interrupted(number):
         if number == step:
             raise KeyboardInterrupt
         return update(number)
 
-    trainer._update = interrupted
+    trainer.update = interrupted
     with pytest.raises(KeyboardInterrupt):
         trainer.run()
 

@@ -7,9 +7,10 @@ they are; a forward pass computes on this rank's parts, as plain tensors, and co
 the backward pass where it begins.
 """
 
+import contextlib
 import logging
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -41,24 +42,13 @@ def split(model: Decoder, mesh: DeviceMesh) -> None:
     # It warns of gathering a weight from the ranks of two axes in two messages, which only a checkpoint does.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     distribute_module(model, mesh, _split_weights)
+    # Of classes, as FSDP has them, and not of functions around each module: so all blocks are compiled as one.
     for block in model.blocks:
-        sublayers = [block.get_submodule("attention"), block.get_submodule("mlp")]
-        for sublayer in sublayers:
-            around = partial(_on_parts, list(sublayer.modules()), Partial())
-            _wrap(sublayer, "forward", partial(_sublayer, mesh), around)
-        _wrap(block, "forward", partial(_on_parts, _others(block, sublayers), Replicate()))
-    embedding = model.embedding
-    embed = partial(_embed, mesh, embedding.num_embeddings)
-    _wrap(embedding, "forward", embed, partial(_on_parts, [embedding], Partial()))
-    head = _others(model, [*model.blocks, embedding])
-    _wrap(model, "logits", partial(_logits, mesh), partial(_on_parts, head, Partial()))
-    model.loss = partial(_loss, mesh, model)  # type: ignore[method-assign]
-
-
-def _wrap(module: nn.Module, method: str, *wrappers: Callable[..., Tensor]) -> None:
-    """Put ``wrappers`` around a method, the innermost first; each gets what is inside as its first argument."""
-    for wrapper in wrappers:
-        setattr(module, method, partial(wrapper, getattr(module, method)))
+        _become(block, SplitBlock, mesh)
+        _become(block.get_submodule("attention"), SplitSublayer, mesh)
+        _become(block.get_submodule("mlp"), SplitSublayer, mesh)
+    _become(model.embedding, SplitEmbedding, mesh)
+    _become(model, SplitDecoder, mesh)
 
 
 def _split_weights(name: str, module: nn.Module, mesh: DeviceMesh) -> None:
@@ -68,30 +58,89 @@ def _split_weights(name: str, module: nn.Module, mesh: DeviceMesh) -> None:
             module.register_parameter(key, nn.Parameter(distribute_tensor(weight, mesh, [Shard(axis)])))
 
 
-def _others(module: nn.Module, without: Iterable[nn.Module]) -> list[nn.Module]:
-    """What is inside a module, itself included, but not inside one of those ``without``."""
-    left_out = {inner for child in without for inner in child.modules()}
-    return [inner for inner in module.modules() if inner not in left_out]
+def _become(module: nn.Module, way: type, mesh: DeviceMesh) -> None:
+    module.__class__ = _split_class(way, type(module), mesh)  # type: ignore[arg-type]  # a class can be hashed
 
 
-def _on_parts(modules: list[nn.Module], gradients: Placement, forward: Callable[..., Tensor], *args: Any) -> Tensor:
-    """``forward`` with this rank's part of each weight of ``modules`` in its place.
+@cache
+def _split_class(way: type, kind: type, mesh: DeviceMesh) -> type:
+    """The class ``kind``, split in a way."""
+    return type(f"{way.__name__}{kind.__name__}", (way, kind), {"mesh": mesh})
+
+
+class SplitSublayer(nn.Module):
+    """Attention or an MLP, of which this rank has some heads or hidden coordinates."""
+
+    mesh: DeviceMesh
+
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
+        """The whole output (B, T, d) on every rank, from the whole input."""
+        with _parts(self, Partial()):
+            return _leave(self.mesh, super().forward(_enter(self.mesh, x), *args))
+
+
+class SplitBlock(nn.Module):
+    """A block, whose norms and residual updates every rank computes."""
+
+    def forward(self, *args: Any) -> Tensor:
+        """As the block's own."""
+        with _parts(self, Replicate(), without=("attention", "mlp")):
+            return super().forward(*args)
+
+
+class SplitEmbedding(nn.Embedding):
+    """An embedding, of which this rank has some rows."""
+
+    mesh: DeviceMesh
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """The whole vectors (B, T, d) of ids (B, T) on every rank."""
+        row, mine = _rows(self.mesh, self.num_embeddings, tokens)
+        with _parts(self, Partial()):
+            return _leave(self.mesh, super().forward(row) * mine.unsqueeze(-1))
+
+
+class SplitDecoder(Decoder):
+    """A model, of whose vocabulary this rank has a part."""
+
+    mesh: DeviceMesh
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(B, T, d) to the logits of this rank's part, (B, T, V / N)."""
+        with _parts(self, Partial(), without=("embedding", "blocks")):
+            return super().logits(_enter(self.mesh, hidden))  # type: ignore[safe-super]
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """As ``Decoder.loss``, with logits that no rank has whole."""
+        logits = self(tokens).float()
+        largest = logits.detach().amax(-1)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, self.mesh.get_group())
+        row, mine = _rows(self.mesh, self.config.vocab_size, targets)
+        target = logits.gather(-1, row.unsqueeze(-1)).squeeze(-1) * mine
+        sums = _leave(self.mesh, torch.stack([(logits - largest.unsqueeze(-1)).exp().sum(-1), target]))
+        return (sums[0].log() + largest - sums[1]).mean()
+
+
+@contextlib.contextmanager
+def _parts(module: nn.Module, gradients: Placement, without: tuple[str, ...] = ()) -> Iterator[None]:
+    """While entered, this rank's part of each weight of ``module`` is in the weight's place, a plain tensor.
 
     Args:
-        modules: whose weights are unsharded DTensors of the mesh.
+        module: what has the weights, unsharded DTensors of the mesh.
         gradients: how those of whole weights come out: Partial where each rank uses them for its own heads or
             tokens, Replicate where all compute the same.
-        forward: what computes.
-        args: its arguments.
+        without: names of children that are left as they are.
     """
-    weights = [(vars(module), *item) for module in modules for item in module.named_parameters(recurse=False)]
+    children = [child for name, child in module.named_children() if name not in without]
+    owners = [module, *(inner for child in children for inner in child.modules())]
+    weights = [(vars(owner), *item) for owner in owners for item in owner.named_parameters(recurse=False)]
     for attributes, name, weight in weights:
         assert isinstance(weight, DTensor)
         (placement,) = weight.placements
         # An attribute of the same name hides a parameter, which stays registered.
         attributes[name] = weight.to_local(grad_placements=[gradients if placement.is_replicate() else placement])
     try:
-        return forward(*args)
+        yield
     finally:
         for attributes, name, _ in weights:
             del attributes[name]
@@ -105,31 +154,6 @@ def _enter(mesh: DeviceMesh, x: Tensor) -> Tensor:
 def _leave(mesh: DeviceMesh, x: Tensor) -> Tensor:
     """The sum of the tensors of all ranks; each gets its gradient."""
     return DTensor.from_local(x, mesh, [Partial()]).redistribute(placements=[Replicate()]).to_local()
-
-
-def _sublayer(mesh: DeviceMesh, forward: Callable[..., Tensor], x: Tensor, *args: Any) -> Tensor:
-    """A sublayer's output, from what this rank's heads or hidden coordinates add to it."""
-    return _leave(mesh, forward(_enter(mesh, x), *args))
-
-
-def _logits(mesh: DeviceMesh, forward: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-    return forward(_enter(mesh, hidden))
-
-
-def _embed(mesh: DeviceMesh, vocabulary: int, forward: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
-    row, mine = _rows(mesh, vocabulary, tokens)
-    return _leave(mesh, forward(row) * mine.unsqueeze(-1))
-
-
-def _loss(mesh: DeviceMesh, model: Decoder, tokens: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy in nats, as ``Decoder.loss``, of logits (B, T, V) that no rank has whole."""
-    logits = model(tokens).float()
-    largest = logits.detach().amax(-1)
-    dist.all_reduce(largest, dist.ReduceOp.MAX, mesh.get_group())
-    row, mine = _rows(mesh, model.config.vocab_size, targets)
-    target = logits.gather(-1, row.unsqueeze(-1)).squeeze(-1) * mine
-    sums = _leave(mesh, torch.stack([(logits - largest.unsqueeze(-1)).exp().sum(-1), target]))
-    return (sums[0].log() + largest - sums[1]).mean()
 
 
 def _rows(mesh: DeviceMesh, vocabulary: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
