@@ -16,6 +16,7 @@ from antransformer.cli import (
     fit,
     generate,
     import_,
+    plan,
     prepare,
     train,
 )
@@ -34,6 +35,7 @@ VERBS = {
     "compare": compare,
     "ablate": ablate,
     "fit": fit,
+    "plan": plan,
     "diagnose": diagnose,
     "bench": bench,
     "demo": demo,
