@@ -109,7 +109,9 @@ def outside(name: str, value: float, span: Interval) -> str | None:
 
 def shown(value: float) -> str:
     """A count of parameters or tokens, or a compute, which is larger than either."""
-    return f"{value:.2g}" if value >= 1e15 else count(float(f"{value:.3g}"))
+    if value >= 1e15:
+        return f"{value:.2g}"
+    return f"{value / 1e12:.3g}T" if value >= 1e12 else count(float(f"{value:.3g}"))
 
 
 def nearest_shipped(architecture: str, compute: float | None) -> LawFile | None:

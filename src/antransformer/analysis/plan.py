@@ -145,7 +145,7 @@ def by_compute(
     tokens = compute / (FLOPS_PER_PARAMETER * defaults.parameter_count(config))
     plan = make(config, tokens, cluster, laws, mfu)
     notes = plan.notes
-    if not 1 / 1.3 < plan.parameters / best < 1.3:
+    if not 1 / 1.1 < plan.parameters / best < 1.1:
         notes += (f"the best size would be {shown(best)} parameters; the nearest shape has {shown(plan.parameters)}",)
     if far := outside("compute", compute, laws.compute or (compute, compute)):
         notes += (f"best size: {far}",)
@@ -227,17 +227,17 @@ def _source(law: str, parameters: int, span: Interval) -> str:
 
 
 def shape(parameters: float, template: ModelConfig) -> ModelConfig:
-    """The model whose number of parameters is nearest, among the presets and shapes like theirs."""
-    sizes = [(it["width"], it["layers"]) for it in PRESETS.values() if it["width"] >= 256]
-    sizes += [(width, depth(width)) for width in range(HEAD_WIDTH, WIDEST + 1, HEAD_WIDTH)]
+    """The model of about so many parameters whose depth is nearest to what ``depth`` says.
 
-    def off(size: tuple[int, int]) -> float:  # by the matrices, which are all but a thousandth
-        width, layers = size
-        block = (4 + 3 * template.mlp_ratio) * width**2
-        return abs(math.log((layers * block + 2 * template.vocab_size * width) / parameters))
-
-    width, layers = min(sizes, key=off)
-    return with_shape(template, width, layers)
+    Widths are whole heads, and from 2,048 on multiples of eight, which eight devices can share.
+    """
+    sizes = []
+    for width in (*range(HEAD_WIDTH, 2048, HEAD_WIDTH), *range(2048, WIDEST + 1, 8 * HEAD_WIDTH)):
+        block, root = (4 + 3 * template.mlp_ratio) * width**2, 2 * template.vocab_size * width  # the matrices
+        layers = min(max(1, round((parameters - root) / block)), 4 * depth(width))
+        error = abs(math.log((layers * block + root) / parameters))
+        sizes.append((error + abs(math.log(layers / depth(width))), width, layers))
+    return with_shape(template, *min(sizes)[1:])
 
 
 def with_shape(template: ModelConfig, width: int, layers: int) -> ModelConfig:

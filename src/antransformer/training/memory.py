@@ -85,17 +85,27 @@ class Memory:
 
 @dataclass(frozen=True)
 class Kept:
-    """Bytes that autograd keeps of a module: for each token, and once."""
+    """Bytes that autograd keeps of a module.
+
+    Attributes:
+        token: for each token.
+        whole: of these, what is as wide as the model.
+        once: whatever the number of tokens.
+    """
 
     token: float
+    whole: float
     once: float
+
+    def of_tokens(self, tokens: int, tensor: int) -> float:
+        """Those of so many tokens, of which tensor-parallel devices share what is not as wide as the model."""
+        return tokens * (self.whole + (self.token - self.whole) / tensor)
 
 
 def memory(config: ModelConfig, layout: Layout, precision: torch.dtype) -> Memory:
     """The model of the peak: the larger of two moments, the loss and the backward pass of the first block.
 
-    With accumulation FSDP keeps the sum of the gradients whole on each device until the last pass. Tensor-parallel
-    devices split what is inside a block and the logits, not what is between blocks.
+    With accumulation FSDP keeps the sum of the gradients whole on each device until the last pass.
 
     Args:
         config: sizes.
@@ -113,8 +123,9 @@ def memory(config: ModelConfig, layout: Layout, precision: torch.dtype) -> Memor
     # One block computed, the next one fetched; gradients as they come and as they are summed.
     working = (size * (root + 3 * block) + WEIGHT * block) / tensor if distributed else 0.0
     tokens = layout.micro_batch * config.context
-    between, within = tokens * config.width * size, tokens * inside.token / tensor
-    of_loss, of_head = tokens * (head.token + LOSS_GRADIENTS * config.vocab_size) / tensor, head.once / tensor
+    between, within = tokens * config.width * size, inside.of_tokens(tokens, tensor)
+    of_loss = head.of_tokens(tokens, tensor) + tokens * LOSS_GRADIENTS * config.vocab_size / tensor
+    of_head = head.once / tensor
     if layout.checkpointing:
         at_loss = Memory(own, accumulated, 2 * own, of_head, gathered, config.layers * between, of_loss)
     else:
@@ -147,19 +158,19 @@ def kept(config: ModelConfig, precision: torch.dtype, distributed: bool) -> tupl
     dtype = precision if distributed else torch.float32
     length = config.context
 
-    def block(batch: int) -> int:
+    def block(batch: int) -> tuple[int, int]:
         x = torch.empty(batch, length, config.width, dtype=dtype, requires_grad=True)
         tables = rotary_tables(torch.arange(length), config.rotated, config.rotary_base)
         return _saved(model.blocks[0], (x, Places(tables)), dtype)
 
-    def head(batch: int) -> int:
+    def head(batch: int) -> tuple[int, int]:
         x = torch.empty(batch, length, config.width, dtype=dtype, requires_grad=True)
         return _saved(_Head(model), (x, torch.empty(batch, length, dtype=torch.long)), dtype)
 
-    def per_token(count: Callable[[int], int]) -> Kept:
+    def per_token(count: Callable[[int], tuple[int, int]]) -> Kept:
         with FakeTensorMode(), autocast(torch.device("cpu"), precision):
-            one, two = count(1), count(2)
-        return Kept((two - one) / length, 2 * one - two)
+            (one, whole), (two, _) = count(1), count(2)
+        return Kept((two - one) / length, whole / length, 2 * one - two)
 
     return per_token(block), per_token(head)
 
@@ -183,16 +194,19 @@ def _skeleton(config: ModelConfig) -> Decoder:
         return build(replace(config, layers=1))
 
 
-def _saved(module: nn.Module, inputs: tuple[Any, ...], dtype: torch.dtype) -> int:
-    """Bytes that autograd saves in a call of the module, parameters apart."""
+def _saved(module: nn.Module, inputs: tuple[Tensor, Any], dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes that autograd saves in a call of the module, parameters apart: all, and what is shaped as the input is."""
     weights = {name: torch.empty(it.shape, dtype=dtype, requires_grad=True) for name, it in module.named_parameters()}
     own = {weight.untyped_storage()._cdata for weight in weights.values()}
     found: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        found[tensor.untyped_storage()._cdata] = tensor
+        place = tensor.untyped_storage()._cdata
+        if place not in own:
+            found[place] = tensor
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         functional_call(module, weights, inputs)
-    return sum(it.untyped_storage().nbytes() for place, it in found.items() if place not in own)
+    sizes = {place: it.untyped_storage().nbytes() for place, it in found.items()}
+    return sum(sizes.values()), sum(sizes[place] for place, it in found.items() if it.shape == inputs[0].shape)
