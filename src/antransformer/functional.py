@@ -164,7 +164,8 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     half = rotary.cos.shape[-1]
     cos, sin = (table.unsqueeze(-2).to(x.dtype) for table in rotary)
     first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+    turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
+    return torch.cat([*turned, rest], dim=-1)
 
 
 def split_heads(qkv: Tensor, head_width: int) -> tuple[Tensor, Tensor, Tensor]:
