@@ -159,10 +159,10 @@ def show(plan: Plan, file: LawFile | None) -> None:
     if file:
         table, said = loss_table(plan, file)
         console.print(table)
-        where = file.measured or "your own"
-        console.print(f"Laws: {file.name}, measured {where}.", soft_wrap=True)
+        where = f"measured {file.measured}" if file.measured else "your own"
+        console.print(f"Laws: {file.name}, {where}.", soft_wrap=True)
     else:
-        said = [f"no loss law measured for {plan.config.architecture}: give --fits"]
+        said = [f"no loss law measured for {look(plan.config.architecture).label}: give --fits"]
     for note in (*plan.sources, *plan.notes, *said):
         console.print(f"- {note}", soft_wrap=True)
     console.print(
@@ -218,7 +218,7 @@ def loss_table(plan: Plan, file: LawFile) -> tuple[Table, list[str]]:
     for name in dict.fromkeys((plan.config.architecture, *COMPARED)):
         found = predict(file.of[name], plan.parameters, plan.tokens) if name in file.of else None
         if found is None:
-            said.append(f"{look(name).label}: no loss law measured: give --fits")
+            said.append(f"no loss law measured for {look(name).label}: give --fits")
             continue
         known = math.isfinite(found.high)
         band = f"{found.low:.3f} to {found.high:.3f} ({found.band})" if known else "unknown"
