@@ -1,4 +1,5 @@
 import json
+import math
 import sys
 from functools import partial
 
@@ -6,7 +7,8 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from antransformer.analysis.bench import Quartiles, alternate, compare, quartiles
+from antransformer.analysis.bench import Quartiles, alternate, compare, peak_memory, quartiles
+from antransformer.analysis.bench_models import TRAINEES, make
 from antransformer.cli import main
 from antransformer.inference import fold
 from antransformer.inference.sampling import next_logits, window
@@ -15,7 +17,7 @@ from antransformer.models import ModelConfig, build
 SIZES = {"vocab_size": 50, "width": 64, "layers": 2, "head_width": 32, "context": 24}
 OPTIONS = [f"--model.{name.replace('_', '-')}={value}" for name, value in SIZES.items()]
 TINY = ["bench", "--what", "generate", "--prompt", "8", "--new", "4", "--rounds", "3", "--batch", "1", "2", *OPTIONS]
-OURS = ["folded", "angpt", "gpt+", "ngpt"]
+OURS = ["folded", "gpt+", "ngpt", "angpt"]
 CONTENDERS = [*OURS, "qwen3 static", "qwen3"]
 
 
@@ -91,6 +93,78 @@ def test_compiled_generation_is_timed_too_and_qwen3_left_out_where_it_is_not_ins
     assert "qwen3 is left out: transformers is not installed: pip install 'antransformer[hf]'\n" in err
 
 
+STEP = ["bench", "--what", "step", "--batch", "2", "--rounds", "3", "--threads", "1", *OPTIONS]
+
+
+def test_training_steps_of_ours_and_of_others_are_timed(tmp_path, capsys):
+    pytest.importorskip("transformers"), pytest.importorskip("x_transformers"), pytest.importorskip("nGPT_pytorch")
+    assert main([*STEP, "--json", str(tmp_path / "speed.json")]) == 0
+    content = json.loads((tmp_path / "speed.json").read_text())
+    rows = content["rows"]
+    assert [row["contender"] for row in rows] == list(TRAINEES) and content["reference"] == "gpt+"
+    assert content["batch"] == 2 and content["versions"]["torch"] == torch.__version__
+    for row in rows:
+        assert row["speed"]["median"] == pytest.approx(2 * 24 / sorted(row["seconds"])[1])
+        assert 0 < row["utilization"]["low"] <= row["utilization"]["median"] <= row["utilization"]["high"]
+        # Parameters, both moments of Adam and gradients, of which the largest is there beside what made it.
+        assert row["memory"] > 4 * 4 * build(ModelConfig(**SIZES)).parameter_count()
+    out = capsys.readouterr().out
+    assert [line.split()[1] for line in out.splitlines() if line.strip().startswith("eager")] == list(TRAINEES)
+
+
+def test_compiled_steps_of_chosen_contenders(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    words = [*STEP, "--mode", "compiled", "--contenders", "angpt", "gpt+", "--json", str(tmp_path / "speed.json")]
+    assert main(words) == 0
+    content = json.loads((tmp_path / "speed.json").read_text())
+    assert [row["contender"] for row in content["rows"]] == ["angpt", "gpt+"] and content["reference"] == "angpt"
+    assert content["rows"][0]["ratio"] == {"low": 1, "median": 1, "high": 1}
+
+
+def test_what_is_not_installed_is_left_out(capsys, monkeypatch):
+    for module in ("transformers", "x_transformers", "nGPT_pytorch"):
+        monkeypatch.setitem(sys.modules, module, None)
+    trainees = make(list(TRAINEES), ModelConfig(**SIZES), torch.device("cpu"), print)
+    assert list(trainees) == list(TRAINEES)[:3]
+    assert capsys.readouterr().out.splitlines() == [
+        "qwen3 is left out: transformers is not installed: pip install 'antransformer[hf]'",
+        "x-transformers is left out: x-transformers is not installed: pip install 'antransformer[bench]'",
+        "ngpt-pytorch is left out: nGPT-pytorch is not installed: pip install 'antransformer[bench]'",
+    ]
+
+
+@pytest.mark.parametrize("name", TRAINEES)
+def test_all_that_is_trained_has_the_shape_and_learns_from_the_same_tokens(name):
+    shape = ModelConfig(**SIZES)
+    trainee = make([name], shape, torch.device("cpu"), print).get(name) or pytest.skip(f"{name} is not installed")
+    ours = build(shape).parameter_count()
+    assert sum(parameter.numel() for parameter in trainee.model.parameters()) == pytest.approx(ours, rel=0.05)
+    tokens = torch.randint(50, (2, 25), generator=torch.Generator().manual_seed(1))
+    first = trainee.loss(tokens)
+    changed = tokens.clone()
+    changed[:, -1] = (changed[:, -1] + 1) % 50  # the last is a target, and nothing follows from it
+    assert first.item() == pytest.approx(math.log(50), rel=0.2) and trainee.loss(changed) != first
+    for _ in range(10):
+        for group in trainee.optimizer.param_groups:
+            group["lr"] = 1e-2
+        trainee.loss(tokens).backward()
+        trainee.optimizer.step()
+        trainee.optimizer.zero_grad()
+    assert trainee.loss(tokens) < first - 0.1
+
+
+def test_peak_memory_is_that_of_all_tensors_at_once():
+    def call():
+        one = torch.empty(1000, dtype=torch.float64)
+        del one
+        one = torch.empty(1500, dtype=torch.float64)
+        other = torch.empty(500, dtype=torch.float64)
+        del one, other
+
+    assert peak_memory(call, torch.device("cpu")) == 16_000
+    assert peak_memory(lambda: None, torch.device("cpu")) == 0
+
+
 @pytest.mark.parametrize("prompts", [[[1, 2, 3], [4, 5, 6]], [[1, 2, 3], [4]]])
 @pytest.mark.parametrize("name", OURS)
 def test_a_compiled_step_is_compiled_once_for_all_tokens(name, prompts):
@@ -119,6 +193,12 @@ def test_a_compiled_step_is_compiled_once_for_all_tokens(name, prompts):
         ([*TINY, "--prompt", "0"], "prompt must be at least 1, got 0"),
         ([*TINY, "--rounds", "0"], "rounds must be at least 1, got 0"),
         ([*TINY, "--threads", "0"], "--threads must be at least 1, got 0"),
+        ([*STEP, "--prompt", "21"], "--prompt is an option of generate, not of step: leave it out"),
+        ([*TINY, "--contenders", "gpt+"], "--contenders is an option of step, not of generate: leave it out"),
+        ([*STEP, "--contenders", "gpt+", "llama"], "unknown contender 'llama': choose from gpt+, ngpt, angpt"),
+        ([*STEP, "--batch", "2", "3"], "--batch takes one number here, got 2"),
+        ([*STEP, "--batch", "0"], "batch must be at least 1, got 0"),
+        ([*STEP, "--rounds", "0"], "rounds must be at least 1, got 0"),
         ([*TINY, "--prompt", "21"], "a prompt of 21 tokens and 4 new ones do not fit the context of 24: lower one of"),
         ([*TINY, "--preset", "huge"], "unknown preset 'huge': choose from"),
         ([*TINY, "--model.width", "60"], "width 60 is not a multiple of head_width 32"),

@@ -5,16 +5,19 @@ minutes. Contenders that take turns drift together: of a comparison, the ratio w
 and its quartiles over rounds say how far.
 """
 
+import os
 import platform
 import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate
+from typing import Any, Literal
 
 import torch
 
+Mode = Literal["eager", "compiled"]
 Times = dict[str, dict[str, list[float]]]  # part of the work -> contender -> seconds, one a round
 
 
@@ -37,6 +40,8 @@ class Row:
         seconds: of each round.
         speed: units of work a second.
         ratio: this speed over that of the reference in the same round.
+        memory: bytes in use at the peak, where that was measured.
+        utilization: share of the device's speed that was used, where that is known.
     """
 
     task: dict[str, Any]
@@ -44,6 +49,8 @@ class Row:
     seconds: list[float]
     speed: Quartiles
     ratio: Quartiles
+    memory: int | None = None
+    utilization: Quartiles | None = None
 
 
 def quartiles(values: Sequence[float]) -> Quartiles:
@@ -96,6 +103,25 @@ def now(device: torch.device) -> float:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return time.perf_counter()
+
+
+def peak_memory(call: Callable[[], object], device: torch.device) -> int:
+    """Bytes that a call has allocated at its peak, over what was there when it began.
+
+    On a CPU torch's profiler reports every allocation and release of tensors. That leaves out what libraries reserve
+    for themselves, and what the process holds otherwise.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # else it writes on standard error that it began
+    with torch.autograd.profiler.profile(use_kineto=False, profile_memory=True) as profiler:
+        call()
+    events = profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    return max(accumulate((size for _, size in changes), initial=0))
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -7,22 +7,21 @@ the same shape, with random weights, the same prompt, and one loop for all.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from antransformer.analysis.bench import Row, alternate, compare, now
+from antransformer.analysis.bench import Mode, Row, alternate, compare, now
+from antransformer.analysis.bench_models import OURS, qwen3_config, replace_architecture
 from antransformer.errors import ConfigError, MissingExtraError
 from antransformer.inference import fold
 from antransformer.inference.sampling import next_logits
 from antransformer.models import Cache, Decoder, ModelConfig, build
 
-Mode = Literal["eager", "compiled"]
 Step = Callable[[Tensor, Any], Tensor]  # new tokens (B, T) and the cache to logits (B, V) of the next token
 
 REFERENCE = "folded"
-SHAPE = ("vocab_size", "width", "layers", "context", "head_width", "mlp_ratio", "rotary_fraction", "rotary_base")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +136,7 @@ def ours(settings: Settings) -> dict[str, Contender]:
     """Our architectures, anGPT folded and as it is trained."""
     torch.manual_seed(0)
     with settings.device:
-        models = {name: build(replace_architecture(settings.model, name)) for name in ("angpt", "gpt+", "ngpt")}
+        models = {name: build(replace_architecture(settings.model, name)) for name in OURS}
     models = {REFERENCE: fold(models["angpt"]), **models}
     return {name: contender(model.to(settings.dtype).eval()) for name, model in models.items()}
 
@@ -157,25 +156,11 @@ def qwen3(settings: Settings) -> dict[str, Contender]:
     Which cache is faster depends: compiled, the static one in decoding and the growing one in prefill. The static one
     comes first, since torch.compile makes the growing shapes of the other fit every contender after it.
 
-    Raises:
-        MissingExtraError: transformers is not installed, or too old.
+    Raises as ``qwen3_config``.
     """
-    try:
-        from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM, StaticCache
-    except ImportError as error:
-        raise MissingExtraError("transformers", "hf") from error
-    shape = settings.model
-    config = Qwen3Config(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.width,
-        intermediate_size=shape.mlp_width,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.heads,
-        head_dim=shape.head_width,
-        max_position_embeddings=shape.context,
-        rope_parameters={"rope_type": "default", "rope_theta": shape.rotary_base},
-    )
+    config = qwen3_config(settings.model)
+    from transformers import DynamicCache, Qwen3ForCausalLM, StaticCache
+
     with settings.device:
         model: nn.Module = Qwen3ForCausalLM(config)
     model.to(settings.dtype).eval()
@@ -189,9 +174,3 @@ def qwen3(settings: Settings) -> dict[str, Contender]:
         "qwen3 static": Contender(lambda _batch: StaticCache(config=config, max_cache_len=room), step, step),
         "qwen3": Contender(lambda _batch: DynamicCache(config=config), step, step),
     }
-
-
-def replace_architecture(model: ModelConfig, architecture: str) -> ModelConfig:
-    """A model of the same shape and of another architecture, whose own options have their defaults."""
-    shape = {name: getattr(model, name) for name in SHAPE}
-    return ModelConfig(**{**shape, "architecture": architecture})

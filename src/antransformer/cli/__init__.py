@@ -18,6 +18,7 @@ from antransformer.cli import (
     import_,
     plan,
     prepare,
+    sweep,
     train,
 )
 from antransformer.cli.options import Parser
@@ -34,6 +35,7 @@ VERBS = {
     "import": import_,
     "compare": compare,
     "ablate": ablate,
+    "sweep": sweep,
     "fit": fit,
     "plan": plan,
     "diagnose": diagnose,

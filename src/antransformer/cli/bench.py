@@ -1,11 +1,17 @@
 """Measure speed, side by side in alternation: medians over rounds, with quartiles.
 
+step: training (forward, backward, optimizer, bound), of our architectures and of other libraries in the same shape,
+each with its own model, loss and optimizer: tokens a second, memory at the peak, and the share that is used of what
+the device could do. That is what its data sheet says, or on a CPU the speed of a large matrix product in the round.
+
 generate: tokens a second while the cache is filled with a prompt and while new tokens are made, of our architectures
-and of transformers' Qwen3 in the same shape, with random weights. The ratio is that to the folded anGPT's speed, round
-by round.
+and of transformers' Qwen3 in the same shape, with random weights.
+
+The ratio is that to the speed of the first contender (of generate: the folded anGPT) in the same round.
 
 examples:
-  antransformer bench --what generate
+  antransformer bench --what step --mode both
+  antransformer bench --what step --preset 32m --model.context 256 --contenders gpt+ angpt
   antransformer bench --what generate --preset 125m --mode both --dtype bfloat16 --json speed.json
 """
 
@@ -18,13 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from antransformer.analysis import bench_generate
-from antransformer.analysis.bench import Quartiles, Row, machine
-from antransformer.cli.common import check_target
+from antransformer.analysis import bench_generate, bench_step
+from antransformer.analysis.bench import Mode, Quartiles, Row, machine
+from antransformer.analysis.bench_models import SHAPE, TRAINEES, versions
+from antransformer.cli.common import check_target, new_table
 from antransformer.cli.options import Parser, add_config, settings_of
 from antransformer.errors import ConfigError
 from antransformer.models import ModelConfig
@@ -32,11 +38,16 @@ from antransformer.models.config import PAPER_VOCABULARY, preset_sizes
 from antransformer.training.config import normalise
 from antransformer.training.device import choose_device, choose_precision
 
-USAGE = "antransformer bench --what generate [options]"
-MODES: dict[str, tuple[bench_generate.Mode, ...]] = {
+USAGE = "antransformer bench --what NAME [options]"
+MODES: dict[str, tuple[Mode, ...]] = {
     "eager": ("eager",),
     "compiled": ("compiled",),
     "both": ("eager", "compiled"),
+}
+# Of what is measured, the options that it has of those that not all have, with their defaults.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "step": {"batch": [8], "contenders": list(TRAINEES), "mode": "eager"},
+    "generate": {"batch": [1, 16], "prompt": 512, "new": 128, "mode": "eager"},
 }
 
 
@@ -45,11 +56,12 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--what", choices=BENCHES, required=True, help="what to measure")
     parser.add_argument("--preset", default="nano", metavar="NAME", help="size of the models (default nano)")
     parser.add_argument(
-        "--batch", type=int, nargs="+", default=[1, 16], metavar="N", help="sequences at once (default 1 16)"
+        "--batch", type=int, nargs="+", metavar="N", help="sequences at once (default 8; generate: 1 16)"
     )
-    parser.add_argument("--prompt", type=int, default=512, metavar="N", help="tokens of a prompt (default 512)")
-    parser.add_argument("--new", type=int, default=128, metavar="N", help="tokens to make (default 128)")
-    parser.add_argument("--mode", choices=MODES, default="eager", help="through torch.compile or not (default eager)")
+    parser.add_argument("--contenders", nargs="+", metavar="NAME", help=f"step: of {', '.join(TRAINEES)} (default all)")
+    parser.add_argument("--prompt", type=int, metavar="N", help="generate: tokens of a prompt (default 512)")
+    parser.add_argument("--new", type=int, metavar="N", help="generate: tokens to make (default 128)")
+    parser.add_argument("--mode", choices=MODES, help="through torch.compile or not (default eager)")
     parser.add_argument("--rounds", type=int, default=15, metavar="N", help="turns of each contender (default 15)")
     parser.add_argument("--threads", type=int, metavar="N", help="of the CPU (default: as torch chooses)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default auto)")
@@ -57,15 +69,16 @@ def add_arguments(parser: Parser) -> None:
         "--dtype",
         choices=("auto", "float32", "bfloat16"),
         default="auto",
-        help="of the weights (default auto: bfloat16 on a GPU)",
+        help="of the matrix products; generate: of the weights too (default auto: bfloat16 on a GPU)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures of every round there too")
     group = parser.add_argument_group("model settings", "to change what the preset says")
-    add_config(group, ModelConfig, prefix="model.", only=bench_generate.SHAPE)
+    add_config(group, ModelConfig, prefix="model.", only=SHAPE)
 
 
 def run(parsed: argparse.Namespace) -> None:
     """Measure and print."""
+    complete(parsed)
     if parsed.json:
         check_target("--json", parsed.json)
     if parsed.threads is not None:
@@ -75,18 +88,54 @@ def run(parsed: argparse.Namespace) -> None:
     facts, rows = BENCHES[parsed.what](parsed)
     Console(highlight=False).print(table(rows))
     if parsed.json:
+        facts |= {"machine": machine(choose_device(parsed.device)), "versions": versions()}
         content = {"what": parsed.what, **facts, "rows": [asdict(row) for row in rows]}
         parsed.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         print(f"figures: {parsed.json}")
 
 
+def complete(parsed: argparse.Namespace) -> None:
+    """Fill in the defaults of what is measured.
+
+    Raises:
+        ConfigError: an option was given that it does not have.
+    """
+    for name in sorted({name for options in DEFAULTS.values() for name in options}):
+        if name in DEFAULTS[parsed.what]:
+            if getattr(parsed, name) is None:
+                setattr(parsed, name, DEFAULTS[parsed.what][name])
+        elif getattr(parsed, name) is not None:
+            having = ", ".join(what for what, options in DEFAULTS.items() if name in options)
+            raise ConfigError(f"--{name} is an option of {having}, not of {parsed.what}: leave it out")
+
+
+def steps(parsed: argparse.Namespace) -> tuple[dict[str, Any], list[Row]]:
+    """What was measured of training, and its rows."""
+    device = choose_device(parsed.device)
+    settings = bench_step.Settings(
+        model=shape(parsed),
+        contenders=tuple(parsed.contenders),
+        batch=one(parsed.batch),
+        modes=MODES[parsed.mode],
+        rounds=parsed.rounds,
+        device=device,
+        precision=choose_precision(parsed.dtype, device),
+    )
+    rows = bench_step.bench_step(settings, tell)
+    facts = {
+        "model": settings.model.mapping(),
+        "batch": settings.batch,
+        "dtype": str(settings.precision),
+        "reference": rows[0].contender,
+    }
+    return facts, rows
+
+
 def generation(parsed: argparse.Namespace) -> tuple[dict[str, Any], list[Row]]:
-    """What was measured, and its rows."""
-    given = normalise({"preset": parsed.preset, **settings_of(parsed)}, "command line")
-    shape = {**preset_sizes(parsed.preset), "vocab_size": PAPER_VOCABULARY, "context": parsed.prompt + parsed.new}
+    """What was measured of generation, and its rows."""
     device = choose_device(parsed.device)
     settings = bench_generate.Settings(
-        model=ModelConfig(**{**shape, **given.get("model", {})}),
+        model=shape(parsed, context=parsed.prompt + parsed.new),
         batches=tuple(parsed.batch),
         prompt=parsed.prompt,
         new=parsed.new,
@@ -95,37 +144,60 @@ def generation(parsed: argparse.Namespace) -> tuple[dict[str, Any], list[Row]]:
         device=device,
         dtype=choose_precision(parsed.dtype, device),
     )
-    rows = bench_generate.bench_generate(settings, note=lambda text: print(text, file=sys.stderr, flush=True))
+    rows = bench_generate.bench_generate(settings, tell)
     facts = {
         "model": settings.model.mapping(),
         "prompt": settings.prompt,
         "new": settings.new,
         "dtype": str(settings.dtype),
         "reference": bench_generate.REFERENCE,
-        "machine": machine(device),
     }
     return facts, rows
 
 
-BENCHES: dict[str, Callable[[argparse.Namespace], tuple[dict[str, Any], list[Row]]]] = {"generate": generation}
+def shape(parsed: argparse.Namespace, **sizes: int) -> ModelConfig:
+    """The preset with these sizes, and those given on the command line."""
+    given = normalise({"preset": parsed.preset, **settings_of(parsed)}, "command line").get("model", {})
+    return ModelConfig(**{**preset_sizes(parsed.preset), "vocab_size": PAPER_VOCABULARY, **sizes, **given})
+
+
+def one(batches: list[int]) -> int:
+    """The batch, where there can be only one.
+
+    Raises:
+        ConfigError: there are several.
+    """
+    if len(batches) > 1:
+        raise ConfigError(f"--batch takes one number here, got {len(batches)}")
+    return batches[0]
+
+
+def tell(text: str) -> None:
+    """Progress, which is no result."""
+    print(text, file=sys.stderr, flush=True)
+
+
+BENCHES: dict[str, Callable[[argparse.Namespace], tuple[dict[str, Any], list[Row]]]] = {
+    "step": steps,
+    "generate": generation,
+}
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """Medians and quartiles."""
-    shown = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for column in (*rows[0].task, "contender"):
-        shown.add_column(column)
-    for column in ("tokens/s", "quartiles", "ratio", "quartiles"):
-        shown.add_column(column, justify="right", no_wrap=True)
+    """Medians and quartiles, and what else was measured."""
+    names = [*rows[0].task, "contender"]
+    more = (["peak MiB"] if rows[0].memory is not None else []) + (["used"] if rows[0].utilization else [])
+    shown = new_table(*names, "tokens/s", "quartiles", "ratio", "quartiles", *more)
+    for column in shown.columns[: len(names)]:
+        column.justify = "left"
     for number, row in enumerate(rows, start=1):
         last = number == len(rows) or rows[number].task != row.task
-        shown.add_row(
-            *(str(value) for value in row.task.values()),
-            row.contender,
-            *spread(row.speed, ",.0f"),
-            *spread(row.ratio, ".2f"),
-            end_section=last,
-        )
+        cells = [*spread(row.speed, ",.0f"), *spread(row.ratio, ".2f")]
+        if row.memory is not None:
+            cells.append(f"{row.memory / 2**20:,.1f}")
+        if row.utilization:
+            cells.append(f"{row.utilization.median:.0%}")
+        shown.add_row(*(str(value) for value in row.task.values()), row.contender, *cells, end_section=last)
     return shown
 
 
