@@ -71,7 +71,8 @@ def step(model, optimizer, tokens, passes, precision, after=lambda: None):
         loss.backward()
         del loss
         after()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    # One tensor at a time: to find out shapes DTensor makes whole ones without values, which the tracker would count.
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=False)
     optimizer.step()
     optimizer.zero_grad()
 

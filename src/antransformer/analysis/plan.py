@@ -3,7 +3,7 @@ both (``training.memory``, ``training.throughput``). docs/scaling.md has the rul
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -303,9 +303,8 @@ def candidates(config: ModelConfig, cluster: Cluster) -> Iterator[Layout]:
 
 
 def splits(config: ModelConfig, tensor: int) -> bool:
-    """Whether so many devices can share each matrix product."""
-    sizes: Sequence[int] = (config.heads, config.mlp_width, config.vocab_size)
-    return config.architecture in TENSOR_PARALLEL and not any(size % tensor for size in sizes)
+    """Whether so many devices can share the layers of a model."""
+    return config.architecture in TENSOR_PARALLEL and config.heads % tensor == 0
 
 
 def passes_of(layout: Layout, batch: int) -> Iterator[Layout]:
