@@ -179,7 +179,7 @@ def best_rate(level: Level) -> Chart:
         axes.set_xticks(places, [f"{place:g}" for place in places])
     axes.set(xlabel="width" if level.widths else "parameters", ylabel="best learning rate")
     legend(figure, [Named(name) for name in names])
-    note = f"{level.name}. Hollow: at an edge of what was tried."
+    note = f"{level.name}. Hollow: learning rate or batch at an edge of what was tried."
     return Chart(f"best-lr{level.slug}", "Best learning rate", note, " ".join(words), figure)
 
 
@@ -210,8 +210,7 @@ def stream_by_width(found: Sequence[Coordinates]) -> Chart:
                     (it.width, it.stream[depth]) for it in own if it.step == step and math.isfinite(it.stream[depth])
                 ]
                 style = "--" if step == steps[0] else "-"
-                label = f"{'embedding' if not depth else f'block {depth}'}" if step == steps[-1] else "_"
-                axes.plot(*_columns(line), style, marker="o", ms=3, color=colour, alpha=shade, lw=1.2, label=label)
+                axes.plot(*_columns(line), style, marker="o", ms=3, color=colour, alpha=shade, lw=1.2)
         last = [(it.width, it.stream[-1]) for it in own if it.step == steps[-1]]
         words.append(f"{look(name).label}, last block: " + ", ".join(f"{w} {value:.3g}" for w, value in last))
         _width_axis(axes, own)

@@ -1,6 +1,6 @@
 """Fit scaling laws: best learning rate and batch, loss on the compute frontier, and L(N, D), with 95% intervals.
 
-RESULTS are folders of comparisons, measured on the same data, or CSV files of your own with a header and one
+RESULTS are folders of sweeps and comparisons, measured on the same data, or CSV files of your own with a header and one
 finished run a row, whose columns are: architecture; parameters (all of them); tokens (of the whole run); batch (in
 tokens); lr (the peak); loss (held out, in nats per token; inf for a run that diverged). Other columns are ignored.
 
@@ -10,6 +10,7 @@ sizes, and the lowest loss over compute, follow power laws. docs/scaling-laws.md
 With --optima the best settings are known already: columns architecture, parameters, batch (in any unit), lr.
 
 examples:
+  antransformer fit runs/sweep
   antransformer fit runs/compare-*
   antransformer fit runs.csv --json laws.json --out pictures
   antransformer fit --optima optima.csv --json laws.json
@@ -39,7 +40,9 @@ SURFACE = ("E", "A", "B", "alpha", "beta")
 
 def add_arguments(parser: Parser) -> None:
     """Options of the verb."""
-    parser.add_argument("results", nargs="*", type=Path, metavar="RESULTS", help="folders of experiments, or CSV files")
+    parser.add_argument(
+        "results", nargs="*", type=Path, metavar="RESULTS", help="folders of sweeps and comparisons, or CSV"
+    )
     parser.add_argument("--optima", type=Path, metavar="FILE", help="CSV of best settings, in place of RESULTS")
     parser.add_argument("--bins", metavar="N", help="log-spaced bins of compute (default: four a decade)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")

@@ -15,6 +15,7 @@ examples:
 """
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,7 @@ def run(parsed: argparse.Namespace) -> None:
     if expected.runs[1]:
         say(f"to do: {in_words(expected)}")
     if expected.hours[1] > UNASKED_HOURS and not parsed.yes:
-        raise ConfigError(f"this takes up to {expected.hours[1]:.1f} hours: add --yes to start it")
+        raise ConfigError(f"this takes up to {expected.hours[1]:.1f} hours on this machine: add --yes to start it")
     with lock(folder):
         with progress:
             swept = sweeper.run()
@@ -172,9 +173,13 @@ def positive(option: str, values: Sequence[str], kind: type) -> list[Any]:
 
 def in_words(expected: Estimate) -> str:
     """How much is to be done, for a line."""
-    (runs, most), (tokens, most_tokens), (hours, most_hours) = expected.runs, expected.tokens, expected.hours
-    words = f"{runs} runs, {tokens / 1e6:,.1f}M tokens, about {hours:.2f} hours"
-    if most > runs:
-        words += f"; up to {most} runs, {most_tokens / 1e6:,.1f}M tokens, {most_hours:.2f} hours where the best lie at "
-        words += "the edges"
-    return words
+    least, most = (
+        f"{runs:,} runs, {tokens / 1e6:,.1f}M tokens, {duration(hours)}"
+        for runs, tokens, hours in zip(expected.runs, expected.tokens, expected.hours, strict=True)
+    )
+    return least if least == most else f"{least}; up to {most} where the best lie at the edges"
+
+
+def duration(hours: float) -> str:
+    """To be read before a decision."""
+    return f"about {hours:.1f} hours" if hours >= UNASKED_HOURS else f"about {math.ceil(60 * hours)} minutes"

@@ -1,0 +1,255 @@
+"""The grid search: what is tried, what is left, what fit reads; and from the command line, with real runs."""
+
+import json
+import math
+
+import pytest
+
+from antransformer.analysis import sweep_report
+from antransformer.analysis.coordinates import STEPS
+from antransformer.analysis.experiment import EXTENSIONS
+from antransformer.analysis.fits import fit
+from antransformer.analysis.jobs import Outcome
+from antransformer.analysis.observations import Observations, read_observations, swept
+from antransformer.analysis.sweep import LR_RATIO, Sweeper, plan
+from antransformer.analysis.sweep_charts import law, levels, lost
+from antransformer.analysis.sweep_results import Coordinates, Sweep
+from antransformer.cli import main, sweep
+from antransformer.data import Dataset
+from antransformer.errors import ConfigError, DataError
+from conftest import SMALL
+
+COMMON = {"model": {name: value for name, value in SMALL.items() if name != "width"}}
+WIDTHS = (32, 64, 96, 128)
+OPTIONS = ["--model.layers=1", "--model.context=32", "--model.head-width=16", "--eval-tokens=1024", "--workers=2"]
+TINY = ["--widths", "16", "--batch-tokens", "256", "--tokens", "1K"]
+
+
+class FakeQueue:
+    """Runs jobs by a formula; ``known`` are those that were done before."""
+
+    devices = ("cpu",)
+
+    def __init__(self, loss):
+        self.loss, self.known = loss, {}
+
+    def run(self, jobs):
+        self.known |= {job.name: self.outcome(job) for job in jobs}
+        return self.known
+
+    def outcome(self, job):
+        parameters = job.config.model.width * 1000
+        return Outcome(job.name, self.loss(job.config), 1.0, 0.1, parameters, "a machine")
+
+    def finished(self, job):
+        return self.known.get(job.name)
+
+
+def best_lr(config):
+    """The best rate of GPT+ falls as the width rises."""
+    return 1e-2 * ((config.model.width / 64) ** -0.5 if config.model.architecture == "gpt+" else 1.0)
+
+
+def bowl(config):
+    off = math.log(config.lr / best_lr(config)) ** 2 + math.log(config.batch_tokens / 512) ** 2
+    return 3 + 0.1 * off + 10 / config.model.width + 100 / config.tokens
+
+
+def sweeper(corpus, loss=bowl, **choices):
+    dataset = Dataset.open(corpus)
+    given = {"architectures": ["angpt", "gpt+"], "sizes": ["nano"], "tokens": [20_000], "batches": [512], "trials": 3}
+    planned = plan(COMMON, dataset.vocab_size, **{**given, **choices})
+    return Sweeper(planned, dataset, FakeQueue(loss), lambda words: None)
+
+
+def found(corpus, **choices):
+    """A sweep without the coordinates of real models."""
+    made = sweeper(corpus, **choices)
+    made.coordinates = lambda: tuple(
+        Coordinates(name, width, step, (width**-0.5, 1.0, math.inf if step else 2.0), 1.0)
+        for name in ("angpt", "gpt+")
+        for width in WIDTHS
+        for step in (0, STEPS)
+    )
+    return made.run()
+
+
+def test_rates_are_a_third_of_a_decade_apart_and_go_on_until_the_best_lies_inside(corpus):
+    made = sweeper(corpus)
+    results = made.run()
+    rates = [run.lr for run in results.runs if run.architecture == "angpt"]
+    assert rates == [5.57e-3, 1.2e-2, 2.59e-2] and rates[1] / rates[0] == pytest.approx(LR_RATIO, rel=0.01)
+    far = sweeper(corpus, loss=lambda config: abs(math.log(config.lr / 0.08)), architectures=["angpt"]).run()
+    assert [run.lr for run in far.runs] == [5.57e-3, 1.2e-2, 2.59e-2, 5.58e-2, 0.12, 0.259][: len(far.runs)]
+    assert len(far.runs) in (5, 6)
+    never = sweeper(corpus, loss=lambda config: 1 / config.lr, architectures=["angpt"]).run()
+    assert len(never.runs) == 3 + EXTENSIONS
+
+
+def test_rates_that_were_named_are_the_ones_that_are_tried(corpus):
+    results = sweeper(corpus, loss=lambda config: 1 / config.lr, lrs=[1e-3, 2e-3], seeds=2).run()
+    tried = [(run.lr, run.seed) for run in results.runs if run.architecture == "angpt"]
+    assert tried == [(1e-3, 0), (1e-3, 1), (2e-3, 0), (2e-3, 1)]
+
+
+def test_sizes_have_the_longest_context_among_them_and_whole_batches_of_the_largest(corpus):
+    dataset = Dataset.open(corpus)
+    planned = plan(
+        {}, dataset.vocab_size, ["gpt+", "angpt"], ["pico", "nano"], batches=[1024, 2048], ratios=[1, 2], trials=2
+    )
+    made = Sweeper(planned, dataset, FakeQueue(bowl), lambda words: None)
+    cells = list(planned.grids)
+    assert len(cells) == 2 * 2 * 2 * 2
+    for cell in cells:
+        config = made.config(cell, 1e-3, 0)
+        assert config.model.context == 256 and config.tokens % 2048 == 0 and config.steps * cell.batch == cell.tokens
+    # The same tokens for every architecture, although its parameters are a few more.
+    assert {cell.tokens for cell in cells if cell.architecture == "gpt+"} == {
+        cell.tokens for cell in cells if cell.architecture == "angpt"
+    }
+
+
+def test_widths_share_batch_and_rates(corpus):
+    made = sweeper(corpus, widths=(32, 512), batches=())
+    assert {cell.batch for cell in made.plan.grids} == {2048}
+    assert len({grid for cell, grid in made.plan.grids.items() if cell.architecture == "gpt+"}) == 1
+    assert {made.config(cell, 1e-3, 0).model.width for cell in made.plan.grids} == {32, 512}
+
+
+def test_what_is_done_is_not_counted_again(corpus):
+    made = sweeper(corpus, architectures=["angpt"], seeds=2)
+    (cell,) = made.plan.grids
+    assert made.missing(cell) == (6, 6 + 2 * EXTENSIONS)
+    made.queue.run(made.jobs(cell, 1.2e-2))
+    assert made.missing(cell) == (4, 4 + 2 * EXTENSIONS)
+    made.run()
+    assert made.missing(cell) == (0, 0)
+
+
+def test_fit_reads_a_sweep_and_finds_what_was_put_in(corpus, tmp_path):
+    results = found(corpus, widths=WIDTHS, batches=[256, 512, 1024], tokens=[20_480, 40_960])
+    results.save(tmp_path)
+    assert Sweep.load(tmp_path) == results
+    read = read_observations([tmp_path])
+    assert read.searches == read.runs == tuple(swept(results))
+    laws = {it.name: it.laws for it in fit(Observations(read.searches, read.runs))}
+    assert laws["gpt+"]["lr"].exponent == pytest.approx(-0.5, abs=0.02)
+    assert laws["angpt"]["lr"].exponent == pytest.approx(0.0, abs=0.02)
+
+
+def test_the_report_says_whether_the_best_rate_moves(corpus, tmp_path):
+    results = found(corpus, widths=WIDTHS, trials=5)
+    (level,) = levels(results)
+    assert law(level, "gpt+").exponent == pytest.approx(-0.5, abs=0.02)
+    widest = level.optima("gpt+")[-1]
+    assert lost(level, "gpt+", widest) == pytest.approx(0.1 * math.log(2) ** 2, abs=0.02)
+    assert lost(level, "angpt", level.optima("angpt")[-1]) == pytest.approx(0, abs=1e-3)
+    pytest.importorskip("matplotlib")
+    page, *pictures = sweep_report.write(results, tmp_path)
+    assert {path.name for path in pictures} == {"loss-lr.png", "best-lr.png", "coordinates.png", "logits.png"}
+    assert "GPT+: best learning rate ~ width^-0.5" in page.read_text()
+
+
+def test_diverged_runs_are_kept_and_drawn(corpus, tmp_path):
+    results = found(corpus, loss=lambda config: math.inf if config.lr > 0.01 else bowl(config), widths=WIDTHS[:2])
+    results.save(tmp_path)
+    assert Sweep.load(tmp_path) == results and any(math.isinf(run.loss) for run in results.runs)
+    nothing = found(corpus, loss=lambda config: math.inf, widths=WIDTHS[:2])
+    assert "too few sizes" in sweep_report.lead(nothing)
+    pytest.importorskip("matplotlib")
+    for each in (results, nothing):
+        assert sweep_report.write(each, tmp_path)
+
+
+def test_a_damaged_sweep_is_refused_in_one_line(corpus, tmp_path):
+    sweeper(corpus).run().save(tmp_path)
+    whole = json.loads((tmp_path / "sweep.json").read_text())
+    first = whole["runs"][0]
+    for entry in ({**first, "lr": None}, {**first, "batch": 0}, {**first, "loss": "low"}, {**first, "folder": "../x"}):
+        (tmp_path / "sweep.json").write_text(json.dumps({**whole, "runs": [entry]}))
+        with pytest.raises(DataError, match="damaged"):
+            read_observations([tmp_path])
+    for content in ("[]", "{", json.dumps({**whole, "runs": []}), json.dumps({**whole, "version": 2})):
+        (tmp_path / "sweep.json").write_text(content)
+        with pytest.raises(DataError, match="damaged"):
+            read_observations([tmp_path])
+
+
+@pytest.fixture(scope="module")
+def small_sweep(corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep") / "out"
+    words = ["sweep", "--data", str(corpus), "--out", str(folder), *TINY, "--lrs", "1e-3", "1e-2", *OPTIONS]
+    assert main(words) == 0
+    return folder, words
+
+
+def test_a_sweep_leaves_runs_a_page_and_what_fit_reads(small_sweep, capsys):
+    folder, words = small_sweep
+    results = Sweep.load(folder)
+    assert [(run.width, run.lr) for run in results.runs] == [(16, 1e-3), (16, 1e-2)]
+    assert [(it.width, it.step) for it in results.coordinates] == [(16, 0), (16, STEPS)]
+    start = results.coordinates[0]
+    assert start.stream[0] == pytest.approx(16**-0.5, rel=0.01)  # a unit norm
+    assert (folder / "report.html").stat().st_size > 10_000
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "to do" not in out and out.count("(done before)") == 2
+    assert main(["fit", str(folder)]) == 2
+    assert "too few sizes" in capsys.readouterr().err
+
+
+def test_a_sweep_of_other_data_or_settings_is_refused(small_sweep, corpus, capsys, monkeypatch):
+    _, words = small_sweep
+    assert main([*words, "--model.layers=2"]) == 2
+    assert "was made with model.layers 1, not 2: choose another --out" in capsys.readouterr().err
+    monkeypatch.setattr(Dataset, "digest", property(lambda self: "0" * 64))
+    assert main(words) == 2
+    errors = capsys.readouterr().err
+    assert "was trained on other data than" in errors and errors.count("\n") == 1
+
+
+def test_past_an_hour_it_asks_first(corpus, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sweep, "UNASKED_HOURS", 0.0)
+    words = ["sweep", "--data", str(corpus), "--out", str(tmp_path / "out"), *TINY, *OPTIONS]
+    assert main(words) == 2
+    captured = capsys.readouterr()
+    assert "to do: 5 runs, 0.0M tokens" in captured.out and "up to 9 runs" in captured.out
+    assert "add --yes to start it" in captured.err and captured.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--architectures", "angtp"], "unknown architecture 'angtp': did you mean angpt?"),
+        (["--sizes", "tiny"], "unknown preset 'tiny'"),
+        (["--widths", "64", "64"], "--widths names the same twice: 64 64"),
+        (["--widths", "40"], "width 40 is not a multiple of head_width 16"),
+        (["--widths", "wide"], "--widths must be a whole number, got 'wide'"),
+        (["--batch-tokens", "0"], "--batch-tokens must be above 0, got 0"),
+        (["--batch-tokens", "1M", "--tokens", "1K"], "1,000 tokens are less than one batch of"),
+        (["--tokens", "1K", "1010", "--batch-tokens", "256"], "come to the same number of batches of 256"),
+        (["--tokens", "1K", "--tokens-per-param", "5"], "give --tokens or --tokens-per-param, not both"),
+        (["--lrs", "fast"], "--lrs must be a number, got 'fast'"),
+        (["--lrs", "1e-3", "--lr-trials", "3"], "--lr-trials is for --lrs auto"),
+        (["--data", "nowhere"], "nowhere: no such folder"),
+        (["--devices", "tpu"], "device 'tpu' is not available here"),
+        (["--lr", "1"], "unknown option --lr"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_status_2(arguments, message, corpus, capsys, tmp_path):
+    assert main(["sweep", "--data", str(corpus), "--out", str(tmp_path / "out"), *OPTIONS, *arguments]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.count("\n") == 1 and captured.out == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_folder_of_a_comparison_is_refused(corpus, tmp_path, capsys):
+    (tmp_path / "results.json").write_text("{}")
+    assert main(["sweep", "--data", str(corpus), "--out", str(tmp_path), *OPTIONS]) == 2
+    assert "holds a comparison or an ablation" in capsys.readouterr().err
+
+
+def test_the_plan_refuses_what_comes_to_the_same(corpus):
+    with pytest.raises(ConfigError, match="--batch-tokens names the same twice"):
+        sweeper(corpus, batches=[512, 513])
