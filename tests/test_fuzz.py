@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from antransformer.analysis import statistics
+from antransformer.analysis.laws import SHIPPED, predict, read_laws
 from antransformer.analysis.results import Results
 from antransformer.analysis.verdict import verdict
 from antransformer.cli import common, main
@@ -48,7 +49,7 @@ from antransformer.training.trainer import Trainer
 from test_report import contender, experiment
 
 CASES = int(os.environ.get("ANTRANSFORMER_FUZZ_CASES", "300"))
-SHARES = 10  # tests with an equal share of the cases
+SHARES = 11  # tests with an equal share of the cases
 SECONDS = 30  # no case is near it; what takes longer hangs
 TINY = {"width": 32, "layers": 1, "context": 16, "head_width": 32}
 DEEP = 100_000  # far past any parser's recursion
@@ -407,6 +408,23 @@ def test_settings(root, data):
     with case(root) as folder:
         put(folder / "my.yaml", content, kind)
         command("train", "--config", folder / "my.yaml", "--out", folder / "run")
+
+
+LAW = json.loads((SHIPPED / "paper.json").read_text())
+SURFACE = {"E": 1.7, "A": 400.0, "B": 410.0, "alpha": 0.34, "beta": 0.28, "points": 9, "error": 0.01}
+SURFACE |= {"sizes": [1e6, 1e8], "tokens": [1e7, 1e9], "covariance": [[1e-4] * 5] * 5}
+
+
+@fuzz(st.data())
+def test_laws(root, data):
+    content, kind = data.draw(json_files({**LAW, "angpt": {**LAW["angpt"], "surface": SURFACE}})), data.draw(strange)
+    with case(root) as folder:
+        put(folder / "laws.json", content, kind)
+        with one_line():
+            for laws in read_laws(folder / "laws.json").of.values():
+                predict(laws, 1e7, 1e9)
+                if laws.compute:
+                    laws.best_size(1e18)
 
 
 # Prepared data

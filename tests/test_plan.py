@@ -1,0 +1,339 @@
+"""antransformer plan: from a budget to a config that train accepts; the laws, the memory and the traffic behind it."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from antransformer.analysis import laws, scaling
+from antransformer.analysis import plan as plans
+from antransformer.analysis.fits import fit
+from antransformer.analysis.laws import nearest_shipped, predict, read_laws
+from antransformer.analysis.observations import Observation, Observations
+from antransformer.analysis.plan import Cluster
+from antransformer.cli import main
+from antransformer.errors import ConfigError, DataError
+from antransformer.models import ModelConfig
+from antransformer.training.config import read_yaml, resolve
+from antransformer.training.defaults import parameter_count
+from antransformer.training.memory import Layout, block_parameters, kept, memory
+from antransformer.training.throughput import expected_mfu, flops_per_token, traffic
+from memory_tracker import in_fresh_process
+
+SMALL = ModelConfig(width=256, layers=4, context=128, vocab_size=1024)
+H100S = Cluster("h100", 8, 8, 50e9)
+HALF = torch.bfloat16
+SHAPE = ("--width", 128, "--layers", 3, "--context", 64, "--vocab-size", 512)
+
+
+@pytest.fixture(scope="module")
+def fits(tmp_path_factory):
+    """What antransformer fit --json leaves of runs that follow a law, with noise."""
+    noise = np.random.default_rng(0)
+    rows = [
+        Observation(
+            name,
+            n,
+            ratio * n,
+            8192,
+            1e-3,
+            (2 + floor + 400 / n**0.33 + 500 / (ratio * n) ** 0.3) * noise.normal(1, 0.003),
+        )
+        for name, floor in (("angpt", 0.0), ("gpt+", 0.1))
+        for n in (3e5, 6e5, 1.2e6, 2.4e6)
+        for ratio in (5, 20, 80)
+    ]
+    path = tmp_path_factory.mktemp("fits") / "laws.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scaling, "SURFACE_RESAMPLES", 0)
+        content = {it.name: it.content() for it in fit(Observations((), tuple(rows)))}
+    path.write_text(json.dumps(content))
+    return path
+
+
+def planned(capsys, *words):
+    assert main(["plan", *map(str, words)]) == 0
+    return capsys.readouterr().out
+
+
+def config_of(out):
+    """The file that is printed below the tables."""
+    return resolve(yaml.safe_load(out[out.rindex("\n# ") :]), 50_304)
+
+
+def test_compute_to_a_config_by_the_papers_laws(capsys):
+    out = planned(capsys, "--flops", "1e20")
+    config = config_of(out)
+    size = parameter_count(config.model)
+    assert size == pytest.approx(0.6505 * 1e20**0.4514, rel=0.05)
+    assert 6 * size * config.tokens == pytest.approx(1e20, rel=0.01)
+    assert config.lr == pytest.approx(0.065 * size**-0.178, rel=0.01)
+    assert config.batch_size == pytest.approx(1.1e-6 * size**0.984, rel=0.1) and config.batch_size % 8 == 0
+    assert f"{config.steps:,}" in out and f"{config.batch_size:,} sequences of 2,048" in out
+    for name, loss in (("anGPT", 28.4 * 1e20**-0.053), ("GPT+", 32.6 * 1e20**-0.056)):
+        (line,) = [line for line in out.splitlines() if line.strip().startswith(f"{name} ") and "L(C)" in line]
+        assert float(line.split()[1]) == pytest.approx(loss, abs=2e-3) and "by rounding alone" in line
+    assert "Laws: paper.json, measured by the authors of arXiv:2505.22014 on SlimPajama" in out
+    assert "outside" not in out and "times the largest" not in out
+
+
+def test_what_lies_outside_of_what_was_measured_is_said_with_how_far(capsys):
+    out = planned(capsys, "--tokens", "2T", "--size", "3B", "--gpus", 512)
+    assert "loss of anGPT, outside of what was measured: compute 3.6e+22 is 1" in out
+    assert "learning rate: the paper's law; parameters 3.02B is 2.75 times the largest measured, 1.1B" in out
+
+
+def test_hours_of_gpus_are_used_up(tmp_path, capsys):
+    target = tmp_path / "plan.yaml"
+    words = ["--gpus", 8, "--gpu", "a100-80gb", "--hours", 10, "--mfu", 0.5, "--architecture", "gpt+"]
+    out = planned(capsys, *words, "--out", target)
+    config = resolve(read_yaml(target), 50_304)
+    assert config.tokens * flops_per_token(config.model) == pytest.approx(8 * 312e12 * 0.5 * 36_000, rel=0.02)
+    assert config.model.architecture == "gpt+" and config.warmup > 0 and config.precision == "bfloat16"
+    assert "50.0%" in out and "10 hours" in out and f"train --config {target} --data FOLDER" in out
+    assert main(["plan", "--flops", "1e18", "--out", str(target)]) == 2
+    assert "exists, and is not overwritten" in capsys.readouterr().err
+    assert resolve(read_yaml(target), 50_304) == config
+
+
+def test_tokens_and_a_preset(capsys):
+    config = config_of(planned(capsys, "--tokens", "100B", "--size", "0.5b"))
+    assert (config.preset, config.model.width, config.model.layers) == ("0.5b", 1024, 24)
+    assert config.tokens == pytest.approx(100e9, rel=1e-3)
+
+
+def test_laws_of_the_users_own(fits, capsys):
+    out = planned(capsys, "--flops", "1e14", "--fits", fits, "--vocab-size", 512, "--context", 256, "--gpus", 1)
+    assert "Laws: laws.json, measured your own" not in out and "Laws: laws.json, your own" in out
+    (line,) = [line for line in out.splitlines() if line.strip().startswith("anGPT ") and "L(N, D)" in line]
+    words = line.split()
+    low, loss, high = float(words[2]), float(words[1]), float(words[4])
+    assert low < loss < high and words[5] == "(95%)"
+    # The band is the fit's own, at the model's size and the run's tokens.
+    config = resolve(yaml.safe_load(out[out.rindex("\n# ") :]), 512)
+    found = predict(read_laws(fits).of["angpt"], parameter_count(config.model), config.tokens)
+    assert (found.loss, found.low, found.high) == pytest.approx((loss, low, high), abs=1e-3)
+    assert "one device" in out
+
+
+def test_a_band_as_the_fit_has_it_and_none_where_it_has_none(fits):
+    content = json.loads(fits.read_text())
+    surface = read_laws(fits).of["angpt"].surface
+    # By hand: the slope of log L in each of the five numbers, and Student's t with 7 degrees of freedom.
+    n, d = 1e6, 2e7
+    size, data = surface.A / n**surface.alpha, surface.B / d**surface.beta
+    slope = np.array([1, size, data, -size * math.log(n), -data * math.log(d)]) / surface(n, d)
+    error = math.sqrt(slope @ np.array(content["angpt"]["surface"]["covariance"]) @ slope)
+    found = predict(read_laws(fits).of["angpt"], n, d)
+    assert math.log(found.high / found.loss) == pytest.approx(2.3646 * error, rel=1e-3)
+    assert not found.outside
+    content["angpt"]["surface"]["covariance"] = [[None] * 5] * 5
+    fits.with_name("without.json").write_text(json.dumps(content))
+    unknown = predict(read_laws(fits.with_name("without.json")).of["angpt"], n, 1e10)
+    assert unknown.high == math.inf and unknown.outside == ("tokens 10B is 52.1 times the largest measured, 192M",)
+
+
+def test_of_shipped_laws_those_measured_nearest_count(fits, tmp_path, monkeypatch):
+    shipped = tmp_path / "laws"
+    shipped.mkdir()
+    (shipped / "paper.json").write_text((laws.SHIPPED / "paper.json").read_text())
+    (shipped / "cpu.json").write_text(json.dumps({"measured": "on a CPU", **json.loads(fits.read_text())}))
+    monkeypatch.setattr(laws, "SHIPPED", shipped)
+    assert nearest_shipped("angpt", 1e13).measured == "on a CPU"
+    assert nearest_shipped("angpt", 1e20).name == "paper.json"
+    assert nearest_shipped("ngpt", 1e20) is None
+
+
+def test_every_shipped_law_says_where_it_was_measured():
+    for path in laws.SHIPPED.glob("*.json"):
+        file = read_laws(path)
+        assert len(file.measured) > 40 and {"angpt", "gpt+"} <= file.of.keys()
+        assert all(it.compute for it in file.of.values())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "give one budget: --flops, or --hours with --gpus, or --tokens with --size"),
+        (["--flops", "1e20", "--hours", "3", "--gpus", "8"], "give one budget"),
+        (["--hours", "3"], "give one budget"),
+        (["--size", "1b"], "give one budget"),
+        (["--flops", "0"], "--flops must be above 0 and below 1e30, got 0"),
+        (["--flops=-1e20"], "--flops must be above 0"),
+        (["--flops", "much"], "--flops must be a number, got 'much'"),
+        (["--flops", "1e20", "--gpu", "h10"], "unknown --gpu h10: did you mean h100?; known are b200, h200, h100-pcie"),
+        (["--flops", "1e20", "--gpus", "0"], "--gpus must be at least 1, got 0"),
+        (["--flops", "1e20", "--gpus", "12"], "12 GPUs are not whole machines of 8"),
+        (["--flops", "1e20", "--mfu", "1.4"], "--mfu must be at most 1, a share, got 1.4"),
+        (["--flops", "1e20", "--network", "0"], "--network must be above 0"),
+        (["--flops", "1e20", "--architecture", "bert"], "unknown --architecture bert; known are angpt"),
+        (["--flops", "1e20", "--architecture", "ngpt"], "no loss law measured for ngpt: give --fits"),
+        (["--flops", "1e20", "--vocab-size", "many"], "--vocab-size must be a whole number"),
+        (["--flops", "1e20", "--fits", "nowhere.json"], "nowhere.json: No such file"),
+        (["--flops", "1e20", "--fits", "half.json"], "no law of the best size of angpt in half.json: give --fits with"),
+        (["--flops", "1e20", "--fits", "list.json"], "list.json: no laws as antransformer fit --json writes them"),
+        (["--flops", "1e20", "--out", "no/where.yaml"], "--out no/where.yaml"),
+        (["--tokens", "0", "--size", "1b"], "--tokens must be above 0"),
+        (["--tokens", "1B", "--size", "huge"], "--size must be one of pico, nano, 32m"),
+        (
+            ["--tokens", "1B", "--size", "70B", "--gpus", "1"],
+            "69.8B parameters fit on 1 h100 in no way: each would need",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    law = {"coefficient": 1e-6, "exponent": 0.98, "span": [1e6, 1e7]}
+    (tmp_path / "half.json").write_text(json.dumps({"angpt": {"batch": law}}))
+    (tmp_path / "list.json").write_text("[1]")
+    assert main(["plan", *words]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.count("\n") == 1 and captured.out == ""
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"coefficient": -1},
+        {"coefficient": "1"},
+        {"coefficient": True},
+        {"exponent": 1e9},
+        {"exponent": None},
+        {"span": [1e20, 1e17]},
+        {"span": [1e20]},
+        {"covariance": [[1, 2]]},
+        {"covariance": [[1, "a"], [1, 2]]},
+        {"points": "many"},
+    ],
+)
+def test_what_is_no_law_is_refused(change, tmp_path):
+    content = json.loads((laws.SHIPPED / "paper.json").read_text())
+    content["angpt"]["size"] |= change
+    (tmp_path / "laws.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match="no laws as antransformer fit --json writes them"):
+        read_laws(tmp_path / "laws.json")
+
+
+def test_an_architecture_without_laws_still_has_a_plan(capsys):
+    out = planned(capsys, "--tokens", "1B", "--size", "32m", "--architecture", "ngpt", "--gpus", 1)
+    assert "no loss law measured for nGPT: give --fits" in out and config_of(out).model.architecture == "ngpt"
+
+
+# Sizes and ways to share
+
+
+@pytest.mark.parametrize("parameters", [2e7, 1e8, 6.9e8, 7e9, 7e10, 5e11])
+def test_shapes_have_about_the_parameters_and_can_be_split(parameters):
+    config = plans.shape(parameters, SMALL)
+    assert parameter_count(config) == pytest.approx(parameters, rel=0.06)
+    assert (config.context, config.vocab_size) == (128, 1024)
+    assert config.width < 2048 or plans.splits(config, 8)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "devices", "way", "tensor", "checkpointing"),
+    [
+        (5e8, 8, "replicate", 1, False),
+        (7e9, 8, "shard", 1, False),
+        (3e10, 256, "shard", 8, False),
+        (7e10, 1024, "shard", 1, True),
+    ],
+)
+def test_the_simplest_way_that_fits_and_is_not_slow(parameters, devices, way, tensor, checkpointing):
+    config, batch = plans.shape(parameters, ModelConfig()), 16 * devices
+    layout, need = plans.share(config, batch, Cluster("h100", devices, 8, 50e9))
+    assert (layout.way, layout.tensor, layout.checkpointing) == (way, tensor, checkpointing)
+    assert need.total < 0.9 * 80e9 and need == memory(config, layout, HALF)
+    assert layout.copies * layout.passes * layout.micro_batch == pytest.approx(batch, rel=0.1)
+
+
+def test_nothing_is_recommended_that_does_not_fit():
+    with pytest.raises(ConfigError, match="fit on 8 rtx4090 in no way: each would need"):
+        plans.share(plans.shape(7e10, ModelConfig()), 64, Cluster("rtx4090", 8, 8, 50e9))
+
+
+# Memory
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param(("--architecture", "angpt"), marks=pytest.mark.slow),
+        ("--devices", 16, "--way", "hybrid", "--passes", 2, "--architecture", "gpt+"),
+        pytest.param(("--devices", 4, "--way", "shard", "--checkpointing"), marks=pytest.mark.slow),
+        pytest.param(("--devices", 4, "--way", "replicate", "--checkpointing"), marks=pytest.mark.slow),
+        pytest.param(("--precision", "float32", "--passes", 2), marks=pytest.mark.slow),
+        pytest.param(("--checkpointing", "--architecture", "gpt+"), marks=pytest.mark.slow),
+    ],
+)
+def test_the_model_agrees_with_torchs_memory_tracker(words):
+    measured, expected = in_fresh_process("tracked", *SHAPE, "--micro-batch", 4, *words)
+    assert expected == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.slow
+def test_the_model_agrees_with_the_memory_of_a_real_process():
+    words = ["--precision", "float32", "--width", 512, "--layers", 6, "--context", 512, "--vocab-size", 8192]
+    measured, expected = in_fresh_process("resident", *words, "--micro-batch", 4)
+    assert expected == pytest.approx(measured, rel=0.15)
+
+
+def test_parts_of_the_memory():
+    alone = memory(SMALL, Layout(micro_batch=8), HALF)
+    block, root = block_parameters(SMALL)
+    assert block * 4 + root == parameter_count(SMALL)
+    assert alone.parameters == 4 * parameter_count(SMALL) and alone.optimizer == 2 * alone.parameters
+    assert memory(SMALL, Layout(micro_batch=16), HALF).activations == 2 * alone.activations
+    assert memory(replace(SMALL, vocab_size=2048), Layout(micro_batch=8), HALF).logits == pytest.approx(
+        2 * alone.logits, rel=0.1
+    )
+    sharded = memory(SMALL, Layout("shard", 64, micro_batch=8), HALF)
+    hybrid = memory(SMALL, Layout("hybrid", 64, micro_batch=8), HALF)
+    assert sharded.parameters == alone.parameters / 64 and hybrid.parameters == alone.parameters / 8
+    # With accumulation the gradients of all parameters stay on every device, however these are shared.
+    passes = memory(SMALL, Layout("shard", 64, micro_batch=8, passes=2), HALF)
+    assert passes.gradients == alone.parameters and not sharded.gradients
+    split = memory(SMALL, Layout("shard", 64, tensor=4, micro_batch=8), HALF)
+    assert sharded.activations / 4 < split.activations < sharded.activations
+    again = memory(SMALL, Layout("shard", 64, checkpointing=True, micro_batch=8), HALF)
+    assert again.activations < sharded.activations / 3 and again.copies < sharded.copies / 3
+
+
+def test_angpt_keeps_scaled_copies_of_its_weights_and_gpt_plus_does_not():
+    """So sharding alone does not bound the memory of anGPT; computing blocks again does."""
+    block, _ = block_parameters(SMALL)
+    angpt, _ = kept(SMALL, HALF, distributed=True)
+    sizes = {name: getattr(SMALL, name) for name in ("width", "layers", "context", "vocab_size")}
+    gpt_plus, _ = kept(ModelConfig(architecture="gpt+", **sizes), HALF, distributed=True)
+    assert angpt.once == pytest.approx(2 * block, rel=0.05) and gpt_plus.once < 0.1 * block
+
+
+# Traffic
+
+
+def test_bytes_that_are_sent():
+    parameters = parameter_count(SMALL)
+    tokens = 8 * SMALL.context
+    alone = traffic(SMALL, Layout(micro_batch=8))
+    assert (alone.shards, alone.replicas, alone.tensor) == (0, 0, 0)
+    replicas = traffic(SMALL, Layout("replicate", 8, micro_batch=8))
+    assert (replicas.shards, replicas.tensor) == (0, 0)
+    assert replicas.replicas == 2 * 4 * parameters * 7 / 8  # a sum in a ring: scattered, then gathered
+    shards = traffic(SMALL, Layout("shard", 8, micro_batch=8, passes=3))
+    assert shards.replicas == 0 and shards.shards == (3 * 2 * 2 + 4) * parameters * 7 / 8
+    split = traffic(SMALL, Layout("shard", 8, tensor=8, micro_batch=8))
+    assert split.tensor == 4 * 4 * (2 * tokens * 256 * 2) * 7 / 8  # four sums in each of four layers
+
+
+def test_a_slow_network_is_seen():
+    config, gpu = plans.shape(1e9, ModelConfig()), H100S.gpu
+    layout = Layout("shard", 64, 8, micro_batch=8)
+    fast, slow = (expected_mfu(config, layout, gpu, network) for network in (50e9, 1e9))
+    assert slow < 0.5 * fast < fast < 0.4
+    assert expected_mfu(config, replace(layout, way="hybrid"), gpu, 1e9) > slow
+    recomputed = expected_mfu(config, replace(layout, checkpointing=True), gpu, 50e9)
+    assert recomputed == pytest.approx(0.75 * fast, rel=0.05)
