@@ -21,25 +21,37 @@ from antransformer.training.trainer import Trainer
 from conftest import SMALL, Notes
 
 ARCHITECTURES = ("angpt", "gpt+", "ngpt")
+SPLIT = ("angpt", "gpt+")
 CASES = {
     f"{a}-{way}": {"parallel": way, "model": {"architecture": a}}
     for a in ARCHITECTURES
     for way in ("replicate", "shard")
 }
-CASES |= {f"{a}-hybrid": {"parallel": "hybrid", "model": {"architecture": a}} for a in ARCHITECTURES}
+CASES |= {f"{a}-tensor": {"parallel": "shard", "tensor_parallel": 2, "model": {"architecture": a}} for a in SPLIT}
 CASES |= {
     "accumulated": {"parallel": "shard", "micro_batch": 1},
     "recomputed": {"parallel": "shard", "activation_checkpointing": True},
     "compiled": {"parallel": "shard", "compile": True},
+    "muon-shard": {"parallel": "shard", "optimizer": "muon"},
     "bfloat16": {"parallel": "shard", "precision": "bfloat16"},
     "broken": {"parallel": "shard"},
     "stopped": {"parallel": "shard"},
+}
+# Those that need four processes, or that time is left for there only.
+MORE = {f"{a}-hybrid": {"parallel": "hybrid", "model": {"architecture": a}} for a in ARCHITECTURES}
+MORE |= {f"{a}-tensor-replicate": {"tensor_parallel": 2, "model": {"architecture": a}} for a in SPLIT}
+MORE |= {
+    "tensor-hybrid": {"parallel": "hybrid", "tensor_parallel": 2},
+    "tensor-accumulated": {"parallel": "shard", "tensor_parallel": 2, "micro_batch": 1},
+    "tensor-recomputed": {"parallel": "shard", "tensor_parallel": 2, "activation_checkpointing": True},
+    "tensor-compiled": {"parallel": "shard", "tensor_parallel": 2, "compile": True},
+    "tensor-bfloat16": {"parallel": "shard", "tensor_parallel": 2, "precision": "bfloat16"},
 }
 
 
 def config_of(corpus, name):
     """Settings of a case: 20 steps of 8 windows."""
-    case = CASES[name]
+    case = (CASES | MORE)[name]
     base = {"data": str(corpus), "batch_tokens": 256, "tokens": 256 * 20, "log_every": 1, "eval_tokens": 2048}
     model = {**SMALL, **case.get("model", {})}
     return resolve({**base, "lr": 1e-2, "checkpoint_every": 10, "eval_every": 10, **case, "model": model}, 257)
@@ -68,19 +80,20 @@ def check_start(trainer):
     alone = build(trainer.config.model).state_dict()
     for name, value in trainer.model.state_dict().items():
         torch.testing.assert_close(parallel.whole(value), alone[name], rtol=1e-6, atol=0)
-    whole = trainer.config.parallel == "replicate"
+    whole = trainer.config.parallel == "replicate" and trainer.config.tensor_parallel == 1
     weight = trainer.model.embedding.weight
     assert (weight.to_local().shape == weight.shape) == whole
 
 
 def check_bounds(trainer):
-    """They hold for every row on every rank, and keeping those of rows needs no communication."""
+    """They hold for every row on every rank, and rows need no communication but where their columns are split."""
     for bound in trainer.model.bounds():
         lengths = norms(bound).to_local()
         assert lengths.numel() == 0 or lengths.max() <= 1 + 1e-6, bound.name
     with CommDebugMode() as traffic:
         project_(bound for bound in trainer.model.bounds() if bound.axis == 1)
-    assert traffic.get_total_counts() == 0
+    split = trainer.config.tensor_parallel > 1 and trainer.model.bounds()
+    assert traffic.get_total_counts() == (2 * trainer.config.model.layers if split else 0)
 
 
 def fail_on_the_last_rank(trainer, world, name):

@@ -168,8 +168,14 @@ def test_batches_are_whole_sequences():
         ({"width": 64}, "config.yaml: unknown key width: did you mean model.width?"),
         ({"model": {"width": 2**40}}, "width must be a positive integer below 2^31"),
         ({"model": {"s_scale": 1e300}}, "s_scale must be a positive number of ordinary size, got 1e+300"),
+        ({"muon_lr": 0.02}, "muon_lr is the learning rate of optimizer muon: set both, or leave muon_lr out"),
+        ({"optimizer": "muon", "muon_lr": 0}, "muon_lr must be positive, got 0.0"),
+        ({"optimizer": "sgd"}, "config.yaml: optimizer must be one of adam, muon, got 'sgd'"),
         ({"warmup": 1}, "warmup must be at least 0 and below 1, got 1.0"),
         ({"log_every": 0}, "log_every must be at least 1, got 0"),
+        ({"tensor_parallel": 0}, "tensor_parallel must be at least 1, got 0"),
+        ({"tensor_parallel": 2, "architecture": "ngpt"}, "tensor_parallel is for angpt and gpt+, not ngpt: leave it"),
+        ({"tensor_parallel": 4}, "tensor_parallel 4 can not split 2 heads evenly: choose a divisor"),
     ],
 )
 def test_wrong_settings_are_named(settings, message):

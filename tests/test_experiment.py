@@ -9,6 +9,7 @@ from antransformer.analysis.jobs import Outcome, flat
 from antransformer.analysis.results import Results
 from antransformer.data import Dataset
 from antransformer.errors import ConfigError, DataError
+from antransformer.training import defaults
 from antransformer.training.config import TrainConfig
 from conftest import SMALL
 
@@ -110,6 +111,27 @@ def test_the_knob_of_each_is_searched_at_its_best_learning_rate(corpus):
     assert "gpt+-10240-lr0.016-weight_decay0.3-seed1" in everything
     center = "gpt+-5120-lr0.016-seed0"  # the best learning rate's run is the middle of the knob's grid, not run twice
     assert sum(center in call for call in made.queue.calls) == 2 and center in {trial.folder for trial in plus.trials}
+
+
+def test_with_muon_its_rate_is_searched_after_adams_with_as_many_trials(corpus):
+    def loss(config):
+        off = 0 if config.muon_lr is None else math.log(config.muon_lr / (2 * defaults.MUON_LR["angpt"]))
+        return bowl({"gpt+": 8e-3, "angpt": 1.2e-2})(config) + off**2
+
+    made = experiment(corpus, loss, architectures=("gpt+", "angpt-muon"), lr_trials=3)
+    plus, muon = made.run().contenders
+    assert {trial.setting for trial in plus.trials} == {"lr"} and "muon_lr" not in plus.settings
+    tried = [[trial.value for trial in muon.trials if trial.setting == name] for name in ("lr", "muon_lr")]
+    assert [len(values) for values in tried] == [5, 6]  # two on the way to three times off, one beyond the edge
+    assert (muon.settings["optimizer"], muon.settings["lr"]) == ("muon", 1.2e-2)
+    assert muon.settings["muon_lr"] == 2 * defaults.MUON_LR["angpt"]
+    assert f"angpt-muon-10240-lr0.012-muon{muon.settings['muon_lr']:g}-seed1" in made.queue.calls[-1]
+
+
+def test_a_whole_comparison_with_muon(corpus):
+    plan = compare.plan({**COMMON, "optimizer": "muon"}, ("gpt+", "angpt"), BUDGETS, lr_trials=2)
+    results = Experiment(plan, Dataset.open(corpus), FakeQueue(bowl({"gpt+": 8e-3, "angpt": 1.2e-2})), print).run()
+    assert all({trial.setting for trial in item.trials} == {"lr", "muon_lr"} for item in results.contenders)
 
 
 def test_runs_share_all_but_their_own(corpus):

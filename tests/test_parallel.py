@@ -17,11 +17,13 @@ from antransformer.training.metrics import read_metrics
 from antransformer.training.parallel import World, make_model
 from antransformer.training.trainer import Trainer
 from conftest import SMALL_OPTIONS, Notes
-from parallel_worker import ARCHITECTURES, CASES, config_of
+from parallel_worker import ARCHITECTURES, CASES, MORE, config_of
 
 CPU = torch.device("cpu")
 WORKER = Path(__file__).with_name("parallel_worker.py")
-WAYS = [name for name in CASES if name not in ("bfloat16", "broken", "stopped") and not name.endswith("hybrid")]
+ROUGH = ("bfloat16", "muon-shard", "broken", "stopped")
+HYBRID = [*(f"{architecture}-hybrid" for architecture in ARCHITECTURES), "tensor-hybrid"]
+WAYS = [name for name in CASES if name not in ROUGH]
 
 
 def torchrun(processes, *words, machines=1, **options):
@@ -43,9 +45,8 @@ def trained(corpus, folder, processes, names, **options):
 
 @pytest.fixture(scope="module")
 def by_two(corpus, tmp_path_factory):
-    """Every case but hybrid, each trained by two processes."""
-    names = [name for name in CASES if not name.endswith("hybrid")]
-    return trained(corpus, tmp_path_factory.mktemp("two"), 2, names)
+    """Every case that two processes can train."""
+    return trained(corpus, tmp_path_factory.mktemp("two"), 2, CASES)
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +55,9 @@ def alone(corpus, tmp_path_factory):
     found, folder = {}, tmp_path_factory.mktemp("one")
 
     def train(name):
-        config = replace(config_of(corpus, name), parallel="replicate", compile=False, activation_checkpointing=False)
-        key = (config.model.architecture, config.precision)
+        alike = {"parallel": "replicate", "tensor_parallel": 1, "compile": False, "activation_checkpointing": False}
+        config = replace(config_of(corpus, name), **alike)
+        key = (config.model.architecture, config.precision, config.optimizer)
         if key not in found:
             dataset = Dataset.open(corpus)
             found[key] = folder / "-".join(key)
@@ -92,12 +94,21 @@ def test_two_processes_compute_what_one_computes(by_two, alone, name):
         torch.testing.assert_close(value, weights[1][key], rtol=1e-3, atol=1e-4)
 
 
-def test_in_half_precision_nearly_so(by_two, alone):
-    """FSDP rounds the parameters themselves, autocast only what goes into a product."""
-    check = [line["loss"] for line in lines_of(by_two / "bfloat16")]
-    assert check == pytest.approx([line["loss"] for line in lines_of(alone("bfloat16"))], rel=2e-2)
-    saved = checkpoint.load_tensors(by_two / "bfloat16/checkpoints/step-00000020/model.safetensors")
+def check_nearly_equal(shared, single):
+    """In half precision: FSDP rounds the parameters themselves, autocast only what goes into a product."""
+    losses = [line["loss"] for line in lines_of(shared)]
+    assert losses == pytest.approx([line["loss"] for line in lines_of(single)], rel=2e-2)
+    saved = checkpoint.load_tensors(shared / "checkpoints/step-00000020/model.safetensors")
     assert {value.dtype for value in saved.values()} == {torch.float32}
+
+
+def test_in_half_precision_nearly_so(by_two, alone):
+    check_nearly_equal(by_two / "bfloat16", alone("bfloat16"))
+
+
+def test_muon_shards_nearly_so(by_two, alone):
+    """It orthogonalizes in bfloat16, and gradients averaged over two processes are not those of one to the last bit."""
+    check_equal(by_two / "muon-shard", alone("muon-shard"), 1e-2)
 
 
 def test_what_happens_to_one_process_ends_all_at_the_same_step(by_two):
@@ -106,7 +117,7 @@ def test_what_happens_to_one_process_ends_all_at_the_same_step(by_two):
     assert [path.name for path in (by_two / "stopped/checkpoints").iterdir()] == ["step-00000007"]
 
 
-@pytest.mark.parametrize("name", ["angpt-shard", "stopped"])
+@pytest.mark.parametrize("name", ["angpt-shard", "angpt-tensor", "gpt+-tensor", "stopped"])
 def test_one_process_goes_on_with_the_checkpoint_of_two(corpus, by_two, alone, tmp_path, name):
     """Also with the optimizer's moments, and with no window twice or left out."""
     folder = tmp_path / name
@@ -115,8 +126,9 @@ def test_one_process_goes_on_with_the_checkpoint_of_two(corpus, by_two, alone, t
         if path.is_file() and "step-00000020" not in str(path):
             (folder / path.relative_to(by_two / name)).parent.mkdir(parents=True, exist_ok=True)
             (folder / path.relative_to(by_two / name)).write_bytes(path.read_bytes())
-    trainer = Trainer(run.resumed_config(folder, {}), Dataset.open(corpus), folder, Notes(), resume=True)
-    assert trainer.done == {"angpt-shard": 10, "stopped": 7}[name]
+    config = run.resumed_config(folder, {"tensor_parallel": 1})
+    trainer = Trainer(config, Dataset.open(corpus), folder, Notes(), resume=True)
+    assert trainer.done == (7 if name == "stopped" else 10)
     trainer.run()
     check_equal(folder, alone(name), 1e-4)
 
@@ -131,7 +143,7 @@ def test_two_processes_on_the_command_line_stop_and_go_on(corpus, tmp_path, alon
     check_equal(tmp_path / "run", alone("angpt-shard"), 1e-4)
     newest = tmp_path / "run/checkpoints/step-00000020"
     (newest / "state.json").unlink()  # as if it had been killed before
-    again = torchrun(2, "-m", "antransformer", "train", "--resume", "--out", tmp_path / "run", "--parallel=replicate")
+    again = torchrun(2, "-m", "antransformer", "train", "--resume", "--out", tmp_path / "run", "--tensor-parallel=2")
     assert again.returncode == 0, again.stderr
     assert "going back to the one before" in again.stdout and "resuming from" in again.stdout
     check_equal(tmp_path / "run", alone("angpt-shard"), 1e-4)
@@ -146,22 +158,40 @@ def test_a_batch_that_can_not_be_shared_is_said(corpus):
         make_model(config_of(corpus, "angpt-shard"), World(size=3), CPU, torch.float32)
 
 
+@pytest.mark.parametrize(
+    ("config", "world", "message"),
+    [
+        ({}, World(size=3), "the number of processes, 3, is not a multiple of tensor_parallel 2: change one of them"),
+        ({}, World(), "the number of processes, 1, is not"),
+        ({"parallel": "hybrid"}, World(size=6, local_size=3), "the number of processes of a machine, 3, is not"),
+        ({}, World(size=6), "a batch of 8 sequences can not be shared evenly by 3 groups of 2"),
+    ],
+)
+def test_a_model_that_can_not_be_split_is_said(corpus, config, world, message):
+    config = replace(config_of(corpus, "angpt-tensor"), **config)
+    with pytest.raises(ConfigError, match=message):
+        make_model(config, replace(world, tensor=2), CPU, torch.float32)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [4])
 def test_four_processes_compute_what_one_computes(corpus, tmp_path, alone, processes):
-    trained(corpus, tmp_path, processes, WAYS)
-    for name in WAYS:
-        check_equal(tmp_path / name, alone(name), 1e-4)
+    names = [*WAYS, *(name for name in MORE if name not in HYBRID)]
+    trained(corpus, tmp_path, processes, names)
+    for name in names:
+        if name.endswith("bfloat16"):
+            check_nearly_equal(tmp_path / name, alone(name))
+        else:
+            check_equal(tmp_path / name, alone(name), 1e-4)
 
 
 @pytest.mark.slow
 def test_two_machines_of_two(corpus, tmp_path, alone):
-    names = [f"{architecture}-hybrid" for architecture in ARCHITECTURES]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--nnodes=2", "--rdzv-backend=c10d"]
     start += ["--rdzv-endpoint=localhost:29611", "--rdzv-id=test", "--max-restarts=0", str(WORKER), str(corpus)]
     agents = [
-        subprocess.Popen([*start, str(tmp_path), *names], env=environment, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen([*start, str(tmp_path), *HYBRID], env=environment, stderr=subprocess.PIPE, text=True)
         for _ in range(2)
     ]
     try:
@@ -171,5 +201,5 @@ def test_two_machines_of_two(corpus, tmp_path, alone):
     finally:
         for agent in agents:
             agent.send_signal(signal.SIGKILL)
-    for name in names:
+    for name in HYBRID:
         check_equal(tmp_path / name, alone(name), 1e-4)

@@ -14,16 +14,18 @@ import torch
 
 from antransformer.bounds import norms
 from antransformer.data import Dataset, sequential
-from antransformer.errors import CheckpointError, DataError, MachineError
+from antransformer.errors import CheckpointError, ConfigError, DataError, MachineError
 from antransformer.models import Decoder
 from antransformer.training import checkpoint, run
 from antransformer.training.config import resolve
 from antransformer.training.device import choose_device
 from antransformer.training.metrics import read_metrics
+from antransformer.training.schedule import learning_rate
 from antransformer.training.trainer import Trainer
 from conftest import SMALL, SMALL_OPTIONS, Notes
 
 ARCHITECTURES = ["angpt", "ngpt", "gpt+"]
+OPTIMIZED = [*((name, "adam") for name in ARCHITECTURES), ("angpt", "muon"), ("gpt+", "muon")]
 
 
 def settings(corpus, **more):
@@ -146,9 +148,34 @@ def test_weight_decay_reaches_matrices_only(corpus, tmp_path):
     assert trainer.optimizer.defaults["betas"] == (0.9, 0.95) and trainer.optimizer.defaults["eps"] == 1e-9
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_resumed_run_is_bit_for_bit_the_unbroken_one(corpus, tmp_path, architecture):
-    options = {"model": {"architecture": architecture}}
+def test_muon_steps_the_matrices_of_the_blocks_and_each_has_its_own_peak(corpus, tmp_path):
+    trainer = start(corpus, tmp_path / "run", optimizer="muon", muon_lr=0.05, model={"architecture": "gpt+"})
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    decayed, others, inner = ({names[id(p)] for p in group["params"]} for group in trainer.optimizer.param_groups)
+    assert decayed == {"embedding.weight", "lm_head.weight"}
+    matrices = ("attention.qkv_proj", "attention.out_proj", "mlp.up_proj", "mlp.gate_proj", "mlp.down_proj")
+    assert inner == {f"blocks.{layer}.{name}.weight" for layer in (0, 1) for name in matrices}
+    assert len(decayed) + len(others) + len(inner) == len(names)
+    trainer._update(15)
+    rates = [group["lr"] for group in trainer.optimizer.param_groups]
+    share = learning_rate(15, 20, 1.0, warmup=0.1, final=0.01)
+    assert rates == pytest.approx([trainer.config.lr * share] * 2 + [0.05 * share])
+
+
+def test_the_rate_of_muon_is_the_angle_by_which_rows_of_unit_norm_turn(corpus, tmp_path):
+    trainer = start(corpus, tmp_path / "run", optimizer="muon", muon_lr=0.05)
+    before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+    trainer._update(1)
+    for name, value in trainer.model.named_parameters():
+        if name.startswith("blocks") and value.ndim == 2:
+            angles = torch.cosine_similarity(value.detach(), before[name]).clamp(-1, 1).acos()
+            assert angles.square().mean().sqrt().item() == pytest.approx(0.05, rel=0.3), name
+
+
+@pytest.mark.parametrize("options", OPTIMIZED, ids="-".join)
+def test_a_resumed_run_is_bit_for_bit_the_unbroken_one(corpus, tmp_path, options):
+    architecture, optimizer = options
+    options = {"model": {"architecture": architecture}, "optimizer": optimizer}
     start(corpus, tmp_path / "unbroken", **options).run()
     broken = start(corpus, tmp_path / "broken", **options)
     run_until(broken, 13)
@@ -340,8 +367,22 @@ def test_a_state_that_was_changed_is_not_believed(corpus, tmp_path, change):
         checkpoint.read(path)
 
 
+def test_a_checkpoint_from_before_there_was_a_choice_of_optimizers_is_adams(corpus, tmp_path):
+    path = start(corpus, tmp_path / "run", tokens=256 * 5).run().checkpoint
+    state = json.loads((path / "state.json").read_text())
+    assert state["extra"]["settings"].pop("optimizer") == "adam"
+    (path / "state.json").write_text(json.dumps(state))
+    assert resume(corpus, tmp_path / "run")[0].done == 5
+
+
 @pytest.mark.parametrize(
-    ("old", "new"), [("lr: 0.01", "lr: 0.02"), ("seed: 0", "seed: 1"), ("tokens: 1280", "tokens: 768")]
+    ("old", "new"),
+    [
+        ("lr: 0.01", "lr: 0.02"),
+        ("seed: 0", "seed: 1"),
+        ("tokens: 1280", "tokens: 768"),
+        ("optimizer: adam", "optimizer: muon"),
+    ],
 )
 def test_a_config_that_was_edited_is_not_believed(corpus, tmp_path, old, new):
     start(corpus, tmp_path / "run", tokens=256 * 5).run()
@@ -447,12 +488,26 @@ def test_bfloat16_autocast_and_compile_train_to_about_the_same_losses(corpus, tm
 
 
 def test_no_such_device_is_named():
-    from antransformer.errors import ConfigError
-
     assert choose_device("cpu").type == "cpu"
     for name in ("tpu", "meta", "cuda:7" if torch.cuda.device_count() < 8 else "xla"):
         with pytest.raises(ConfigError, match=f"device '{name}' is not available here"):
             choose_device(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("auto", "4 processes on this machine and 2 CUDA devices: start no more with torchrun --nproc-per-node"),
+        ("cuda", "4 processes on this machine and 2 CUDA devices"),
+        ("cuda:1", "device 'cuda:1' can not be that of 4 processes: use cuda, and each takes one"),
+    ],
+)
+def test_processes_have_a_device_each(monkeypatch, name, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match=message):
+        choose_device(name, local_rank=3, local_size=4)
+    assert choose_device("cpu", local_rank=3, local_size=4) == torch.device("cpu")
 
 
 def test_the_trainer_holds_a_plain_decoder(corpus, tmp_path):

@@ -19,25 +19,32 @@ KNOBS = {
     "dyt": "model.dyt_alpha_init",
 }
 
+MUON = "-muon"  # behind an architecture's name
+
 # What --quick chooses: the whole comparison of two architectures in under 20 minutes on two cores.
 QUICK: dict[str, Any] = {"preset": "pico", "batch_tokens": 1024, "eval_tokens": 65_536}
 QUICK_BUDGETS = (200_000, 400_000, 800_000)
 
 
 def entrants(names: Sequence[str]) -> list[Entrant]:
-    """One for each architecture.
+    """One for each architecture, such as ``angpt``, or ``angpt-muon`` for one that is trained with Muon.
 
     Raises:
         ConfigError: unknown, named twice, or fewer than two.
     """
     for name in names:
-        if name not in OPTIONS:
+        if name.removesuffix(MUON) not in OPTIONS:
             raise ConfigError(
                 f"unknown architecture {name!r}{nearest(name, OPTIONS) or ': choose from ' + ', '.join(OPTIONS)}"
             )
     if len(set(names)) != len(names) or len(names) < 2:
         raise ConfigError(f"--architectures needs two or more different ones, got {' '.join(names) or 'none'}")
-    return [Entrant(name, {"architecture": name}, KNOBS[name]) for name in names]
+    made = []
+    for name in names:
+        architecture = name.removesuffix(MUON)
+        settings = {"architecture": architecture, **({"optimizer": "muon"} if name != architecture else {})}
+        made.append(Entrant(name, settings, KNOBS[architecture]))
+    return made
 
 
 def budgets_of(tokens: int, given: Sequence[Any] = ()) -> tuple[int, ...]:

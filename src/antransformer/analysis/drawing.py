@@ -130,7 +130,7 @@ def count(number: float) -> str:
 
 def called(setting: str) -> str:
     """A setting's name for a reader."""
-    return "learning rate" if setting == "lr" else setting.rpartition(".")[2]
+    return {"lr": "learning rate", "muon_lr": "learning rate of Muon"}.get(setting, setting.rpartition(".")[2])
 
 
 P = ParamSpec("P")

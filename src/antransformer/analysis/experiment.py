@@ -121,6 +121,7 @@ class Experiment:
         if plan.lr_trials > 1:
             self.stage(f"learning rates, {plan.trial_tokens:,} tokens")
             self.search(lambda entrant: "lr", plan.lr_trials, LR_RATIO, off=SENSITIVITY_FACTOR)
+            self.search(lambda entrant: "muon_lr", plan.lr_trials, LR_RATIO, off=SENSITIVITY_FACTOR)
         if plan.knob_trials > 1:
             self.stage(f"each one's own knob, {plan.trial_tokens:,} tokens")
             self.search(lambda entrant: entrant.knob, plan.knob_trials, KNOB_RATIO)
@@ -154,15 +155,18 @@ class Experiment:
         )
 
     def search(self, setting_of: Callable[[Entrant], str], trials: int, ratio: float, off: float | None = None) -> None:
-        """Choose a setting for every entrant, by the loss of runs with the seed of the trials.
+        """Choose a setting for every entrant that has it, by the loss of runs with the seed of the trials.
 
         With ``off`` the values so many times below and above the best are tried at last, which tells how much it costs
         to miss it.
         """
-        grids = {}
+        centers = {}
         for state in self.states:
             center = value_of(self.config(state, self.plan.trial_tokens, TRIAL_SEED), setting_of(state.entrant))
-            grids[state.entrant.name] = [center * ratio**power for power in grid_powers(trials)]
+            if center is not None:
+                centers[state.entrant.name] = center
+        states = [state for state in self.states if state.entrant.name in centers]
+        grids = {name: [center * ratio**power for power in grid_powers(trials)] for name, center in centers.items()}
         wanted = {name: list(grid) for name, grid in grids.items()}
         found: dict[str, dict[float, tuple[Job, Outcome]]] = {name: {} for name in grids}
         while any(wanted.values()):
@@ -170,7 +174,7 @@ class Experiment:
                 (state.entrant.name, value): self.job(
                     state, self.plan.trial_tokens, TRIAL_SEED, {setting_of(state.entrant): rounded(value)}
                 )
-                for state in self.states
+                for state in states
                 for value in wanted[state.entrant.name]
             }
             outcomes = self.queue.run(jobs.values())
@@ -180,7 +184,7 @@ class Experiment:
             wanted = {name: extension(tried, trials, ratio) for name, tried in losses.items()}
             if off and not any(wanted.values()):
                 wanted, off = {name: around(tried, off) for name, tried in losses.items()}, None
-        for state in self.states:
+        for state in states:
             tried, setting = found[state.entrant.name], setting_of(state.entrant)
             state.trials += [
                 Trial(setting, rounded(value), outcome.loss, job.name)
@@ -193,14 +197,14 @@ class Experiment:
         own = merge(self.plan.common, state.entrant.settings)
         for setting, value in {**state.chosen, **(settings or {})}.items():
             own = merge(own, nested(setting, value))
-        config = resolve({**own, "tokens": tokens, "seed": seed}, self.dataset.vocab_size)
-        every = {"log_every": max(1, config.steps // LINES), "eval_every": config.steps, "keep_checkpoints": 1}
-        return resolve({**own, "tokens": tokens, "seed": seed, **every}, self.dataset.vocab_size)
+        return complete({**own, "tokens": tokens, "seed": seed}, self.dataset.vocab_size)
 
     def job(self, state: _State, tokens: int, seed: int, settings: Mapping[str, Any] | None = None) -> Job:
         """One run; its name holds what distinguishes it."""
         config, default = self.config(state, tokens, seed, settings), self.config(_State(state.entrant), tokens, seed)
         parts = [state.entrant.name, str(tokens), f"lr{config.lr:g}"]
+        if config.muon_lr is not None:
+            parts.append(f"muon{config.muon_lr:g}")
         knob = state.entrant.knob
         if value_of(config, knob) != value_of(default, knob):
             parts.append(f"{knob.rpartition('.')[2]}{value_of(config, knob):g}")
@@ -214,21 +218,15 @@ class Experiment:
     def shown(self, state: _State) -> dict[str, Any]:
         """The settings of an entrant that a reader wants to see."""
         config = self.config(state, self.plan.budgets[-1], TRIAL_SEED)
-        names = dict.fromkeys(("lr", "warmup", "weight_decay", state.entrant.knob))
-        return flat(state.entrant.settings) | {name: value_of(config, name) for name in names}
+        names = dict.fromkeys(("lr", "muon_lr", "warmup", "weight_decay", state.entrant.knob))
+        shown = {name: value_of(config, name) for name in names}
+        return flat(state.entrant.settings) | {name: value for name, value in shown.items() if value is not None}
 
     def setup(self, seconds: float, outcomes: Iterable[Outcome]) -> dict[str, Any]:
         """What all runs share, for the report; runs that were made elsewhere, or otherwise, are said."""
         config = self.config(self.states[0], self.plan.budgets[-1], TRIAL_SEED)
         return {
-            "command": shlex.join(["antransformer", *sys.argv[1:]]),
-            "antransformer": __version__,
-            "python": platform.python_version(),
-            "made_on": sorted({outcome.machine for outcome in outcomes}),
-            "workers": len(self.queue.devices),
-            "data": str(self.dataset.path),
-            "data_digest": self.dataset.digest,
-            "tokenizer": f"{self.dataset.tokenizer_name}, {self.dataset.vocab_size} ids",
+            **made_with(self.dataset, self.queue, seconds, outcomes),
             "preset": config.preset,
             "width": config.model.width,
             "layers": config.model.layers,
@@ -237,9 +235,30 @@ class Experiment:
             "validation_tokens": int(config.eval_tokens),
             "lr_trials": self.plan.lr_trials,
             "knob_trials": self.plan.knob_trials,
-            "date": time.strftime("%Y-%m-%d"),
-            "minutes_of_the_last_call": round(seconds / 60, 1),
         }
+
+
+def made_with(dataset: Dataset, queue: Queue, seconds: float, outcomes: Iterable[Outcome]) -> dict[str, Any]:
+    """Command, versions, machine and data of runs, for a report."""
+    return {
+        "command": shlex.join(["antransformer", *sys.argv[1:]]),
+        "antransformer": __version__,
+        "python": platform.python_version(),
+        "made_on": sorted({outcome.machine for outcome in outcomes}),
+        "workers": len(queue.devices),
+        "data": str(dataset.path),
+        "data_digest": dataset.digest,
+        "tokenizer": f"{dataset.tokenizer_name}, {dataset.vocab_size} ids",
+        "date": time.strftime("%Y-%m-%d"),
+        "minutes_of_the_last_call": round(seconds / 60, 1),
+    }
+
+
+def complete(settings: Mapping[str, Any], vocab_size: int) -> TrainConfig:
+    """``resolve`` for a run that is only looked at when it is done, with its metrics and probes along the way."""
+    steps = resolve(settings, vocab_size).steps
+    every = {"log_every": max(1, steps // LINES), "eval_every": steps, "keep_checkpoints": 1}
+    return resolve({**settings, **every}, vocab_size)
 
 
 def grid_powers(trials: int) -> Iterable[int]:

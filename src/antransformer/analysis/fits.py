@@ -120,7 +120,7 @@ def _checked(fits: list[Fit], rows: Sequence[Observation | BestSettings]) -> lis
 
 
 def _fit(name: str, observed: Observations, bins: int | None) -> Fit:
-    optima = _optima([row for row in observed.searches if row.architecture == name])
+    optima = optima_of([row for row in observed.searches if row.architecture == name])
     laws, notes = _laws_of_size(optima)
     ratios = [it.tokens / it.parameters for it in optima]
     if laws and max(ratios) > 1.5 * min(ratios):
@@ -138,7 +138,7 @@ def _fit(name: str, observed: Observations, bins: int | None) -> Fit:
     return Fit(name, tuple(runs), tuple(optima), front, {**laws, **more}, surface, (*notes, *said, *also))
 
 
-def _optima(rows: Sequence[Observation]) -> list[SizeOptimum]:
+def optima_of(rows: Sequence[Observation]) -> list[SizeOptimum]:
     """Of each size and number of tokens at which more than one learning rate was tried, and not all diverged."""
     found = []
     for parameters, tokens in sorted({(row.parameters, row.tokens) for row in rows}):

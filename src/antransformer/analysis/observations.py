@@ -1,4 +1,4 @@
-"""What a fit reads: losses of runs, from folders of experiments or a table, or the optima of a table."""
+"""What a fit reads: losses of runs, from folders of sweeps and comparisons or a table, or the optima of a table."""
 
 import csv
 import itertools
@@ -11,12 +11,13 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from antransformer.analysis import sweep_results
 from antransformer.analysis.results import Contender, Results
+from antransformer.analysis.sweep_results import LARGEST, SMALLEST, Sweep
 from antransformer.errors import DataError
 
-SHARED = {"data_digest": "data", "validation_tokens": "held-out windows"}  # without which losses do not compare
-
-SMALLEST, LARGEST = 1e-30, 1e30  # beyond, products and powers would overflow
+# Without which losses do not compare.
+SHARED = {"data_digest": "data", "validation_tokens": "held-out windows", "context": "context"}
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ class Observations:
 
     Attributes:
         searches: runs that differ in learning rate and batch only, among which the best settings are looked for.
-        runs: those whose loss counts. In a comparison they have settings and seeds of their own; in a table they are
-            the same.
+        runs: those whose loss counts. In a comparison they have settings and seeds of their own; in a sweep and in a
+            table they are the same.
     """
 
     searches: tuple[Observation, ...]
@@ -68,16 +69,21 @@ class Observations:
 
 
 def read_observations(paths: Sequence[Path]) -> Observations:
-    """Folders of comparisons, and tables, together.
+    """Folders of sweeps and comparisons, and tables, together.
 
     Raises:
         DataError: one of them can not be read, is an ablation, or is of other data than another.
     """
     searches: list[Observation] = []
     runs: list[Observation] = []
-    folders: dict[Path, Results] = {}
+    folders: dict[Path, Sweep | Results] = {}
     for path in paths:
-        if path.is_dir():
+        if (path / sweep_results.FILE).is_file():
+            folders[path] = sweep = Sweep.load(path)
+            rows = swept(sweep)
+            searches += rows
+            runs += rows
+        elif path.is_dir():
             folders[path] = results = Results.load(path)
             if results.kind == "ablate":
                 raise DataError(f"{path} is an ablation, whose variants have one size: give comparisons")
@@ -92,6 +98,12 @@ def read_observations(paths: Sequence[Path]) -> Observations:
             runs += rows
     _check_shared(folders)
     return Observations(tuple(searches), tuple(runs))
+
+
+def swept(sweep: Sweep) -> list[Observation]:
+    """All runs of a sweep."""
+    names = [field.name for field in fields(Observation)]
+    return [Observation(**{name: getattr(run, name) for name in names}) for run in sweep.runs]
 
 
 def _searched(results: Results) -> list[Observation]:
@@ -117,7 +129,7 @@ def _observation(contender: Contender, results: Results, tokens: int, lr: float,
     return Observation(name, *map(float, (contender.parameters, tokens, batch, lr, loss)))
 
 
-def _check_shared(folders: Mapping[Path, Results]) -> None:
+def _check_shared(folders: Mapping[Path, Sweep | Results]) -> None:
     """Losses on different text are not of one law."""
     for first, path in itertools.pairwise(folders):
         for key, name in SHARED.items():

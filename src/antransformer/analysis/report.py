@@ -1,12 +1,7 @@
-"""The report of an experiment: one page of HTML that needs nothing beside it, and its charts as PNG.
+"""The report of an experiment: what stands on its page."""
 
-The page has no script and fetches nothing; its charts are SVG inside it.
-"""
-
-import base64
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -15,69 +10,15 @@ import numpy as np
 
 from antransformer.analysis import charts
 from antransformer.analysis.charts import Lines
-from antransformer.analysis.drawing import Chart, called, count, look
+from antransformer.analysis.drawing import called, count, look
 from antransformer.analysis.findings import Pair, final_difference, significant, variant_differences
+from antransformer.analysis.page import Section, how_section, save, table, value_in_words
 from antransformer.analysis.results import Contender, Results
 from antransformer.analysis.statistics import CONFIDENCE, Difference, holm, sensitivity
 from antransformer.analysis.verdict import METHOD, diverged_in_words, method, p_in_words, seeds_in_words, verdict
 from antransformer.training.metrics import read_metrics
 
-FILE = "report.html"
 PROBES = {"tokens", "residual_norm", "row_norm", "alpha", "moment_variance"}
-TEXT = {"setting", "settings", "outcome", "what is changed"}  # columns that are no numbers
-
-STYLE = """
-:root { color-scheme: light dark; --ink: #20242a; --soft: #5d6570; --line: #dde1e6; --card: #fdfdfe; --page: #f1f3f5;
-  --shade: #0003; --accent: #d4320c; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e3e6ea; --soft: #a3abb6; --line: #3a4049; --card: #191c21;
-  --page: #101216; --shade: #000a; --accent: #ff7a55; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink); font: 1rem/1.5 system-ui, sans-serif;
-  overflow-wrap: break-word; }
-main { max-width: 76rem; margin: 0 auto; padding: 1.25rem .75rem 3rem; }
-h1 { font-size: 1.15rem; line-height: 1.3; margin: 0 0 .5rem; color: var(--soft); font-weight: 600; }
-h2 { font-size: 1.3rem; line-height: 1.3; margin: 2.5rem 0 .5rem; }
-h3 { font-size: 1rem; margin: 0 0 .25rem; }
-p, ul { margin: .25rem 0 .75rem; max-width: 46rem; }
-ul { padding-left: 1.25rem; }
-.verdict { font-size: clamp(1.2rem, 1rem + 1.2vw, 1.6rem); line-height: 1.35; font-weight: 600; margin: 0 0 1rem;
-  max-width: 56rem; border-left: .25rem solid var(--accent); padding-left: .9rem; }
-.facts { display: flex; flex-wrap: wrap; gap: .4rem; list-style: none; padding: 0; max-width: none; }
-.facts li { border: 1px solid var(--line); background: var(--card); border-radius: 1rem; padding: .1rem .7rem;
-  font-size: .875rem; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 1rem;
-  margin: .75rem 0; }
-figure, .scroll, pre { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; }
-figure { margin: 0; padding: .75rem .6rem .5rem; min-width: 0; max-width: 40rem; }
-img { display: block; width: 100%; height: auto; margin-top: .5rem; }
-figcaption p, .note { color: var(--soft); font-size: .875rem; line-height: 1.4; margin: 0 0 .5rem; }
-.scroll { overflow-x: auto; margin: .75rem 0 1rem; width: fit-content; max-width: 100%;
-  background: linear-gradient(to left, var(--card) 30%, transparent) 100% 0 / 3rem 100% local no-repeat,
-  linear-gradient(to left, var(--shade), transparent) 100% 0 / 1.25rem 100% no-repeat, var(--card); }
-table { border-collapse: collapse; font-size: .875rem; line-height: 1.35; font-variant-numeric: tabular-nums; }
-th, td { padding: .4rem .65rem; text-align: right; vertical-align: top; white-space: nowrap;
-  border-top: 1px solid var(--line); }
-thead th { border-top: 0; vertical-align: bottom; color: var(--soft); font-weight: 600; }
-th:first-child { text-align: left; position: sticky; left: 0; background: var(--card); }
-tbody th { font-weight: 600; }
-.tables { display: flex; flex-wrap: wrap; gap: 0 1rem; }
-.text { text-align: left; }
-summary { cursor: pointer; font-weight: 600; margin: .5rem 0; }
-pre span { display: inline-block; max-width: 100%; }
-pre { margin: .5rem 0 1rem; padding: .75rem; font-size: .875rem; white-space: pre-wrap; overflow-wrap: anywhere; }
-dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: .2rem 1rem; font-size: .875rem; margin: 0; }
-dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
-"""
-
-
-@dataclass(frozen=True)
-class Section:
-    """A part of the page: HTML, charts below it, HTML below them."""
-
-    title: str
-    above: str
-    charts: Sequence[Chart] = ()
-    below: str = ""
 
 
 def write(results: Results, folder: Path) -> list[Path]:
@@ -94,9 +35,9 @@ def write(results: Results, folder: Path) -> list[Path]:
         MissingExtraError: matplotlib or scipy is not installed.
     """
     sections = _comparison(results, folder) if results.kind == "compare" else _ablation(results)
-    page = folder / FILE
-    page.write_text(_page(results, sections), encoding="utf-8")
-    return [page, *(chart.save_png(folder) for section in sections for chart in section.charts)]
+    names = ", ".join(look(item.name).label for item in results.contenders)
+    title = f"Comparison: {names}" if results.kind == "compare" else f"Ablation of {look(METHOD).label}"
+    return save(folder, title, verdict(results), _facts(results), sections)
 
 
 # The page of a comparison
@@ -110,7 +51,7 @@ def _comparison(results: Results, folder: Path) -> list[Section]:
         _curve_section(results, folder),
         _inside_section(results, folder),
         Section("All numbers", _all_numbers(results)),
-        _how_section(results),
+        how_section(results.setup, _rules(results)),
     ]
 
 
@@ -148,7 +89,7 @@ def _speedup_table(results: Results, pairs: Sequence[Pair], seconds: bool) -> st
 
     unit = "seconds" if seconds else "tokens"
     over = look(pairs[0].over.name).label
-    return _table(
+    return table(
         f"Speedup over {over} in {unit}, with {CONFIDENCE:.0%} intervals",
         [f"in {unit}", *(f"at {count(budget)}" for budget in results.budgets)],
         [[look(pair.contender.name).label, *(cell(pair, budget) for budget in results.budgets)] for pair in pairs],
@@ -165,8 +106,8 @@ def _search_section(results: Results) -> Section:
     )
     rows = [row for setting in settings for item in results.contenders if (row := _sensitivity_row(item, setting))]
     head = ["contender", "setting", "trials", "best", "3x too small", "3x too large"]
-    table = _table("Loss lost at a wrong setting", head, rows)
-    return Section("Search for settings", above, [charts.search(results, setting) for setting in settings], table)
+    lost = table("Loss lost at a wrong setting", head, rows)
+    return Section("Search for settings", above, [charts.search(results, setting) for setting in settings], lost)
 
 
 def _sensitivity_row(contender: Contender, setting: str) -> list[str]:
@@ -247,14 +188,14 @@ def _all_numbers(results: Results) -> str:
                 _bits(contender, longest),
                 f"{contender.seconds_per_step:.4g}" if math.isfinite(contender.seconds_per_step) else "diverged",
                 diverged_in_words(contender.runs),
-                "\n".join(f"{called(key)} {_value(value)}" for key, value in _own_settings(contender)),
+                "\n".join(f"{called(key)} {value_in_words(value)}" for key, value in _own_settings(contender)),
             ]
         )
     note = (
         "<p>Validation loss in nats per token, mean ± standard deviation over seeds. Differences are paired over "
         f"seeds, with {CONFIDENCE:.0%} intervals and p values of the paired t-test.</p>"
     )
-    return note + _table("Results of every contender", head, rows)
+    return note + table("Results of every contender", head, rows)
 
 
 # The page of an ablation
@@ -271,7 +212,7 @@ def _ablation(results: Results) -> list[Section]:
     return [
         Section("Differences", note, [charts.forest(results, differences, known)]),
         Section("All numbers", _ablation_table(results, differences, known)),
-        _how_section(results),
+        how_section(results.setup, _rules(results)),
     ]
 
 
@@ -294,27 +235,17 @@ def _ablation_table(results: Results, differences: Sequence[Difference], signifi
                 p_in_words(p),
                 outcome if known else "diverged" if math.isnan(difference.mean) else "not significant",
                 ", ".join(
-                    f"{called(key)} {_value(value)}"
+                    f"{called(key)} {value_in_words(value)}"
                     for key, value in variant.settings.items()
                     if default.get(key) != value
                 ),
             ]
         )
     head = ["variant", f"loss at {count(longest)}", "difference", "p, corrected", "outcome", "what is changed"]
-    return _table("Results of every variant", head, rows)
+    return table("Results of every variant", head, rows)
 
 
 # How it was made
-
-
-def _how_section(results: Results) -> Section:
-    setup = dict(results.setup)
-    command = " ".join(f"<span>{escape(word)}</span>" for word in str(setup.pop("command", "")).split(" "))
-    shown = "".join(
-        f"<dt>{escape(key.replace('_', ' '))}</dt><dd>{escape(_value(value))}</dd>" for key, value in setup.items()
-    )
-    rules = "".join(f"<li>{escape(rule)}</li>" for rule in _rules(results))
-    return Section("How it was made", f"<pre>{command}</pre><ul>{rules}</ul><dl>{shown}</dl>")
 
 
 def _rules(results: Results) -> Iterable[str]:
@@ -346,20 +277,6 @@ def _rules(results: Results) -> Iterable[str]:
 # Numbers and HTML
 
 
-def _page(results: Results, sections: Sequence[Section]) -> str:
-    names = ", ".join(look(item.name).label for item in results.contenders)
-    title = f"Comparison: {names}" if results.kind == "compare" else f"Ablation of {look(METHOD).label}"
-    facts = "".join(f"<li>{escape(fact)}</li>" for fact in _facts(results))
-    body = "".join(map(_section, sections))
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n<header>\n"
-        f'<h1>{escape(title)}</h1>\n<p class="verdict">{escape(verdict(results))}</p>\n<ul class="facts">{facts}</ul>\n'
-        f"</header>\n{body}</main>\n</body>\n</html>\n"
-    )
-
-
 def _facts(results: Results) -> Iterable[str]:
     number = len(results.contenders)
     yield f"{number} contenders" if results.kind == "compare" else f"{number - 1} variants"
@@ -367,41 +284,6 @@ def _facts(results: Results) -> Iterable[str]:
     yield f"{', '.join(map(count, results.budgets))} tokens"
     yield f"{count(method(results).parameters)} parameters"
     yield f"batches of {results.setup['batch_tokens']:,} tokens"
-
-
-def _section(section: Section) -> str:
-    figures = "".join(map(_figure, section.charts))
-    grid = f'<div class="charts">{figures}</div>\n' if figures else ""
-    return f"<section>\n<h2>{escape(section.title)}</h2>\n{section.above}\n{grid}{section.below}\n</section>\n"
-
-
-def _figure(chart: Chart) -> str:
-    """As an image, not inline: the ids inside of several SVGs can not clash."""
-    image = base64.b64encode(chart.svg().encode()).decode()
-    return (
-        f"<figure><figcaption><h3>{escape(chart.title)}</h3><p>{escape(chart.note)}</p></figcaption>"
-        f'<img alt="{escape(chart.alt)}" src="data:image/svg+xml;base64,{image}"></figure>\n'
-    )
-
-
-def _table(name: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Scrolls inside its own box where the screen is narrow; a line break in a cell is one on the page."""
-
-    def cell(text: str) -> str:
-        return escape(text).replace("\n", "<br>")
-
-    kinds = [' class="text"' if title in TEXT else "" for title in head]
-    titles = "".join(f'<th scope="col"{kind}>{cell(text)}</th>' for kind, text in zip(kinds, head, strict=True))
-    body = "".join(
-        f'<tr><th scope="row">{cell(row[0])}</th>'
-        + "".join(f"<td{kind}>{cell(text)}</td>" for kind, text in zip(kinds[1:], row[1:], strict=True))
-        + "</tr>"
-        for row in rows
-    )
-    return (
-        f'<div class="scroll" role="region" aria-label="{escape(name)}" tabindex="0">'
-        f"<table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table></div>\n"
-    )
 
 
 def _label(contender: Contender) -> str:
@@ -425,9 +307,3 @@ def _with_interval(difference: Difference) -> str:
         return "diverged"
     interval = "" if math.isnan(difference.low) else f"\n{difference.low:+.4f} to {difference.high:+.4f}"
     return f"{difference.mean:+.4f}{interval}"
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_value, value))
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -17,6 +17,7 @@ from antransformer.cli import (
     generate,
     import_,
     prepare,
+    sweep,
     train,
 )
 from antransformer.cli.options import Parser
@@ -33,6 +34,7 @@ VERBS = {
     "import": import_,
     "compare": compare,
     "ablate": ablate,
+    "sweep": sweep,
     "fit": fit,
     "diagnose": diagnose,
     "bench": bench,

@@ -38,6 +38,7 @@ COMMON = (
     "preset",
     "batch_tokens",
     "micro_batch",
+    "optimizer",
     "lr_final",
     "beta1",
     "beta2",
@@ -56,7 +57,8 @@ def add_arguments(parser: Parser) -> None:
         "--architectures",
         nargs="+",
         metavar="NAME",
-        help=f"two or more of {', '.join(OPTIONS)}; the first is the reference (default gpt+ angpt)",
+        help=f"two or more of {', '.join(OPTIONS)}, or one of them with -muon behind it, such as angpt-muon, trained "
+        "with Muon; the first is the reference (default gpt+ angpt)",
     )
     parser.add_argument(
         "--tokens", metavar="TOKENS", help="the longest budget; a quarter and a half of it are run too (default 8M)"
@@ -78,16 +80,22 @@ def add_experiment_arguments(parser: Parser, lr_trials: int) -> None:
     parser.add_argument(
         "--lr-trials",
         metavar="N",
-        help="learning rates to try, each twice the one before; 1 keeps the default rate; a best one at the edge "
-        f"extends the grid, and a third and three times the best are tried at last (default {lr_trials})",
+        help="learning rates to try, each twice the one before, and with Muon then as many of its own; 1 keeps the "
+        "default; a best one at the edge extends the grid, and a third and three times the best are tried at last "
+        f"(default {lr_trials})",
     )
     parser.add_argument("--trial-tokens", metavar="TOKENS", help="budget of the trials (default: the middle budget)")
-    parser.add_argument("--devices", nargs="+", metavar="NAME", help="one worker for each device named, such as cuda:0")
-    parser.add_argument("--workers", metavar="N", help="runs at a time (default: one a GPU, or one a core)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the runs and the report")
+    add_queue_arguments(parser)
     add_config(parser, TrainConfig, only=COMMON)
     group = parser.add_argument_group("sizes", "to change what the preset says, for all contenders")
     add_config(group, ModelConfig, prefix="model.", only=SIZES)
+
+
+def add_queue_arguments(parser: Parser) -> None:
+    """Where runs go, and how many at a time."""
+    parser.add_argument("--devices", nargs="+", metavar="NAME", help="one worker for each device named, such as cuda:0")
+    parser.add_argument("--workers", metavar="N", help="runs at a time (default: one a GPU, or one a core)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the runs and the report")
 
 
 def run(parsed: argparse.Namespace) -> None:
@@ -111,9 +119,7 @@ def execute(planned: Plan, parsed: argparse.Namespace, folder: Path) -> Results:
     require_scipy()
     if folder.is_file():
         raise ConfigError(f"{folder} is a file: choose the name of a folder for --out")
-    devices = parsed.devices or default_devices(number(parsed, "workers", None))
-    for device in devices:
-        choose_device(device)
+    devices = devices_of(parsed)
     dataset = open_data(planned.common.get("data", "python-stdlib"))
     progress = ExperimentProgress()
     experiment = Experiment(planned, dataset, Queue(folder / "runs", dataset, devices, progress), progress.stage)
@@ -125,6 +131,18 @@ def execute(planned: Plan, parsed: argparse.Namespace, folder: Path) -> Results:
     print(f"\n{verdict(results)}\n")
     print(f"report: {written[0]}")
     return results
+
+
+def devices_of(parsed: argparse.Namespace) -> list[str]:
+    """One entry a worker.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    devices = parsed.devices or default_devices(number(parsed, "workers", None))
+    for device in devices:
+        choose_device(device)
+    return devices
 
 
 def effort(parsed: argparse.Namespace, **defaults: int) -> dict[str, int]:

@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from antransformer.analysis import report, results
+from antransformer.analysis import page, results
 from antransformer.analysis.verdict import verdict
 from antransformer.cli.options import Parser
 from antransformer.interop.export import DTYPES, SHARD_SIZE, export
@@ -36,7 +36,7 @@ def run(parsed: argparse.Namespace) -> None:
     """Write the folder."""
     found, tokenizer = open_checkpoint(parsed.checkpoint, notify=lambda text: print(text, file=sys.stderr))
     experiment = run_of(found).parent.parent
-    reported = all((experiment / name).is_file() for name in (report.FILE, results.FILE))
+    reported = all((experiment / name).is_file() for name in (page.FILE, results.FILE))
     words = verdict(results.Results.load(experiment)) if reported else None
     pictures = [experiment / name for name in PICTURES if (experiment / name).is_file()] if reported else []
     export(found, tokenizer, parsed.out, parsed.dtype, parsed.max_shard_size, words, pictures)

@@ -9,6 +9,7 @@ examples:
   antransformer train --out runs/angpt-nano --resume
   antransformer train --init runs/angpt-nano --data data/other --tokens 1M --lr 1e-3
   torchrun --nproc-per-node 8 -m antransformer train --data data/mine --preset 0.5b --parallel shard
+  torchrun --nproc-per-node 8 -m antransformer train --data data/mine --preset 0.5b --parallel shard --tensor-parallel 2
 """
 
 import argparse
@@ -94,7 +95,8 @@ def train(settings: dict[str, Any], folder: Path | None, resume: bool = False) -
 
 def shared(config: TrainConfig, world: World) -> str:
     """In words, how many processes share the model."""
-    return f" and {world.size - 1} more, {config.parallel}" if world.size > 1 else ""
+    split = f", tensor parallel {config.tensor_parallel}" if config.tensor_parallel > 1 else ""
+    return f" and {world.size - 1} more, {config.parallel}{split}" if world.size > 1 else ""
 
 
 def read_config(name: str) -> dict[str, Any]:

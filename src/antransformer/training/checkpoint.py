@@ -2,7 +2,7 @@
 
     checkpoints/step-00001000/
         model.safetensors       the weights, by parameter name
-        optimizer.safetensors   Adam's moments, as <parameter>.<moment>
+        optimizer.safetensors   the optimizer's moments, as <parameter>.<moment>
         state.json              step, config of the model, sha256 of the two files
 
 A checkpoint is written under a temporary name, flushed to the disk and renamed. What has no state.json, or whose files
@@ -28,6 +28,7 @@ from antransformer.errors import CheckpointError, MachineError, NewerCheckpointE
 from antransformer.files import read_json, require_file
 from antransformer.models import Decoder, ModelConfig, build
 from antransformer.models.config import OPTION_NAMES
+from antransformer.training.optimizer import moments_of
 from antransformer.training.parallel import like, whole
 
 FORMAT = "antransformer-checkpoint"
@@ -205,7 +206,11 @@ def load_optimizer(checkpoint: Checkpoint, model: Decoder, optimizer: Optimizer)
     names = _optimizer_names(model, optimizer)
     parameters = dict(model.named_parameters())
     shapes = {name: parameter.shape for name, parameter in parameters.items()}
-    moments = {name: {"step": torch.Size(), "exp_avg": shapes[name], "exp_avg_sq": shapes[name]} for name in names}
+    kept = [moments_of(group) for group in optimizer.param_groups for _ in group["params"]]
+    moments = {
+        name: {moment: torch.Size() if moment == "step" else shapes[name] for moment in keeps}
+        for name, keeps in zip(names, kept, strict=True)
+    }
     if {name: {key: value.shape for key, value in state.items()} for name, state in saved.items()} != moments:
         raise CheckpointError(f"{checkpoint.path}: its optimizer state is that of another model")
     content["state"] = {

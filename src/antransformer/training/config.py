@@ -49,7 +49,11 @@ class TrainConfig:
     tokens: Count = describe("tokens to train on, such as 60K or 2.5B (default: by the size)", 0)
     batch_tokens: Count = describe("tokens of one step (default: by architecture and size)", 0)
     micro_batch: int = describe("sequences in one forward pass; a step accumulates over them (default: by memory)", 0)
-    lr: float = describe("peak learning rate (default: by architecture and size)", 0.0)
+    optimizer: Literal["adam", "muon"] = describe(
+        "adam; or muon for the blocks' matrices, and adam for embedding, head and vectors", "adam"
+    )
+    lr: float = describe("peak learning rate of adam (default: by architecture and size)", 0.0)
+    muon_lr: float | None = describe("peak learning rate of muon (default: by architecture)", None)
     lr_final: float = describe("learning rate of the last step as a share of the peak", 0.01)
     warmup: float = describe("share of the run with a rising learning rate (default: angpt, ngpt 0; others 0.1)", 0.0)
     weight_decay: float = describe("decay of the weight matrices (default: angpt, ngpt 0; others 0.1)", 0.0)
@@ -70,6 +74,9 @@ class TrainConfig:
         "under torchrun: each process has the whole model, or a part of it (FSDP), or a part of that of its machine",
         "replicate",
     )
+    tensor_parallel: int = describe(
+        "under torchrun: how many neighbouring processes split each layer of the model (angpt, gpt+)", 1
+    )
     activation_checkpointing: bool = describe("compute each block again in the backward pass, to save memory", False)
     tensorboard: bool = describe("write TensorBoard events too", False)
 
@@ -83,10 +90,13 @@ class TrainConfig:
             "eval_tokens",
             "checkpoint_every",
             "keep_checkpoints",
+            "tensor_parallel",
         ):
             _check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        for name in ("lr", "eps", "clip"):
-            _check(name, getattr(self, name), getattr(self, name) > 0, "positive")
+        for name in ("lr", "eps", "clip", "muon_lr"):
+            _check(name, getattr(self, name), getattr(self, name) is None or getattr(self, name) > 0, "positive")
+        if (self.muon_lr is None) != (self.optimizer == "adam"):
+            raise ConfigError("muon_lr is the learning rate of optimizer muon: set both, or leave muon_lr out")
         for name in ("beta1", "beta2", "warmup"):
             _check(name, getattr(self, name), 0 <= getattr(self, name) < 1, "at least 0 and below 1")
         _check("lr_final", self.lr_final, 0 <= self.lr_final <= 1, "between 0 and 1")
@@ -101,6 +111,11 @@ class TrainConfig:
                 f"tokens {self.tokens:,} is less than one batch of {self.batch_tokens:,}: raise tokens or lower "
                 "batch_tokens"
             )
+        model, split = self.model, self.tensor_parallel
+        if split > 1 and model.architecture not in ("angpt", "gpt+"):
+            raise ConfigError(f"tensor_parallel is for angpt and gpt+, not {model.architecture}: leave it out")
+        if model.heads % split:  # the MLP has a multiple of the heads' coordinates
+            raise ConfigError(f"tensor_parallel {split} can not split {model.heads} heads evenly: choose a divisor")
 
     @property
     def batch_size(self) -> int:
@@ -124,6 +139,7 @@ OPERATIONAL = frozenset(
         "device",
         "compile",
         "parallel",
+        "tensor_parallel",
         "activation_checkpointing",
         "tensorboard",
         "data",
@@ -161,6 +177,8 @@ def resolve(settings: Mapping[str, Any], vocab_size: int, where: str = "settings
     }
     if "lr" not in values:
         values["lr"] = defaults.learning_rate(model)
+    if values.get("optimizer") == "muon":
+        values.setdefault("muon_lr", defaults.MUON_LR[model.architecture])
     if "batch_tokens" not in values:
         values["batch_tokens"] = _whole_sequences(defaults.batch_tokens(model), model.context)
     if "tokens" not in values:

@@ -34,6 +34,7 @@ BATCH_FITS = with_relatives({"angpt": (1.1e-6, 0.984), "gpt+": (9e-5, 0.729)})
 LR_FITS = with_relatives({"angpt": (0.065, -0.178), "gpt+": (42.0, -0.482)})
 
 SMALL_LR = with_relatives({"angpt": 1.2e-2, "ngpt": 6e-3, "gpt+": 8e-3})
+MUON_LR = with_relatives({"angpt": 0.02, "gpt+": 0.02})
 SMALL_BATCH_TOKENS = 2048
 SMALL_TOKENS = 8_000_000  # under one epoch of the default corpus
 

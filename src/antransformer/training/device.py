@@ -7,16 +7,28 @@ import torch
 from antransformer.errors import ConfigError
 
 
-def choose_device(name: str, local_rank: int = 0) -> torch.device:
+def choose_device(name: str, local_rank: int = 0, local_size: int = 1) -> torch.device:
     """``auto`` takes a CUDA device, then Apple's, then the CPU; of CUDA devices without a number that of the rank.
 
+    Args:
+        name: as in ``--device``.
+        local_rank: number of this process on its machine, from 0.
+        local_size: how many are on this machine.
+
     Raises:
-        ConfigError: no such device here.
+        ConfigError: no such device here, or not one for each process.
     """
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda", local_rank)
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        name = "cuda"
+    if local_size > 1 and name.startswith("cuda:"):
+        raise ConfigError(f"device {name!r} can not be that of {local_size} processes: use cuda, and each takes one")
+    if name == "cuda" and 0 < torch.cuda.device_count() < local_size:
+        raise ConfigError(
+            f"{local_size} processes on this machine and {torch.cuda.device_count()} CUDA devices: start no more "
+            "with torchrun --nproc-per-node, or use --device cpu"
+        )
     try:
         device = torch.device(name, local_rank) if name == "cuda" else torch.device(name)
         torch.zeros(1, device=device).item()  # the meta device has no values

@@ -3,7 +3,8 @@
 torchrun starts the processes and tells each its place. Every way of sharing a model is a mesh of (replicate, shard):
 replicated is (size, 1), sharded (1, size), hybrid (nodes, devices of a node). Gradients are averaged over both, and
 parameters are split along their first axis over the second, so that the rows of a weight stay whole: their bounds need
-no communication. Started without torchrun there is one process, and nothing here does anything.
+no communication. A third axis has neighbouring ranks that share their data and split each layer: tensor_parallel.py.
+Started without torchrun there is one process, and nothing here does anything.
 """
 
 import contextlib
@@ -25,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from antransformer.errors import ConfigError, MachineError
 from antransformer.models import Decoder, build
 from antransformer.training.config import TrainConfig
+from antransformer.training.tensor_parallel import split
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,24 @@ class World:
         size: how many there are.
         local_rank: number of this process on its machine.
         local_size: how many are on this machine.
+        tensor: how many neighbours split the layers of one model among them, with the same data.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
+    tensor: int = 1
+
+    @property
+    def data_rank(self) -> int:
+        """Number of this process's share of a batch, from 0."""
+        return self.rank // self.tensor
+
+    @property
+    def data_size(self) -> int:
+        """How many share a batch."""
+        return self.size // self.tensor
 
     @contextlib.contextmanager
     def rank_0_first(self) -> Iterator[None]:
@@ -88,7 +102,7 @@ def join() -> Iterator[World]:
         yield ALONE
         return
     local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
-    gpu = torch.cuda.is_available()
+    gpu = torch.cuda.device_count() >= local_size  # else they compute on the CPU, or choose_device says what is wrong
     if gpu:
         torch.cuda.set_device(local_rank)
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
@@ -106,40 +120,56 @@ def make_model(config: TrainConfig, world: World, device: torch.device, precisio
     """The model on its device or devices, its weights drawn from torch's global generator, the same for any number.
 
     Raises:
-        ConfigError: the processes can not share a batch evenly.
+        ConfigError: the processes can not share a batch or a model evenly.
     """
-    if config.batch_size % world.size:
-        raise ConfigError(
-            f"a batch of {config.batch_size} sequences can not be shared evenly by {world.size} processes: change "
-            "batch_tokens, or their number"
-        )
+    check_shares(config, world)
     if world.size == 1:
         model = build(config.model).to(device)
         if config.activation_checkpointing:
             checkpoint_blocks(model)
         return model
+    mesh = make_mesh(config.parallel, world, device)
     with torch.device("meta"):
         model = build(config.model)
+    if world.tensor > 1:
+        split(model, mesh["tensor"])
     if config.activation_checkpointing:
         checkpoint_blocks(model)
     if config.compile:
         for block in model.blocks:
             block.compile()
-    shard(model, make_mesh(config.parallel, world, device), precision)
+    shard(model, mesh["replicate", "shard"], precision)
     model.to_empty(device=device)
     with WholeDraws():
         model.reset_parameters()
     return model
 
 
+def check_shares(config: TrainConfig, world: World) -> None:
+    """Raise ``ConfigError`` where the processes can not share a batch or a model evenly."""
+    processes, where = (world.local_size, " of a machine") if config.parallel == "hybrid" else (world.size, "")
+    if processes % world.tensor:
+        raise ConfigError(
+            f"the number of processes{where}, {processes}, is not a multiple of tensor_parallel {world.tensor}: change "
+            "one of them (torchrun --nproc-per-node, --tensor-parallel)"
+        )
+    if config.batch_size % world.data_size:
+        sharing = f"{world.data_size} " + (f"groups of {world.tensor}" if world.tensor > 1 else "processes")
+        raise ConfigError(
+            f"a batch of {config.batch_size} sequences can not be shared evenly by {sharing}: change batch_tokens, or "
+            "their number"
+        )
+
+
 def make_mesh(way: str, world: World, device: torch.device) -> DeviceMesh:
-    """The (replicate, shard) mesh of a way to share a model."""
-    shape = {
-        "replicate": (world.size, 1),
-        "shard": (1, world.size),
-        "hybrid": (world.size // world.local_size, world.local_size),
+    """The (replicate, shard, tensor) mesh of a way to share a model."""
+    replicate, shard = {
+        "replicate": (world.data_size, 1),
+        "shard": (1, world.data_size),
+        "hybrid": (world.size // world.local_size, world.local_size // world.tensor),
     }[way]
-    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+    names = ("replicate", "shard", "tensor")
+    return init_device_mesh(device.type, (replicate, shard, world.tensor), mesh_dim_names=names)
 
 
 def shard(model: Decoder, mesh: DeviceMesh, precision: torch.dtype) -> None:

@@ -4,7 +4,7 @@ import math
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -75,11 +75,11 @@ class Trainer:
         world: World = ALONE,
     ) -> None:
         check_data(config, dataset)
-        self.world = world
+        self.world = world = replace(world, tensor=config.tensor_parallel)
         self.config, self.dataset, self.folder, self.reporter = config, dataset, folder, reporter
         self.windows = Windows(dataset.split("train"), config.model.context, config.seed)
         self.validation = dataset.split("val")
-        self.device = choose_device(config.device, world.local_rank)
+        self.device = choose_device(config.device, world.local_rank, world.local_size)
         self.precision = choose_precision(config.precision, self.device)
         torch.manual_seed(config.seed)
         self.model = make_model(config, world, self.device, self.precision)
@@ -110,7 +110,9 @@ class Trainer:
         settings, seconds = found.extra.get("settings"), found.extra.get("seconds")
         if not isinstance(settings, dict) or type(seconds) is not float or not 0 < seconds < math.inf:
             raise CheckpointError(f"{found.path}: what the run wrote of itself into state.json is missing or damaged")
-        changed = [name for name, value in self._identity().items() if settings.get(name) != value]
+        # A setting that came after the checkpoint was written has its default.
+        before = {"optimizer": "adam", **settings}
+        changed = [name for name, value in self._identity().items() if before.get(name) != value]
         if changed or found.step > self.config.steps:
             raise CheckpointError(
                 f"{found.path}: written with another {changed[0] if changed else 'tokens'} than config.yaml has now: "
@@ -150,7 +152,7 @@ class Trainer:
         try:
             with StopSignals() as stop:
                 while self.done < config.steps:
-                    pending.append(self._update(self.done + 1))
+                    pending.append(self.update(self.done + 1))
                     self.done += 1
                     self.reporter.step(self.done)
                     last = self.done == config.steps
@@ -187,7 +189,7 @@ class Trainer:
                 log.close()
         return self._result(line)
 
-    def _update(self, step: int) -> tuple[Tensor, Tensor]:
+    def update(self, step: int) -> tuple[Tensor, Tensor]:
         """One optimizer step.
 
         Returns:
@@ -195,7 +197,7 @@ class Trainer:
             device.
         """
         config, world = self.config, self.world
-        batch = self.windows.batch(step - 1, config.batch_size, world.rank, world.size)
+        batch = self.windows.batch(step - 1, config.batch_size, world.data_rank, world.data_size)
         parts = list(zip(*(tokens.split(config.micro_batch) for tokens in batch), strict=True))
         total = torch.zeros((), device=self.device)
         for number, (part, target) in enumerate(parts, start=1):
@@ -205,9 +207,9 @@ class Trainer:
             loss.backward()
             total += loss.detach()
         grad_norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip))
-        rate = learning_rate(step, config.steps, config.lr, warmup=config.warmup, final=config.lr_final)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            peak = group["initial_lr"]
+            group["lr"] = learning_rate(step, config.steps, peak, warmup=config.warmup, final=config.lr_final)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return total, grad_norm
@@ -216,16 +218,17 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """Validation loss in nats per token, and in bits per byte of the text."""
         world, context = self.world, self.config.model.context
+        rank, size = world.data_rank, world.data_size
         total, count = torch.zeros((), dtype=torch.float64), 0
-        batches = sequential(self.validation, context, self.config.micro_batch * world.size, self.config.eval_tokens)
+        batches = sequential(self.validation, context, self.config.micro_batch * size, self.config.eval_tokens)
         for tokens, targets in batches:
-            mine = slice(world.rank, None, world.size) if world.rank < len(tokens) else slice(1)
+            mine = slice(rank, None, size) if rank < len(tokens) else slice(1)
             with autocast(self.device, self.precision):
                 loss = self.model.loss(self._to_device(tokens[mine]), self._to_device(targets[mine]))
-            if world.rank < len(tokens):  # else it only went along: the processes compute together or not at all
+            if rank < len(tokens):  # else it only went along: the processes compute together or not at all
                 total += loss.double().cpu() * tokens[mine].numel()
             count += tokens.numel()
-        loss_per_token = float(world.sum(total)) / count
+        loss_per_token = float(world.sum(total)) / (count * world.tensor)
         tokens_per_byte = self.validation.tokens / self.validation.bytes
         return {"val_loss": loss_per_token, "bits_per_byte": loss_per_token * tokens_per_byte / math.log(2)}
 

@@ -1,0 +1,93 @@
+"""The report of a sweep: what stands on its page."""
+
+import math
+from pathlib import Path
+
+from antransformer.analysis import sweep_charts
+from antransformer.analysis.drawing import count, look
+from antransformer.analysis.page import Section, how_section, save, table
+from antransformer.analysis.sweep_charts import Level, law_in_words, levels
+from antransformer.analysis.sweep_results import Sweep
+
+
+def write(sweep: Sweep, folder: Path) -> list[Path]:
+    """Write ``report.html`` and its charts as PNG into the sweep's folder; returns the files, the page first.
+
+    Raises:
+        MissingExtraError: matplotlib or scipy is not installed.
+    """
+    names = list(dict.fromkeys(run.architecture for run in sweep.runs))
+    diverged = sum(not math.isfinite(run.loss) for run in sweep.runs)
+    facts = [
+        f"{len(sweep.runs)} runs",
+        f"{len({run.size for run in sweep.runs})} sizes",
+        f"{', '.join(count(batch) for batch in sorted({run.batch for run in sweep.runs}))} tokens a batch",
+        f"{diverged} diverged",
+    ]
+    title = f"Sweep: {', '.join(look(name).label for name in names)}"
+    sections = [_level_section(level) for level in levels(sweep)]
+    if sweep.coordinates:
+        drawn = [draw(sweep.coordinates) for draw in (sweep_charts.stream_by_width, sweep_charts.logits_by_width)]
+        sections.append(Section("Activations", "", drawn))
+    sections += [Section("All runs", _all_runs(sweep)), how_section(sweep.setup, RULES)]
+    return save(folder, title, lead(sweep), facts, sections)
+
+
+RULES = (
+    "Learning rates are tried in factors of 10^(1/3), and where the best lies at an edge the grid goes on, for each "
+    "size, number of tokens and batch by itself.",
+    "Every architecture has the same data, tokens and batches, and as many learning rates around its own default.",
+    "The best learning rate is the lowest point of an Akima interpolation of the loss; the best batch that of these "
+    "minima. One that lies at an edge is not known.",
+    "Every point is a run to the end of its own schedule. With one seed its noise is in the best learning rate.",
+)
+
+
+def lead(sweep: Sweep) -> str:
+    """What was found, of the longest runs."""
+    level = levels(sweep)[-1]
+    return f"At {level.name}: {' '.join(law_in_words(level, name) for name in level.architectures)}"
+
+
+def _level_section(level: Level) -> Section:
+    return Section(
+        f"Best settings at {level.name}",
+        "",
+        [sweep_charts.loss_by_rate(level), sweep_charts.best_rate(level)],
+        _best_table(level),
+    )
+
+
+def _best_table(level: Level) -> str:
+    head = ["contender", "size", "parameters", "tokens", "best batch", "best LR", "loss", "lost at the smallest's LR"]
+    rows = []
+    for name in level.architectures:
+        for it in level.optima(name):
+            lost = sweep_charts.lost(level, name, it)
+            rows.append(
+                [
+                    look(name).label,
+                    level.label(it.parameters),
+                    f"{it.parameters:,.0f}",
+                    count(it.tokens),
+                    count(float(f"{it.best.batch:.3g}"))
+                    + ("" if it.best.batches == 1 or it.best.batch_bracketed else " (edge)"),
+                    f"{it.best.lr:.2e}" + ("" if it.best.lr_bracketed else " (edge)"),
+                    f"{it.best.loss:.3f}",
+                    "not tried" if math.isnan(lost) else f"{lost:+.3f}",
+                ]
+            )
+    return table("Best settings", head, rows)
+
+
+def _all_runs(sweep: Sweep) -> str:
+    head = ["run", "loss", "s/step"]
+    rows = [
+        [
+            run.folder,
+            f"{run.loss:.4f}" if math.isfinite(run.loss) else "diverged",
+            f"{run.seconds_per_step:.3g}" if math.isfinite(run.seconds_per_step) else "",
+        ]
+        for run in sweep.runs
+    ]
+    return f"<details><summary>{len(rows)} runs</summary>{table('All runs', head, rows)}</details>"

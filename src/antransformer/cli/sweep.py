@@ -1,0 +1,180 @@
+"""Search the best learning rate and batch of every size: the grid search under scaling laws.
+
+Every architecture, size, number of tokens and batch has its own grid of learning rates, in factors of 10^(1/3) around
+the default, which goes on while the best lies at an edge. How many runs, tokens and hours that makes on this machine is
+measured and shown first, and past an hour it only starts with --yes. The same command goes on where a killed sweep was.
+The laws come from 'antransformer fit' with the sweep's folder.
+
+With --widths the depth, the batch and the tokens are the same for all, and the report shows whether the best learning
+rate moves with the width, and how activations do.
+
+examples:
+  antransformer sweep --data data/mine --architecture angpt --sizes nano 32m 62m --batch-tokens 32K 64K 128K --yes
+  antransformer sweep --sizes pico nano --architectures gpt+ angpt --tokens-per-param 5 10 20
+  antransformer sweep --widths 64 128 256 512 --architectures gpt+ ngpt angpt --tokens 1M
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from antransformer.analysis import results, sweep_report
+from antransformer.analysis.jobs import Queue
+from antransformer.analysis.statistics import require_scipy
+from antransformer.analysis.sweep import Sweeper, plan
+from antransformer.analysis.sweep_estimate import Estimate, estimate
+from antransformer.cli.common import DEFAULT_DATA, open_data
+from antransformer.cli.compare import COMMON, SIZES, add_queue_arguments, devices_of
+from antransformer.cli.options import Parser, add_config, number, settings_of
+from antransformer.cli.progress import ExperimentProgress, say
+from antransformer.errors import ConfigError
+from antransformer.models import OPTIONS, PRESETS, ModelConfig
+from antransformer.training.config import Count, TrainConfig, convert, normalise
+from antransformer.training.defaults import TOKENS_PER_PARAMETER
+from antransformer.training.lock import lock
+
+USAGE = "antransformer sweep [options]"
+WIDTH_TOKENS = 2_000_000  # of every run where only the width differs
+UNASKED_HOURS = 1.0
+
+
+def add_arguments(parser: Parser) -> None:
+    """Options of the verb."""
+    parser.add_argument(
+        "--architectures",
+        "--architecture",
+        nargs="+",
+        default=["angpt"],
+        metavar="NAME",
+        help=f"one or more of {', '.join(OPTIONS)} (default angpt)",
+    )
+    parser.add_argument(
+        "--sizes",
+        nargs="+",
+        default=["nano"],
+        metavar="NAME",
+        help=f"one or more of {', '.join(PRESETS)}, all with the longest context among them (default nano)",
+    )
+    parser.add_argument("--widths", nargs="+", default=(), metavar="N", help="widths in place of that of the size")
+    parser.add_argument(
+        "--batch-tokens",
+        nargs="+",
+        default=(),
+        metavar="TOKENS",
+        help="tokens of a step, each tried (default: one, by the first architecture and the size)",
+    )
+    parser.add_argument(
+        "--lrs",
+        nargs="+",
+        default=["auto"],
+        metavar="X",
+        help="auto, or the learning rates to try, and no others (default auto)",
+    )
+    parser.add_argument(
+        "--lr-trials", metavar="N", help="learning rates of the grid, before it is extended (default 5)"
+    )
+    parser.add_argument(
+        "--tokens-per-param",
+        nargs="+",
+        default=(),
+        metavar="X",
+        help="tokens of a run for each parameter, each a run of its own; several, such as 5 10 20, are what L(N, D) "
+        f"is fitted to (default {TOKENS_PER_PARAMETER}, without --widths)",
+    )
+    parser.add_argument(
+        "--tokens", nargs="+", default=(), metavar="TOKENS", help="the same for all sizes (default with --widths 2M)"
+    )
+    parser.add_argument("--seeds", metavar="N", help="runs at each point of the grid (default 1)")
+    parser.add_argument("--yes", action="store_true", help="start also what takes more than an hour")
+    add_queue_arguments(parser)
+    add_config(parser, TrainConfig, only=tuple(name for name in COMMON if name not in ("preset", "batch_tokens")))
+    group = parser.add_argument_group("sizes", "to change what the presets say, for all runs")
+    add_config(group, ModelConfig, prefix="model.", only=tuple(name for name in SIZES if name != "width"))
+
+
+def run(parsed: argparse.Namespace) -> None:
+    """Plan, estimate, run, report."""
+    require_scipy()
+    settings = normalise(settings_of(parsed), "command line")
+    folder = parsed.out or Path("runs") / ("sweep-widths" if parsed.widths else "sweep")
+    check_folder(folder)
+    choices = grid(parsed)
+    devices = devices_of(parsed)
+    dataset = open_data(settings.get("data", DEFAULT_DATA))
+    planned = plan(settings, dataset.vocab_size, parsed.architectures, parsed.sizes, **choices)
+    progress = ExperimentProgress()
+    sweeper = Sweeper(planned, dataset, Queue(folder / "runs", dataset, devices, progress), progress.stage)
+    expected = estimate(sweeper)
+    if expected.runs[1]:
+        say(f"to do: {in_words(expected)}")
+    if expected.hours[1] > UNASKED_HOURS and not parsed.yes:
+        raise ConfigError(f"this takes up to {expected.hours[1]:.1f} hours: add --yes to start it")
+    with lock(folder):
+        with progress:
+            swept = sweeper.run()
+        swept.save(folder)
+        written = sweep_report.write(swept, folder)
+    print(f"\n{sweep_report.lead(swept)}\n")
+    print(f"report: {written[0]}")
+    print(f"laws: antransformer fit {folder}")
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse what is no folder for a sweep.
+
+    Raises:
+        ConfigError: it is a file, or that of a comparison.
+    """
+    if folder.is_file():
+        raise ConfigError(f"{folder} is a file: choose the name of a folder for --out")
+    if (folder / results.FILE).exists():
+        raise ConfigError(f"{folder} holds a comparison or an ablation: choose another --out")
+
+
+def grid(parsed: argparse.Namespace) -> dict[str, Any]:
+    """What is tried, as ``plan`` takes it.
+
+    Raises:
+        ConfigError: a value is none of its kind, or two options exclude each other.
+    """
+    lrs = () if list(parsed.lrs) == ["auto"] else positive("--lrs", parsed.lrs, float)
+    tokens = positive("--tokens", parsed.tokens, Count)
+    ratios = positive("--tokens-per-param", parsed.tokens_per_param, float)
+    if tokens and ratios:
+        raise ConfigError("give --tokens or --tokens-per-param, not both")
+    if lrs and parsed.lr_trials:
+        raise ConfigError("--lr-trials is for --lrs auto: leave it out, or name no learning rates")
+    if not tokens and not ratios:
+        tokens, ratios = ([WIDTH_TOKENS], []) if parsed.widths else ([], [TOKENS_PER_PARAMETER])
+    return {
+        "widths": positive("--widths", parsed.widths, int),
+        "batches": positive("--batch-tokens", parsed.batch_tokens, Count),
+        "lrs": lrs,
+        "tokens": tokens,
+        "ratios": ratios,
+        "trials": number(parsed, "lr_trials", 5),
+        "seeds": number(parsed, "seeds", 1),
+    }
+
+
+def positive(option: str, values: Sequence[str], kind: type) -> list[Any]:
+    """The values of an option as numbers above 0.
+
+    Raises:
+        ConfigError: one is none.
+    """
+    found = [convert(value, kind, option) for value in values]
+    if any(value <= 0 for value in found):
+        raise ConfigError(f"{option} must be above 0, got {' '.join(values)}")
+    return found
+
+
+def in_words(expected: Estimate) -> str:
+    """How much is to be done, for a line."""
+    (runs, most), (tokens, most_tokens), (hours, most_hours) = expected.runs, expected.tokens, expected.hours
+    words = f"{runs} runs, {tokens / 1e6:,.1f}M tokens, about {hours:.2f} hours"
+    if most > runs:
+        words += f"; up to {most} runs, {most_tokens / 1e6:,.1f}M tokens, {most_hours:.2f} hours where the best lie at "
+        words += "the edges"
+    return words

@@ -1,0 +1,133 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+import antransformer
+from antransformer.bounds import norms, of
+from antransformer.models import ModelConfig, build
+
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def llama():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=50, tie_word_embeddings=True, **SIZES))
+    return model, {"input_ids": torch.randint(0, 50, (2, 9))}, 7 * 2 + 1  # the embedding is the head too
+
+
+def bert():
+    from transformers import BertConfig, BertForMaskedLM
+
+    model = BertForMaskedLM(BertConfig(vocab_size=50, max_position_embeddings=16, **SIZES))
+    return model, {"input_ids": torch.randint(0, 50, (2, 9))}, 6 * 2 + 3 + 1  # here too; and one before it
+
+
+def vit():
+    from transformers import ViTConfig, ViTForImageClassification
+
+    model = ViTForImageClassification(ViTConfig(image_size=16, patch_size=8, num_labels=5, **SIZES))
+    return model, {"pixel_values": torch.randn(2, 3, 16, 16)}, 6 * 2 + 1
+
+
+def of_family(make):
+    """A model with long rows, in evaluation mode, a batch for it, and how many weights are to be bounded."""
+    pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model, batch, count = make()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model.eval(), batch, count
+
+
+@pytest.mark.parametrize("make", [llama, bert, vit])
+def test_outputs_keep_every_bit_and_steps_keep_the_rows_bounded(make):
+    model, batch, count = of_family(make)
+    expected = model(**batch).logits
+    weights = sum(isinstance(part, (nn.Linear, nn.Embedding)) for part in model.modules())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)  # made before, and none the worse for it
+    assert antransformer.normalize_(model) is model
+    assert torch.equal(model(**batch).logits, expected)
+    bounds = of(model)
+    assert len({bound.parameter for bound in bounds}) == count and len(bounds) == weights
+    assert all(0.5 < norms(bound).max() <= 1 for bound in bounds)
+    antransformer.bind(model, optimizer)
+    before = [bound.parameter.detach().clone() for bound in bounds]
+    for _ in range(3):
+        model(**batch).logits.logsumexp(-1).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for bound, start in zip(bounds, before, strict=True):
+        assert norms(bound).max() <= 1 + 1e-6
+        if "token_type" not in bound.name:
+            assert not torch.equal(bound.parameter, start), bound.name
+
+
+@pytest.mark.parametrize("make", [llama, bert, vit])
+def test_a_state_dict_goes_into_another_normalized_model(make):
+    model, batch, _ = of_family(make)
+    other = antransformer.normalize_(make()[0]).eval()  # with other factors
+    state = {name: value.clone() for name, value in antransformer.normalize_(model).state_dict().items()}
+    other.load_state_dict(state)
+    assert torch.equal(other(**batch).logits, model(**batch).logits)
+
+
+def test_tied_weights_stay_tied_and_again_changes_nothing():
+    model, batch, _ = of_family(llama)
+    antransformer.normalize_(model)
+    expected, names = model(**batch).logits, list(model.state_dict())
+    antransformer.normalize_(model)
+    assert list(model.state_dict()) == names and torch.equal(model(**batch).logits, expected)
+    head = model.lm_head.parametrizations.weight
+    assert head.original is model.model.embed_tokens.parametrizations.weight.original
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(**batch).logits, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes_and_rows_of_zeros(dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(20, 64, padding_idx=0), nn.Linear(64, 8), nn.Linear(8, 3, bias=False)).to(dtype)
+    nn.init.zeros_(model[2].weight)
+    tokens = torch.arange(20)
+    expected = model(tokens), model[0].weight.clone(), model[1].weight.clone()
+    antransformer.normalize_(model)
+    assert torch.equal(model(tokens), expected[0])
+    assert torch.equal(model[0].weight, expected[1]) and torch.equal(model[1].weight, expected[2])
+    assert all(bound.parameter.dtype == dtype for bound in of(model))
+
+
+def test_what_is_not_covered_is_left_alone():
+    model = nn.Sequential(
+        nn.Conv1d(3, 5, 2),
+        nn.LayerNorm(64),
+        nn.MultiheadAttention(64, 2),
+        antransformer.nn.Linear(64, 64),
+        antransformer.nn.Embedding(9, 64),
+        parametrize.register_parametrization(nn.Linear(4, 4), "weight", nn.Identity()),
+        nn.Linear(64, 8),
+    )
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    antransformer.normalize_(model)
+    state = model.state_dict()
+    changed = {"2.out_proj.weight", "6.weight"}
+    assert set(kept) - set(state) == changed
+    assert all(torch.equal(state[name], kept[name]) for name in set(kept) - changed)
+    assert model[2].in_proj_weight is dict(model.named_parameters())["2.in_proj_weight"]
+
+
+def test_what_can_not_be_normalized_is_named_and_not_changed():
+    with pytest.raises(TypeError, match=r"LayerNorm has no nn\.Linear and no nn\.Embedding to normalize"):
+        antransformer.normalize_(nn.LayerNorm(4))
+    sizes = {"vocab_size": 50, "width": 64, "layers": 1, "context": 16, "head_width": 32}
+    with pytest.raises(TypeError, match="GPTPlus lists its bounds by itself"):
+        antransformer.normalize_(build(ModelConfig(architecture="gpt+", **sizes)))
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    nn.init.constant_(model[1].weight, float("nan"))
+    with pytest.raises(ValueError, match=r"1\.weight is not finite"):
+        antransformer.normalize_(model)
+    assert not any(parametrize.is_parametrized(part) for part in model)
