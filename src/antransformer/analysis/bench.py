@@ -105,6 +105,13 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def seconds(call: Callable[[], object], device: torch.device) -> dict[str, float]:
+    """How long a call takes."""
+    started = now(device)
+    call()
+    return {"all": now(device) - started}
+
+
 def peak_memory(call: Callable[[], object], device: torch.device) -> int:
     """Bytes that a call has allocated at its peak, over what was there when it began.
 

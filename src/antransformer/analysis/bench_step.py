@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from antransformer.analysis.bench import Mode, Row, alternate, compare, now, peak_memory, quartiles
+from antransformer.analysis.bench import Mode, Row, alternate, compare, peak_memory, quartiles, seconds
 from antransformer.analysis.bench_models import TRAINEES, Trainee, make
 from antransformer.errors import ConfigError
 from antransformer.models import ModelConfig
@@ -35,7 +35,7 @@ class Settings:
         precision: of the matrix products; parameters are float32.
 
     Raises:
-        ConfigError: a number is below 1, or a contender unknown.
+        ConfigError: a contender is unknown.
     """
 
     model: ModelConfig
@@ -47,9 +47,6 @@ class Settings:
     precision: torch.dtype
 
     def __post_init__(self) -> None:
-        for name, value in (("batch", self.batch), ("rounds", self.rounds)):
-            if value < 1:
-                raise ConfigError(f"{name} must be at least 1, got {value}")
         for name in self.contenders:
             if name not in TRAINEES:
                 raise ConfigError(f"unknown contender {name!r}: choose from {', '.join(TRAINEES)}")
@@ -96,13 +93,6 @@ def steps(trainee: Trainee, settings: Settings) -> Callable[[], None]:
         trainee.optimizer.zero_grad()
 
     return step
-
-
-def seconds(call: Callable[[], object], device: torch.device) -> dict[str, float]:
-    """How long a call takes."""
-    started = now(device)
-    call()
-    return {"all": now(device) - started}
 
 
 def product(settings: Settings) -> Callable[[], Tensor]:

@@ -4,6 +4,11 @@ step: training (forward, backward, optimizer, bound), of our architectures and o
 each with its own model, loss and optimizer: tokens a second, memory at the peak, and the share that is used of what
 the device could do. That is what its data sheet says, or on a CPU the speed of a large matrix product in the round.
 
+loss: the loss of the head's product and its gradients, whole and in chunks, with memory at the peak; of vocabularies of
+512 and 50,304 unless one is given.
+
+optimizer: steps of the optimizer with and without the bounds, in parameters a second.
+
 generate: tokens a second while the cache is filled with a prompt and while new tokens are made, of our architectures
 and of transformers' Qwen3 in the same shape, with random weights.
 
@@ -19,7 +24,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +32,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from antransformer.analysis import bench_generate, bench_step
+from antransformer.analysis import bench_generate, bench_parts, bench_step
 from antransformer.analysis.bench import Mode, Quartiles, Row, machine
 from antransformer.analysis.bench_models import SHAPE, TRAINEES, versions
 from antransformer.cli.common import check_target, new_table
@@ -44,9 +49,12 @@ MODES: dict[str, tuple[Mode, ...]] = {
     "compiled": ("compiled",),
     "both": ("eager", "compiled"),
 }
+VOCABULARIES = [512, PAPER_VOCABULARY]
 # Of what is measured, the options that it has of those that not all have, with their defaults.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "step": {"batch": [8], "contenders": list(TRAINEES), "mode": "eager"},
+    "loss": {"batch": [8]},
+    "optimizer": {},
     "generate": {"batch": [1, 16], "prompt": 512, "new": 128, "mode": "eager"},
 }
 
@@ -79,6 +87,9 @@ def add_arguments(parser: Parser) -> None:
 def run(parsed: argparse.Namespace) -> None:
     """Measure and print."""
     complete(parsed)
+    for name, value in (("rounds", parsed.rounds), ("batch", min(parsed.batch or [1]))):
+        if value < 1:
+            raise ConfigError(f"{name} must be at least 1, got {value}")
     if parsed.json:
         check_target("--json", parsed.json)
     if parsed.threads is not None:
@@ -131,6 +142,24 @@ def steps(parsed: argparse.Namespace) -> tuple[dict[str, Any], list[Row]]:
     return facts, rows
 
 
+def loss(parsed: argparse.Namespace) -> tuple[dict[str, Any], list[Row]]:
+    """What was measured of the loss, and its rows."""
+    device, batch = choose_device(parsed.device), one(parsed.batch)
+    dtype = choose_precision(parsed.dtype, device)
+    given = shape(parsed)
+    sizes = [given.vocab_size] if "vocab_size" in settings_of(parsed).get("model", {}) else VOCABULARIES
+    shapes = [replace(given, vocab_size=size) for size in sizes]
+    rows = list(bench_parts.bench_loss(shapes, batch, parsed.rounds, device, dtype))
+    return {"width": given.width, "context": given.context, "batch": batch, "dtype": str(dtype)}, rows
+
+
+def optimizer(parsed: argparse.Namespace) -> tuple[dict[str, Any], list[Row]]:
+    """What was measured of the optimizer, and its rows."""
+    model = shape(parsed)
+    rows = list(bench_parts.bench_optimizer(model, parsed.rounds, choose_device(parsed.device)))
+    return {"model": model.mapping()}, rows
+
+
 def generation(parsed: argparse.Namespace) -> tuple[dict[str, Any], list[Row]]:
     """What was measured of generation, and its rows."""
     device = choose_device(parsed.device)
@@ -179,6 +208,8 @@ def tell(text: str) -> None:
 
 BENCHES: dict[str, Callable[[argparse.Namespace], tuple[dict[str, Any], list[Row]]]] = {
     "step": steps,
+    "loss": loss,
+    "optimizer": optimizer,
     "generate": generation,
 }
 
@@ -187,7 +218,8 @@ def table(rows: Sequence[Row]) -> Table:
     """Medians and quartiles, and what else was measured."""
     names = [*rows[0].task, "contender"]
     more = (["peak MiB"] if rows[0].memory is not None else []) + (["used"] if rows[0].utilization else [])
-    shown = new_table(*names, "tokens/s", "quartiles", "ratio", "quartiles", *more)
+    unit = "parameters/s" if "architecture" in rows[0].task else "tokens/s"
+    shown = new_table(*names, unit, "quartiles", "ratio", "quartiles", *more)
     for column in shown.columns[: len(names)]:
         column.justify = "left"
     for number, row in enumerate(rows, start=1):
@@ -197,7 +229,12 @@ def table(rows: Sequence[Row]) -> Table:
             cells.append(f"{row.memory / 2**20:,.1f}")
         if row.utilization:
             cells.append(f"{row.utilization.median:.0%}")
-        shown.add_row(*(str(value) for value in row.task.values()), row.contender, *cells, end_section=last)
+        shown.add_row(
+            *(f"{value:,}" if isinstance(value, int) else value for value in row.task.values()),
+            row.contender,
+            *cells,
+            end_section=last,
+        )
     return shown
 
 
