@@ -113,6 +113,16 @@ def test_training_steps_of_ours_and_of_others_are_timed(tmp_path, capsys):
     assert [line.split()[1] for line in out.splitlines() if line.strip().startswith("eager")] == list(TRAINEES)
 
 
+def test_a_profile_is_a_trace_and_the_ten_dearest_operations(tmp_path, capsys):
+    assert main([*STEP, "--contenders", "gpt+", "angpt", "--profile", str(tmp_path / "traces")]) == 0
+    assert sorted(path.name for path in (tmp_path / "traces").iterdir()) == ["eager-angpt.json", "eager-gpt+.json"]
+    trace = json.loads((tmp_path / "traces/eager-angpt.json").read_text())
+    assert {"aten::mm", "aten::embedding"} <= {event["name"] for event in trace["traceEvents"]}
+    lines = [line.split() for line in capsys.readouterr().err.splitlines() if "%" in line]
+    shares = [float(share.rstrip("%")) for share, *_ in lines]
+    assert len(shares) == 20 and shares[:10] == sorted(shares[:10], reverse=True) and 20 < sum(shares[:10]) <= 100.1
+
+
 def test_the_loss_is_timed_whole_and_in_chunks(tmp_path, capsys):
     words = ["bench", "--what", "loss", "--preset", "pico", "--model.width", "64", "--batch", "2", "--rounds", "2"]
     assert main([*words, "--json", str(tmp_path / "speed.json")]) == 0
@@ -233,6 +243,10 @@ def test_a_compiled_step_is_compiled_once_for_all_tokens(name, prompts):
         ),
         (["bench", "--what", "loss", "--rounds", "0"], "rounds must be at least 1, got 0"),
         (["bench", "--what", "loss", "--batch", "0"], "batch must be at least 1, got 0"),
+        (
+            [*STEP, "--profile", "/dev/null"],
+            "--profile /dev/null can not be made: File exists; give the name of a folder",
+        ),
         ([*STEP, "--batch", "2", "3"], "--batch takes one number here, got 2"),
         ([*STEP, "--batch", "0"], "batch must be at least 1, got 0"),
         ([*STEP, "--rounds", "0"], "rounds must be at least 1, got 0"),

@@ -16,7 +16,7 @@ The ratio is that to the speed of the first contender (of generate: the folded a
 
 examples:
   antransformer bench --what step --mode both
-  antransformer bench --what step --preset 32m --model.context 256 --contenders gpt+ angpt
+  antransformer bench --what step --preset 32m --model.context 256 --contenders gpt+ angpt --profile traces
   antransformer bench --what generate --preset 125m --mode both --dtype bfloat16 --json speed.json
 """
 
@@ -52,7 +52,7 @@ MODES: dict[str, tuple[Mode, ...]] = {
 VOCABULARIES = [512, PAPER_VOCABULARY]
 # Of what is measured, the options that it has of those that not all have, with their defaults.
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "step": {"batch": [8], "contenders": list(TRAINEES), "mode": "eager"},
+    "step": {"batch": [8], "contenders": list(TRAINEES), "mode": "eager", "profile": None},
     "loss": {"batch": [8]},
     "optimizer": {},
     "generate": {"batch": [1, 16], "prompt": 512, "new": 128, "mode": "eager"},
@@ -78,6 +78,12 @@ def add_arguments(parser: Parser) -> None:
         choices=("auto", "float32", "bfloat16"),
         default="auto",
         help="of the matrix products; generate: of the weights too (default auto: bfloat16 on a GPU)",
+    )
+    parser.add_argument(
+        "--profile",
+        type=Path,
+        metavar="FOLDER",
+        help="step: write a trace of one step of each contender there, and print its ten dearest operations",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures of every round there too")
     group = parser.add_argument_group("model settings", "to change what the preset says")
@@ -131,7 +137,10 @@ def steps(parsed: argparse.Namespace) -> tuple[dict[str, Any], list[Row]]:
         rounds=parsed.rounds,
         device=device,
         precision=choose_precision(parsed.dtype, device),
+        profile=parsed.profile,
     )
+    if settings.profile:
+        make_folder("--profile", settings.profile)
     rows = bench_step.bench_step(settings, tell)
     facts = {
         "model": settings.model.mapping(),
@@ -199,6 +208,18 @@ def one(batches: list[int]) -> int:
     if len(batches) > 1:
         raise ConfigError(f"--batch takes one number here, got {len(batches)}")
     return batches[0]
+
+
+def make_folder(option: str, path: Path) -> None:
+    """Make a folder for results, before the work.
+
+    Raises:
+        ConfigError: it can not be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{option} {path} can not be made: {error.strerror}; give the name of a folder") from error
 
 
 def tell(text: str) -> None:
