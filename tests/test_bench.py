@@ -9,6 +9,7 @@ from torch._dynamo.testing import CompileCounter
 
 from antransformer.analysis.bench import Quartiles, alternate, compare, peak_memory, quartiles
 from antransformer.analysis.bench_models import TRAINEES, make
+from antransformer.analysis.bench_parts import losses
 from antransformer.cli import main
 from antransformer.inference import fold
 from antransformer.inference.sampling import next_logits, window
@@ -112,6 +113,46 @@ def test_training_steps_of_ours_and_of_others_are_timed(tmp_path, capsys):
     assert [line.split()[1] for line in out.splitlines() if line.strip().startswith("eager")] == list(TRAINEES)
 
 
+def test_a_profile_is_a_trace_and_the_ten_dearest_operations(tmp_path, capsys):
+    assert main([*STEP, "--contenders", "gpt+", "angpt", "--profile", str(tmp_path / "traces")]) == 0
+    assert sorted(path.name for path in (tmp_path / "traces").iterdir()) == ["eager-angpt.json", "eager-gpt+.json"]
+    trace = json.loads((tmp_path / "traces/eager-angpt.json").read_text())
+    assert {"aten::mm", "aten::embedding"} <= {event["name"] for event in trace["traceEvents"]}
+    lines = [line.split() for line in capsys.readouterr().err.splitlines() if "%" in line]
+    shares = [float(share.rstrip("%")) for share, *_ in lines]
+    assert len(shares) == 20 and shares[:10] == sorted(shares[:10], reverse=True) and 20 < sum(shares[:10]) <= 100.1
+
+
+def test_the_loss_is_timed_whole_and_in_chunks(tmp_path, capsys):
+    words = ["bench", "--what", "loss", "--preset", "pico", "--model.width", "64", "--batch", "2", "--rounds", "2"]
+    assert main([*words, "--json", str(tmp_path / "speed.json")]) == 0
+    rows = {
+        (row["task"]["vocabulary"], row["contender"]): row
+        for row in json.loads((tmp_path / "speed.json").read_text())["rows"]
+    }
+    assert list(rows)[:2] == [(512, "whole"), (512, "chunks")] and (50304, "chunks") in rows
+    assert rows[50304, "chunks"]["memory"] < rows[50304, "whole"]["memory"]
+    assert "50,304" in capsys.readouterr().out
+    assert main([*words, "--model.vocab-size", "300"]) == 0
+    assert "50,304" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("loss", list(losses().values()), ids=list(losses()))
+def test_the_losses_that_are_timed_are_the_same(loss):
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(2, 9, 8), torch.randn(30, 8), torch.randint(30, (2, 9))
+    torch.testing.assert_close(loss(hidden, weight, targets), losses()["whole"](hidden, weight, targets))
+
+
+def test_the_optimizer_is_timed_with_and_without_bounds(tmp_path, capsys):
+    words = ["bench", "--what", "optimizer", "--rounds", "2", *OPTIONS]
+    assert main([*words, "--json", str(tmp_path / "speed.json")]) == 0
+    rows = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    found = [(row["task"]["architecture"], row["contender"]) for row in rows]
+    assert found == [(name, part) for name in ("angpt", "ngpt") for part in ("optimizer", "with bounds")]
+    assert rows[0]["ratio"]["median"] == 1 and "parameters/s" in capsys.readouterr().out
+
+
 def test_compiled_steps_of_chosen_contenders(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     words = [*STEP, "--mode", "compiled", "--contenders", "angpt", "gpt+", "--json", str(tmp_path / "speed.json")]
@@ -196,6 +237,16 @@ def test_a_compiled_step_is_compiled_once_for_all_tokens(name, prompts):
         ([*STEP, "--prompt", "21"], "--prompt is an option of generate, not of step: leave it out"),
         ([*TINY, "--contenders", "gpt+"], "--contenders is an option of step, not of generate: leave it out"),
         ([*STEP, "--contenders", "gpt+", "llama"], "unknown contender 'llama': choose from gpt+, ngpt, angpt"),
+        (
+            ["bench", "--what", "optimizer", "--batch", "2"],
+            "--batch is an option of step, loss, generate, not of optimizer",
+        ),
+        (["bench", "--what", "loss", "--rounds", "0"], "rounds must be at least 1, got 0"),
+        (["bench", "--what", "loss", "--batch", "0"], "batch must be at least 1, got 0"),
+        (
+            [*STEP, "--profile", "/dev/null"],
+            "--profile /dev/null can not be made: File exists; give the name of a folder",
+        ),
         ([*STEP, "--batch", "2", "3"], "--batch takes one number here, got 2"),
         ([*STEP, "--batch", "0"], "batch must be at least 1, got 0"),
         ([*STEP, "--rounds", "0"], "rounds must be at least 1, got 0"),

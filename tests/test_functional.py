@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from antransformer import factors, functional
+from antransformer.analysis.bench import peak_memory
 
 NOWHERE = functional.Places(functional.rotary_tables(torch.arange(0), 0, 1.0))  # attention alone needs no positions
 
@@ -151,8 +152,64 @@ def test_split_heads_keeps_the_rows_of_a_head_together():
     assert v[0, 0, 1].tolist() == [20, 21, 22, 23]
 
 
-def test_cross_entropy_is_in_float32_nats():
-    logits, targets = random(2, 3, 11), torch.tensor([[1, 2, 3], [4, 5, 10]])
-    expected = -logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).mean()
-    assert functional.cross_entropy(logits, targets).item() == pytest.approx(expected.item(), rel=1e-6)
-    assert functional.cross_entropy(logits.bfloat16(), targets).dtype == torch.float32
+def twin(hidden, weight, targets):
+    """The loss from whole logits, in float64."""
+    return F.cross_entropy((hidden.double() @ weight.double().T).flatten(0, 1), targets.flatten())
+
+
+def with_gradients(loss, hidden, weight, targets, share=0.37):
+    hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    value = loss(hidden, weight, targets)
+    (value * share).backward()
+    return value.detach(), hidden.grad, weight.grad
+
+
+# Tokens around the size of a chunk, and sizes that no kernel likes.
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (1, 127), (2, 64), (3, 43), (5, 77)])
+@pytest.mark.parametrize(("width", "vocabulary"), [(1, 2), (13, 101), (64, 1000)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
+)
+def test_cross_entropy_is_that_of_whole_logits(batch, tokens, width, vocabulary, dtype, tolerance):
+    hidden = (random(batch, tokens, width) * 2).to(dtype)
+    weight = (random(vocabulary, width, seed=1) / width**0.5).to(dtype)
+    targets = torch.randint(vocabulary, (batch, tokens), generator=torch.Generator().manual_seed(2))
+    torch.full((10 * vocabulary * 128,), torch.nan)  # what is freed is found again, and must not be read
+    found = with_gradients(functional.cross_entropy, hidden, weight, targets)
+    expected = with_gradients(twin, hidden.double(), weight.double(), targets)
+    assert [part.dtype for part in found] == [torch.promote_types(dtype, torch.float32), dtype, dtype]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=tolerance, atol=tolerance * other.abs().max().item())
+    with torch.no_grad():
+        assert torch.equal(functional.cross_entropy(hidden, weight, targets), found[0])
+
+
+def test_cross_entropy_passes_the_checks_of_operators():
+    hidden, weight = random(2, 70, 5).requires_grad_(), random(7, 5, seed=1).requires_grad_()
+    targets = torch.randint(7, (2, 70), generator=torch.Generator().manual_seed(2))
+    assert torch.autograd.gradcheck(functional.cross_entropy, (hidden, weight, targets))
+    torch.library.opcheck(functional._cross_entropy, (hidden.flatten(0, 1), weight, targets.flatten(), True))
+    loss = functional.cross_entropy(hidden, weight, targets)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
+
+
+def test_cross_entropy_under_autocast_multiplies_in_half_precision():
+    hidden, weight = random(2, 100, 16).float(), random(50, 16, seed=1).float()
+    targets = torch.randint(50, (2, 100), generator=torch.Generator().manual_seed(2))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = with_gradients(functional.cross_entropy, hidden, weight, targets)
+    assert [part.dtype for part in found] == [torch.float32] * 3
+    exact = with_gradients(functional.cross_entropy, hidden, weight, targets)
+    rounded = with_gradients(functional.cross_entropy, hidden.bfloat16(), weight.bfloat16(), targets)
+    assert found[0] != exact[0] and found[0] == rounded[0]
+    for one, other in zip(found[1:], exact[1:], strict=True):
+        torch.testing.assert_close(one, other, rtol=0.02, atol=0.02 * other.abs().max().item())
+
+
+def test_logits_are_never_whole_in_memory():
+    hidden, weight = random(16, 128, 4).float().requires_grad_(), random(10_000, 4, seed=1).float().requires_grad_()
+    targets = torch.zeros(16, 128, dtype=torch.int64)
+    whole = 16 * 128 * 10_000 * 4
+    peak = peak_memory(lambda: functional.cross_entropy(hidden, weight, targets).backward(), torch.device("cpu"))
+    assert peak < whole / 4

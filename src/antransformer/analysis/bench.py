@@ -105,6 +105,13 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def seconds(call: Callable[[], object], device: torch.device) -> dict[str, float]:
+    """How long a call takes."""
+    started = now(device)
+    call()
+    return {"all": now(device) - started}
+
+
 def peak_memory(call: Callable[[], object], device: torch.device) -> int:
     """Bytes that a call has allocated at its peak, over what was there when it began.
 
@@ -116,12 +123,17 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         call()
         return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # else it writes on standard error that it began
+    quiet()
     with torch.autograd.profiler.profile(use_kineto=False, profile_memory=True) as profiler:
         call()
     events = profiler.kineto_results.events()
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
     return max(accumulate((size for _, size in changes), initial=0))
+
+
+def quiet() -> None:
+    """Keep torch's profiler from writing on standard error that it begins and ends."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")
 
 
 def machine(device: torch.device) -> dict[str, Any]:

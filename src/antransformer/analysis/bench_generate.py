@@ -52,11 +52,9 @@ class Settings:
     dtype: torch.dtype
 
     def __post_init__(self) -> None:
-        for name, value in (("batch", min(self.batches)), ("prompt", self.prompt), ("new", self.new)):
+        for name, value in (("prompt", self.prompt), ("new", self.new)):
             if value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
-        if self.rounds < 1:
-            raise ConfigError(f"rounds must be at least 1, got {self.rounds}")
         if self.prompt + self.new > self.model.context:
             raise ConfigError(
                 f"a prompt of {self.prompt:,} tokens and {self.new:,} new ones do not fit the context of "

@@ -6,11 +6,12 @@ Every contender has its own model, loss and optimizer (``bench_models``), and al
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from antransformer.analysis.bench import Mode, Row, alternate, compare, now, peak_memory, quartiles
+from antransformer.analysis.bench import Mode, Row, alternate, compare, peak_memory, quartiles, quiet, seconds
 from antransformer.analysis.bench_models import TRAINEES, Trainee, make
 from antransformer.errors import ConfigError
 from antransformer.models import ModelConfig
@@ -33,9 +34,10 @@ class Settings:
         rounds: how many times each contender is timed.
         device: where.
         precision: of the matrix products; parameters are float32.
+        profile: a folder for a trace of one step of each contender, or None.
 
     Raises:
-        ConfigError: a number is below 1, or a contender unknown.
+        ConfigError: a contender is unknown.
     """
 
     model: ModelConfig
@@ -45,11 +47,9 @@ class Settings:
     rounds: int
     device: torch.device
     precision: torch.dtype
+    profile: Path | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (("batch", self.batch), ("rounds", self.rounds)):
-            if value < 1:
-                raise ConfigError(f"{name} must be at least 1, got {value}")
         for name in self.contenders:
             if name not in TRAINEES:
                 raise ConfigError(f"unknown contender {name!r}: choose from {', '.join(TRAINEES)}")
@@ -79,7 +79,27 @@ def timed(trainees: dict[str, Trainee], settings: Settings, mode: Mode, note: Ca
     for row in compare({"mode": mode}, times, tokens, next(iter(times))):
         shares = [flops / time / peak for time, peak in zip(row.seconds, peaks, strict=True)]
         memory = peak_memory(calls[row.contender], settings.device) + held(trainees[row.contender])
+        if settings.profile:
+            trace = settings.profile / f"{mode}-{row.contender}.json"
+            note(f"{trace}: of the time of {row.contender}, {mode}:")
+            for name, share in dearest(calls[row.contender], trace):
+                note(f"{share:7.1%}  {name}")
         yield replace(row, memory=memory, utilization=quartiles(shares))
+
+
+def dearest(call: Callable[[], object], trace: Path) -> list[tuple[str, float]]:
+    """Write a trace of a call, for chrome://tracing or Perfetto.
+
+    Returns:
+        The ten operations that take longest, without those inside them, each with its share of the time of all.
+    """
+    quiet()
+    with torch.profiler.profile(acc_events=True) as profiler:
+        call()
+    profiler.export_chrome_trace(str(trace))
+    times = {event.key: event.self_device_time_total or event.self_cpu_time_total for event in profiler.key_averages()}
+    longest = sorted(times, key=times.__getitem__, reverse=True)[:10]
+    return [(name, times[name] / sum(times.values())) for name in longest]
 
 
 def steps(trainee: Trainee, settings: Settings) -> Callable[[], None]:
@@ -96,13 +116,6 @@ def steps(trainee: Trainee, settings: Settings) -> Callable[[], None]:
         trainee.optimizer.zero_grad()
 
     return step
-
-
-def seconds(call: Callable[[], object], device: torch.device) -> dict[str, float]:
-    """How long a call takes."""
-    started = now(device)
-    call()
-    return {"all": now(device) - started}
 
 
 def product(settings: Settings) -> Callable[[], Tensor]:

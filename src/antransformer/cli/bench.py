@@ -4,6 +4,11 @@ step: training (forward, backward, optimizer, bound), of our architectures and o
 each with its own model, loss and optimizer: tokens a second, memory at the peak, and the share that is used of what
 the device could do. That is what its data sheet says, or on a CPU the speed of a large matrix product in the round.
 
+loss: the loss of the head's product and its gradients, whole and in chunks, with memory at the peak; of vocabularies of
+512 and 50,304 unless one is given.
+
+optimizer: steps of the optimizer with and without the bounds, in parameters a second.
+
 generate: tokens a second while the cache is filled with a prompt and while new tokens are made, of our architectures
 and of transformers' Qwen3 in the same shape, with random weights.
 
@@ -11,7 +16,7 @@ The ratio is that to the speed of the first contender (of generate: the folded a
 
 examples:
   antransformer bench --what step --mode both
-  antransformer bench --what step --preset 32m --model.context 256 --contenders gpt+ angpt
+  antransformer bench --what step --preset 32m --model.context 256 --contenders gpt+ angpt --profile traces
   antransformer bench --what generate --preset 125m --mode both --dtype bfloat16 --json speed.json
 """
 
@@ -19,7 +24,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +32,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from antransformer.analysis import bench_generate, bench_step
+from antransformer.analysis import bench_generate, bench_parts, bench_step
 from antransformer.analysis.bench import Mode, Quartiles, Row, machine
 from antransformer.analysis.bench_models import SHAPE, TRAINEES, versions
 from antransformer.cli.common import check_target, new_table
@@ -44,9 +49,12 @@ MODES: dict[str, tuple[Mode, ...]] = {
     "compiled": ("compiled",),
     "both": ("eager", "compiled"),
 }
+VOCABULARIES = [512, PAPER_VOCABULARY]
 # Of what is measured, the options that it has of those that not all have, with their defaults.
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "step": {"batch": [8], "contenders": list(TRAINEES), "mode": "eager"},
+    "step": {"batch": [8], "contenders": list(TRAINEES), "mode": "eager", "profile": None},
+    "loss": {"batch": [8]},
+    "optimizer": {},
     "generate": {"batch": [1, 16], "prompt": 512, "new": 128, "mode": "eager"},
 }
 
@@ -71,6 +79,12 @@ def add_arguments(parser: Parser) -> None:
         default="auto",
         help="of the matrix products; generate: of the weights too (default auto: bfloat16 on a GPU)",
     )
+    parser.add_argument(
+        "--profile",
+        type=Path,
+        metavar="FOLDER",
+        help="step: write a trace of one step of each contender there, and print its ten dearest operations",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures of every round there too")
     group = parser.add_argument_group("model settings", "to change what the preset says")
     add_config(group, ModelConfig, prefix="model.", only=SHAPE)
@@ -79,6 +93,9 @@ def add_arguments(parser: Parser) -> None:
 def run(parsed: argparse.Namespace) -> None:
     """Measure and print."""
     complete(parsed)
+    for name, value in (("rounds", parsed.rounds), ("batch", min(parsed.batch or [1]))):
+        if value < 1:
+            raise ConfigError(f"{name} must be at least 1, got {value}")
     if parsed.json:
         check_target("--json", parsed.json)
     if parsed.threads is not None:
@@ -120,7 +137,10 @@ def steps(parsed: argparse.Namespace) -> tuple[dict[str, Any], list[Row]]:
         rounds=parsed.rounds,
         device=device,
         precision=choose_precision(parsed.dtype, device),
+        profile=parsed.profile,
     )
+    if settings.profile:
+        make_folder("--profile", settings.profile)
     rows = bench_step.bench_step(settings, tell)
     facts = {
         "model": settings.model.mapping(),
@@ -129,6 +149,24 @@ def steps(parsed: argparse.Namespace) -> tuple[dict[str, Any], list[Row]]:
         "reference": rows[0].contender,
     }
     return facts, rows
+
+
+def loss(parsed: argparse.Namespace) -> tuple[dict[str, Any], list[Row]]:
+    """What was measured of the loss, and its rows."""
+    device, batch = choose_device(parsed.device), one(parsed.batch)
+    dtype = choose_precision(parsed.dtype, device)
+    given = shape(parsed)
+    sizes = [given.vocab_size] if "vocab_size" in settings_of(parsed).get("model", {}) else VOCABULARIES
+    shapes = [replace(given, vocab_size=size) for size in sizes]
+    rows = list(bench_parts.bench_loss(shapes, batch, parsed.rounds, device, dtype))
+    return {"width": given.width, "context": given.context, "batch": batch, "dtype": str(dtype)}, rows
+
+
+def optimizer(parsed: argparse.Namespace) -> tuple[dict[str, Any], list[Row]]:
+    """What was measured of the optimizer, and its rows."""
+    model = shape(parsed)
+    rows = list(bench_parts.bench_optimizer(model, parsed.rounds, choose_device(parsed.device)))
+    return {"model": model.mapping()}, rows
 
 
 def generation(parsed: argparse.Namespace) -> tuple[dict[str, Any], list[Row]]:
@@ -172,6 +210,18 @@ def one(batches: list[int]) -> int:
     return batches[0]
 
 
+def make_folder(option: str, path: Path) -> None:
+    """Make a folder for results, before the work.
+
+    Raises:
+        ConfigError: it can not be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{option} {path} can not be made: {error.strerror}; give the name of a folder") from error
+
+
 def tell(text: str) -> None:
     """Progress, which is no result."""
     print(text, file=sys.stderr, flush=True)
@@ -179,6 +229,8 @@ def tell(text: str) -> None:
 
 BENCHES: dict[str, Callable[[argparse.Namespace], tuple[dict[str, Any], list[Row]]]] = {
     "step": steps,
+    "loss": loss,
+    "optimizer": optimizer,
     "generate": generation,
 }
 
@@ -187,7 +239,8 @@ def table(rows: Sequence[Row]) -> Table:
     """Medians and quartiles, and what else was measured."""
     names = [*rows[0].task, "contender"]
     more = (["peak MiB"] if rows[0].memory is not None else []) + (["used"] if rows[0].utilization else [])
-    shown = new_table(*names, "tokens/s", "quartiles", "ratio", "quartiles", *more)
+    unit = "parameters/s" if "architecture" in rows[0].task else "tokens/s"
+    shown = new_table(*names, unit, "quartiles", "ratio", "quartiles", *more)
     for column in shown.columns[: len(names)]:
         column.justify = "left"
     for number, row in enumerate(rows, start=1):
@@ -197,7 +250,12 @@ def table(rows: Sequence[Row]) -> Table:
             cells.append(f"{row.memory / 2**20:,.1f}")
         if row.utilization:
             cells.append(f"{row.utilization.median:.0%}")
-        shown.add_row(*(str(value) for value in row.task.values()), row.contender, *cells, end_section=last)
+        shown.add_row(
+            *(f"{value:,}" if isinstance(value, int) else value for value in row.task.values()),
+            row.contender,
+            *cells,
+            end_section=last,
+        )
     return shown
 
 

@@ -56,9 +56,9 @@ class FoldedAnGPT(Decoder):
         super().__init__(config, FoldedBlock)
         self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Stream (B, T, d) to logits (B, T, V)."""
-        return self.lm_head(hidden)
+    def head(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Nothing is left beside the weight."""
+        return hidden, self.lm_head.weight
 
     def bounds(self) -> list[Bound]:
         """None: the factors are in the weights."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from antransformer import factors
 from antransformer.bounds import Bound
-from antransformer.functional import Places, causal_attention, linear, norm, rotate, split_heads
+from antransformer.functional import Places, causal_attention, norm, rotate, split_heads
 from antransformer.models.config import ModelConfig
 from antransformer.models.decoder import Decoder
 from antransformer.nn import Linear, Residual, ScaledParameter, unit_rows_
@@ -87,9 +87,10 @@ class AnGPT(Decoder):
         self.lm_head = Linear(config.width, config.vocab_size, factor=1.0)
         self.logit_scale = ScaledParameter(config.vocab_size, 1.0, config.s_scale)
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def head(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """s_Z * (W_h x), with s_Z applied to the weight."""
-        return linear(hidden, self.lm_head.weight, self.logit_scale())
+        weight = self.lm_head.weight
+        return hidden, weight * self.logit_scale().to(weight.dtype).unsqueeze(1)
 
     def bounds(self) -> list[Bound]:
         """Rows of all matrices, of the embedding and of the head."""

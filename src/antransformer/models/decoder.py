@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from antransformer import functional
@@ -27,8 +28,8 @@ class Decoder(nn.Module, ABC):
         self.blocks = nn.ModuleList(block(config) for _ in range(config.layers))
 
     @abstractmethod
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Residual stream (B, T, d) to logits (B, T, V)."""
+    def head(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Whose product the logits are: the residual stream (..., d) as the head reads it, and a weight (V, d)."""
 
     @abstractmethod
     def bounds(self) -> list[Bound]:
@@ -67,13 +68,18 @@ class Decoder(nn.Module, ABC):
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         return Places(functional.rotary_tables(positions, self.config.rotated, self.config.rotary_base))
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Token ids (B, T) to logits (B, T, V); raises as ``hidden``."""
-        return self.logits(self.hidden(tokens))
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Residual stream (..., d) to logits (..., V)."""
+        return F.linear(*self.head(hidden))
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Token ids (B, T) to logits (B, T, V), or with targets to their ``loss``; raises as ``hidden``."""
+        hidden = self.hidden(tokens)
+        return self.logits(hidden) if targets is None else functional.cross_entropy(*self.head(hidden), targets)
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats of ``targets`` (B, T) given ``tokens`` (B, T); raises as ``hidden``."""
-        return functional.cross_entropy(self(tokens), targets)
+        return self(tokens, targets)  # through forward, where sharded training begins and ends
 
     def parameter_count(self) -> int:
         """Number of learnable numbers."""

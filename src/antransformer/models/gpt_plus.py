@@ -74,9 +74,9 @@ class GPTPlus(Decoder):
         self.final_norm: nn.Module = nn.RMSNorm(config.width, eps=RMS_EPS)
         self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def head(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """W_h (rms(x) * gamma_h)."""
-        return self.lm_head(self.final_norm(hidden))
+        return self.final_norm(hidden), self.lm_head.weight
 
     def bounds(self) -> list[Bound]:
         """None."""

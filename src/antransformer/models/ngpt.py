@@ -77,9 +77,10 @@ class NGPT(Decoder):
         self.lm_head = Linear(config.width, config.vocab_size, factor=1.0)
         self.logit_scale = ScaledParameter(config.vocab_size, 1.0, config.s_scale)
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def head(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """s_Z * (W_h x), with s_Z applied to the weight."""
-        return linear(hidden, self.lm_head.weight, self.logit_scale())
+        weight = self.lm_head.weight
+        return hidden, weight * self.logit_scale().to(weight.dtype).unsqueeze(1)
 
     def bounds(self) -> list[Bound]:
         """Strict; columns for the two projections into the residual stream, rows for all else."""
