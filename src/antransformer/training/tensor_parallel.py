@@ -108,7 +108,7 @@ class SplitDecoder(Decoder):
     def logits(self, hidden: Tensor) -> Tensor:
         """(B, T, d) to the logits of this rank's part, (B, T, V / N)."""
         with _parts(self, Partial(), without=("embedding", "blocks")):
-            return super().logits(_enter(self.mesh, hidden))  # type: ignore[safe-super]
+            return super().logits(_enter(self.mesh, hidden))
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """As ``Decoder.loss``, with logits that no rank has whole."""
