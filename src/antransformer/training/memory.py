@@ -184,7 +184,7 @@ class _Head(nn.Module):
 
     def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Residual stream and token ids to the loss."""
-        return cross_entropy(self.model.logits(hidden), targets)
+        return cross_entropy(*self.model.head(hidden), targets)
 
 
 @cache
