@@ -21,7 +21,6 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from antransformer.bounds import bind
-from antransformer.functional import cross_entropy
 from antransformer.models import ModelConfig, build
 from antransformer.training.device import autocast
 from antransformer.training.memory import Layout, memory
@@ -67,7 +66,7 @@ def step(model, optimizer, tokens, passes, precision, after=lambda: None):
     for number in range(1, passes + 1):
         share_gradients(model, number == passes)
         with autocast(CPU, precision):
-            loss = cross_entropy(model(tokens), tokens)
+            loss = model(tokens, tokens)
         loss.backward()
         del loss
         after()

@@ -288,9 +288,9 @@ def test_parts_of_the_memory():
     assert block * 4 + root == parameter_count(SMALL)
     assert alone.parameters == 4 * parameter_count(SMALL) and alone.optimizer == 2 * alone.parameters
     assert memory(SMALL, Layout(micro_batch=16), HALF).activations == 2 * alone.activations
-    assert memory(replace(SMALL, vocab_size=2048), Layout(micro_batch=8), HALF).logits == pytest.approx(
-        2 * alone.logits, rel=0.1
-    )
+    assert memory(replace(SMALL, vocab_size=2 * SMALL.vocab_size), Layout(micro_batch=8), HALF).logits > alone.logits
+    many = 64 * SMALL.context  # tokens, whose logits are never there at once
+    assert memory(SMALL, Layout(micro_batch=64), HALF).logits < many * SMALL.vocab_size * 4
     sharded = memory(SMALL, Layout("shard", 64, micro_batch=8), HALF)
     hybrid = memory(SMALL, Layout("hybrid", 64, micro_batch=8), HALF)
     assert sharded.parameters == alone.parameters / 64 and hybrid.parameters == alone.parameters / 8

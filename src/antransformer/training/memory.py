@@ -15,12 +15,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 
-from antransformer.functional import Places, cross_entropy, rotary_tables
+from antransformer.functional import LARGE_CHUNK, Places, cross_entropy, rotary_tables
 from antransformer.models import Decoder, ModelConfig, build
 from antransformer.training.device import autocast
 
 WEIGHT = 4  # bytes of a float32: parameters, gradients and both moments of Adam are such, in any precision
-LOSS_GRADIENTS = 2 * 4  # bytes a logit: its float32 gradient, before and behind the softmax
+WHOLE_LOGIT = 3 * 4  # bytes where logits are whole: the float32 exponential, its gradients before and behind the softmax
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def memory(config: ModelConfig, layout: Layout, precision: torch.dtype) -> Memor
     working = (size * (root + 3 * block) + WEIGHT * block) / tensor if distributed else 0.0
     tokens = layout.micro_batch * config.context
     between, within = tokens * config.width * size, inside.of_tokens(tokens, tensor)
-    of_loss = head.of_tokens(tokens, tensor) + tokens * LOSS_GRADIENTS * config.vocab_size / tensor
+    of_loss = head.of_tokens(tokens, tensor) + loss_work(config, tokens, precision, tensor)
     of_head = head.once / tensor
     if layout.checkpointing:
         at_loss = Memory(own, accumulated, 2 * own, of_head, gathered, config.layers * between, of_loss)
@@ -135,6 +135,18 @@ def memory(config: ModelConfig, layout: Layout, precision: torch.dtype) -> Memor
     gradients = accumulated or (WEIGHT * blocks / (tensor * layout.shards) if distributed else own)
     at_end = Memory(own, gradients, 2 * own, inside.once / tensor, gathered + working, within + between, 0.0)
     return max(at_loss, at_end, key=lambda it: it.total)
+
+
+def loss_work(config: ModelConfig, tokens: int, precision: torch.dtype, tensor: int) -> float:
+    """Bytes that the loss takes while it is computed, or its backward pass, whichever are more.
+
+    A chunk of logits in the products' precision with log-probabilities in float32, then the scaled gradient of the head's
+    weight. Tensor-parallel devices have the logits of all tokens, for their part of the vocabulary.
+    """
+    if tensor > 1:
+        return tokens * WHOLE_LOGIT * config.vocab_size / tensor
+    chunk = min(tokens, LARGE_CHUNK) * (precision.itemsize + WEIGHT) * config.vocab_size
+    return max(chunk, WEIGHT * config.vocab_size * config.width)
 
 
 @cache
