@@ -20,7 +20,7 @@ from antransformer.models import Decoder, ModelConfig, build
 from antransformer.training.device import autocast
 
 WEIGHT = 4  # bytes of a float32: parameters, gradients and both moments of Adam are such, in any precision
-WHOLE_LOGIT = 3 * 4  # bytes where logits are whole: the float32 exponential, its gradients before and behind the softmax
+WHOLE_LOGIT = 3 * 4  # bytes: the float32 exponential, the gradients before and behind the softmax
 
 
 @dataclass(frozen=True)
