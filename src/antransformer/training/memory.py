@@ -140,8 +140,8 @@ def memory(config: ModelConfig, layout: Layout, precision: torch.dtype) -> Memor
 def loss_work(config: ModelConfig, tokens: int, precision: torch.dtype, tensor: int) -> float:
     """Bytes that the loss takes while it is computed, or its backward pass, whichever are more.
 
-    A chunk of logits in the products' precision with log-probabilities in float32, then the scaled gradient of the head's
-    weight. Tensor-parallel devices have the logits of all tokens, for their part of the vocabulary.
+    A chunk of logits in the products' precision with log-probabilities in float32, then the scaled gradient of the
+    head's weight. Tensor-parallel devices have the logits of all tokens, for their part of the vocabulary.
     """
     if tensor > 1:
         return tokens * WHOLE_LOGIT * config.vocab_size / tensor
