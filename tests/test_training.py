@@ -76,7 +76,7 @@ def test_a_line_holds_the_mean_loss_since_the_one_before(corpus, tmp_path):
 
 
 def weights(folder, step):
-    return (folder / f"checkpoints/step-{step:08d}" / checkpoint.MODEL_FILE).read_bytes()
+    return (folder / f"checkpoints/step-{step:08d}" / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
