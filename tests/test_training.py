@@ -456,7 +456,18 @@ def test_a_checkpoint_of_a_newer_version_is_not_called_broken(corpus, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"step": 0}, {"step": 5.5}, {"step": -1}, {"model": {"width": 64}}, {"extra": None}, {"sha256": {}}]
+    "change",
+    [
+        {"step": 0},
+        {"step": 5.5},
+        {"step": -1},
+        {"model": {"width": 64}},
+        {"extra": None},
+        {"sha256": {}},
+        {"sha256": {"model.safetensors": ""}},
+        {"sha256": {"model-00001-of-00002.safetensors": "", "optimizer-00001-of-00002.safetensors": ""}},
+        {"sha256": {"../model.safetensors": "", "optimizer.safetensors": ""}},
+    ],
 )
 def test_a_state_that_was_changed_is_not_believed(corpus, tmp_path, change):
     path = start(corpus, tmp_path / "run", tokens=256 * 5).run().checkpoint

@@ -15,7 +15,6 @@ do not match it, is not whole. Nothing is executed from a file.
 import concurrent.futures
 import contextlib
 import json
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -40,7 +39,6 @@ FORMAT = "antransformer-checkpoint"
 VERSION = 1
 STATE_FILE = "state.json"
 KINDS = ("model", "optimizer")  # of tensor files
-TENSOR_FILE = re.compile(rf"({'|'.join(KINDS)})(-\d{{5,}}-of-\d{{5,}})?\.safetensors")
 GRACE = 60.0  # seconds that a run which has failed waits for the checkpoint that is being written
 
 
@@ -53,6 +51,7 @@ class Checkpoint:
         step: completed optimizer steps.
         model: the model's config.
         extra: what else the run wrote (seconds trained, digest of the data).
+        files: names of the tensor files, of as many processes as wrote it.
     """
 
     path: Path
@@ -100,9 +99,8 @@ class Writer:
         """
         self.wait()
         rank, size = self.world.rank, self.world.size
-        place = f"-{rank + 1:05d}-of-{size:05d}" if size > 1 else ""
         tensors = (model.state_dict(), _optimizer_tensors(model, optimizer))
-        parts = {f"{kind}{place}.safetensors": Parts(of, rank) for kind, of in zip(KINDS, tensors, strict=True)}
+        parts = {tensor_file(kind, rank, size): Parts(of, rank) for kind, of in zip(KINDS, tensors, strict=True)}
         state = {"format": FORMAT, "version": VERSION, "step": step, "model": model.config.mapping(), "extra": extra}
         pending = self._pending = concurrent.futures.Future()
 
@@ -136,7 +134,7 @@ class Writer:
 
     def _write(self, step: int, parts: Mapping[str, Parts], state: dict[str, Any]) -> None:
         target, first = self._target(step), self.world.rank == 0
-        partial = _partial(target)
+        partial = target.with_name(f".partial-{target.name}")
 
         def begin() -> None:
             if first:
@@ -196,10 +194,6 @@ def _finish(partial: Path, target: Path, state: dict[str, Any]) -> None:
     flush(target.parent)
 
 
-def _partial(target: Path) -> Path:
-    return target.with_name(f".partial-{target.name}")
-
-
 def _remove(path: Path) -> None:
     """Remove a checkpoint; if that is cut short, what is left of it is not taken for one."""
     shutil.rmtree(path.rename(path.with_name(f".partial-removed-{path.name}")))
@@ -257,9 +251,9 @@ def _read(path: Path, rank: int, size: int) -> Checkpoint:
         if missing or {**complete, **state["model"]} != complete or step != step_of(path):
             raise ValueError("a field of the model is missing, or the step is not that of the folder's name")
         digests = dict(state["sha256"])
-        names = [TENSOR_FILE.fullmatch(name) for name in digests]
-        if {name and name[1] for name in names} != set(KINDS):
-            raise ValueError("sha256 is not that of tensor files")
+        writers = max(1, len(digests) // len(KINDS))
+        if digests.keys() != {tensor_file(kind, writer, writers) for kind in KINDS for writer in range(writers)}:
+            raise ValueError("sha256 is not that of all tensor files")
     except (KeyError, TypeError, ValueError) as error:  # a ConfigError is a ValueError
         raise CheckpointError(f"{path}: {STATE_FILE} is corrupted ({error})") from error
     for name in sorted(digests)[rank::size]:
@@ -315,6 +309,11 @@ def restore(checkpoint: Checkpoint, device: torch.device) -> Decoder:
     model.to_empty(device=device)
     weights.read_into(model.state_dict())
     return model.eval()
+
+
+def tensor_file(kind: str, rank: int, size: int) -> str:
+    """The name of what one of so many processes writes."""
+    return f"{kind}-{rank + 1:05d}-of-{size:05d}.safetensors" if size > 1 else f"{kind}.safetensors"
 
 
 def step_folders(folder: Path) -> list[Path]:
