@@ -213,6 +213,7 @@ def test_past_an_hour_it_asks_first(corpus, tmp_path, capsys, monkeypatch):
     words = ["sweep", "--data", str(corpus), "--out", str(tmp_path / "out"), *TINY, *OPTIONS]
     assert main(words) == 2
     captured = capsys.readouterr()
+    assert captured.out.startswith("timing 3 steps: angpt nano-w16\n")
     assert "to do: 5 runs, 0.0M tokens" in captured.out and "up to 9 runs" in captured.out
     assert "add --yes to start it" in captured.err and captured.err.count("\n") == 1
     assert not (tmp_path / "out").exists()

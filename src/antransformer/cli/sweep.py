@@ -106,7 +106,7 @@ def run(parsed: argparse.Namespace) -> None:
     planned = plan(settings, dataset.vocab_size, parsed.architectures, parsed.sizes, **choices)
     progress = ExperimentProgress()
     sweeper = Sweeper(planned, dataset, Queue(folder / "runs", dataset, devices, progress), progress.stage)
-    expected = estimate(sweeper)
+    expected = estimate(sweeper, say)
     if expected.runs[1]:
         say(f"to do: {in_words(expected)}")
     if expected.hours[1] > UNASKED_HOURS and not parsed.yes:
