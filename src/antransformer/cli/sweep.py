@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from antransformer.analysis import results, sweep_report
+from antransformer.analysis import results, sweep_report, sweep_results
 from antransformer.analysis.jobs import Queue
 from antransformer.analysis.statistics import require_scipy
 from antransformer.analysis.sweep import Sweeper, plan
@@ -29,6 +29,7 @@ from antransformer.cli.common import DEFAULT_DATA, open_data
 from antransformer.cli.compare import COMMON, SIZES, add_queue_arguments, devices_of
 from antransformer.cli.options import Parser, add_config, number, settings_of
 from antransformer.cli.progress import ExperimentProgress, say
+from antransformer.data import Dataset
 from antransformer.errors import ConfigError
 from antransformer.models import OPTIONS, PRESETS, ModelConfig
 from antransformer.training.config import Count, TrainConfig, convert, normalise
@@ -103,6 +104,7 @@ def run(parsed: argparse.Namespace) -> None:
     choices = grid(parsed)
     devices = devices_of(parsed)
     dataset = open_data(settings.get("data", DEFAULT_DATA))
+    check_same_data(folder, dataset)
     planned = plan(settings, dataset.vocab_size, parsed.architectures, parsed.sizes, **choices)
     progress = ExperimentProgress()
     sweeper = Sweeper(planned, dataset, Queue(folder / "runs", dataset, devices, progress), progress.stage)
@@ -131,6 +133,19 @@ def check_folder(folder: Path) -> None:
         raise ConfigError(f"{folder} is a file: choose the name of a folder for --out")
     if (folder / results.FILE).exists():
         raise ConfigError(f"{folder} holds a comparison or an ablation: choose another --out")
+
+
+def check_same_data(folder: Path, dataset: Dataset) -> None:
+    """Refuse to write over a sweep of other data.
+
+    Raises:
+        ConfigError: the folder holds one.
+        DataError: what it holds is damaged.
+    """
+    if (folder / sweep_results.FILE).is_file():
+        digest = sweep_results.Sweep.load(folder).setup.get("data_digest")
+        if digest != dataset.digest:
+            raise ConfigError(f"{folder} holds a sweep of other data than {dataset.path}: choose another --out")
 
 
 def grid(parsed: argparse.Namespace) -> dict[str, Any]:
