@@ -249,7 +249,7 @@ def test_a_bad_table_is_one_line_and_status_2(text, message, tmp_path, capsys):
         ([], "give either RESULTS, folders or CSV files with losses, or --optima FILE"),
         (["one", "--optima", "optima.csv"], "give either RESULTS"),
         (["nowhere.csv"], "nowhere.csv: No such file"),
-        (["empty"], "empty: no results of a comparison in it"),
+        (["empty"], "empty: neither a finished sweep nor a finished comparison in it"),
         (["one", "other"], "other was measured on other data than one"),
         (["one", "ablated"], "ablated is an ablation"),
         (["one", "bare"], "bare: its results lack what a fit needs ('batch_tokens')"),

@@ -32,6 +32,7 @@ from antransformer.cli.progress import ExperimentProgress, say
 from antransformer.data import Dataset
 from antransformer.errors import ConfigError
 from antransformer.models import OPTIONS, PRESETS, ModelConfig
+from antransformer.models.config import preset_sizes
 from antransformer.training.config import Count, TrainConfig, convert, normalise
 from antransformer.training.defaults import TOKENS_PER_PARAMETER
 from antransformer.training.lock import lock
@@ -152,8 +153,10 @@ def grid(parsed: argparse.Namespace) -> dict[str, Any]:
     """What is tried, as ``plan`` takes it.
 
     Raises:
-        ConfigError: a value is none of its kind, or two options exclude each other.
+        ConfigError: a size is unknown, a value is none of its kind, or two options exclude each other.
     """
+    for name in parsed.sizes:  # before minutes go into the default data
+        preset_sizes(name)
     lrs = () if list(parsed.lrs) == ["auto"] else positive("--lrs", parsed.lrs, float)
     tokens = positive("--tokens", parsed.tokens, Count)
     ratios = positive("--tokens-per-param", parsed.tokens_per_param, float)
