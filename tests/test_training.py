@@ -597,6 +597,22 @@ def test_bfloat16_autocast_and_compile_train_to_about_the_same_losses(corpus, tm
     assert list(losses(tmp_path / "half").values()) == pytest.approx(plain, rel=2e-2)
 
 
+def test_8_bits_are_simulated_on_a_cpu_and_train_to_about_the_same_losses(corpus, tmp_path):
+    for precision in ("bfloat16", "fp8"):
+        trainer = start(corpus, tmp_path / precision, precision=precision)
+        assert [note for note in trainer.reporter if "fp8 is simulated" in note] == (
+            ["fp8 is simulated on a CPU: its rounding is that of a GPU, its speed is not"] * (precision == "fp8")
+        )
+        run_until(trainer, 15)
+    trainer, _ = resume(corpus, tmp_path / "fp8")
+    trainer.run()
+    half, eighth = losses(tmp_path / "bfloat16"), losses(tmp_path / "fp8")
+    assert all(eighth[step] == pytest.approx(half[step], rel=0.01) for step in half)
+    assert half != {step: eighth[step] for step in half}
+    start(corpus, tmp_path / "whole", precision="fp8").run()
+    assert losses(tmp_path / "whole") == eighth
+
+
 def test_no_such_device_is_named():
     assert choose_device("cpu").type == "cpu"
     for name in ("tpu", "meta", "cuda:7" if torch.cuda.device_count() < 8 else "xla"):

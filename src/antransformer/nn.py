@@ -76,9 +76,9 @@ class Linear(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., fan_in) to (..., fan_out)."""
-        return functional.linear(x, self.weight, self.factor, self.bias)
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """(..., fan_in) to (..., fan_out), with a learned scale (fan_out,) of each output where one is given."""
+        return functional.linear(x, self.weight, self.factor if scale is None else scale * self.factor, self.bias)
 
     def extra_repr(self) -> str:
         """Shape and factor, for ``print(model)``."""
@@ -123,9 +123,9 @@ class Head(Linear):
         super().__init__(width, outputs, factor=1.0)
         self.output_scale = ScaledParameter(outputs, 1.0, scale)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # its scale is its own
         """(..., d) to (..., outputs)."""
-        return functional.linear(x, self.weight, self.output_scale())
+        return super().forward(x, self.output_scale())
 
 
 class Residual(nn.Module):

@@ -86,6 +86,8 @@ class Trainer:
         self.precision = choose_precision(config.precision, self.device)
         torch.manual_seed(config.seed)
         self.model = make_model(config, world, self.device, self.precision)
+        if config.precision == "fp8" and self.device.type == "cpu":
+            reporter.note("fp8 is simulated on a CPU: its rounding is that of a GPU, its speed is not")
         self.optimizer = make_optimizer(self.model, config)
         bind(self.model, self.optimizer)
         self.loss: Callable[[Tensor, Tensor], Tensor] = (
