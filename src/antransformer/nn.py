@@ -129,16 +129,16 @@ class Head(Linear):
 
 
 class Residual(nn.Module):
-    """Interpolated residual update with its factor: (x + alpha (y - x)) * nu(alpha).
+    """Interpolated residual update with its factor: (x + alpha (norm(y) - x)) * nu(alpha).
 
-    Twin of ``functional.interpolate``.
+    Twin of ``functional.interpolate_norm``.
 
     Args:
         width: model width d; alpha has one entry a coordinate.
         alpha: its initial value.
         scale: see ``ScaledParameter``.
 
-    >>> x, y = functional.norm(torch.randn(2, 100, 256))
+    >>> x, y = functional.norm(torch.randn(100, 256)), torch.randn(100, 256)
     >>> round(Residual(256, alpha=0.3)(x, y).norm(dim=-1).mean().item(), 1)
     1.0
     """
@@ -148,16 +148,16 @@ class Residual(nn.Module):
         self.alpha = ScaledParameter(width, alpha, scale)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Residual stream x and sublayer output y, both (..., width)."""
-        return functional.interpolate(x, y, self.alpha())
+        """Residual stream x, of about unit norm, and sublayer output y, of any, both (..., width)."""
+        return functional.interpolate_norm(x, y, self.alpha())
 
 
 class ExactResidual(Residual):
     """nGPT's residual update: the same interpolation, normalized exactly."""
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Residual stream x and sublayer output y, both (..., width)."""
-        return functional.interpolate_exact(x, y, self.alpha())
+        """Residual stream x and sublayer output y, of any norm, both (..., width)."""
+        return functional.interpolate_exact(x, functional.norm(y), self.alpha())
 
 
 class MLP(nn.Module):

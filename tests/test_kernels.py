@@ -1,0 +1,85 @@
+"""Kernels against their twins in float64, on a GPU, or else through Triton's interpreter on a CPU."""
+
+import importlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from antransformer import functional, kernels
+
+pytest.importorskip("triton", reason="Triton is not installed: it comes with the extra [dev] on Linux")
+kernel = importlib.import_module("antransformer.kernels.interpolate_norm")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)]
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """What is made empty is full of NaN, which must not be read, and must all be written over."""
+    for name in ("empty", "empty_like"):
+        make = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *args, make=make, **kw: make(*args, **kw).fill_(torch.nan))
+    new = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kw: new(*args, **kw).fill_(torch.nan))
+
+
+def random(*shape, seed):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(DEVICE)
+
+
+def assert_near(found, expected, tolerance):
+    for one, other in zip(found, expected, strict=True):
+        scale = other.abs().max().item()
+        torch.testing.assert_close(one.double(), other, rtol=tolerance, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (3, 7), (2, 5, 64), (13, 3), (2, 3, 2, 130), (0, 8)])
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+@pytest.mark.parametrize("wide", [True, False])
+def test_interpolate_norm_is_its_twin_both_ways(shape, dtype, tolerance, wide, monkeypatch):
+    monkeypatch.setattr(kernel, "PROGRAMS", 5)
+    x = F.normalize(random(*shape, seed=0), dim=-1).to(dtype)
+    y, gradient = random(*shape, seed=1).to(dtype) * 3, random(*shape, seed=2).to(dtype)
+    alpha = (0.3 * random(shape[-1] if wide else 1, seed=3)).to(dtype)
+    z, inverse = kernel.forward(x, y, alpha)
+    exact = [value.double() for value in (x, y, alpha)]
+    twin, twin_inverse = functional.interpolate_norm_forward(*exact)
+    assert (z.dtype, z.shape, inverse.shape) == (dtype, x.shape, (*shape[:-1], 1))
+    if not x.numel():
+        assert kernel.backward(gradient, x, y, alpha, inverse)[2].tolist() == [0] * alpha.numel()
+        return
+    assert_near((z, inverse), (twin, twin_inverse), tolerance)
+    found = kernel.backward(gradient, x, y, alpha, inverse)
+    assert [part.dtype for part in found] == [dtype] * 3
+    assert_near(found, functional.interpolate_norm_backward(gradient.double(), *exact, twin_inverse), tolerance)
+
+
+def test_interpolate_norm_takes_what_does_not_lie_together_and_two_dtypes():
+    x, y, gradient = (random(6, 2, 33, seed=seed).transpose(0, 1).float() for seed in range(3))
+    alpha = random(33, seed=3).float()
+    z, inverse = kernel.forward(x, y.bfloat16(), alpha)
+    exact = x.double(), y.bfloat16().double(), alpha.double()
+    twin, twin_inverse = functional.interpolate_norm_forward(*exact)
+    assert z.dtype == torch.float32
+    assert_near((z,), (twin,), 1e-5)
+    found = kernel.backward(gradient, x, y.bfloat16(), alpha, inverse)
+    assert [part.dtype for part in found] == [torch.float32, torch.bfloat16, torch.float32]
+    assert_near(found, functional.interpolate_norm_backward(gradient.double(), *exact, twin_inverse), 1e-2)
+
+
+def test_interpolate_norm_has_derivatives_with_its_kernels(monkeypatch):
+    monkeypatch.setattr(kernels, "wanted", lambda x: True)
+    inputs = random(2, 6, seed=0), random(2, 6, seed=1), random(6, seed=2) * 0.1 + 0.2
+    assert torch.autograd.gradcheck(functional.interpolate_norm, [value.requires_grad_() for value in inputs])
+
+
+def test_zero_stays_zero():
+    x, zero, alpha = random(2, 5, seed=0), torch.zeros(2, 5, device=DEVICE).double(), random(5, seed=1)
+    torch.testing.assert_close(
+        kernel.forward(x, zero, alpha)[0], functional.interpolate_norm_forward(x, zero, alpha)[0]
+    )
+
+
+def test_kernels_are_for_gpus_and_not_for_the_compiler():
+    assert kernels.wanted(torch.zeros(1, device=DEVICE)) == (DEVICE == "cuda")
