@@ -470,3 +470,26 @@ def test_presets():
         ModelConfig.preset("nano", widht=3)
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.width = 3
+
+
+@pytest.mark.parametrize("cast", ["autocast", "parameters"])
+@pytest.mark.parametrize("architecture", ["angpt", "ngpt", "gpt+"])
+def test_attention_gets_half_precision_only(architecture, cast, monkeypatch):
+    """Beside autocast, and with parameters in bfloat16 as sharded training has them."""
+    seen = []
+
+    def attention(q, k, v, **options):
+        seen.append((q.dtype, k.dtype, v.dtype))
+        return original(q, k, v, **options)
+
+    original = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    model = small(architecture)
+    if cast == "parameters":
+        model.bfloat16()
+    tokens = torch.zeros(2, 8, dtype=torch.int64)
+    with torch.autocast("cpu", torch.bfloat16, enabled=cast == "autocast"):
+        model.loss(tokens, tokens).backward()
+        hidden = model.hidden(tokens)
+    assert seen == [(torch.bfloat16,) * 3] * 2 * len(model.blocks)
+    assert hidden.dtype == (torch.bfloat16 if cast == "parameters" else torch.float32)
