@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from antransformer import functional, kernels
+from antransformer.bounds import Bound, project_
 
 pytest.importorskip("triton", reason="Triton is not installed: it comes with the extra [dev] on Linux")
-kernel = importlib.import_module("antransformer.kernels.interpolate_norm")
+kernel, bound = (importlib.import_module(f"antransformer.kernels.{name}") for name in ("interpolate_norm", "bound"))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)]
 
@@ -79,6 +80,33 @@ def test_zero_stays_zero():
     torch.testing.assert_close(
         kernel.forward(x, zero, alpha)[0], functional.interpolate_norm_forward(x, zero, alpha)[0]
     )
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 3), (40, 130), (0, 4)])
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+@pytest.mark.parametrize("strict", [True, False])
+def test_the_bound_is_its_twin_and_leaves_every_bit_inside(shape, dtype, tolerance, strict):
+    before = (F.normalize(random(*shape, seed=0), dim=-1) * random(shape[0], 1, seed=1).exp()).to(dtype)
+    before[shape[0] // 2 :][:1] = 0
+    weight, twin = before.clone(), before.double()
+    bound.project_rows_(weight, strict)
+    project_([Bound("weight", twin, strict=strict)])
+    torch.testing.assert_close(weight.double(), twin, rtol=tolerance, atol=0)
+    inside = before.double().norm(dim=1) <= (0 if strict else 1 - tolerance)
+    assert torch.equal(weight[inside], before[inside])
+
+
+def test_project_takes_the_kernel_for_whole_rows_only(monkeypatch):
+    monkeypatch.setattr(kernels, "wanted", lambda x: True)
+    monkeypatch.setattr(bound, "project_rows_", lambda weight, strict: weight.fill_(7))
+    rows, columns, vector = (torch.ones(3, 4), torch.ones(3, 4), torch.ones(4))
+    project_([Bound("rows", rows), Bound("columns", columns, axis=0), Bound("vector", vector, axis=0)])
+    assert (rows == 7).all()
+    torch.testing.assert_close(columns, torch.full((3, 4), 3**-0.5))
+    torch.testing.assert_close(vector, torch.full((4,), 0.5))
+    turned = torch.ones(4, 3).T
+    project_([Bound("turned", turned)])
+    torch.testing.assert_close(turned, torch.full((3, 4), 0.5))
 
 
 def test_kernels_are_for_gpus_and_not_for_the_compiler():

@@ -17,6 +17,12 @@ def wanted(x: Tensor) -> bool:
     return x.is_cuda and not torch.compiler.is_compiling() and _has_triton()
 
 
+def row_sizes(width: int) -> dict[str, int]:
+    """Options of a kernel that has a row of this width in registers."""
+    block = 1 << (width - 1).bit_length()
+    return {"BLOCK": block, "num_warps": min(16, max(1, block // 256))}
+
+
 @cache
 def _has_triton() -> bool:
     return find_spec("triton") is not None

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from antransformer.kernels import row_sizes
+
 EPS = tl.constexpr(1e-12)  # functional.NORM_EPS
 PROGRAMS = 1024  # of the backward pass: several for each processor of a GPU
 
@@ -19,7 +21,7 @@ def forward(x: Tensor, y: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
     inverse = x.new_empty((*x.shape[:-1], 1), dtype=torch.promote_types(x.dtype, torch.float32))
     z = torch.empty_like(x)
     if rows := inverse.numel():
-        _forward[(rows,)](x, y, _wide(alpha, width), z, inverse, width, **_sizes(width))
+        _forward[(rows,)](x, y, _wide(alpha, width), z, inverse, width, **row_sizes(width))
     return z, inverse
 
 
@@ -32,17 +34,12 @@ def backward(gradient: Tensor, x: Tensor, y: Tensor, alpha: Tensor, inverse: Ten
     parts = inverse.new_empty((programs, width))
     if rows:
         tensors = gradient, x, y, _wide(alpha, width), inverse, for_x, for_y, parts
-        _backward[(programs,)](*tensors, rows, width, programs, **_sizes(width))
+        _backward[(programs,)](*tensors, rows, width, programs, **row_sizes(width))
     return for_x, for_y, parts.sum(0).sum_to_size(alpha.shape).to(alpha.dtype)
 
 
 def _wide(alpha: Tensor, width: int) -> Tensor:
     return alpha.expand(width).contiguous()
-
-
-def _sizes(width: int) -> dict[str, int]:
-    block = triton.next_power_of_2(width)
-    return {"BLOCK": block, "num_warps": min(16, max(1, block // 256))}
 
 
 @triton.jit
