@@ -1,6 +1,9 @@
 """Kernels against their twins in float64, on a GPU, or else through Triton's interpreter on a CPU."""
 
 import importlib
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -107,6 +110,29 @@ def test_project_takes_the_kernel_for_whole_rows_only(monkeypatch):
     turned = torch.ones(4, 3).T
     project_([Bound("turned", turned)])
     torch.testing.assert_close(turned, torch.full((3, 4), 0.5))
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from antransformer.kernels import bound, interpolate_norm
+
+for kernel in (interpolate_norm._forward, interpolate_norm._backward, bound._project):
+    constants = {"BLOCK": 1024, "LEAST": 1.0, "PRECISION": triton.language.float32}
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    numbers = dict.fromkeys(("rows", "width", "programs"), "i32") | dict.fromkeys(constants, "constexpr")
+    signature = {name: numbers.get(name, "*fp32") for name in kernel.arg_names}
+    source = ASTSource(kernel, signature, constexprs=constants)
+    print(len(triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]))
+"""
+
+
+def test_kernels_compile_for_a_gpu_that_is_not_there():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert len(result.stdout.split()) == 3
 
 
 def test_kernels_are_for_gpus_and_not_for_the_compiler():
