@@ -25,7 +25,7 @@ from parallel_worker import ARCHITECTURES, CASES, FAILURES, MORE, config_of, rec
 
 CPU = torch.device("cpu")
 WORKER = Path(__file__).with_name("parallel_worker.py")
-ROUGH = ("bfloat16", "muon-shard", "muon-tensor", *FAILURES)
+ROUGH = ("bfloat16", "fp8", "fp8-tensor", "muon-shard", "muon-tensor", *FAILURES)
 HYBRID = [*(f"{architecture}-hybrid" for architecture in ARCHITECTURES), "tensor-hybrid"]
 WAYS = [name for name in CASES if name not in ROUGH]
 
