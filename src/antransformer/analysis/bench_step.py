@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from antransformer.analysis.bench import Mode, Row, alternate, compare, peak_memory, quartiles, quiet, seconds
+from antransformer.analysis.bench import Mode, Row, alternate, compare, peak_memory, quartiles, seconds
 from antransformer.analysis.bench_models import TRAINEES, Trainee, make
 from antransformer.errors import ConfigError
 from antransformer.models import ModelConfig
+from antransformer.training import profiling
 from antransformer.training.device import autocast
 from antransformer.training.throughput import flops_per_token, peak_flops
 
@@ -81,25 +82,8 @@ def timed(trainees: dict[str, Trainee], settings: Settings, mode: Mode, note: Ca
         memory = peak_memory(calls[row.contender], settings.device) + held(trainees[row.contender])
         if settings.profile:
             trace = settings.profile / f"{mode}-{row.contender}.json"
-            note(f"{trace}: of the time of {row.contender}, {mode}:")
-            for name, share in dearest(calls[row.contender], trace):
-                note(f"{share:7.1%}  {name}")
+            profiling.of_call(calls[row.contender], trace, note)
         yield replace(row, memory=memory, utilization=quartiles(shares))
-
-
-def dearest(call: Callable[[], object], trace: Path) -> list[tuple[str, float]]:
-    """Write a trace of a call, for chrome://tracing or Perfetto.
-
-    Returns:
-        The ten operations that take longest, without those inside them, each with its share of the time of all.
-    """
-    quiet()
-    with torch.profiler.profile(acc_events=True) as profiler:
-        call()
-    profiler.export_chrome_trace(str(trace))
-    times = {event.key: event.self_device_time_total or event.self_cpu_time_total for event in profiler.key_averages()}
-    longest = sorted(times, key=times.__getitem__, reverse=True)[:10]
-    return [(name, times[name] / sum(times.values())) for name in longest]
 
 
 def steps(trainee: Trainee, settings: Settings) -> Callable[[], None]:

@@ -49,6 +49,7 @@ MODES: dict[str, tuple[Mode, ...]] = {
     "compiled": ("compiled",),
     "both": ("eager", "compiled"),
 }
+WIDEST = 200  # columns of a table
 VOCABULARIES = [512, PAPER_VOCABULARY]
 # Of what is measured, the options that it has of those that not all have, with their defaults.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -103,7 +104,9 @@ def run(parsed: argparse.Namespace) -> None:
             raise ConfigError(f"--threads must be at least 1, got {parsed.threads}")
         torch.set_num_threads(parsed.threads)
     facts, rows = BENCHES[parsed.what](parsed)
-    Console(highlight=False).print(table(rows))
+    console = Console(highlight=False)
+    # What is not a terminal has no width, and takes whole lines.
+    console.print(table(rows), width=None if console.is_terminal else WIDEST)
     if parsed.json:
         facts |= {"machine": machine(choose_device(parsed.device)), "versions": versions()}
         content = {"what": parsed.what, **facts, "rows": [asdict(row) for row in rows]}
@@ -238,16 +241,17 @@ BENCHES: dict[str, Callable[[argparse.Namespace], tuple[dict[str, Any], list[Row
 def table(rows: Sequence[Row]) -> Table:
     """Medians and quartiles, and what else was measured."""
     names = [*rows[0].task, "contender"]
-    more = (["peak MiB"] if rows[0].memory is not None else []) + (["used"] if rows[0].utilization else [])
+    more = (["MiB"] if rows[0].memory is not None else []) + (["used"] if rows[0].utilization else [])
     unit = "parameters/s" if "architecture" in rows[0].task else "tokens/s"
     shown = new_table(*names, unit, "quartiles", "ratio", "quartiles", *more)
-    for column in shown.columns[: len(names)]:
-        column.justify = "left"
+    shown.show_edge, shown.padding = False, (0, 0, 0, 0)  # a terminal of 80 columns has room for all
+    for place, column in enumerate(shown.columns):
+        column.justify, column.no_wrap = "left" if place < len(names) else "right", True
     for number, row in enumerate(rows, start=1):
         last = number == len(rows) or rows[number].task != row.task
         cells = [*spread(row.speed, ",.0f"), *spread(row.ratio, ".2f")]
         if row.memory is not None:
-            cells.append(f"{row.memory / 2**20:,.1f}")
+            cells.append(f"{row.memory / 2**20:,.{1 if row.memory < 2**27 else 0}f}")
         if row.utilization:
             cells.append(f"{row.utilization.median:.0%}")
         shown.add_row(

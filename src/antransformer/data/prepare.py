@@ -1,20 +1,25 @@
 """Text to a prepared data folder: stream documents, tokenize them in batches, write shards."""
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from antransformer.data.dataset import Dataset
 from antransformer.data.holdout import Division, Document, Inputs
+from antransformer.data.readers import MAX_CHARACTERS
 from antransformer.data.shards import SHARD_TOKENS, ShardWriter, dtype_for, write_meta
 from antransformer.data.tokenizers import LARGEST_BPE, SAMPLE_BYTES, SMALLEST_BPE, Tokenizer, resolve, train_bpe
 from antransformer.errors import DataError
 
-# Enough to keep the cores busy, little enough for memory: the library needs a hundred bytes and more for a token.
-BATCH_CHARACTERS = 2 << 20
+# Enough to keep the cores busy, for each of which there are two documents or more of the longest, and little enough for
+# memory: the library needs a hundred bytes and more for a token.
+BATCH_CHARACTERS = 2 * MAX_CHARACTERS * max(4, os.cpu_count() or 1)
 
 Progress = Callable[[int, int, int, int], object]
 
@@ -98,8 +103,8 @@ def _write(folder: Path, words: Tokenizer, division: Division, shard_tokens: int
         ShardWriter(folder, "train", dtype, shard_tokens) as train,
         ShardWriter(folder, "val", dtype, shard_tokens) as val,
     ):
-        for batch in _batches(division.documents()):
-            for document, ids in zip(batch, words.encode_batch([item.text for item in batch]), strict=True):
+        for batch, encoded in _encoded(_batches(division.documents()), words):
+            for document, ids in zip(batch, encoded, strict=True):
                 writer = val if document.split == "val" else train
                 writer.write(np.concatenate([ids, end]), document.bytes)
             if progress:
@@ -118,6 +123,23 @@ def _write(folder: Path, words: Tokenizer, division: Division, shard_tokens: int
             "sources": [asdict(source) for source in division.sources],
         },
     )
+
+
+Encoded = tuple[list[Document], Iterator[NDArray[np.uint32]]]
+
+
+def _encoded(batches: Iterator[list[Document]], words: Tokenizer) -> Iterator[Encoded]:
+    """Each batch with its ids, while a thread reads and encodes the next one: the library lets others run."""
+
+    def work() -> Encoded | None:
+        batch = next(batches, None)
+        return None if batch is None else (batch, words.encode_batch([document.text for document in batch]))
+
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        coming = thread.submit(work)
+        while done := coming.result():
+            coming = thread.submit(work)
+            yield done
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
