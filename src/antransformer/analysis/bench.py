@@ -43,6 +43,7 @@ class Row:
         ratio: this speed over that of the reference in the same round.
         memory: bytes in use at the peak, where that was measured.
         utilization: share of the device's speed that was used, where that is known.
+        waiting: share of the time that was spent waiting for data, where that was measured.
     """
 
     task: dict[str, Any]
@@ -52,6 +53,7 @@ class Row:
     ratio: Quartiles
     memory: int | None = None
     utilization: Quartiles | None = None
+    waiting: Quartiles | None = None
 
 
 def quartiles(values: Sequence[float]) -> Quartiles:

@@ -65,10 +65,7 @@ def bench_step(settings: Settings, note: Callable[[str], None]) -> list[Row]:
 def timed(trainees: dict[str, Trainee], settings: Settings, mode: Mode, note: Callable[[str], None]) -> Iterator[Row]:
     """The rows of one mode."""
     note(f"{mode}: {', '.join(trainees)}")
-    if mode == "compiled":
-        torch.compiler.reset()
-        torch._dynamo.config.recompile_limit = 64  # all our models run the same code object
-        trainees = {name: trainee._replace(loss=torch.compile(trainee.loss)) for name, trainee in trainees.items()}
+    trainees = compiled(trainees, mode)
     calls = {name: steps(trainee, settings) for name, trainee in trainees.items()}
     timers = {name: partial(seconds, call, settings.device) for name, call in calls.items()}
     times = alternate({**timers, "product": partial(seconds, product(settings), settings.device)}, settings.rounds)[
@@ -84,6 +81,15 @@ def timed(trainees: dict[str, Trainee], settings: Settings, mode: Mode, note: Ca
             trace = settings.profile / f"{mode}-{row.contender}.json"
             profiling.of_call(calls[row.contender], trace, note)
         yield replace(row, memory=memory, utilization=quartiles(shares))
+
+
+def compiled(trainees: dict[str, Trainee], mode: Mode) -> dict[str, Trainee]:
+    """The trainees in this mode."""
+    if mode == "eager":
+        return trainees
+    torch.compiler.reset()
+    torch._dynamo.config.recompile_limit = 64  # all our models run the same code object
+    return {name: it._replace(loss=torch.compile(it.loss, dynamic=False)) for name, it in trainees.items()}
 
 
 def steps(trainee: Trainee, settings: Settings) -> Callable[[], None]:
