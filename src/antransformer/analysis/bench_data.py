@@ -25,13 +25,13 @@ from antransformer.data.stdlib import VOCABULARY
 from antransformer.models import ModelConfig
 from antransformer.training.device import autocast
 
-SAMPLE_BYTES = 4 << 20  # of text where none is given
+SAMPLE_BYTES = 16 << 20  # of text where none is given
 HELD_OUT = 0.5  # of the documents, so that a few of them do for both sides
 SHARD_TOKENS = 1 << 20  # at least, of the random ones that training is timed on
 
 
 def sample() -> list[Path]:
-    """Files of the standard library's source, 4 MiB of them."""
+    """Files of the standard library's source, 16 MiB of them."""
     sizes = [(path, path.stat().st_size) for path in stdlib_files()]
     behind = np.cumsum([size for _, size in sizes])
     return [path for (path, _), end in zip(sizes, behind, strict=True) if end <= max(SAMPLE_BYTES, sizes[0][1])]

@@ -77,7 +77,7 @@ def add_arguments(parser: Parser) -> None:
     )
     parser.add_argument("--contenders", nargs="+", metavar="NAME", help=f"step: of {', '.join(TRAINEES)} (default all)")
     parser.add_argument(
-        "--text", nargs="+", metavar="INPUT", help="data: as of prepare (default 4 MiB of Python's standard library)"
+        "--text", nargs="+", metavar="INPUT", help="data: as of prepare (default 16 MiB of Python's standard library)"
     )
     parser.add_argument(
         "--tokenizer", nargs="+", metavar="NAME", help="data: as of prepare (default byte, and a BPE of 4,096 ids)"

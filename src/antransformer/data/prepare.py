@@ -2,8 +2,9 @@
 
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from antransformer.errors import DataError
 # Enough to keep the cores busy, for each of which there are two documents or more of the longest, and little enough for
 # memory: the library needs a hundred bytes and more for a token.
 BATCH_CHARACTERS = 2 * MAX_CHARACTERS * max(4, os.cpu_count() or 1)
+AHEAD = 2  # batches that are encoded at once: where one has work for a few cores only, the next has some for the others
 
 Progress = Callable[[int, int, int, int], object]
 
@@ -125,21 +127,19 @@ def _write(folder: Path, words: Tokenizer, division: Division, shard_tokens: int
     )
 
 
-Encoded = tuple[list[Document], Iterator[NDArray[np.uint32]]]
-
-
-def _encoded(batches: Iterator[list[Document]], words: Tokenizer) -> Iterator[Encoded]:
-    """Each batch with its ids, while a thread reads and encodes the next one: the library lets others run."""
-
-    def work() -> Encoded | None:
-        batch = next(batches, None)
-        return None if batch is None else (batch, words.encode_batch([document.text for document in batch]))
-
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        coming = thread.submit(work)
-        while done := coming.result():
-            coming = thread.submit(work)
-            yield done
+def _encoded(
+    batches: Iterator[list[Document]], words: Tokenizer
+) -> Iterator[tuple[list[Document], Iterator[NDArray[np.uint32]]]]:
+    """Each batch with its ids, while the library, which lets others run, is at work on the next ones."""
+    with ThreadPoolExecutor(max_workers=AHEAD) as threads:
+        coming: deque[tuple[list[Document], Future[Iterator[NDArray[np.uint32]]]]] = deque()
+        for batch in batches:
+            coming.append((batch, threads.submit(words.encode_batch, [document.text for document in batch])))
+            if len(coming) > AHEAD:
+                first, ids = coming.popleft()
+                yield first, ids.result()
+        for rest, ids in coming:
+            yield rest, ids.result()
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
