@@ -241,6 +241,7 @@ def test_past_an_hour_it_asks_first(corpus, tmp_path, capsys, monkeypatch):
         (["--architectures", "angtp"], "unknown architecture 'angtp': did you mean angpt?"),
         (["--sizes", "tiny"], "unknown preset 'tiny'"),
         (["--widths", "64", "64"], "--widths names the same twice: 64 64"),
+        (["--widths", "64", "--sizes", "pico", "nano"], "--widths changes one size, whose depth it keeps"),
         (["--widths", "40"], "width 40 is not a multiple of head_width 16"),
         (["--widths", "wide"], "--widths must be a whole number, got 'wide'"),
         (["--batch-tokens", "0"], "--batch-tokens must be above 0, got 0"),
