@@ -4,9 +4,12 @@ python -m torch.distributed.run --nproc-per-node N tests/parallel_worker.py CORP
 """
 
 import copy
+import errno
+import json
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,10 +21,10 @@ from torch.nn.parallel import DistributedDataParallel
 from antransformer.blocks import EncoderBlock
 from antransformer.bounds import norms, project_
 from antransformer.data import Dataset
-from antransformer.errors import DivergedError, RunStoppedError
+from antransformer.errors import DivergedError, RunStoppedError, WriteError
 from antransformer.models import ModelConfig, build
 from antransformer.nn import MLP, Attention, Embedding, Head
-from antransformer.training import parallel, run
+from antransformer.training import checkpoint, parallel, run
 from antransformer.training.config import resolve
 from antransformer.training.trainer import Trainer
 from conftest import SMALL, Notes, Watch, local
@@ -41,8 +44,12 @@ CASES |= {
     "muon-shard": {"parallel": "shard", "optimizer": "muon"},
     "muon-tensor": {"parallel": "shard", "tensor_parallel": 2, "optimizer": "muon"},
     "bfloat16": {"parallel": "shard", "precision": "bfloat16"},
+    "fp8": {"parallel": "shard", "precision": "fp8"},
+    "fp8-tensor": {"parallel": "shard", "tensor_parallel": 2, "precision": "fp8"},
     "broken": {"parallel": "shard"},
+    "unwritten": {"parallel": "shard"},
     "stopped": {"parallel": "shard"},
+    "stopped-tensor": {"parallel": "shard", "tensor_parallel": 2},
 }
 # Those that need four processes, or that time is left for there only.
 MORE = {f"{a}-hybrid": {"parallel": "hybrid", "model": {"architecture": a}} for a in ARCHITECTURES}
@@ -69,21 +76,52 @@ def main(corpus, folder, names):
         torch.set_num_threads(1)
         check_own_loops(world)
         for name in names:
-            config, dataset = config_of(corpus, name), Dataset.open(corpus)
-            trainer = Trainer(config, dataset, folder / name, Notes(), world=world)
-            check_start(trainer)
-            with world.rank_0_first():
-                if world.rank == 0:
-                    run.create(folder / name, config, dataset)
-            if name in ("broken", "stopped"):
+            dataset, resume = Dataset.open(corpus), (folder / name / "config.yaml").exists()
+            world.barrier()
+            config = run.resumed_config(folder / name, {}) if resume else config_of(corpus, name)
+            trainer = Trainer(config, dataset, folder / name, Notes(), resume, world)
+            if not resume:
+                check_start(trainer)
+                with world.rank_0_first():
+                    if world.rank == 0:
+                        run.create(folder / name, config, dataset)
+            if trainer.world.rank % config.tensor_parallel == 0:
+                record_windows(trainer)
+            if name in FAILURES:
                 fail_on_the_last_rank(trainer, world, name)
             else:
                 trainer.run()
                 check_bounds(trainer)
+        for name in ("angpt-shard", "angpt-tensor"):
+            if name in names:
+                check_init(corpus, folder / name, world)
+
+
+def record_windows(trainer):
+    """Of each step, the windows of which this process makes a share of the batch, a line each in the run folder."""
+    place = trainer.folder / f"windows-{trainer.world.size}-{trainer.world.rank}.jsonl"
+    take = trainer.windows.take
+
+    def recorded(windows):
+        with place.open("a") as file:
+            file.write(json.dumps([trainer.done + 1, windows.tolist()]) + "\n")
+        return take(windows)
+
+    trainer.windows.take = recorded
+
+
+def check_init(corpus, source, world):
+    """A run of several processes that starts from the weights of another such run has these weights."""
+    config = replace(config_of(corpus, "gpt+-shard"), init=str(source), model=config_of(corpus, source.name).model)
+    started = Trainer(config, Dataset.open(corpus), source.with_name("new"), Notes(), world=world).model.state_dict()
+    saved = checkpoint.restore(checkpoint.newest(source / "checkpoints", print), torch.device("cpu")).state_dict()
+    for name, value in started.items():
+        assert torch.equal(parallel.whole(value), saved[name]), name
 
 
 def check_own_loops(world):
     """``bind`` without our trainer: torch's DDP, FSDP2 on one of our models and on one of the user's own blocks."""
+    torch.manual_seed(0)
     own = nn.Sequential(Embedding(50, 64), EncoderBlock(Attention(64, heads=2, causal=True), MLP(64)), Head(64, 50))
     for architecture in ("angpt", "ngpt"):
         model = build(ModelConfig(vocab_size=50, **SMALL, architecture=architecture))
@@ -131,27 +169,48 @@ def check_bounds(trainer):
     assert traffic.get_total_counts() == (2 * trainer.config.model.layers if split else 0)
 
 
+FAILURES = {
+    "broken": DivergedError,
+    "unwritten": WriteError,
+    "stopped": RunStoppedError,
+    "stopped-tensor": RunStoppedError,
+}
+
+
 def fail_on_the_last_rank(trainer, world, name):
-    """At step 7 the last rank alone gets a gradient that is no number, or a signal; all must end there."""
-    update = trainer.update
+    """After 7 steps the last rank alone gets a gradient that is no number, a signal, or a full disk; all must end."""
+    update, start = trainer.update, trainer.done
 
     def disturbed(step):
-        if step == 7 and world.rank == world.size - 1:
-            if name == "stopped":
-                os.kill(os.getpid(), signal.SIGTERM)
-            else:
+        if step == start + 7 and world.rank == world.size - 1:
+            if name == "broken":
                 trainer.model.embedding.register_forward_hook(lambda _module, _inputs, output: output * float("nan"))
+            elif name == "unwritten":
+                checkpoint.Parts.write = full_disk
+            else:
+                os.kill(os.getpid(), signal.SIGTERM)
         return update(step)
 
+    write = checkpoint.Parts.write
     trainer.update = disturbed
     try:
         trainer.run()
-    except (DivergedError, RunStoppedError) as error:
-        assert "at step 7" in str(error), error
-        assert isinstance(error, RunStoppedError) == (name == "stopped")
-        assert trainer.done == 7
+    except FAILURES[name] as error:
+        if name == "unwritten":
+            assert "the checkpoint of step 10 could not be written" in str(error), error
+            assert "No space left on device; there is no earlier one" in str(error), error
+            assert 10 <= trainer.done < 20
+        else:
+            assert f"at step {start + 7}" in str(error), error
+            assert trainer.done == start + 7
     else:
         raise AssertionError("the run went on")
+    finally:
+        checkpoint.Parts.write = write
+
+
+def full_disk(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 if __name__ == "__main__":

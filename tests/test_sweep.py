@@ -66,7 +66,14 @@ def found(corpus, **choices):
     """A sweep without the coordinates of real models."""
     made = sweeper(corpus, **choices)
     made.coordinates = lambda: tuple(
-        Coordinates(name, width, step, (width**-0.5, 1.0, math.inf if step else 2.0), 1.0)
+        Coordinates(
+            name,
+            width,
+            step,
+            (width**-0.5, 1.0, math.inf if step else 2.0),
+            1.0,
+            (30.0, 60.0, math.inf) if step else (),
+        )
         for name in ("angpt", "gpt+")
         for width in WIDTHS
         for step in (0, STEPS)
@@ -146,7 +153,9 @@ def test_the_report_says_whether_the_best_rate_moves(corpus, tmp_path):
     assert lost(level, "angpt", level.optima("angpt")[-1]) == pytest.approx(0, abs=1e-3)
     pytest.importorskip("matplotlib")
     page, *pictures = sweep_report.write(results, tmp_path)
-    assert {path.name for path in pictures} == {"loss-lr.png", "best-lr.png", "coordinates.png", "logits.png"}
+    assert {path.name for path in pictures} == {
+        f"{name}.png" for name in ("loss-lr", "best-lr", "coordinates", "turned", "logits")
+    }
     assert "GPT+: best learning rate ~ width^-0.5" in page.read_text()
 
 
@@ -169,7 +178,7 @@ def test_a_damaged_sweep_is_refused_in_one_line(corpus, tmp_path):
         (tmp_path / "sweep.json").write_text(json.dumps({**whole, "runs": [entry]}))
         with pytest.raises(DataError, match="damaged"):
             read_observations([tmp_path])
-    for content in ("[]", "{", json.dumps({**whole, "runs": []}), json.dumps({**whole, "version": 2})):
+    for content in ("[]", "{", json.dumps({**whole, "runs": []}), json.dumps({**whole, "version": 1})):
         (tmp_path / "sweep.json").write_text(content)
         with pytest.raises(DataError, match="damaged"):
             read_observations([tmp_path])
@@ -188,7 +197,8 @@ def test_a_sweep_leaves_runs_a_page_and_what_fit_reads(small_sweep, capsys):
     results = Sweep.load(folder)
     assert [(run.width, run.lr) for run in results.runs] == [(16, 1e-3), (16, 1e-2)]
     assert [(it.width, it.step) for it in results.coordinates] == [(16, 0), (16, STEPS)]
-    start = results.coordinates[0]
+    start, end = results.coordinates
+    assert start.turned == () and len(end.turned) == len(end.stream) and all(1 < it < 120 for it in end.turned)
     assert start.stream[0] == pytest.approx(16**-0.5, rel=0.01)  # a unit norm
     assert (folder / "report.html").stat().st_size > 10_000
     assert main(words) == 0
@@ -199,11 +209,17 @@ def test_a_sweep_leaves_runs_a_page_and_what_fit_reads(small_sweep, capsys):
 
 
 def test_a_sweep_of_other_data_or_settings_is_refused(small_sweep, corpus, capsys, monkeypatch):
-    _, words = small_sweep
+    folder, words = small_sweep
     assert main([*words, "--model.layers=2"]) == 2
     assert "was made with model.layers 1, not 2: choose another --out" in capsys.readouterr().err
     monkeypatch.setattr(Dataset, "digest", property(lambda self: "0" * 64))
+    for more in ([], ["--widths", "32"]):  # the same runs, and others, of which none would be found done
+        assert main([*words, *more]) == 2
+        errors = capsys.readouterr().err
+        assert "holds a sweep of other data than" in errors and errors.count("\n") == 1
+    (folder / "sweep.json").rename(folder / "sweep.json.away")  # killed before its end
     assert main(words) == 2
+    (folder / "sweep.json.away").rename(folder / "sweep.json")
     errors = capsys.readouterr().err
     assert "was trained on other data than" in errors and errors.count("\n") == 1
 
@@ -213,6 +229,7 @@ def test_past_an_hour_it_asks_first(corpus, tmp_path, capsys, monkeypatch):
     words = ["sweep", "--data", str(corpus), "--out", str(tmp_path / "out"), *TINY, *OPTIONS]
     assert main(words) == 2
     captured = capsys.readouterr()
+    assert captured.out.startswith("timing 3 steps: angpt nano-w16\n")
     assert "to do: 5 runs, 0.0M tokens" in captured.out and "up to 9 runs" in captured.out
     assert "add --yes to start it" in captured.err and captured.err.count("\n") == 1
     assert not (tmp_path / "out").exists()
@@ -224,6 +241,7 @@ def test_past_an_hour_it_asks_first(corpus, tmp_path, capsys, monkeypatch):
         (["--architectures", "angtp"], "unknown architecture 'angtp': did you mean angpt?"),
         (["--sizes", "tiny"], "unknown preset 'tiny'"),
         (["--widths", "64", "64"], "--widths names the same twice: 64 64"),
+        (["--widths", "64", "--sizes", "pico", "nano"], "--widths changes one size, whose depth it keeps"),
         (["--widths", "40"], "width 40 is not a multiple of head_width 16"),
         (["--widths", "wide"], "--widths must be a whole number, got 'wide'"),
         (["--batch-tokens", "0"], "--batch-tokens must be above 0, got 0"),

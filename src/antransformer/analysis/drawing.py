@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Any, ParamSpec, Protocol
+from typing import Any, Literal, ParamSpec, Protocol
 
 from antransformer.errors import MissingExtraError
 
@@ -156,12 +156,18 @@ def styled(draw: Callable[P, Chart]) -> Callable[P, Chart]:
     return styled
 
 
-def new_figure(rows: int = 1, columns: int = 1, height: float = SIZE[1]) -> tuple[Any, Any]:
-    """A figure in the size of the page, and its axes."""
+def new_figure(
+    rows: int = 1,
+    columns: int = 1,
+    height: float = SIZE[1],
+    width: float = SIZE[0],
+    share: Literal["all", "row"] = "all",
+) -> tuple[Any, Any]:
+    """A figure, as wide as the page where nothing else is said, and its axes, which ``share`` the y axis or not."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(SIZE[0], height), layout="constrained")
-    return figure, figure.subplots(rows, columns, sharey=True)
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, sharey=share)
 
 
 class Named(Protocol):
@@ -216,13 +222,18 @@ def whole_ticks(axis: Any) -> None:
 
 
 def log_ticks(axis: Any, unit: str = "") -> None:
-    """Plain numbers, enough of them: a logarithmic axis here often spans less than a decade."""
+    """Plain numbers, enough of them: a logarithmic axis here often spans less than a decade.
+
+    Of three panels in a row each has room for fewer.
+    """
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
     low, high = axis.get_view_interval()
     decades = math.log10(high / low)
-    subs = (1, 2, 5) if decades < 2.2 else (1,)
-    axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]) if decades < 0.9 else LogLocator(subs=subs))
+    narrow = axis.axis_name == "x" and axis.axes.get_gridspec().ncols > 2
+    most, each = (3, [1, 3]) if narrow else (6, [1, 2, 5])  # numbers in all, and in a decade
+    subs = each if len(each) * decades < 1.1 * most else [1]
+    axis.set_major_locator(MaxNLocator(most, steps=[1, 2, 5, 10]) if decades < 0.9 else LogLocator(subs=subs))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(lambda value, _: f"{value:g}{unit}")
 

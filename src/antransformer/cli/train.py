@@ -7,6 +7,7 @@ examples:
   antransformer train
   antransformer train --data data/mine --preset 125m --tokens 2.5B --batch-tokens 0.5M --lr 2e-3
   antransformer train --out runs/angpt-nano --resume
+  antransformer train --preset 32m --tokens 20K --batch-tokens 2048 --profile
   antransformer train --init runs/angpt-nano --data data/other --tokens 1M --lr 1e-3
   torchrun --nproc-per-node 8 -m antransformer train --data data/mine --preset 0.5b --parallel shard
   torchrun --nproc-per-node 8 -m antransformer train --data data/mine --preset 0.5b --parallel shard --tensor-parallel 2
@@ -21,7 +22,7 @@ from antransformer.cli.common import open_data
 from antransformer.cli.options import Parser, add_config, settings_of
 from antransformer.cli.progress import TrainingProgress
 from antransformer.data import Dataset
-from antransformer.errors import CheckpointError, ConfigError, DivergedError, RunStoppedError
+from antransformer.errors import CheckpointError, ConfigError, DivergedError, RunStoppedError, WriteError
 from antransformer.models import ModelConfig
 from antransformer.models.config import PAPER_VOCABULARY
 from antransformer.training import run as runs
@@ -37,6 +38,7 @@ from antransformer.training.config import (
 )
 from antransformer.training.lock import lock
 from antransformer.training.parallel import World, join
+from antransformer.training.profiling import FIRST, LAST, of_steps
 from antransformer.training.trainer import Result, Trainer
 
 USAGE = "antransformer train [options]"
@@ -48,6 +50,11 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--config", metavar="FILE", help=f"YAML file of settings, or a shipped one by name: {shipped}")
     parser.add_argument("--out", type=Path, metavar="DIR", help="run folder (default runs/ARCHITECTURE-PRESET)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out from its newest checkpoint")
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help=f"write a trace of steps {FIRST} to {LAST} into the run folder, and print their ten dearest operations",
+    )
     add_config(parser, ModelConfig, only=ALIASES)
     add_config(parser, TrainConfig)
     group = parser.add_argument_group("model settings", "to change what the preset says, or what the paper leaves open")
@@ -59,16 +66,23 @@ def run(parsed: argparse.Namespace) -> None:
     settings = normalise(settings_of(parsed), "command line")
     if parsed.config is not None:
         settings = merge(normalise(read_config(parsed.config), parsed.config), settings)
-    train(settings, parsed.out, parsed.resume)
+    train(settings, parsed.out, parsed.resume, parsed.profile)
 
 
-def train(settings: dict[str, Any], folder: Path | None, resume: bool = False) -> tuple[Path, Result]:
+def train(
+    settings: dict[str, Any], folder: Path | None, resume: bool = False, profile: bool = False
+) -> tuple[Path, Result]:
     """One run with its progress on the terminal, shown by the first process; returns its folder and how it ended."""
     with join() as world:
         with world.rank_0_first():
             dataset, config, folder = _resumed(settings, folder) if resume else _new(settings, folder)
         with TrainingProgress(config.steps, shown=world.rank == 0) as progress:
             trainer = Trainer(config, dataset, folder, progress, resume, world)
+            if profile and config.steps - trainer.done < FIRST:
+                raise ConfigError(
+                    f"--profile traces steps {FIRST} to {LAST}, and {config.steps - trainer.done} are left to train: "
+                    "leave it out, or give more --tokens"
+                )
             with lock(folder) if world.rank == 0 else contextlib.nullcontext():
                 with world.rank_0_first():
                     if not resume and world.rank == 0:
@@ -80,8 +94,9 @@ def train(settings: dict[str, Any], folder: Path | None, resume: bool = False) -
                     f"{trainer.device}{shared(config, world)}; run folder {folder}"
                 )
                 try:
-                    result = trainer.run()
-                except (RunStoppedError, DivergedError) as error:  # which all processes come to together
+                    watched = profile and world.rank == 0
+                    result = trainer.run(of_steps(folder / "profile.json", progress.note) if watched else None)
+                except (RunStoppedError, DivergedError, WriteError) as error:  # which all processes come to together
                     if world.rank == 0:
                         raise
                     raise SystemExit(1) from error

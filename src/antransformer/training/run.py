@@ -19,6 +19,7 @@ from antransformer.training import checkpoint
 from antransformer.training.checkpoint import Checkpoint
 from antransformer.training.config import OPERATIONAL, TrainConfig, merge, normalise, read_yaml, resolve, to_mapping
 from antransformer.training.lock import LOCK_FILE
+from antransformer.training.parallel import ALONE, World
 
 CONFIG_FILE = "config.yaml"
 TOKENIZER_FILE = "tokenizer.json"
@@ -126,7 +127,9 @@ def with_initial_model(settings: Mapping[str, Any], notify: Callable[[str], None
     return merge(settings, {"model": model})
 
 
-def open_checkpoint(path: Path, notify: Callable[[str], None] = print) -> tuple[Checkpoint, Tokenizer]:
+def open_checkpoint(
+    path: Path, notify: Callable[[str], None] = print, world: World = ALONE
+) -> tuple[Checkpoint, Tokenizer]:
     """The checkpoint to use of a run folder (its newest whole one) or of a checkpoint folder, and its tokenizer.
 
     Raises:
@@ -134,9 +137,9 @@ def open_checkpoint(path: Path, notify: Callable[[str], None] = print) -> tuple[
         DataError: the tokenizer can not be read, or is not the model's.
     """
     if (path / checkpoint.STATE_FILE).exists():
-        found = checkpoint.read(path)
+        found = checkpoint.read(path, world)
     elif path.is_dir():
-        newest = checkpoint.newest(path / CHECKPOINTS, notify)
+        newest = checkpoint.newest(path / CHECKPOINTS, notify, world)
         if newest is None:
             raise CheckpointError(f"{path}: no checkpoint in it; give a run folder such as runs/angpt-nano")
         found = newest
