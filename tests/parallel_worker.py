@@ -12,6 +12,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -100,14 +101,19 @@ def main(corpus, folder, names):
 def record_windows(trainer):
     """Of each step, the windows of which this process makes a share of the batch, a line each in the run folder."""
     place = trainer.folder / f"windows-{trainer.world.size}-{trainer.world.rank}.jsonl"
-    take = trainer.windows.take
+    windows, use = trainer.batches.windows, trainer.batches.batch
 
-    def recorded(windows):
+    def recorded(step):
+        numbers, other = [], copy.copy(windows)
+        other.take = numbers.extend
+        other.batch(step, trainer.config.batch_size, trainer.world.data_rank, trainer.world.data_size)
         with place.open("a") as file:
-            file.write(json.dumps([trainer.done + 1, windows.tolist()]) + "\n")
-        return take(windows)
+            file.write(json.dumps([step + 1, [int(number) for number in numbers]]) + "\n")
+        batch = use(step)
+        assert all(torch.equal(*pair) for pair in zip(batch, windows.take(np.array(numbers)), strict=True))
+        return batch
 
-    trainer.windows.take = recorded
+    trainer.batches.batch = recorded
 
 
 def check_init(corpus, source, world):
