@@ -168,7 +168,7 @@ def resolve(settings: Mapping[str, Any], vocab_size: int, where: str = "settings
             raise ConfigError(
                 f"batch_tokens {given['batch_tokens']:,} is less than one sequence of {model.context:,} tokens"
             )
-        given["batch_tokens"] = _whole_sequences(given["batch_tokens"], model.context)
+        given["batch_tokens"] = whole_sequences(given["batch_tokens"], model.context)
     values: dict[str, Any] = {
         "preset": preset,
         "warmup": defaults.WARMUP[model.architecture],
@@ -180,7 +180,7 @@ def resolve(settings: Mapping[str, Any], vocab_size: int, where: str = "settings
     if values.get("optimizer") == "muon":
         values.setdefault("muon_lr", defaults.MUON_LR[model.architecture])
     if "batch_tokens" not in values:
-        values["batch_tokens"] = _whole_sequences(defaults.batch_tokens(model), model.context)
+        values["batch_tokens"] = whole_sequences(defaults.batch_tokens(model), model.context)
     if "tokens" not in values:
         values["tokens"] = defaults.tokens(model)
     batch_size = values["batch_tokens"] // model.context
@@ -332,7 +332,7 @@ def _check_keys(
     return {key: convert(value, hints[key], f"{where}: {prefix}{key}") for key, value in given.items()}
 
 
-def _whole_sequences(tokens: int, context: int) -> int:
+def whole_sequences(tokens: int, context: int) -> int:
     """The nearest multiple of the context, at least one sequence: 0.5M tokens are 244 sequences of 2,048."""
     return max(1, round(tokens / context)) * context
 
