@@ -38,6 +38,8 @@ CASES |= {
     "bfloat16": {"parallel": "shard", "precision": "bfloat16"},
     "broken": {"parallel": "shard"},
     "stopped": {"parallel": "shard"},
+    "skipped": {"parallel": "shard", "skip_nonfinite": 2},
+    "clipped": {"parallel": "shard", "clip": 0.05},
 }
 # Those that need four processes, or that time is left for there only.
 MORE = {f"{a}-hybrid": {"parallel": "hybrid", "model": {"architecture": a}} for a in ARCHITECTURES}
@@ -70,11 +72,14 @@ def main(corpus, folder, names):
             with world.rank_0_first():
                 if world.rank == 0:
                     run.create(folder / name, config, dataset)
+            trainer.optimizer.register_step_post_hook(lambda *_, trainer=trainer: check_bounds(trainer))
             if name in ("broken", "stopped"):
                 fail_on_the_last_rank(trainer, world, name)
+            elif name == "skipped":
+                skip_on_the_last_rank(trainer, world)
             else:
                 trainer.run()
-                check_bounds(trainer)
+                check_traffic(trainer)
 
 
 def check_ddp(world):
@@ -108,14 +113,23 @@ def check_start(trainer):
 
 
 def check_bounds(trainer):
-    """They hold for every row on every rank, and rows need no communication but where their columns are split."""
+    """After every step they hold for every row on this rank."""
     for bound in trainer.model.bounds():
         lengths = norms(bound).to_local()
         assert lengths.numel() == 0 or lengths.max() <= 1 + 1e-6, bound.name
+
+
+def check_traffic(trainer):
+    """Bounds of rows need none but where their columns are split, and accumulated gradients go out once."""
     with CommDebugMode() as traffic:
         project_(bound for bound in trainer.model.bounds() if bound.axis == 1)
     split = trainer.config.tensor_parallel > 1 and trainer.model.bounds()
     assert traffic.get_total_counts() == (2 * trainer.config.model.layers if split else 0)
+    if trainer.config.micro_batch == 1:
+        with CommDebugMode() as traffic:
+            trainer.update(trainer.done)
+        sent = {name: count for name, count in traffic.get_comm_counts().items() if "reduce_scatter" in str(name)}
+        assert sum(sent.values()) == trainer.config.model.layers + 1, sent
 
 
 def fail_on_the_last_rank(trainer, world, name):
@@ -139,6 +153,32 @@ def fail_on_the_last_rank(trainer, world, name):
         assert trainer.done == 7
     else:
         raise AssertionError("the run went on")
+
+
+def skip_on_the_last_rank(trainer, world):
+    """At step 7 the last rank alone has a loss that is no number: all leave the step out."""
+    loss, update = trainer.loss, trainer.update
+
+    def disturbed(step):
+        spoilt = step == 7 and world.rank == world.size - 1
+        trainer.loss = (lambda *batch: loss(*batch) * float("nan")) if spoilt else loss
+        before = state(trainer)
+        found = update(step)
+        kept = all(name in before and torch.equal(value, before[name]) for name, value in state(trainer).items())
+        assert kept == (not found) == (step == 7), step
+        return found
+
+    trainer.update = disturbed
+    trainer.run()
+    assert trainer.skipped == 1
+
+
+def state(trainer):
+    """Copies of this rank's weights and moments."""
+    found = dict(trainer.model.named_parameters())
+    for number, moments in enumerate(trainer.optimizer.state.values()):
+        found |= {f"{number}.{name}": value for name, value in moments.items()}
+    return {name: getattr(value, "_local_tensor", value).detach().clone() for name, value in found.items()}
 
 
 if __name__ == "__main__":

@@ -61,6 +61,9 @@ class TrainConfig:
     beta2: float = describe("Adam's second-moment decay", 0.95)
     eps: float = describe("Adam's epsilon", 1e-9)
     clip: float = describe("largest gradient norm", 1.0)
+    skip_nonfinite: int = describe(
+        "steps of the run to leave out, instead of stopping, when a loss or gradient is not finite", 0
+    )
     seed: int = describe("seed of the initial weights and of the data order", 0)
     log_every: int = describe("steps between two metrics lines", 10)
     eval_every: int = describe("steps between two validations (default: a tenth of the run)", 0)
@@ -77,6 +80,7 @@ class TrainConfig:
     tensor_parallel: int = describe(
         "under torchrun: how many neighbouring processes split each layer of the model (angpt, gpt+)", 1
     )
+    timeout: int = describe("under torchrun: seconds to wait for a process before it is named and the run ends", 600)
     activation_checkpointing: bool = describe("compute each block again in the backward pass, to save memory", False)
     tensorboard: bool = describe("write TensorBoard events too", False)
 
@@ -101,6 +105,8 @@ class TrainConfig:
             _check(name, getattr(self, name), 0 <= getattr(self, name) < 1, "at least 0 and below 1")
         _check("lr_final", self.lr_final, 0 <= self.lr_final <= 1, "between 0 and 1")
         _check("weight_decay", self.weight_decay, self.weight_decay >= 0, "at least 0")
+        _check("skip_nonfinite", self.skip_nonfinite, self.skip_nonfinite >= 0, "at least 0")
+        _check("timeout", self.timeout, 1 <= self.timeout <= 10**6, "between 1 and 1,000,000 seconds")
         _check("seed", self.seed, 0 <= self.seed < 2**63, "between 0 and 2^63 - 1")
         if self.batch_tokens % self.model.context:
             raise ConfigError(
@@ -128,9 +134,11 @@ class TrainConfig:
         return self.tokens // self.batch_tokens
 
 
-# Settings that may differ when a run is resumed: they change what is written down or how fast, not what is computed.
+# Settings that may differ when a run is resumed: they change what is written down or how fast, not what is computed,
+# or whether it goes on at all.
 OPERATIONAL = frozenset(
     (
+        "skip_nonfinite",
         "log_every",
         "eval_every",
         "eval_tokens",
@@ -140,6 +148,7 @@ OPERATIONAL = frozenset(
         "compile",
         "parallel",
         "tensor_parallel",
+        "timeout",
         "activation_checkpointing",
         "tensorboard",
         "data",
