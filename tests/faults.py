@@ -75,14 +75,19 @@ class Job:
         return found
 
     def started(self, other_than: Collection[int] = (), seconds: float = 2 * LIMIT) -> dict[int, int]:
-        """The ranks once all are there, in new processes; empty when the job ended, or the time."""
-        for _ in range(round(seconds / 0.05)):  # no clock: this may be held still itself
-            ranks = self.ranks()
+        """The ranks once all are there, in new processes; empty when the job ended, or the time.
+
+        ``waited`` is how long that took.
+        """
+        self.waited = 0.0
+        while self.waited < seconds:
+            began, ranks = time.monotonic(), self.ranks()
             if len(ranks) == RANKS and not set(other_than) & set(ranks.values()):
                 return ranks
             if self.process.poll() is not None:
                 break
             time.sleep(0.05)
+            self.waited += min(time.monotonic() - began, 1.0)  # what is longer, all were held still
         return {}
 
 
@@ -182,7 +187,7 @@ class Campaign:
                     safe = self.check(log, printed, safe, kill)
                     ranks = job.started(ranks.values(), LIMIT) if kill else {}
                     if kill:
-                        kill.seconds = time.monotonic() - kill.seconds
+                        kill.seconds = round(job.waited, 1)
                         kill.status = None if ranks else job.process.poll()
                         say(f"{len(self.kills)}: {kill}")
                         if not ranks and not kill.status:
@@ -206,7 +211,7 @@ class Campaign:
             return None
         with contextlib.suppress(ProcessLookupError):  # it ended in this moment
             os.kill(ranks[rank], signal.SIGKILL)
-        self.kills.append(Kill(rank, moment, step, saved, seconds=time.monotonic()))
+        self.kills.append(Kill(rank, moment, step, saved))
         return self.kills[-1]
 
     def check(self, log: Path, printed: int, safe: int, kill: Kill | None) -> int:
