@@ -113,7 +113,7 @@ class Trainer:
         if (
             not isinstance(settings, dict)
             or (type(seconds) is not float or not 0 < seconds < math.inf)
-            or (type(skipped) is not int or skipped < 0)
+            or (type(skipped) is not int or not 0 <= skipped <= found.step)
         ):
             raise CheckpointError(f"{found.path}: what the run wrote of itself into state.json is missing or damaged")
         # A setting that came after the checkpoint was written has its default.
