@@ -40,18 +40,22 @@ class Job:
         words: the module to run, and its arguments.
         log: what they print is appended to it.
         restarts: how often torchrun may start them again.
-        environment: more of it.
+        place: as one machine of how many, and the port where they meet; alone without.
     """
 
-    def __init__(self, words: list, log: Path, restarts: int = 0, **environment: str) -> None:
-        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
+    def __init__(self, words: list, log: Path, restarts: int = 0, place: tuple[int, int] | None = None) -> None:
+        start = [sys.executable, "-m", "torch.distributed.run"]
+        machines, port = place or (1, 0)
+        self.size = RANKS // machines
+        together = [f"--nnodes={machines}", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=one"]
+        start += [f"--nproc-per-node={self.size}", *(together if place else ["--standalone"])]
         quiet = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
         with log.open("a") as output:
             self.process = subprocess.Popen(
                 [*start, f"--max-restarts={restarts}", "-m", *map(str, words)],
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **quiet, **environment},
+                env={**os.environ, **quiet},
             )
 
     def __enter__(self) -> "Job":
@@ -82,7 +86,7 @@ class Job:
         self.waited = 0.0
         while self.waited < seconds:
             began, ranks = time.monotonic(), self.ranks()
-            if len(ranks) == RANKS and not set(other_than) & set(ranks.values()):
+            if len(ranks) == self.size and not set(other_than) & set(ranks.values()):
                 return ranks
             if self.process.poll() is not None:
                 break

@@ -13,6 +13,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -30,7 +31,7 @@ from antransformer.training.lock import lock
 from antransformer.training.metrics import read_metrics
 from antransformer.training.roll_call import meet
 from conftest import SMALL_OPTIONS
-from faults import Campaign, Job
+from faults import Campaign, Job, figures
 from test_training import losses, resume, run_until, start, weights
 
 # A number that is none, and the step that it spoils
@@ -160,6 +161,49 @@ def test_ranks_killed_at_random_moments(tmp_path):
     campaign = Campaign(tmp_path, 600, 1, (0, 30), 4, None, random.Random(0))
     campaign.go()
     assert len(campaign.kills) >= 4 and not campaign.faults, campaign.report()
+
+
+@pytest.mark.slow
+def test_two_machines_lose_a_rank_and_come_back_and_save_when_they_have_to_go(corpus, tmp_path):
+    """An agent each on this one, that meet at a port; in the end all is as in a run that nothing happened to."""
+    run = tmp_path / "run"
+    with started(corpus, run) as agents:
+        ranks = {rank: pid for agent in agents for rank, pid in agent.started().items()}
+        wait_for(lambda: checkpoint.step_folders(run / "checkpoints"), agents[0])
+        os.kill(ranks[0], signal.SIGKILL)
+        wait_for(lambda: "resuming from" in printed(run), agents[0])
+        step = max(losses(run))
+        wait_for(lambda: max(losses(run)) > step + 2, agents[0])
+        for agent in agents:
+            agent.process.terminate()
+        assert all(agent.process.wait(60) for agent in agents)
+    assert checkpoint.newest(run / "checkpoints", pytest.fail).step == max(losses(run)) < 1000
+    for folder in (run, tmp_path / "unbroken"):
+        with started(corpus, folder) as agents:
+            assert [agent.process.wait(300) for agent in agents] == [0, 0], printed(folder)
+    assert figures(run) == figures(tmp_path / "unbroken")
+    assert [line["step"] for line in figures(run)] == list(range(1, 1001))
+
+
+@contextlib.contextmanager
+def started(corpus, folder):
+    """Two machines of one rank that share a run."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    size = ["--batch-tokens=256", f"--tokens={256 * 1000}", "--lr=1e-2", "--log-every=1", "--parallel=hybrid"]
+    every = ["--checkpoint-every=50", "--eval-every=1000", "--eval-tokens=2048"]
+    words = ["antransformer", "train", "--data", corpus, "--out", folder, *size, *every, *SMALL_OPTIONS]
+    with (
+        Job(words, folder.with_suffix(".0"), restarts=3, place=(2, port)) as one,
+        Job(words, folder.with_suffix(".1"), restarts=3, place=(2, port)) as other,
+    ):
+        yield one, other
+
+
+def printed(folder):
+    """By both of them."""
+    return "".join(folder.with_suffix(ending).read_text() for ending in (".0", ".1"))
 
 
 def test_what_torchrun_starts_again_has_to_have_a_folder(corpus, monkeypatch, capsys):
