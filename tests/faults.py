@@ -276,7 +276,7 @@ def say(text: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--kills", type=int, help="how many, each 0 to 60 s after a start")
+    what.add_argument("--kills", type=int, help="how many, each 0 to 30 s after a start")
     what.add_argument("--soak", type=float, metavar="MINUTES", help="how long, each kill 1 to 4 minutes after a start")
     parser.add_argument("--steps", type=int, default=2000, help="length of a run (default 2000)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")
@@ -284,7 +284,7 @@ def main() -> None:
     parsed = parser.parse_args()
     folder = parsed.folder or Path(tempfile.mkdtemp(prefix="faults-"))
     folder.mkdir(parents=True, exist_ok=True)
-    restarts, pause = (1, (0, 60)) if parsed.kills else (1000, (60, 240))
+    restarts, pause = (1, (0, 30)) if parsed.kills else (1000, (60, 240))
     campaign = Campaign(folder, parsed.steps, restarts, pause, parsed.kills, parsed.soak, random.Random(parsed.seed))
     campaign.go()
     print(campaign.report(), *campaign.faults, sep="\n")
