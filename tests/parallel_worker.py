@@ -3,9 +3,12 @@
 python -m torch.distributed.run --nproc-per-node N tests/parallel_worker.py CORPUS FOLDER NAME...
 """
 
+import errno
+import json
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,9 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from antransformer.bounds import bind, norms, of, project_
 from antransformer.data import Dataset
-from antransformer.errors import DivergedError, RunStoppedError
+from antransformer.errors import DivergedError, RunStoppedError, WriteError
 from antransformer.models import ModelConfig, build
-from antransformer.training import parallel, run
+from antransformer.training import checkpoint, parallel, run
 from antransformer.training.config import resolve
 from antransformer.training.trainer import Trainer
 from conftest import SMALL, Notes
@@ -39,7 +42,9 @@ CASES |= {
     "muon-tensor": {"parallel": "shard", "tensor_parallel": 2, "optimizer": "muon"},
     "bfloat16": {"parallel": "shard", "precision": "bfloat16"},
     "broken": {"parallel": "shard"},
+    "unwritten": {"parallel": "shard"},
     "stopped": {"parallel": "shard"},
+    "stopped-tensor": {"parallel": "shard", "tensor_parallel": 2},
     "skipped": {"parallel": "shard", "skip_nonfinite": 2},
     "clipped": {"parallel": "shard", "clip": 0.05},
 }
@@ -68,21 +73,50 @@ def main(corpus, folder, names):
         torch.set_num_threads(1)
         check_ddp(world)
         for name in names:
-            config, dataset = config_of(corpus, name), Dataset.open(corpus)
-            trainer = Trainer(config, dataset, folder / name, Notes(), world=world)
-            check_start(trainer)
-            with world.rank_0_first():
-                if world.rank == 0:
-                    run.create(folder / name, config, dataset)
+            dataset, resume = Dataset.open(corpus), (folder / name / "config.yaml").exists()
+            world.barrier()
+            config = run.resumed_config(folder / name, {}) if resume else config_of(corpus, name)
+            trainer = Trainer(config, dataset, folder / name, Notes(), resume, world)
+            if not resume:
+                check_start(trainer)
+                with world.rank_0_first():
+                    if world.rank == 0:
+                        run.create(folder / name, config, dataset)
+            if trainer.world.rank % config.tensor_parallel == 0:
+                record_windows(trainer)
             if name != "broken":
                 trainer.optimizer.register_step_post_hook(lambda *_, trainer=trainer: check_bounds(trainer))
-            if name in ("broken", "stopped"):
+            if name in FAILURES:
                 fail_on_the_last_rank(trainer, world, name)
             elif name == "skipped":
                 skip_on_the_last_rank(trainer, world)
             else:
                 trainer.run()
                 check_traffic(trainer)
+        for name in {"angpt-shard", "angpt-tensor"} & set(names):
+            check_init(corpus, folder / name, world)
+
+
+def record_windows(trainer):
+    """Of each step, the windows of which this process makes a share of the batch, a line each in the run folder."""
+    place = trainer.folder / f"windows-{trainer.world.size}-{trainer.world.rank}.jsonl"
+    take = trainer.windows.take
+
+    def recorded(windows):
+        with place.open("a") as file:
+            file.write(json.dumps([trainer.done + 1, windows.tolist()]) + "\n")
+        return take(windows)
+
+    trainer.windows.take = recorded
+
+
+def check_init(corpus, source, world):
+    """A run of several processes that starts from the weights of another such run has these weights."""
+    config = replace(config_of(corpus, "gpt+-shard"), init=str(source), model=config_of(corpus, source.name).model)
+    started = Trainer(config, Dataset.open(corpus), source.with_name("new"), Notes(), world=world).model.state_dict()
+    saved = checkpoint.restore(checkpoint.newest(source / "checkpoints", print), torch.device("cpu")).state_dict()
+    for name, value in started.items():
+        assert torch.equal(parallel.whole(value), saved[name]), name
 
 
 def check_ddp(world):
@@ -144,27 +178,48 @@ class Sums(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+FAILURES = {
+    "broken": DivergedError,
+    "unwritten": WriteError,
+    "stopped": RunStoppedError,
+    "stopped-tensor": RunStoppedError,
+}
+
+
 def fail_on_the_last_rank(trainer, world, name):
-    """At step 7 the last rank alone gets a gradient that is no number, or a signal; all must end there."""
-    update = trainer.update
+    """After 7 steps the last rank alone gets a gradient that is no number, a signal, or a full disk; all must end."""
+    update, start = trainer.update, trainer.done
 
     def disturbed(step):
-        if step == 7 and world.rank == world.size - 1:
-            if name == "stopped":
-                os.kill(os.getpid(), signal.SIGTERM)
-            else:
+        if step == start + 7 and world.rank == world.size - 1:
+            if name == "broken":
                 trainer.model.embedding.register_forward_hook(lambda _module, _inputs, output: output * float("nan"))
+            elif name == "unwritten":
+                checkpoint.Parts.write = full_disk
+            else:
+                os.kill(os.getpid(), signal.SIGTERM)
         return update(step)
 
+    write = checkpoint.Parts.write
     trainer.update = disturbed
     try:
         trainer.run()
-    except (DivergedError, RunStoppedError) as error:
-        assert "at step 7" in str(error), error
-        assert isinstance(error, RunStoppedError) == (name == "stopped")
-        assert trainer.done == 7
+    except FAILURES[name] as error:
+        if name == "unwritten":
+            assert "the checkpoint of step 10 could not be written" in str(error), error
+            assert "No space left on device; there is no earlier one" in str(error), error
+            assert 10 <= trainer.done < 20
+        else:
+            assert f"at step {start + 7}" in str(error), error
+            assert trainer.done == start + 7
     else:
         raise AssertionError("the run went on")
+    finally:
+        checkpoint.Parts.write = write
+
+
+def full_disk(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def skip_on_the_last_rank(trainer, world):

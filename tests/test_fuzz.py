@@ -45,6 +45,7 @@ from antransformer.training.lock import lock
 from antransformer.training.metrics import MetricsLog, read_metrics
 from antransformer.training.optimizer import make_optimizer
 from antransformer.training.run import open_checkpoint, resumed_config
+from antransformer.training.tensor_files import PARTS_KEY, TensorFiles
 from antransformer.training.trainer import Trainer
 from test_report import contender, experiment
 
@@ -307,12 +308,35 @@ def whole(root):
     train = ["--data", folder / "data", "--batch-tokens=32", "--tokens=64", "--eval-tokens=32", "--log-every=1"]
     command("train", "--out", folder / "run", "--checkpoint-every=1", *train, *sizes)
     step = next(iter(sorted((folder / "run/checkpoints").iterdir())))
+    shutil.copytree(folder / "run", folder / "run-of-two")
+    share(folder / "run-of-two/checkpoints" / "step-00000002")
     (folder / "exported").mkdir()
     shutil.copy(step / "model.safetensors", folder / "exported")
     shutil.copy(folder / "data/tokenizer.json", folder / "exported")
     model = json.loads((step / "state.json").read_text())["model"]
     (folder / "exported/config.json").write_text(json.dumps({"model_type": "antransformer", **model}))
     return folder
+
+
+def share(step):
+    """Make of a checkpoint one that two processes wrote."""
+    state = json.loads((step / "state.json").read_text())
+    digests = {}
+    for kind in ("model", "optimizer"):
+        tensors = load_file(step / f"{kind}.safetensors")
+        (step / f"{kind}.safetensors").unlink()
+        for rank in (0, 1):
+            parts = {name: value.chunk(2)[rank].clone() for name, value in tensors.items() if value.ndim == 2}
+            begins = {name: [rank * len(tensors[name].chunk(2)[0]), 0] for name in parts}
+            if rank == 0:  # it has what is no matrix
+                parts = {**tensors, **parts}
+                begins = {name: [0] * part.ndim for name, part in parts.items()}
+            path = step / f"{kind}-0000{rank + 1}-of-00002.safetensors"
+            header = {name: {"saved_offsets": begin} for name, begin in begins.items()}
+            save_file(parts, path, {PARTS_KEY: json.dumps(header)})
+            digests[path.name] = checkpoint.sha256(path)
+    (step / "state.json").write_text(json.dumps({**state, "sha256": digests}))
+    checkpoint.restore(checkpoint.read(step), torch.device("cpu"))
 
 
 class SmallTrainer(Trainer):
@@ -455,7 +479,13 @@ def test_data_folders(root, whole, data):
 def tensor_files(draw, content):
     """A safetensors file like this one, but not quite."""
     size = struct.unpack("<Q", content[:8])[0]
-    header = draw(json_files(json.loads(content[8 : 8 + size])))
+    header = json.loads(content[8 : 8 + size])
+    if "__metadata__" in header and draw(st.booleans()):  # JSON in JSON: where the parts begin
+        begins = json.loads(header["__metadata__"][PARTS_KEY])
+        header["__metadata__"][PARTS_KEY] = draw(json_files(begins)).decode(errors="replace")
+        header = to_json(header)
+    else:
+        header = draw(json_files(header))
     length = draw(st.sampled_from([len(header)] * 8 + [0, len(header) // 2, 2**40, 2**64 - 1]))
     return draw(damaged(struct.pack("<Q", length) + header + content[8 + size :]))
 
@@ -475,10 +505,11 @@ def checkpoints(draw, folder):
 
 @fuzz(st.data())
 def test_checkpoints(root, whole, data):
-    files = data.draw(checkpoints(whole / "run/checkpoints/step-00000002"))
+    run = whole / data.draw(st.sampled_from(["run", "run-of-two"]))
+    files = data.draw(checkpoints(run / "checkpoints/step-00000002"))
     name, kind = data.draw(st.sampled_from(sorted(files))), data.draw(strange)
     with case(root) as folder:
-        shutil.copytree(whole / "run", folder / "run")
+        shutil.copytree(run, folder / "run")
         newest = folder / "run/checkpoints/step-00000002"
         for file, content in files.items():
             put(newest / file, content, kind if file == name else None)
@@ -770,10 +801,13 @@ def test_deep_json_is_refused(tmp_path, whole):
 
 
 def test_pipes_and_loops_are_not_waited_for(tmp_path):
+    def tensors(path):
+        return TensorFiles([path])
+
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "loop").symlink_to("loop")
     for name in ("pipe", "loop"):
-        for read in (read_yaml, Tokenizer.load, checkpoint.load_tensors, task_data.documents):
+        for read in (read_yaml, Tokenizer.load, tensors, task_data.documents):
             assert "can" in refusal(read, tmp_path / name)
 
 

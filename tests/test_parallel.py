@@ -1,15 +1,19 @@
 """Runs of several processes: the same numbers as those of one."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from antransformer.cli import main
 from antransformer.data import Dataset
 from antransformer.errors import ConfigError
 from antransformer.training import checkpoint, run
@@ -17,13 +21,13 @@ from antransformer.training.metrics import read_metrics
 from antransformer.training.parallel import World, make_model
 from antransformer.training.trainer import Trainer
 from conftest import SMALL_OPTIONS, Notes
-from parallel_worker import ARCHITECTURES, CASES, MORE, config_of
+from parallel_worker import ARCHITECTURES, CASES, FAILURES, MORE, config_of, record_windows
 from test_faults import poison
 from test_training import start
 
 CPU = torch.device("cpu")
 WORKER = Path(__file__).with_name("parallel_worker.py")
-ROUGH = ("bfloat16", "muon-shard", "muon-tensor", "broken", "stopped", "skipped")
+ROUGH = ("bfloat16", "muon-shard", "muon-tensor", "skipped", *FAILURES)
 HYBRID = [*(f"{architecture}-hybrid" for architecture in ARCHITECTURES), "tensor-hybrid"]
 WAYS = [name for name in CASES if name not in ROUGH]
 
@@ -64,7 +68,9 @@ def alone(corpus, tmp_path_factory):
             dataset = Dataset.open(corpus)
             found[key] = folder / "-".join(key)
             run.create(found[key], config, dataset)
-            Trainer(config, dataset, found[key], Notes()).run()
+            trainer = Trainer(config, dataset, found[key], Notes())
+            record_windows(trainer)
+            trainer.run()
         return found[key]
 
     return train
@@ -72,6 +78,10 @@ def alone(corpus, tmp_path_factory):
 
 def lines_of(folder):
     return read_metrics(folder / "metrics.jsonl")
+
+
+def weights(folder):
+    return checkpoint.restore(checkpoint.read(folder / "checkpoints/step-00000020"), CPU).state_dict()
 
 
 def check_equal(shared, single, tolerance):
@@ -88,20 +98,16 @@ def check_equal(shared, single, tolerance):
 @pytest.mark.parametrize("name", WAYS)
 def test_two_processes_compute_what_one_computes(by_two, alone, name):
     check_equal(by_two / name, alone(name), 1e-4)
-    weights = [
-        checkpoint.load_tensors(folder / "checkpoints/step-00000020/model.safetensors")
-        for folder in (by_two / name, alone(name))
-    ]
-    for key, value in weights[0].items():
-        torch.testing.assert_close(value, weights[1][key], rtol=1e-3, atol=1e-4)
+    shared, single = (weights(folder) for folder in (by_two / name, alone(name)))
+    for key, value in shared.items():
+        torch.testing.assert_close(value, single[key], rtol=1e-3, atol=1e-4)
 
 
 def check_nearly_equal(shared, single):
     """In half precision: FSDP rounds the parameters themselves, autocast only what goes into a product."""
     losses = [line["loss"] for line in lines_of(shared)]
     assert losses == pytest.approx([line["loss"] for line in lines_of(single)], rel=2e-2)
-    saved = checkpoint.load_tensors(shared / "checkpoints/step-00000020/model.safetensors")
-    assert {value.dtype for value in saved.values()} == {torch.float32}
+    assert {value.dtype for value in weights(shared).values()} == {torch.float32}
 
 
 def test_in_half_precision_nearly_so(by_two, alone):
@@ -116,8 +122,10 @@ def test_muon_shards_nearly_so(by_two, alone, name):
 
 def test_what_happens_to_one_process_ends_all_at_the_same_step(by_two):
     assert lines_of(by_two / "broken")[-1]["step"] == 6  # a loss that is no number is not written down
-    assert not list((by_two / "broken/checkpoints").iterdir())
-    assert [path.name for path in (by_two / "stopped/checkpoints").iterdir()] == ["step-00000007"]
+    for name in ("broken", "unwritten"):
+        assert not list((by_two / name / "checkpoints").iterdir())
+    for name in ("stopped", "stopped-tensor"):
+        assert [path.name for path in (by_two / name / "checkpoints").iterdir()] == ["step-00000007"]
 
 
 def test_all_skip_the_step_at_which_one_has_no_number(corpus, by_two, tmp_path):
@@ -133,20 +141,72 @@ def test_clipping_was_tested(by_two):
     assert all(line["grad_norm"] > 0.05 for line in lines_of(by_two / "clipped"))
 
 
-@pytest.mark.parametrize("name", ["angpt-shard", "angpt-tensor", "gpt+-tensor", "stopped"])
+def windows_of(folder):
+    """How often each window was in a batch."""
+    lines = [json.loads(line) for path in folder.glob("windows-*") for line in path.read_text().splitlines()]
+    return Counter(window for _, windows in lines for window in windows)
+
+
+def go_on_alone(corpus, folder, done):
+    trainer = Trainer(
+        run.resumed_config(folder, {"tensor_parallel": 1}), Dataset.open(corpus), folder, Notes(), resume=True
+    )
+    assert trainer.done == done
+    record_windows(trainer)
+    trainer.run()
+
+
+@pytest.mark.parametrize("name", ["angpt-shard", "angpt-tensor", "gpt+-tensor", "stopped", "stopped-tensor"])
 def test_one_process_goes_on_with_the_checkpoint_of_two(corpus, by_two, alone, tmp_path, name):
     """Also with the optimizer's moments, and with no window twice or left out."""
-    folder = tmp_path / name
-    folder.mkdir()
-    for path in (by_two / name).rglob("*"):
-        if path.is_file() and "step-00000020" not in str(path):
-            (folder / path.relative_to(by_two / name)).parent.mkdir(parents=True, exist_ok=True)
-            (folder / path.relative_to(by_two / name)).write_bytes(path.read_bytes())
-    config = run.resumed_config(folder, {"tensor_parallel": 1})
-    trainer = Trainer(config, Dataset.open(corpus), folder, Notes(), resume=True)
-    assert trainer.done == (7 if name == "stopped" else 10)
-    trainer.run()
+    folder = shutil.copytree(by_two / name, tmp_path / name, ignore=shutil.ignore_patterns("step-00000020"))
+    go_on_alone(corpus, folder, 7 if name.startswith("stopped") else 10)
     check_equal(folder, alone(name), 1e-4)
+    if name.startswith("stopped"):
+        assert windows_of(folder) == windows_of(alone(name))
+
+
+@pytest.mark.slow
+def test_what_four_saved_two_go_on_with_and_then_one(corpus, tmp_path, alone):
+    """No window is repeated or skipped, and the losses are those of one process that was never stopped."""
+    names = ["stopped", "stopped-tensor"]
+    for processes in (4, 2):
+        trained(corpus, tmp_path, processes, names)
+    for name in names:
+        go_on_alone(corpus, tmp_path / name, 14)
+        check_equal(tmp_path / name, alone(name), 1e-4)
+        windows = windows_of(tmp_path / name)
+        assert windows == windows_of(alone(name)) and windows.total() == 20 * 8
+        assert len(list((tmp_path / name).glob("windows-*"))) == (7 if name == "stopped" else 4)
+
+
+def test_each_process_writes_a_part(by_two):
+    folder = by_two / "angpt-shard/checkpoints/step-00000020"
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    assert set(sizes) == {
+        "state.json",
+        *(f"{kind}-0000{number}-of-00002.safetensors" for kind in ("model", "optimizer") for number in (1, 2)),
+    }
+    for kind in ("model", "optimizer"):
+        first, second = (sizes[f"{kind}-0000{number}-of-00002.safetensors"] for number in (1, 2))
+        assert 0.8 < first / second < 1.25
+
+
+def test_every_verb_reads_what_two_processes_wrote(corpus, by_two, tmp_path):
+    made = by_two / "angpt-tensor"
+    hf, back = tmp_path / "hf", tmp_path / "back"
+    short = ["--tokens=256", "--batch-tokens=256", "--eval-tokens=256", "--device=cpu"]
+    for words in (
+        ["generate", "--checkpoint", made, "--prompt=def ", "--max-tokens=3", "--device=cpu"],
+        ["diagnose", "--checkpoint", made, "--data", corpus, "--tokens=256", "--out", tmp_path / "diagnose.png"],
+        ["export", "--checkpoint", made, "--out", hf],
+        ["import", hf, "--out", back],
+        ["train", "--init", made, "--data", corpus, "--out", tmp_path / "tuned", *short],
+    ):
+        assert main([str(word) for word in words]) == 0, words
+    imported = checkpoint.restore(checkpoint.newest(back / "checkpoints", print), CPU).state_dict()
+    for name, value in weights(made).items():
+        assert torch.equal(imported[name], value), name
 
 
 def test_two_processes_on_the_command_line_stop_and_go_on(corpus, tmp_path, alone):
@@ -157,11 +217,13 @@ def test_two_processes_on_the_command_line_stop_and_go_on(corpus, tmp_path, alon
     assert first.stdout.count("step 20/20") == first.stdout.count("validation loss") == 1
     assert "and 1 more, shard" in first.stdout
     check_equal(tmp_path / "run", alone("angpt-shard"), 1e-4)
-    newest = tmp_path / "run/checkpoints/step-00000020"
-    (newest / "state.json").unlink()  # as if it had been killed before
+    broken = tmp_path / "run/checkpoints/step-00000020/model-00002-of-00002.safetensors"  # the second looks at it
+    os.truncate(broken, broken.stat().st_size - 1)
     again = torchrun(2, "-m", "antransformer", "train", "--resume", "--out", tmp_path / "run", "--tensor-parallel=2")
     assert again.returncode == 0, again.stderr
-    assert "going back to the one before" in again.stdout and "resuming from" in again.stdout
+    assert (
+        "model-00002-of-00002.safetensors is truncated or corrupted" in again.stdout and "resuming from" in again.stdout
+    )
     check_equal(tmp_path / "run", alone("angpt-shard"), 1e-4)
     taken = torchrun(2, "-m", "antransformer", "train", *words)
     assert taken.returncode != 0

@@ -1,12 +1,15 @@
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -21,6 +24,7 @@ from antransformer.training.config import resolve
 from antransformer.training.device import choose_device
 from antransformer.training.metrics import read_metrics
 from antransformer.training.schedule import learning_rate
+from antransformer.training.tensor_files import Parts
 from antransformer.training.trainer import Trainer
 from conftest import SMALL, SMALL_OPTIONS, Notes
 
@@ -76,7 +80,7 @@ def test_a_line_holds_the_mean_loss_since_the_one_before(corpus, tmp_path):
 
 
 def weights(folder, step):
-    return (folder / f"checkpoints/step-{step:08d}" / checkpoint.MODEL_FILE).read_bytes()
+    return (folder / f"checkpoints/step-{step:08d}" / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -331,6 +335,101 @@ def test_a_broken_checkpoint_takes_no_place_among_those_that_are_kept(corpus, tm
     assert checkpoint.newest(tmp_path / "run/checkpoints", print).step == 16
 
 
+def steps_in(folder):
+    return sorted(checkpoint.step_of(path) for path in (folder / "checkpoints").iterdir())
+
+
+def test_the_newest_checkpoints_stay_and_some_for_good(corpus, tmp_path):
+    start(corpus, tmp_path / "run", checkpoint_every=4, keep_checkpoints=2, keep_every=6).run()
+    assert steps_in(tmp_path / "run") == [6, 12, 18, 20]
+    start(corpus, tmp_path / "all", checkpoint_every=5, keep_checkpoints=1, keep_every=5).run()
+    assert steps_in(tmp_path / "all") == [5, 10, 15, 20]
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(corpus, tmp_path, monkeypatch):
+    more = {"tokens": 256 * 12, "checkpoint_every": 5}
+    start(corpus, tmp_path / "other", **more).run()
+    trainer, may_write = start(corpus, tmp_path / "run", **more), threading.Event()
+    write, update = Parts.write, trainer.update
+
+    def wait_and_write(parts, path):
+        assert may_write.wait(30), "the run waited for its checkpoint"
+        return write(parts, path)
+
+    def update_and_allow(step):
+        if step == 9:
+            assert steps_in(tmp_path / "run") == [-1]  # the unfinished one has no step
+            may_write.set()
+        return update(step)
+
+    monkeypatch.setattr(Parts, "write", wait_and_write)
+    trainer.update = update_and_allow
+    trainer.run()
+    assert steps_in(tmp_path / "run") == [5, 10, 12]
+    for step in (5, 10, 12):
+        assert weights(tmp_path / "run", step) == weights(tmp_path / "other", step)
+
+
+def test_one_checkpoint_is_written_at_a_time(corpus, tmp_path, monkeypatch):
+    write, writing = Parts.write, []
+
+    def slowly(parts, path):
+        writing.append(path)
+        time.sleep(0.02)
+        assert len(writing) == 1
+        writing.pop()
+        return write(parts, path)
+
+    monkeypatch.setattr(Parts, "write", slowly)
+    start(corpus, tmp_path / "run", tokens=256 * 6, checkpoint_every=1).run()
+    assert steps_in(tmp_path / "run") == [4, 5, 6]
+
+
+def test_a_write_that_failed_ends_the_run_before_the_next(corpus, tmp_path, monkeypatch):
+    trainer = start(corpus, tmp_path / "run", tokens=256 * 90, checkpoint_every=45, eval_every=90)
+    monkeypatch.setattr(Parts, "write", lambda *_: (tmp_path / "no/such/folder").touch())
+    with pytest.raises(MachineError, match=r"checkpoint of step 45 could not be written .*: No such file or directory"):
+        trainer.run()
+    assert 45 <= trainer.done < 89
+    assert steps_in(tmp_path / "run") == []
+
+
+def killed_at(moment, folder, trainer):
+    """Write a checkpoint, and be killed when the files of the folder are touched for so many times."""
+    touched = []
+
+    def watch(event, arguments):
+        if any(str(folder) in str(argument) for argument in arguments):
+            touched.append(event)
+            if len(touched) == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+    with checkpoint.Writer(folder, keep=1) as writer:
+        writer.save(10, trainer.model, trainer.optimizer, {})
+
+
+def test_a_kill_during_a_write_leaves_nothing_that_looks_whole(corpus, tmp_path):
+    trainer = start(corpus, tmp_path / "run", tokens=256 * 5)
+    trainer.run()
+    moment, code, found = 0, None, []
+    while code != 0:
+        moment += 1
+        folder = shutil.copytree(tmp_path / "run/checkpoints", tmp_path / str(moment))
+        process = multiprocessing.get_context("fork").Process(target=killed_at, args=(moment, folder, trainer))
+        process.start()
+        process.join(60)
+        code = process.exitcode
+        assert code in (0, -signal.SIGKILL)
+        for path in checkpoint.step_folders(folder):
+            checkpoint.read(path)
+        found.append(checkpoint.newest(folder, print).step)
+        checkpoint.save(folder, 15, trainer.model, trainer.optimizer, {}, keep=1)
+        assert [path.name for path in folder.iterdir()] == ["step-00000015"]
+    assert found == sorted(found) and set(found) == {5, 10}
+    assert found.count(5) > 5 and found.count(10) > 3
+
+
 def test_no_whole_checkpoint_is_an_error(corpus, tmp_path):
     start(corpus, tmp_path / "run", keep_checkpoints=1).run()
     damage(tmp_path / "run/checkpoints/step-00000020/model.safetensors", "truncated")
@@ -357,7 +456,18 @@ def test_a_checkpoint_of_a_newer_version_is_not_called_broken(corpus, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"step": 0}, {"step": 5.5}, {"step": -1}, {"model": {"width": 64}}, {"extra": None}, {"sha256": {}}]
+    "change",
+    [
+        {"step": 0},
+        {"step": 5.5},
+        {"step": -1},
+        {"model": {"width": 64}},
+        {"extra": None},
+        {"sha256": {}},
+        {"sha256": {"model.safetensors": ""}},
+        {"sha256": {"model-00001-of-00002.safetensors": "", "optimizer-00001-of-00002.safetensors": ""}},
+        {"sha256": {"../model.safetensors": "", "optimizer.safetensors": ""}},
+    ],
 )
 def test_a_state_that_was_changed_is_not_believed(corpus, tmp_path, change):
     path = start(corpus, tmp_path / "run", tokens=256 * 5).run().checkpoint

@@ -47,6 +47,10 @@ class DivergedError(MachineError):
     """A loss, gradient or weight is not finite: the run can not go on, and in a comparison that is its result."""
 
 
+class WriteError(MachineError):
+    """A checkpoint could not be written, as all processes of a run learn together; the one before it is whole."""
+
+
 class RunStoppedError(AntransformerError):
     """A signal ended the run after its checkpoint was written; ``status`` is the exit status that the shell expects."""
 

@@ -39,6 +39,15 @@ def read_json(path: Path) -> Any:
         raise ValueError("nested too deeply") from None
 
 
+def flush(path: Path) -> None:
+    """See a file, or a folder's entries, onto the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def replace_text(path: Path, text: str) -> None:
     """Write a file of UTF-8, and see it onto the disk; it is there whole, or as it was before."""
     partial = path.with_name(f"{path.name}.partial")

@@ -7,6 +7,7 @@ the same shape, with random weights, the same prompt, and one loop for all.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -162,10 +163,12 @@ def qwen3(settings: Settings) -> dict[str, Contender]:
     with settings.device:
         model: nn.Module = Qwen3ForCausalLM(config)
     model.to(settings.dtype).eval()
+    # Since 5.24 it has another name, and the old one costs a warning.
+    name = "cache" if "cache" in signature(Qwen3ForCausalLM.forward).parameters else "past_key_values"
 
     def step(new: Tensor, cache: DynamicCache | StaticCache) -> Tensor:
         with torch.no_grad():  # as a decorator it would cost what compiling gains
-            return model(input_ids=new, past_key_values=cache, logits_to_keep=1).logits[:, -1].float()
+            return model(input_ids=new, logits_to_keep=1, **{name: cache}).logits[:, -1].float()
 
     room = settings.prompt + settings.new
     return {

@@ -25,7 +25,7 @@ from antransformer.cli.common import open_data
 from antransformer.cli.options import Parser, add_config, settings_of
 from antransformer.cli.progress import TrainingProgress
 from antransformer.data import Dataset
-from antransformer.errors import CheckpointError, ConfigError, DivergedError, RunStoppedError
+from antransformer.errors import CheckpointError, ConfigError, DivergedError, RunStoppedError, WriteError
 from antransformer.models import ModelConfig
 from antransformer.models.config import PAPER_VOCABULARY
 from antransformer.training import run as runs
@@ -98,7 +98,7 @@ def train(settings: dict[str, Any], folder: Path | None, resume: bool = False) -
                 )
                 try:
                     result = trainer.run()
-                except (RunStoppedError, DivergedError) as error:  # which all processes come to together
+                except (RunStoppedError, DivergedError, WriteError) as error:  # which all processes come to together
                     if world.rank == 0:
                         raise
                     raise SystemExit(1) from error

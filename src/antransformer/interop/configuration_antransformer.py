@@ -9,7 +9,7 @@ class AntransformerConfig(PreTrainedConfig):
     """The fields of ``antransformer.ModelConfig`` by their names there, and readable by those of transformers."""
 
     model_type = "antransformer"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
     attribute_map = {
         "hidden_size": "width",
         "intermediate_size": "mlp_width",

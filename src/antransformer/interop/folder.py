@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from antransformer.data import Tokenizer
 from antransformer.errors import CheckpointError, ConfigError
@@ -15,6 +14,7 @@ from antransformer.models import ModelConfig, build
 from antransformer.models.config import OPTION_NAMES
 from antransformer.training import checkpoint
 from antransformer.training.run import CHECKPOINTS, lay_out
+from antransformer.training.tensor_files import TensorFiles
 
 MODEL_TYPE = "antransformer"
 WEIGHTS_FILE = "model.safetensors"
@@ -38,10 +38,10 @@ def import_folder(source: Path, target: Path) -> Path:
     config, tokenizer = read_config(source), Tokenizer.load(source)
     with torch.device("meta"):
         model = build(config)
-    weights = read_weights(source)
+    weights = TensorFiles(weight_files(source))
     checkpoint.require_shapes(weights, model, source)
     model.to_empty(device="cpu")
-    model.load_state_dict(weights)
+    weights.read_into(model.state_dict())
     lay_out(target, {"model": config.mapping()}, tokenizer)
     fresh = torch.optim.Adam(model.parameters())
     return checkpoint.save(target / CHECKPOINTS, 0, model, fresh, extra={"imported": str(source)}, keep=1)
@@ -62,8 +62,8 @@ def read_config(source: Path) -> ModelConfig:
         raise CheckpointError(f"{source / 'config.json'}: {error}") from error
 
 
-def read_weights(source: Path) -> dict[str, Tensor]:
-    """The weights by name, of one file or of several; raises as ``import_folder``."""
+def weight_files(source: Path) -> list[Path]:
+    """The file of the weights, or the several; raises as ``import_folder``."""
     places: Any = {"all": WEIGHTS_FILE}
     if (source / INDEX_FILE).is_file():
         places = read_json(source / INDEX_FILE).get("weight_map")
@@ -73,7 +73,7 @@ def read_weights(source: Path) -> dict[str, Tensor]:
     for file in files:
         if not re.fullmatch(r"[\w.-]+\.safetensors", file):
             raise CheckpointError(f"{source / INDEX_FILE}: {file!r} is not the name of a file beside it")
-    return {name: weight for file in files for name, weight in checkpoint.load_tensors(source / file).items()}
+    return [source / file for file in files]
 
 
 def read_json(path: Path) -> dict[str, Any]:

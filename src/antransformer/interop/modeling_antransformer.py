@@ -51,7 +51,8 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     half = rotary[0].shape[-1]
     cos, sin = (table.unsqueeze(-2).to(x.dtype) for table in rotary)
     first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+    turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
+    return torch.cat([*turned, rest], dim=-1)
 
 
 def eager_attention(
@@ -123,14 +124,14 @@ class Attention(nn.Module):
         return q, k
 
     def forward(
-        self, x: Tensor, rotary: Rotary, mask: Tensor | None, past_key_values: Cache | None, **kwargs: Any
+        self, x: Tensor, rotary: Rotary, mask: Tensor | None, cache: Cache | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """(B, T, d) to the same, and the attention's weights where they are kept."""
         q, k, v = self.qkv_proj(x).unflatten(-1, (-1, 3, self.config.head_width)).unbind(-2)
         q, k = self.scaled(rotate(q, rotary), rotate(k, rotary))
         q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         y, weights = attend(self, q, k, v, mask, scaling=self.scaling, **kwargs)
         return self.out_proj(y.flatten(2)), weights
@@ -350,10 +351,10 @@ class Block(GradientCheckpointingLayer):
         self.mlp_residual = parts.residual(config)
 
     def forward(
-        self, x: Tensor, rotary: Rotary, mask: Tensor | None, past_key_values: Cache | None = None, **kwargs: Any
+        self, x: Tensor, rotary: Rotary, mask: Tensor | None, cache: Cache | None = None, **kwargs: Any
     ) -> Tensor:
         """Stream (B, T, d) to the same."""
-        y, _ = self.attention(self.attention_norm(x), rotary, mask, past_key_values, **kwargs)
+        y, _ = self.attention(self.attention_norm(x), rotary, mask, cache, **kwargs)
         x = self.attention_residual(x, y)
         return self.mlp_residual(x, self.mlp(self.mlp_norm(x)))
 
@@ -366,7 +367,7 @@ class AntransformerForCausalLM(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     _input_embed_layer = "embedding"
     _no_split_modules = ["Block"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_sdpa = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": Block, "attentions": Attention}
@@ -396,16 +397,18 @@ class AntransformerForCausalLM(PreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Token ids (B, T), or their embeddings (B, T, d), to logits (B, T, V); arguments as in all of transformers.
 
         The loss is the mean cross-entropy of each label (B, T) given the tokens before it; -100 is left out.
+        ``past_key_values`` is what transformers before 5.24 calls the cache.
 
         Raises:
             ValueError: both ids and embeddings are given, or neither.
@@ -415,27 +418,22 @@ class AntransformerForCausalLM(PreTrainedModel, GenerationMixin):
         x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         if self.embedding_scale is not None:
             x = x * self.embedding_scale
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        cache = past_key_values if cache is None else cache
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
-            start = 0 if past_key_values is None else past_key_values.get_seq_length()
+            start = 0 if cache is None else cache.get_seq_length()
             position_ids = torch.arange(start, start + x.shape[1], device=x.device).unsqueeze(0)
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=x,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        mask = create_causal_mask(self.config, x, attention_mask, cache, position_ids)
         rotary = rotary_tables(position_ids, self.config)
         for block in self.blocks:
-            x = block(x, rotary, mask, past_key_values=past_key_values, **kwargs)
+            x = block(x, rotary, mask, cache=cache, **kwargs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.logits(x[:, kept])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        return CausalLMOutputWithPast(loss, logits, cache)  # by position: the name of the last differs between releases
 
     def logits(self, x: Tensor) -> Tensor:
         """Stream after the last block (..., d) to logits (..., V)."""

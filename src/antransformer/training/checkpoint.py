@@ -3,39 +3,43 @@
     checkpoints/step-00001000/
         model.safetensors       the weights, by parameter name
         optimizer.safetensors   the optimizer's moments, as <parameter>.<moment>
-        state.json              step, config of the model, sha256 of the two files
+        state.json              step, config of the model, sha256 of the other files
+
+Of a run of many processes each writes its parts, into model-00002-of-00004.safetensors and its like, and any number of
+processes reads them, each its own parts: tensor_files.py.
 
 A checkpoint is written under a temporary name, flushed to the disk and renamed. What has no state.json, or whose files
 do not match it, is not whole. Nothing is executed from a file.
 """
 
-import hashlib
+import concurrent.futures
+import contextlib
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
-import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.optim import Optimizer
 
-from antransformer.errors import CheckpointError, MachineError, NewerCheckpointError
-from antransformer.files import read_json, require_file
+from antransformer.errors import CheckpointError, NewerCheckpointError, WriteError
+from antransformer.files import flush, read_json
 from antransformer.models import Decoder, ModelConfig, build
 from antransformer.models.config import OPTION_NAMES
 from antransformer.training.optimizer import moments_of
-from antransformer.training.parallel import like, whole
+from antransformer.training.parallel import ALONE, World
+from antransformer.training.tensor_files import Parts, TensorFiles, sha256
 
 FORMAT = "antransformer-checkpoint"
 VERSION = 1
-MODEL_FILE = "model.safetensors"
-OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
+KINDS = ("model", "optimizer")  # of tensor files
+GRACE = 60.0  # seconds that a run which has failed waits for the checkpoint that is being written
 
 
 @dataclass(frozen=True)
@@ -47,75 +51,155 @@ class Checkpoint:
         step: completed optimizer steps.
         model: the model's config.
         extra: what else the run wrote (seconds trained, digest of the data).
+        files: names of the tensor files, of as many processes as wrote it.
     """
 
     path: Path
     step: int
     model: ModelConfig
     extra: dict[str, Any]
+    files: tuple[str, ...]
+
+    def tensors(self, kind: str) -> TensorFiles:
+        """The weights ("model") or the moments ("optimizer")."""
+        return TensorFiles(self.path / name for name in self.files if name.startswith(kind))
 
 
-def save(
-    folder: Path,
-    step: int,
-    model: Decoder,
-    optimizer: Optimizer,
-    extra: dict[str, Any],
-    keep: int,
-    writes: bool = True,
-) -> Path:
+class Writer:
+    """Writes checkpoints into a folder while the run goes on, one at a time. Leaving it waits for the last.
+
+    Of the processes that share a model all do what is done with it. The tensors are copied into main memory first, by
+    each process what it writes.
+
+    Args:
+        folder: of all checkpoints.
+        keep: how many of the newest stay.
+        keep_every: those of a multiple of so many steps stay too.
+        world: the processes that share the model.
+    """
+
+    def __init__(self, folder: Path, keep: int, keep_every: int | None = None, world: World = ALONE) -> None:
+        self.folder, self.keep, self.keep_every, self.world = folder, keep, keep_every, world.apart()
+        self._pending: concurrent.futures.Future[None] | None = None
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if kind is None:
+            self.wait()
+        elif self._pending is not None:  # which need not end any more, if another process is gone
+            concurrent.futures.wait([self._pending], GRACE)
+
+    def save(self, step: int, model: Decoder, optimizer: Optimizer, extra: dict[str, Any]) -> Path:
+        """Begin with the checkpoint of ``step``, when that before it is written; returns the folder that it will be in.
+
+        Raises:
+            WriteError: that before it could not be written.
+        """
+        self.wait()
+        rank, size = self.world.rank, self.world.size
+        tensors = (model.state_dict(), _optimizer_tensors(model, optimizer))
+        parts = {tensor_file(kind, rank, size): Parts(of, rank) for kind, of in zip(KINDS, tensors, strict=True)}
+        state = {"format": FORMAT, "version": VERSION, "step": step, "model": model.config.mapping(), "extra": extra}
+        pending = self._pending = concurrent.futures.Future()
+
+        def work() -> None:
+            try:
+                self._write(step, parts, state)
+            except BaseException as error:
+                pending.set_exception(error)
+            else:
+                pending.set_result(None)
+
+        Thread(target=work, daemon=True).start()  # a process that is to end does not wait for it
+        return self._target(step)
+
+    def failed(self) -> bool:
+        """Whether the checkpoint begun last is known to have failed: ``wait`` will raise an error."""
+        return self._pending is not None and self._pending.done() and self._pending.exception() is not None
+
+    def wait(self) -> None:
+        """Wait until no checkpoint is being written.
+
+        Raises:
+            WriteError: it could not be written; earlier ones are untouched.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _target(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def _write(self, step: int, parts: Mapping[str, Parts], state: dict[str, Any]) -> None:
+        target, first = self._target(step), self.world.rank == 0
+        partial = target.with_name(f".partial-{target.name}")
+
+        def begin() -> None:
+            if first:
+                remove_partial(self.folder)
+                partial.mkdir(parents=True)
+
+        def write() -> dict[str, str]:
+            return {name: part.write(partial / name) for name, part in parts.items()}
+
+        def finish() -> None:
+            if first:
+                digests = {name: digest for written in each for name, digest in written.items()}
+                _finish(partial, target, {**state, "sha256": digests})
+                self._remove_old()
+
+        try:
+            self.world.each(begin)
+            each = self.world.each(write)
+            self.world.each(finish)
+        except (OSError, SafetensorError) as error:
+            if first:
+                shutil.rmtree(partial, ignore_errors=True)
+            reason = getattr(error, "strerror", None) or str(error)
+            last = max(step_folders(self.folder), key=step_of, default=None)
+            rest = f"the one before it is {last}" if last else "there is no earlier one"
+            raise WriteError(
+                f"the checkpoint of step {step} could not be written to {self.folder}: {reason}; {rest}"
+            ) from error
+
+    def _remove_old(self) -> None:
+        for path in sorted(step_folders(self.folder), key=step_of)[: -self.keep]:
+            if self.keep_every is None or step_of(path) % self.keep_every:
+                with contextlib.suppress(OSError):
+                    _remove(path)
+
+
+def save(folder: Path, step: int, model: Decoder, optimizer: Optimizer, extra: dict[str, Any], keep: int) -> Path:
     """Write the checkpoint of ``step`` into ``folder`` and remove all but the newest ``keep``.
 
-    Of the processes that share a model all have to call this, and one of them ``writes``.
-
     Raises:
-        MachineError: it could not be written; earlier checkpoints are untouched.
+        WriteError: it could not be written; earlier checkpoints are untouched.
     """
-    target = folder / f"step-{step:08d}"
-    partial = folder / f".partial-{target.name}"
-    tensors = {
-        MODEL_FILE: _collected(model.state_dict().items(), writes),
-        OPTIMIZER_FILE: _collected(_optimizer_tensors(model, optimizer), writes),
-    }
-    if not writes:
-        return target
-    try:
-        remove_partial(folder)
-        partial.mkdir(parents=True)
-        for name, content in tensors.items():
-            safetensors.torch.save_file(content, partial / name)
-        state = {
-            "format": FORMAT,
-            "version": VERSION,
-            "step": step,
-            "model": model.config.mapping(),
-            "extra": extra,
-            "sha256": {name: sha256(partial / name) for name in tensors},
-        }
-        (partial / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-        for file in partial.iterdir():
-            file.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner can read
-            _flush(file)
-        # Later ones are of a future that was given up: broken, and the run resumed from before them.
-        for path in step_folders(folder):
-            if step_of(path) >= step:
-                shutil.rmtree(path)
-        partial.rename(target)
-        _flush(folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        reason = getattr(error, "strerror", None) or str(error)
-        last = max(step_folders(folder), key=step_of, default=None)
-        rest = f"the one before it is {last}" if last else "there is no earlier one"
-        raise MachineError(
-            f"the checkpoint of step {step} could not be written to {folder}: {reason}; {rest}"
-        ) from error
-    for old in sorted(step_folders(folder), key=step_of)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
-    return target
+    with Writer(folder, keep) as writer:
+        return writer.save(step, model, optimizer, extra)
 
 
-def newest(folder: Path, notify: Callable[[str], None]) -> Checkpoint | None:
+def _finish(partial: Path, target: Path, state: dict[str, Any]) -> None:
+    """Make a checkpoint of the tensor files that lie in ``partial``."""
+    (partial / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+    flush(partial / STATE_FILE)
+    flush(partial)
+    # Later ones are of a future that was given up: broken, and the run resumed from before them.
+    for path in step_folders(target.parent):
+        if step_of(path) >= state["step"]:
+            _remove(path)
+    partial.rename(target)
+    flush(target.parent)
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint; if that is cut short, what is left of it is not taken for one."""
+    shutil.rmtree(path.rename(path.with_name(f".partial-removed-{path.name}")))
+
+
+def newest(folder: Path, notify: Callable[[str], None], world: World = ALONE) -> Checkpoint | None:
     """The newest whole checkpoint of ``folder``, or None; ``notify`` hears of each broken one that is passed over.
 
     Raises:
@@ -125,7 +209,7 @@ def newest(folder: Path, notify: Callable[[str], None]) -> Checkpoint | None:
     found = sorted(step_folders(folder), key=step_of, reverse=True)
     for path in found:
         try:
-            return read(path)
+            return read(path, world)
         except NewerCheckpointError:
             raise
         except CheckpointError as error:
@@ -135,13 +219,18 @@ def newest(folder: Path, notify: Callable[[str], None]) -> Checkpoint | None:
     return None
 
 
-def read(path: Path) -> Checkpoint:
-    """Verify one checkpoint folder.
+def read(path: Path, world: World = ALONE) -> Checkpoint:
+    """Verify one checkpoint folder. Processes that ask together share the work, and all get the same answer.
 
     Raises:
         CheckpointError: it is no checkpoint, or a file is missing, truncated or changed.
         NewerCheckpointError: it was written by a newer release.
     """
+    return world.each(lambda: _read(path, world.rank, world.size))[0]
+
+
+def _read(path: Path, rank: int, size: int) -> Checkpoint:
+    """As ``read``, with every ``size``-th of the files verified."""
     try:
         state = read_json(path / STATE_FILE)
     except OSError as error:
@@ -161,33 +250,34 @@ def read(path: Path) -> Checkpoint:
         missing = complete.keys() - state["model"].keys() - set(OPTION_NAMES)
         if missing or {**complete, **state["model"]} != complete or step != step_of(path):
             raise ValueError("a field of the model is missing, or the step is not that of the folder's name")
-        digests = {name: str(state["sha256"][name]) for name in (MODEL_FILE, OPTIMIZER_FILE)}
+        digests = dict(state["sha256"])
+        writers = max(1, len(digests) // len(KINDS))
+        if digests.keys() != {tensor_file(kind, writer, writers) for kind in KINDS for writer in range(writers)}:
+            raise ValueError("sha256 is not that of all tensor files")
     except (KeyError, TypeError, ValueError) as error:  # a ConfigError is a ValueError
         raise CheckpointError(f"{path}: {STATE_FILE} is corrupted ({error})") from error
-    for name, digest in digests.items():
+    for name in sorted(digests)[rank::size]:
         if not (path / name).is_file():
             raise CheckpointError(f"{path}: {name} is missing")
-        if sha256(path / name) != digest:
+        if sha256(path / name) != digests[name]:
             raise CheckpointError(f"{path}: {name} is truncated or corrupted (its sha256 differs)")
-    return Checkpoint(path, step, model, extra)
+    return Checkpoint(path, step, model, extra, tuple(sorted(digests)))
 
 
 def load_model(checkpoint: Checkpoint, model: Decoder) -> None:
-    """Copy the checkpoint's weights into ``model``.
+    """Copy the checkpoint's weights into ``model``, or the parts of them that this process holds.
 
     Raises:
         CheckpointError: the checkpoint is of another model.
     """
-    weights = load_tensors(checkpoint.path / MODEL_FILE)
+    weights = checkpoint.tensors("model")
     require_shapes(weights, model, checkpoint.path)
-    shared = model.state_dict()
-    model.load_state_dict({name: like(value, shared[name]) for name, value in weights.items()})
+    weights.read_into(model.state_dict())
 
 
-def require_shapes(weights: dict[str, Tensor], model: Decoder, origin: Path) -> None:
+def require_shapes(weights: TensorFiles, model: Decoder, origin: Path) -> None:
     """Raise ``CheckpointError`` where the weights of ``origin`` are those of another model."""
-    expected = {name: value.shape for name, value in model.state_dict().items()}
-    if expected != {name: value.shape for name, value in weights.items()}:
+    if weights.shapes != {name: value.shape for name, value in model.state_dict().items()}:
         raise CheckpointError(f"{origin}: its weights are those of another model")
 
 
@@ -197,41 +287,33 @@ def load_optimizer(checkpoint: Checkpoint, model: Decoder, optimizer: Optimizer)
     Raises:
         CheckpointError: they are not those of this model.
     """
-    tensors = load_tensors(checkpoint.path / OPTIMIZER_FILE)
-    saved: dict[str, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        name, _, moment = key.rpartition(".")
-        saved.setdefault(name, {})[moment] = value
-    content = optimizer.state_dict()
-    names = _optimizer_names(model, optimizer)
-    parameters = dict(model.named_parameters())
-    shapes = {name: parameter.shape for name, parameter in parameters.items()}
-    kept = [moments_of(group) for group in optimizer.param_groups for _ in group["params"]]
-    moments = {
-        name: {moment: torch.Size() if moment == "step" else shapes[name] for moment in keeps}
-        for name, keeps in zip(names, kept, strict=True)
+    saved = checkpoint.tensors("optimizer")
+    parameters = [(group, parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    state = {
+        name: {moment: _moment(moment, parameter) for moment in moments_of(group)}
+        for name, (group, parameter) in zip(_optimizer_names(model, optimizer), parameters, strict=True)
     }
-    if {name: {key: value.shape for key, value in state.items()} for name, state in saved.items()} != moments:
+    moments = {f"{name}.{moment}": value for name, kept in state.items() for moment, value in kept.items()}
+    if saved.shapes != {name: value.shape for name, value in moments.items()}:
         raise CheckpointError(f"{checkpoint.path}: its optimizer state is that of another model")
-    content["state"] = {
-        index: {
-            moment: like(value, parameters[name]) if value.shape == shapes[name] else value
-            for moment, value in saved[name].items()
-        }
-        for index, name in enumerate(names)
-    }
-    optimizer.load_state_dict(content)
+    saved.read_into(moments)
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": dict(enumerate(state.values()))})
 
 
 def restore(checkpoint: Checkpoint, device: torch.device) -> Decoder:
     """The checkpoint's model, built and loaded, in evaluation mode."""
     with torch.device("meta"):
         model = build(checkpoint.model)
-    weights = load_tensors(checkpoint.path / MODEL_FILE)
+    weights = checkpoint.tensors("model")
     require_shapes(weights, model, checkpoint.path)  # before memory is taken for what the config says
     model.to_empty(device=device)
-    model.load_state_dict(weights)
+    weights.read_into(model.state_dict())
     return model.eval()
+
+
+def tensor_file(kind: str, rank: int, size: int) -> str:
+    """The name of what one of so many processes writes."""
+    return f"{kind}-{rank + 1:05d}-of-{size:05d}.safetensors" if size > 1 else f"{kind}.safetensors"
 
 
 def step_folders(folder: Path) -> list[Path]:
@@ -251,58 +333,23 @@ def remove_partial(folder: Path) -> None:
         shutil.rmtree(path)
 
 
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _optimizer_names(model: Decoder, optimizer: Optimizer) -> list[str]:
     """Parameter names in the optimizer's own order."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _optimizer_tensors(model: Decoder, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
+def _optimizer_tensors(model: Decoder, optimizer: Optimizer) -> dict[str, Tensor]:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for name, parameter in zip(_optimizer_names(model, optimizer), parameters, strict=True):
-        for moment, value in optimizer.state[parameter].items():
-            yield f"{name}.{moment}", value
+    return {
+        f"{name}.{moment}": value
+        for name, parameter in zip(_optimizer_names(model, optimizer), parameters, strict=True)
+        for moment, value in optimizer.state[parameter].items()
+    }
 
 
-def _collected(tensors: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]:
-    """Tensors that may be shared, whole and in main memory where they are kept."""
-    found = {}
-    for name, value in tensors:
-        collected = whole(value)
-        if keep:
-            found[name] = collected.cpu().contiguous()
-    return found
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file, by name.
-
-    Raises:
-        CheckpointError: it can not be read.
-    """
-    try:
-        require_file(path)
-        return safetensors.torch.load_file(path)
-    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:  # the latter of odd types and sizes
-        raise CheckpointError(f"{path}: can not be read: {' '.join(str(error).split())}") from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _flush(path: Path) -> None:
-    """fsync a file, or a folder's entries."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _moment(moment: str, parameter: Tensor) -> Tensor:
+    """Memory for one; it is shared as its parameter is, but for the count of steps, which is one number."""
+    if moment == "step":
+        return torch.zeros((), dtype=torch.float32, device=parameter.device)
+    return torch.zeros_like(parameter, requires_grad=False)

@@ -69,7 +69,8 @@ class TrainConfig:
     eval_every: int = describe("steps between two validations (default: a tenth of the run)", 0)
     eval_tokens: Count = describe("tokens of one validation, evenly spaced over the split", 131_072)
     checkpoint_every: int = describe("steps between two checkpoints (default: a tenth of the run)", 0)
-    keep_checkpoints: int = describe("how many checkpoints stay on disk", 3)
+    keep_checkpoints: int = describe("how many of the newest checkpoints stay on disk", 3)
+    keep_every: int | None = describe("steps between two checkpoints that stay for good (default: none do)", None)
     device: str = describe("auto, cpu, cuda, cuda:1, mps", "auto")
     precision: Literal["auto", "float32", "bfloat16"] = describe("auto: bfloat16 on a GPU, float32 on a CPU", "auto")
     compile: bool = describe("compile the model with torch.compile", False)
@@ -94,9 +95,10 @@ class TrainConfig:
             "eval_tokens",
             "checkpoint_every",
             "keep_checkpoints",
+            "keep_every",
             "tensor_parallel",
         ):
-            _check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+            _check(name, getattr(self, name), getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
         for name in ("lr", "eps", "clip", "muon_lr"):
             _check(name, getattr(self, name), getattr(self, name) is None or getattr(self, name) > 0, "positive")
         if (self.muon_lr is None) != (self.optimizer == "adam"):
@@ -144,6 +146,7 @@ OPERATIONAL = frozenset(
         "eval_tokens",
         "checkpoint_every",
         "keep_checkpoints",
+        "keep_every",
         "device",
         "compile",
         "parallel",

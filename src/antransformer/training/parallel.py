@@ -9,11 +9,11 @@ Started without torchrun there is one process, and nothing here does anything.
 
 import contextlib
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,8 @@ from antransformer.training.config import TrainConfig
 from antransformer.training.roll_call import RollCall, meet
 from antransformer.training.tensor_parallel import split
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class World:
@@ -42,6 +44,7 @@ class World:
         local_rank: number of this process on its machine.
         local_size: how many are on this machine.
         tensor: how many neighbours split the layers of one model among them, with the same data.
+        group: of the messages between them; None is that of the main thread.
     """
 
     rank: int = 0
@@ -49,6 +52,7 @@ class World:
     local_rank: int = 0
     local_size: int = 1
     tensor: int = 1
+    group: dist.ProcessGroup | None = None
 
     @property
     def data_rank(self) -> int:
@@ -73,12 +77,12 @@ class World:
     def barrier(self) -> None:
         """Wait for all."""
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(self.group)
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all processes of a tensor that lies on the device, in place."""
         if self.size > 1:
-            dist.all_reduce(values)
+            dist.all_reduce(values, group=self.group)
         return values
 
     def largest(self, value: int) -> int:
@@ -86,8 +90,27 @@ class World:
         if self.size == 1:
             return value
         agreed = torch.tensor(value)
-        dist.all_reduce(agreed, dist.ReduceOp.MAX)
+        dist.all_reduce(agreed, dist.ReduceOp.MAX, self.group)
         return int(agreed)
+
+    def each(self, action: Callable[[], T]) -> list[T]:
+        """What ``action`` returns in each of the processes; what it raises in one of them is raised in all."""
+        outcome: T | Exception
+        try:
+            outcome = action()
+        except Exception as error:
+            outcome = error
+        outcomes = [outcome] * self.size
+        if self.size > 1:
+            dist.all_gather_object(outcomes, outcome, group=self.group)
+        for found in outcomes:
+            if isinstance(found, Exception):
+                raise found
+        return outcomes  # type: ignore[return-value]  # of which none is an exception
+
+    def apart(self) -> "World":
+        """The same processes, for another thread: its messages and those of the main thread do not mix."""
+        return replace(self, group=dist.new_group(backend="gloo")) if self.size > 1 else self
 
 
 ALONE = World()

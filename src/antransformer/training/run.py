@@ -28,6 +28,7 @@ from antransformer.training.config import (
     whole_sequences,
 )
 from antransformer.training.lock import LOCK_FILE
+from antransformer.training.parallel import ALONE, World
 
 CONFIG_FILE = "config.yaml"
 TOKENIZER_FILE = "tokenizer.json"
@@ -137,7 +138,9 @@ def with_initial_model(settings: Mapping[str, Any], notify: Callable[[str], None
     return merge(settings, {"model": model})
 
 
-def open_checkpoint(path: Path, notify: Callable[[str], None] = print) -> tuple[Checkpoint, Tokenizer]:
+def open_checkpoint(
+    path: Path, notify: Callable[[str], None] = print, world: World = ALONE
+) -> tuple[Checkpoint, Tokenizer]:
     """The checkpoint to use of a run folder (its newest whole one) or of a checkpoint folder, and its tokenizer.
 
     Raises:
@@ -145,9 +148,9 @@ def open_checkpoint(path: Path, notify: Callable[[str], None] = print) -> tuple[
         DataError: the tokenizer can not be read, or is not the model's.
     """
     if (path / checkpoint.STATE_FILE).exists():
-        found = checkpoint.read(path)
+        found = checkpoint.read(path, world)
     elif path.is_dir():
-        newest = checkpoint.newest(path / CHECKPOINTS, notify)
+        newest = checkpoint.newest(path / CHECKPOINTS, notify, world)
         if newest is None:
             raise CheckpointError(f"{path}: no checkpoint in it; give a run folder such as runs/angpt-nano")
         found = newest

@@ -1,5 +1,6 @@
 """The training loop, the same on one device and in each of many processes (training/parallel.py)."""
 
+import contextlib
 import math
 import signal
 import time
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from antransformer.bounds import bind
 from antransformer.data import Dataset, Windows, sequential
-from antransformer.errors import CheckpointError, DataError, DivergedError, RunStoppedError
+from antransformer.errors import CheckpointError, DataError, DivergedError, RunStoppedError, WriteError
 from antransformer.training import checkpoint, metrics, throughput
 from antransformer.training.config import OPERATIONAL, TrainConfig, to_mapping
 from antransformer.training.device import autocast, choose_device, choose_precision
@@ -22,6 +23,8 @@ from antransformer.training.optimizer import make_optimizer
 from antransformer.training.parallel import ALONE, World, make_model, share_gradients, whole
 from antransformer.training.run import CHECKPOINTS, open_checkpoint, run_of
 from antransformer.training.schedule import learning_rate
+
+LOST = signal.NSIG  # beyond all signals, which the processes tell each other of: a checkpoint could not be written
 
 
 class Reporter(Protocol):
@@ -88,6 +91,7 @@ class Trainer:
         self.loss: Callable[[Tensor, Tensor], Tensor] = (
             torch.compile(self.model.loss) if config.compile and world.size == 1 else self.model.loss
         )
+        self.writer = checkpoint.Writer(folder / CHECKPOINTS, config.keep_checkpoints, config.keep_every, world)
         self.done, self.seconds = 0, 0.0  # completed steps; time spent in them
         self.skipped = 0  # of the steps, those that changed nothing
         if resume:
@@ -98,7 +102,7 @@ class Trainer:
         self.flops_per_step = throughput.flops_per_token(config.model) * config.batch_tokens
 
     def _resume(self) -> None:
-        found = checkpoint.newest(self.folder / CHECKPOINTS, self.reporter.note)
+        found = checkpoint.newest(self.folder / CHECKPOINTS, self.reporter.note, self.world)
         if found is None:
             self.reporter.note(f"{self.folder}: no checkpoint yet, starting from step 0")
             return
@@ -131,7 +135,7 @@ class Trainer:
         self.reporter.note(f"resuming from {found.path}")
 
     def _start_from(self, init: Path) -> None:
-        found, tokenizer = open_checkpoint(init, self.reporter.note)
+        found, tokenizer = open_checkpoint(init, self.reporter.note, self.world)
         if found.model != self.config.model:
             raise CheckpointError(f"{found.path}: of another model than the settings describe")
         if tokenizer.vocabulary() != self.dataset.tokenizer().vocabulary():
@@ -148,7 +152,7 @@ class Trainer:
         Raises:
             RunStoppedError: SIGINT or SIGTERM came; the checkpoint is written.
             DivergedError: the loss, a gradient or a weight is not finite.
-            MachineError: the disk is full.
+            WriteError, MachineError: a checkpoint, or the metrics, could not be written.
         """
         config, world = self.config, self.world
         log = None if world.rank else metrics.MetricsLog(self.folder, self.done, config.tensorboard)
@@ -157,17 +161,20 @@ class Trainer:
         line: dict[str, Any] = {}
         self.reporter.step(self.done)
         try:
-            with StopSignals() as stop:
+            with StopSignals() as stop, self.writer:
                 while self.done < config.steps:
                     pending += self.update(self.done + 1)
                     self.done += 1
                     self.reporter.step(self.done)
                     last = self.done == config.steps
                     # Read once, since a signal may come at any moment; every process stops at the same step.
-                    received = 0 if last else world.largest(stop.received or 0)
+                    received = 0 if last else world.largest(LOST if self.writer.failed() else stop.received or 0)
+                    if received == LOST:
+                        self.writer.wait()
                     stopping = signal.Signals(received) if received else None
                     evaluate = last or (self.done % config.eval_every == 0 and not stopping)
-                    save = last or stopping or self.done % config.checkpoint_every == 0
+                    due = (config.checkpoint_every, config.keep_every or config.checkpoint_every)
+                    save = last or stopping or not all(self.done % every for every in due)
                     if not (evaluate or save or self.done % config.log_every == 0):
                         continue
                     measured = self._require_finite(pending)
@@ -185,6 +192,7 @@ class Trainer:
                     if save:
                         path = self._save()
                     if stopping:
+                        self.writer.wait()
                         raise RunStoppedError(
                             f"stopped at step {self.done} by {stopping.name}; checkpoint written to {path}; "
                             f"go on with: antransformer train --out {self.folder} --resume",
@@ -297,7 +305,9 @@ class Trainer:
                 raise self._not_finite(f"the {name} is {line[key]} at step {self.done}")
 
     def _not_finite(self, what: str) -> DivergedError:
-        good = checkpoint.newest(self.folder / CHECKPOINTS, self.reporter.note)
+        with contextlib.suppress(WriteError):
+            self.writer.wait()
+        good = checkpoint.newest(self.folder / CHECKPOINTS, self.reporter.note, self.world)
         return DivergedError(
             f"{what}; last good checkpoint: {good.path if good else 'none yet'}; try a lower --lr, or another --seed"
         )
@@ -315,11 +325,7 @@ class Trainer:
             "settings": self._identity(),
             "torch": torch.__version__,
         }
-        folder = self.folder / CHECKPOINTS
-        keep, writes = self.config.keep_checkpoints, self.world.rank == 0
-        path = checkpoint.save(folder, self.done, self.model, self.optimizer, extra, keep, writes)
-        self.world.barrier()
-        return path
+        return self.writer.save(self.done, self.model, self.optimizer, extra)
 
     def _result(self, line: dict[str, Any]) -> Result:
         if "val_loss" not in line:  # nothing was left to train
