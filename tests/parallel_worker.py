@@ -93,8 +93,9 @@ def main(corpus, folder, names):
             else:
                 trainer.run()
                 check_traffic(trainer)
-        for name in {"angpt-shard", "angpt-tensor"} & set(names):
-            check_init(corpus, folder / name, world)
+        for name in ("angpt-shard", "angpt-tensor"):
+            if name in names:
+                check_init(corpus, folder / name, world)
 
 
 def record_windows(trainer):

@@ -6,6 +6,7 @@ import math
 import re
 import sys
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -134,6 +135,17 @@ def test_all_laws_come_back_from_a_table(tmp_path, capsys):
     assert re.search(r"lr = \S+ N\^-0\.1\d+ ", out) and "alpha = 0.33" in out
 
 
+def test_numbers_under_three_panels_do_not_run_into_each_other():
+    rows = swept()
+    (drawn,) = (chart for chart in charts(fit(Observations(rows, rows)), rows) if chart.name == "search-angpt")
+    drawn.figure.draw_without_rendering()
+    assert len(drawn.figure.axes) == 3
+    for axes in drawn.figure.axes:
+        boxes = [label.get_window_extent() for label in axes.get_xticklabels() if label.get_text()]
+        inside = [box for box in boxes if axes.bbox.x0 <= (box.x0 + box.x1) / 2 <= axes.bbox.x1]
+        assert len(inside) >= 2 and all(left.x1 < right.x0 for left, right in pairwise(inside))
+
+
 def test_folders_of_comparisons_are_read_as_searches_and_runs(tmp_path):
     paths = [folder(tmp_path / str(size), size, lr) for size, lr in ((2_000_000, 4e-3), (8_000_000, 2e-3))]
     observed = read_observations(paths)
@@ -237,7 +249,7 @@ def test_a_bad_table_is_one_line_and_status_2(text, message, tmp_path, capsys):
         ([], "give either RESULTS, folders or CSV files with losses, or --optima FILE"),
         (["one", "--optima", "optima.csv"], "give either RESULTS"),
         (["nowhere.csv"], "nowhere.csv: No such file"),
-        (["empty"], "empty: no results of a comparison in it"),
+        (["empty"], "empty: neither a finished sweep nor a finished comparison in it"),
         (["one", "other"], "other was measured on other data than one"),
         (["one", "ablated"], "ablated is an ablation"),
         (["one", "bare"], "bare: its results lack what a fit needs ('batch_tokens')"),

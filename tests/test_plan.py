@@ -89,7 +89,7 @@ def test_what_lies_outside_of_what_was_measured_is_said_with_how_far(capsys):
 
 def test_hours_of_gpus_are_used_up(tmp_path, capsys):
     target = tmp_path / "plan.yaml"
-    words = ["--gpus", 8, "--gpu", "a100-80gb", "--hours", 10, "--mfu", 0.5, "--architecture", "gpt+"]
+    words = ["--gpus", 8, "--gpu", "A100-80GB", "--hours", 10, "--mfu", 0.5, "--architecture", "gpt+"]
     out = planned(capsys, *words, "--out", target)
     config = resolve(read_yaml(target), 50_304)
     assert config.tokens * flops_per_token(config.model) == pytest.approx(8 * 312e12 * 0.5 * 36_000, rel=0.02)

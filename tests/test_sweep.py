@@ -199,11 +199,17 @@ def test_a_sweep_leaves_runs_a_page_and_what_fit_reads(small_sweep, capsys):
 
 
 def test_a_sweep_of_other_data_or_settings_is_refused(small_sweep, corpus, capsys, monkeypatch):
-    _, words = small_sweep
+    folder, words = small_sweep
     assert main([*words, "--model.layers=2"]) == 2
     assert "was made with model.layers 1, not 2: choose another --out" in capsys.readouterr().err
     monkeypatch.setattr(Dataset, "digest", property(lambda self: "0" * 64))
+    for more in ([], ["--widths", "32"]):  # the same runs, and others, of which none would be found done
+        assert main([*words, *more]) == 2
+        errors = capsys.readouterr().err
+        assert "holds a sweep of other data than" in errors and errors.count("\n") == 1
+    (folder / "sweep.json").rename(folder / "sweep.json.away")  # killed before its end
     assert main(words) == 2
+    (folder / "sweep.json.away").rename(folder / "sweep.json")
     errors = capsys.readouterr().err
     assert "was trained on other data than" in errors and errors.count("\n") == 1
 
@@ -213,6 +219,7 @@ def test_past_an_hour_it_asks_first(corpus, tmp_path, capsys, monkeypatch):
     words = ["sweep", "--data", str(corpus), "--out", str(tmp_path / "out"), *TINY, *OPTIONS]
     assert main(words) == 2
     captured = capsys.readouterr()
+    assert captured.out.startswith("timing 3 steps: angpt nano-w16\n")
     assert "to do: 5 runs, 0.0M tokens" in captured.out and "up to 9 runs" in captured.out
     assert "add --yes to start it" in captured.err and captured.err.count("\n") == 1
     assert not (tmp_path / "out").exists()

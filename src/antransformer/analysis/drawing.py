@@ -216,13 +216,18 @@ def whole_ticks(axis: Any) -> None:
 
 
 def log_ticks(axis: Any, unit: str = "") -> None:
-    """Plain numbers, enough of them: a logarithmic axis here often spans less than a decade."""
+    """Plain numbers, enough of them: a logarithmic axis here often spans less than a decade.
+
+    Of three panels in a row each has room for fewer.
+    """
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
     low, high = axis.get_view_interval()
     decades = math.log10(high / low)
-    subs = (1, 2, 5) if decades < 2.2 else (1,)
-    axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]) if decades < 0.9 else LogLocator(subs=subs))
+    narrow = axis.axis_name == "x" and axis.axes.get_gridspec().ncols > 2
+    most, each = (3, [1, 3]) if narrow else (6, [1, 2, 5])  # numbers in all, and in a decade
+    subs = each if len(each) * decades < 1.1 * most else [1]
+    axis.set_major_locator(MaxNLocator(most, steps=[1, 2, 5, 10]) if decades < 0.9 else LogLocator(subs=subs))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(lambda value, _: f"{value:g}{unit}")
 

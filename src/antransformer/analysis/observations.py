@@ -11,7 +11,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from antransformer.analysis import sweep_results
+from antransformer.analysis import results, sweep_results
 from antransformer.analysis.results import Contender, Results
 from antransformer.analysis.sweep_results import LARGEST, SMALLEST, Sweep
 from antransformer.errors import DataError
@@ -84,12 +84,14 @@ def read_observations(paths: Sequence[Path]) -> Observations:
             searches += rows
             runs += rows
         elif path.is_dir():
-            folders[path] = results = Results.load(path)
-            if results.kind == "ablate":
+            if not (path / results.FILE).is_file():
+                raise DataError(f"{path}: neither a finished sweep nor a finished comparison in it")
+            folders[path] = compared = Results.load(path)
+            if compared.kind == "ablate":
                 raise DataError(f"{path} is an ablation, whose variants have one size: give comparisons")
             try:
-                searches += _searched(results)
-                runs += _measured(results)
+                searches += _searched(compared)
+                runs += _measured(compared)
             except (KeyError, TypeError, ValueError) as error:
                 raise DataError(f"{path}: its results lack what a fit needs ({error})") from None
         else:

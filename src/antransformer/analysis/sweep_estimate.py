@@ -1,7 +1,7 @@
 """How long a sweep will take: a few real steps of every size, and arithmetic."""
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -35,14 +35,18 @@ class Estimate:
     hours: tuple[float, float]
 
 
-def estimate(sweeper: Sweeper) -> Estimate:
+def estimate(sweeper: Sweeper, say: Callable[[str], None]) -> Estimate:
     """Measure and reckon; nothing is written.
+
+    Args:
+        sweeper: what is to be run.
+        say: called with a line before each size is timed, which takes minutes where it is large.
 
     Raises:
         ConfigError, DataError: as ``Queue.finished``, of a folder that holds other runs.
     """
     missing = {cell: counts for cell in sweeper.plan.grids if any(counts := sweeper.missing(cell))}
-    speeds = _speeds(sweeper, list(missing))
+    speeds = _speeds(sweeper, list(missing), say)
     ends = [_total(sweeper, {cell: counts[end] for cell, counts in missing.items()}, speeds) for end in (0, 1)]
     runs, tokens, hours = zip(*ends, strict=True)
     return Estimate(runs, tokens, hours)
@@ -62,18 +66,18 @@ def _total(
     return sum(runs.values()), tokens, max(seconds / len(sweeper.queue.devices), longest) / 3600
 
 
-def _speeds(sweeper: Sweeper, cells: Sequence[Cell]) -> dict[tuple[str, str], float]:
+def _speeds(sweeper: Sweeper, cells: Sequence[Cell], say: Callable[[str], None]) -> dict[tuple[str, str], float]:
     """Seconds a token, of each architecture and size, with the smallest batch."""
     smallest: dict[tuple[str, str], Cell] = {}
     for cell in sorted(cells, key=lambda cell: -cell.batch):
         smallest[cell.architecture, cell.size] = cell
+    speeds = {}
     with worker_threads(len(sweeper.queue.devices)):
-        return {
-            key: seconds_per_token(
-                sweeper.config(cell, sweeper.plan.grids[cell][0], 0), sweeper.dataset, sweeper.queue.devices[0]
-            )
-            for key, cell in smallest.items()
-        }
+        for key, cell in smallest.items():
+            say(f"timing {STEPS} steps: {' '.join(key)}")
+            config = sweeper.config(cell, sweeper.plan.grids[cell][0], 0)
+            speeds[key] = seconds_per_token(config, sweeper.dataset, sweeper.queue.devices[0])
+    return speeds
 
 
 def seconds_per_token(config: TrainConfig, dataset: Dataset, device: str) -> float:

@@ -139,7 +139,7 @@ def _above_0(name: str, value: float) -> float:
 
 
 def _one_of(parsed: argparse.Namespace, name: str, known: Iterable[str]) -> str:
-    value = getattr(parsed, name)
+    value = str(getattr(parsed, name)).lower()
     if value not in known:
         raise ConfigError(f"unknown --{name} {value}{nearest(value, known)}; known are {', '.join(known)}")
     return value

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from antransformer.analysis import results, sweep_report
+from antransformer.analysis import results, sweep_report, sweep_results
 from antransformer.analysis.jobs import Queue
 from antransformer.analysis.statistics import require_scipy
 from antransformer.analysis.sweep import Sweeper, plan
@@ -29,8 +29,10 @@ from antransformer.cli.common import DEFAULT_DATA, open_data
 from antransformer.cli.compare import COMMON, SIZES, add_queue_arguments, devices_of
 from antransformer.cli.options import Parser, add_config, number, settings_of
 from antransformer.cli.progress import ExperimentProgress, say
+from antransformer.data import Dataset
 from antransformer.errors import ConfigError
 from antransformer.models import OPTIONS, PRESETS, ModelConfig
+from antransformer.models.config import preset_sizes
 from antransformer.training.config import Count, TrainConfig, convert, normalise
 from antransformer.training.defaults import TOKENS_PER_PARAMETER
 from antransformer.training.lock import lock
@@ -103,10 +105,11 @@ def run(parsed: argparse.Namespace) -> None:
     choices = grid(parsed)
     devices = devices_of(parsed)
     dataset = open_data(settings.get("data", DEFAULT_DATA))
+    check_same_data(folder, dataset)
     planned = plan(settings, dataset.vocab_size, parsed.architectures, parsed.sizes, **choices)
     progress = ExperimentProgress()
     sweeper = Sweeper(planned, dataset, Queue(folder / "runs", dataset, devices, progress), progress.stage)
-    expected = estimate(sweeper)
+    expected = estimate(sweeper, say)
     if expected.runs[1]:
         say(f"to do: {in_words(expected)}")
     if expected.hours[1] > UNASKED_HOURS and not parsed.yes:
@@ -133,12 +136,27 @@ def check_folder(folder: Path) -> None:
         raise ConfigError(f"{folder} holds a comparison or an ablation: choose another --out")
 
 
+def check_same_data(folder: Path, dataset: Dataset) -> None:
+    """Refuse to write over a sweep of other data.
+
+    Raises:
+        ConfigError: the folder holds one.
+        DataError: what it holds is damaged.
+    """
+    if (folder / sweep_results.FILE).is_file():
+        digest = sweep_results.Sweep.load(folder).setup.get("data_digest")
+        if digest != dataset.digest:
+            raise ConfigError(f"{folder} holds a sweep of other data than {dataset.path}: choose another --out")
+
+
 def grid(parsed: argparse.Namespace) -> dict[str, Any]:
     """What is tried, as ``plan`` takes it.
 
     Raises:
-        ConfigError: a value is none of its kind, or two options exclude each other.
+        ConfigError: a size is unknown, a value is none of its kind, or two options exclude each other.
     """
+    for name in parsed.sizes:  # before minutes go into the default data
+        preset_sizes(name)
     lrs = () if list(parsed.lrs) == ["auto"] else positive("--lrs", parsed.lrs, float)
     tokens = positive("--tokens", parsed.tokens, Count)
     ratios = positive("--tokens-per-param", parsed.tokens_per_param, float)
