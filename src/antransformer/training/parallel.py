@@ -45,6 +45,7 @@ class World:
         local_size: how many are on this machine.
         tensor: how many neighbours split the layers of one model among them, with the same data.
         group: of the messages between them; None is that of the main thread.
+        timeout: seconds for which messages of another thread wait; of the main thread: ``limit_waits``.
     """
 
     rank: int = 0
@@ -53,6 +54,7 @@ class World:
     local_size: int = 1
     tensor: int = 1
     group: dist.ProcessGroup | None = None
+    timeout: int = 600
 
     @property
     def data_rank(self) -> int:
@@ -110,7 +112,9 @@ class World:
 
     def apart(self) -> "World":
         """The same processes, for another thread: its messages and those of the main thread do not mix."""
-        return replace(self, group=dist.new_group(backend="gloo")) if self.size > 1 else self
+        if self.size == 1:
+            return self
+        return replace(self, group=dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout)))
 
 
 ALONE = World()

@@ -78,7 +78,7 @@ class Trainer:
         world: World = ALONE,
     ) -> None:
         check_data(config, dataset)
-        self.world = world = replace(world, tensor=config.tensor_parallel)
+        self.world = world = replace(world, tensor=config.tensor_parallel, timeout=config.timeout)
         self.config, self.dataset, self.folder, self.reporter = config, dataset, folder, reporter
         self.windows = Windows(dataset.split("train"), config.model.context, config.seed)
         self.validation = dataset.split("val")
