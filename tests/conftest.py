@@ -1,5 +1,6 @@
 """Shared by all tests: one thread a worker, a small prepared corpus, a small model."""
 
+import os
 import sysconfig
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import torch
 from antransformer.data import prepare
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton looks at it when it is imported: kernels then run on a CPU
 
 # A model that trains in a second, on the command line and as settings.
 SMALL = {"width": 64, "layers": 2, "context": 32, "head_width": 32}

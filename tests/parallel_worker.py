@@ -41,6 +41,8 @@ CASES |= {
     "muon-shard": {"parallel": "shard", "optimizer": "muon"},
     "muon-tensor": {"parallel": "shard", "tensor_parallel": 2, "optimizer": "muon"},
     "bfloat16": {"parallel": "shard", "precision": "bfloat16"},
+    "fp8": {"parallel": "shard", "precision": "fp8"},
+    "fp8-tensor": {"parallel": "shard", "tensor_parallel": 2, "precision": "fp8"},
     "broken": {"parallel": "shard"},
     "unwritten": {"parallel": "shard"},
     "stopped": {"parallel": "shard"},

@@ -1,16 +1,21 @@
+import io
 import json
 import math
 import sys
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
+from rich.console import Console
 from torch._dynamo.testing import CompileCounter
 
-from antransformer.analysis.bench import Quartiles, alternate, compare, peak_memory, quartiles
+from antransformer.analysis.bench import Quartiles, Row, alternate, compare, peak_memory, quartiles
 from antransformer.analysis.bench_models import TRAINEES, make
 from antransformer.analysis.bench_parts import losses
+from antransformer.analysis.bench_sweep import exponent
 from antransformer.cli import main
+from antransformer.cli.bench import table
 from antransformer.inference import fold
 from antransformer.inference.sampling import next_logits, window
 from antransformer.models import ModelConfig, build
@@ -121,6 +126,67 @@ def test_a_profile_is_a_trace_and_the_ten_dearest_operations(tmp_path, capsys):
     lines = [line.split() for line in capsys.readouterr().err.splitlines() if "%" in line]
     shares = [float(share.rstrip("%")) for share, *_ in lines]
     assert len(shares) == 20 and shares[:10] == sorted(shares[:10], reverse=True) and 20 < sum(shares[:10]) <= 100.1
+
+
+def test_growth_has_exponents_beside_those_of_operations_and_memory_and_a_picture(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    sizes = {**SIZES, "layers": 1, "width": 32}
+    words = [f"--model.{name.replace('_', '-')}={value}" for name, value in sizes.items()]
+    words += ["--batch", "2", "--rounds", "2", "--threads", "1", "--json", str(tmp_path / "growth.json")]
+    assert main(["bench", "--what", "step", *words, "--sweep", str(tmp_path / "growth")]) == 0
+    content = json.loads((tmp_path / "growth.json").read_text())
+    rows, growth = content["rows"], {(it["axis"], it["name"]): it for it in content["growth"]}
+    found = [(row["task"]["axis"], row["task"]["size"], row["contender"]) for row in rows]
+    bases = {"width": 32, "layers": 1, "context": 24, "batch": 2}
+    assert found == [
+        (axis, base * factor, name)
+        for axis, base in bases.items()
+        for factor in (1, 2, 4, 8)
+        for name in ("gpt+", "angpt")
+    ]
+    assert set(growth) == {(axis, name) for axis in bases for name in ("gpt+", "angpt")}
+    for (axis, _), it in growth.items():
+        assert 0 < it["time"] < it["asked"] + 1 and 0 < it["memory"] < 2.1
+        assert it["asked"] == pytest.approx(1) if axis == "batch" else 0.5 < it["asked"] < 2
+        mine = [row for row in rows if (row["task"]["axis"], row["contender"]) == (axis, it["name"])]
+        slope = math.log2(sorted(mine[-1]["seconds"])[0] / sorted(mine[-2]["seconds"])[0])
+        assert it["end"] == pytest.approx(slope, abs=1)
+    assert (tmp_path / "growth/growth-eager.png").stat().st_size > 10_000
+    assert "time asked at the end asked memory asked" in " ".join(capsys.readouterr().out.split())
+
+
+def test_exponents_are_those_of_power_laws():
+    assert exponent([1, 2, 4, 8], [3, 12, 48, 192]) == pytest.approx(2)
+    assert exponent([128, 256], [1, 1]) == pytest.approx(0)
+
+
+def test_data_is_timed_from_text_to_tokens_and_from_tokens_to_steps(tmp_path, capsys):
+    (tmp_path / "text").mkdir()
+    for number in range(30):
+        (tmp_path / f"text/{number}.txt").write_text(f"number {number}, and a few words more\n" * 20)
+    words = ["bench", "--what", "data", "--text", str(tmp_path / "text"), "--rounds", "2", "--batch", "2", *OPTIONS]
+    assert main([*words, "--json", str(tmp_path / "speed.json")]) == 0
+    rows = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    kinds = ["byte", *dict.fromkeys(row["task"]["of"] for row in rows[2:4]), "training"]
+    assert kinds[1].startswith("bpe-")
+    pairs = [("tokenizers", "prepare"), ("tokenizers", "prepare"), ("in turn", "ahead")]
+    expected = [(kind, name) for kind, names in zip(kinds, pairs, strict=True) for name in names]
+    assert [(row["task"]["of"], row["contender"]) for row in rows] == expected
+    size = sum(len(path.read_bytes()) + 1 for path in (tmp_path / "text").iterdir())  # and an end of text each
+    assert rows[1]["speed"]["median"] == pytest.approx(sum(size / taken for taken in rows[1]["seconds"]) / 2)
+    assert rows[4]["waiting"]["median"] > 0 and max(row["waiting"]["high"] for row in rows[4:]) < 1
+    assert "waits" in capsys.readouterr().out
+    assert main([*words, "--tokenizer", str(tmp_path / "none.json")]) == 2
+    assert "none.json': give 'byte', a tokenizer.json file" in capsys.readouterr().err
+
+
+def test_a_table_is_whole_in_80_columns_and_where_nobody_looks(monkeypatch):
+    row = Row({"mode": "compiled"}, "x-transformers", [1.0], *[Quartiles(1e5, 2e5, 3e5)] * 2, 10**9, Quartiles(0, 1, 1))
+    row = replace(row, ratio=Quartiles(0.99, 1, 1.01))
+    console = Console(width=80, file=io.StringIO())
+    console.print(table([row]))
+    lines = console.file.getvalue().splitlines()
+    assert "compiled x-transformers  200,000 100,000-300,000  1.00 0.99-1.01 954 100%" in lines[-1]
 
 
 def test_the_loss_is_timed_whole_and_in_chunks(tmp_path, capsys):
@@ -239,7 +305,7 @@ def test_a_compiled_step_is_compiled_once_for_all_tokens(name, prompts):
         ([*STEP, "--contenders", "gpt+", "llama"], "unknown contender 'llama': choose from gpt+, ngpt, angpt"),
         (
             ["bench", "--what", "optimizer", "--batch", "2"],
-            "--batch is an option of step, loss, generate, not of optimizer",
+            "--batch is an option of step, loss, data, generate, not of optimizer",
         ),
         (["bench", "--what", "loss", "--rounds", "0"], "rounds must be at least 1, got 0"),
         (["bench", "--what", "loss", "--batch", "0"], "batch must be at least 1, got 0"),
@@ -247,6 +313,11 @@ def test_a_compiled_step_is_compiled_once_for_all_tokens(name, prompts):
             [*STEP, "--profile", "/dev/null"],
             "--profile /dev/null can not be made: File exists; give the name of a folder",
         ),
+        ([*STEP, "--sweep", "/dev/null"], "--sweep /dev/null can not be made: File exists; give the name of a folder"),
+        ([*TINY, "--sweep", "growth"], "--sweep is an option of step, not of generate: leave it out"),
+        ([*STEP, "--text", "book.txt"], "--text is an option of data, not of step: leave it out"),
+        (["bench", "--what", "data", "--text", "none.txt"], "none.txt: no such file or folder"),
+        (["bench", "--what", "data", "--batch", "2", "3"], "--batch takes one number here, got 2"),
         ([*STEP, "--batch", "2", "3"], "--batch takes one number here, got 2"),
         ([*STEP, "--batch", "0"], "batch must be at least 1, got 0"),
         ([*STEP, "--rounds", "0"], "rounds must be at least 1, got 0"),

@@ -1,3 +1,4 @@
+import json
 import os
 import re
 import subprocess
@@ -77,6 +78,22 @@ def test_prepare_train_generate(tmp_path, capsys, monkeypatch, tokenizer):
     checkpoint = sorted((tmp_path / "runs/gpt+-nano/checkpoints").iterdir())[-1]
     assert main(["generate", "--checkpoint", str(checkpoint), "--prompt", "to be", "--max-tokens", "20"]) == 0
     assert capsys.readouterr().out == first  # the same seed
+
+
+def test_a_profile_of_a_run_is_a_trace_and_the_ten_dearest_operations(tmp_path, capsys, corpus):
+    words = ["train", "--data", str(corpus), "--out", str(tmp_path / "run"), *QUICK, "--profile"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    names = [event["name"] for event in json.loads((tmp_path / "run/profile.json").read_text())["traceEvents"]]
+    assert names.count("data") == 4 and "aten::mm" in names and "ProfilerStep#7" in names
+    assert not {"ProfilerStep#3", "ProfilerStep#8"} & set(names)  # they count from 0
+    lines = [line.split() for line in out.splitlines() if line.lstrip()[:1].isdigit() and "%" in line]
+    shares = [float(share.rstrip("%")) for share, *_ in lines]
+    assert len(shares) == 10 and shares == sorted(shares, reverse=True) and 20 < sum(shares) <= 100.1
+    assert f"{tmp_path / 'run/profile.json'}: of the time of all operations" in " ".join(out.split())
+    assert main([*words[:4], str(tmp_path / "short"), *QUICK, "--tokens=1024", "--profile"]) == 2
+    assert "--profile traces steps 5 to 8, and 4 are left to train" in capsys.readouterr().err
+    assert not (tmp_path / "short").exists()
 
 
 def test_generate_folds_an_angpt_to_the_same_text_and_says_what_it_sees_of_a_long_prompt(run, capsys, monkeypatch):

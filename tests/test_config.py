@@ -153,7 +153,7 @@ def test_batches_are_whole_sequences():
         ({"tokens": "-5K"}, "tokens must be at least 1, got -5000"),
         ({"tokens": 1000}, "tokens 1,000 is less than one batch of 2,048: raise tokens or lower batch_tokens"),
         ({"compile": "perhaps"}, "config.yaml: compile must be true or false, got 'perhaps'"),
-        ({"precision": "fp8"}, "config.yaml: precision must be one of auto, float32, bfloat16, got 'fp8'"),
+        ({"precision": "fp4"}, "config.yaml: precision must be one of auto, float32, bfloat16, fp8, got 'fp4'"),
         ({"data": 5}, "config.yaml: data must be text, got 5"),
         ({"model": 5}, "config.yaml: model must be a mapping of model settings, got 5"),
         ({"model": {"layers": "two"}}, "config.yaml: model.layers must be a whole number, got 'two'"),

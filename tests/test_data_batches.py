@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from antransformer.data import Shard, Split, Windows, sequential
+from antransformer.data import Ahead, Shard, Split, Windows, sequential
 from antransformer.errors import ConfigError, DataError
 
 
@@ -45,6 +45,29 @@ def test_targets_are_the_next_tokens(split: Split) -> None:
     assert tokens.shape == targets.shape == (14, 8)
     assert torch.equal(targets, tokens + 1)  # consecutive numbers, also at the ends: no window crosses two shards
     assert tokens.is_contiguous() and targets.is_contiguous()
+
+
+def test_batches_read_ahead_are_the_same_in_any_order_of_steps(split: Split) -> None:
+    ahead = Ahead(Windows(split, 8, seed=3), 4, rank=1, world_size=2)
+    for step in (0, 1, 2, 9, 10, 3, 3, 4, 0):  # across epochs, back, and the same again
+        for mine, expected in zip(ahead.batch(step), Windows(split, 8, seed=3).batch(step, 4, 1, 2), strict=True):
+            assert torch.equal(mine, expected)
+
+
+def test_the_next_batch_is_there_before_it_is_asked_for(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, windows = [], Windows(split, 8, seed=3)
+    real = windows.batch
+    monkeypatch.setattr(windows, "batch", lambda step, **more: read.append(step) or real(step, **more))
+    ahead = Ahead(windows, 2)
+    for step in range(3):
+        ahead.batch(step)
+    ahead._coming[1].result()
+    assert read == [0, 1, 2, 3]
+
+
+def test_what_is_wrong_with_a_batch_read_ahead_is_said_when_it_is_asked_for(split: Split) -> None:
+    with pytest.raises(ConfigError, match="can not be shared evenly by 2"):
+        Ahead(Windows(split, 8, seed=3), 3, world_size=2).batch(0)
 
 
 def test_every_window_once_an_epoch(split: Split) -> None:

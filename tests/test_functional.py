@@ -88,6 +88,45 @@ def test_interpolations_check_by_finite_differences():
     assert torch.autograd.gradcheck(functional.interpolate_exact, arguments)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
+)
+@pytest.mark.parametrize("shape", [(1, 2), (3, 7), (2, 5, 3, 64)])
+@pytest.mark.parametrize("wide", [True, False])
+def test_interpolate_norm_is_norm_and_interpolate_both_ways(shape, dtype, tolerance, wide):
+    alpha = 0.3 * random(shape[-1] if wide else 1, seed=3)
+    inputs = [value.to(dtype).requires_grad_() for value in (unit(*shape), 5 * random(*shape, seed=1), alpha)]
+    exact = [value.detach().double().requires_grad_() for value in inputs]
+    x, y, alpha = exact
+    gradient = random(*shape, seed=2).to(dtype)
+    z, expected = functional.interpolate_norm(*inputs), functional.interpolate(x, functional.norm(y), alpha)
+    found, wanted = torch.autograd.grad(z, inputs, gradient), torch.autograd.grad(expected, exact, gradient.double())
+    for one, other in zip((z, *found), (expected, *wanted), strict=True):
+        assert one.dtype == dtype
+        torch.testing.assert_close(one.double(), other, rtol=tolerance, atol=tolerance * other.abs().max().item())
+
+
+def test_interpolate_norm_has_first_derivatives_and_says_that_it_has_no_second():
+    inputs = random(2, 6).requires_grad_(), random(2, 6, seed=1).requires_grad_(), random(6, seed=2).requires_grad_()
+    assert torch.autograd.gradcheck(functional.interpolate_norm, inputs)
+    assert functional.interpolate_norm(inputs[0], torch.zeros(2, 6), inputs[2]).isfinite().all()
+    (slope,) = torch.autograd.grad(functional.interpolate_norm(*inputs).square().sum(), inputs[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.sum().backward()
+
+
+def test_the_stream_keeps_its_dtype_and_little_is_kept_for_the_backward_pass():
+    x, y, alpha = random(50, 64).float().requires_grad_(), random(50, 64, seed=1).bfloat16(), random(64, seed=2).float()
+    y.requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda it: kept.append(it) or it, lambda it: it):
+        z = functional.interpolate_norm(x, y, alpha)
+    assert z.dtype == torch.float32
+    assert sum(it.nbytes for it in kept) == x.nbytes + y.nbytes + alpha.nbytes + 50 * 4
+    z.sum().backward()
+    assert (x.grad.dtype, y.grad.dtype) == (torch.float32, torch.bfloat16)
+
+
 def test_exact_interpolation_has_unit_norm():
     z = functional.interpolate_exact(unit(100, 32), unit(100, 32, seed=1), torch.linspace(0.01, 0.9, 32).double())
     torch.testing.assert_close(z.norm(dim=-1), torch.ones(100, dtype=torch.float64))

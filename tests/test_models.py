@@ -406,7 +406,8 @@ def test_half_precision_stays_half_and_close(architecture):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_autocast_reaches_the_attention_kernel_in_half_precision(architecture, monkeypatch):
+@pytest.mark.parametrize("cast", ["autocast", "parameters"])  # as sharded training has them
+def test_the_attention_kernel_gets_half_precision_only(architecture, cast, monkeypatch):
     seen = []
     attention = F.scaled_dot_product_attention
 
@@ -415,9 +416,12 @@ def test_autocast_reaches_the_attention_kernel_in_half_precision(architecture, m
         return attention(q, k, v, **options)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        small(architecture).loss(some_tokens(), some_tokens(seed=1)).backward()
+    model = small(architecture).to(torch.bfloat16 if cast == "parameters" else torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cast == "autocast"):
+        model.loss(some_tokens(), some_tokens(seed=1)).backward()
     assert set(seen) == {(torch.bfloat16,) * 3} and len(seen) == 3
+    if cast == "parameters":
+        assert model.hidden(some_tokens()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

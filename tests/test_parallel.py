@@ -27,7 +27,7 @@ from test_training import start
 
 CPU = torch.device("cpu")
 WORKER = Path(__file__).with_name("parallel_worker.py")
-ROUGH = ("bfloat16", "muon-shard", "muon-tensor", "skipped", *FAILURES)
+ROUGH = ("bfloat16", "fp8", "fp8-tensor", "muon-shard", "muon-tensor", "skipped", *FAILURES)
 HYBRID = [*(f"{architecture}-hybrid" for architecture in ARCHITECTURES), "tensor-hybrid"]
 WAYS = [name for name in CASES if name not in ROUGH]
 
@@ -110,8 +110,9 @@ def check_nearly_equal(shared, single):
     assert {value.dtype for value in weights(shared).values()} == {torch.float32}
 
 
-def test_in_half_precision_nearly_so(by_two, alone):
-    check_nearly_equal(by_two / "bfloat16", alone("bfloat16"))
+@pytest.mark.parametrize("name", ["bfloat16", "fp8", "fp8-tensor"])
+def test_in_half_precision_or_less_nearly_so(by_two, alone, name):
+    check_nearly_equal(by_two / name, alone(name))
 
 
 @pytest.mark.parametrize("name", ["muon-shard", "muon-tensor"])

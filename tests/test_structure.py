@@ -11,6 +11,7 @@ FLOORS = [
     "errors",
     "files",
     "factors",
+    "kernels",
     "functional",
     "nn",
     "blocks",

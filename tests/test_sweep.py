@@ -66,7 +66,14 @@ def found(corpus, **choices):
     """A sweep without the coordinates of real models."""
     made = sweeper(corpus, **choices)
     made.coordinates = lambda: tuple(
-        Coordinates(name, width, step, (width**-0.5, 1.0, math.inf if step else 2.0), 1.0)
+        Coordinates(
+            name,
+            width,
+            step,
+            (width**-0.5, 1.0, math.inf if step else 2.0),
+            1.0,
+            (30.0, 60.0, math.inf) if step else (),
+        )
         for name in ("angpt", "gpt+")
         for width in WIDTHS
         for step in (0, STEPS)
@@ -146,7 +153,9 @@ def test_the_report_says_whether_the_best_rate_moves(corpus, tmp_path):
     assert lost(level, "angpt", level.optima("angpt")[-1]) == pytest.approx(0, abs=1e-3)
     pytest.importorskip("matplotlib")
     page, *pictures = sweep_report.write(results, tmp_path)
-    assert {path.name for path in pictures} == {"loss-lr.png", "best-lr.png", "coordinates.png", "logits.png"}
+    assert {path.name for path in pictures} == {
+        f"{name}.png" for name in ("loss-lr", "best-lr", "coordinates", "turned", "logits")
+    }
     assert "GPT+: best learning rate ~ width^-0.5" in page.read_text()
 
 
@@ -169,7 +178,7 @@ def test_a_damaged_sweep_is_refused_in_one_line(corpus, tmp_path):
         (tmp_path / "sweep.json").write_text(json.dumps({**whole, "runs": [entry]}))
         with pytest.raises(DataError, match="damaged"):
             read_observations([tmp_path])
-    for content in ("[]", "{", json.dumps({**whole, "runs": []}), json.dumps({**whole, "version": 2})):
+    for content in ("[]", "{", json.dumps({**whole, "runs": []}), json.dumps({**whole, "version": 1})):
         (tmp_path / "sweep.json").write_text(content)
         with pytest.raises(DataError, match="damaged"):
             read_observations([tmp_path])
@@ -188,7 +197,8 @@ def test_a_sweep_leaves_runs_a_page_and_what_fit_reads(small_sweep, capsys):
     results = Sweep.load(folder)
     assert [(run.width, run.lr) for run in results.runs] == [(16, 1e-3), (16, 1e-2)]
     assert [(it.width, it.step) for it in results.coordinates] == [(16, 0), (16, STEPS)]
-    start = results.coordinates[0]
+    start, end = results.coordinates
+    assert start.turned == () and len(end.turned) == len(end.stream) and all(1 < it < 120 for it in end.turned)
     assert start.stream[0] == pytest.approx(16**-0.5, rel=0.01)  # a unit norm
     assert (folder / "report.html").stat().st_size > 10_000
     assert main(words) == 0
@@ -231,6 +241,7 @@ def test_past_an_hour_it_asks_first(corpus, tmp_path, capsys, monkeypatch):
         (["--architectures", "angtp"], "unknown architecture 'angtp': did you mean angpt?"),
         (["--sizes", "tiny"], "unknown preset 'tiny'"),
         (["--widths", "64", "64"], "--widths names the same twice: 64 64"),
+        (["--widths", "64", "--sizes", "pico", "nano"], "--widths changes one size, whose depth it keeps"),
         (["--widths", "40"], "width 40 is not a multiple of head_width 16"),
         (["--widths", "wide"], "--widths must be a whole number, got 'wide'"),
         (["--batch-tokens", "0"], "--batch-tokens must be above 0, got 0"),

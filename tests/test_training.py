@@ -14,6 +14,7 @@ import time
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from antransformer.bounds import norms
 from antransformer.data import Dataset, sequential
@@ -595,6 +596,45 @@ def test_bfloat16_autocast_and_compile_train_to_about_the_same_losses(corpus, tm
     plain = list(losses(tmp_path / "plain").values())
     assert list(losses(tmp_path / "compiled").values()) == pytest.approx(plain, rel=1e-4)
     assert list(losses(tmp_path / "half").values()) == pytest.approx(plain, rel=2e-2)
+
+
+def test_8_bits_are_simulated_on_a_cpu_and_train_to_about_the_same_losses(corpus, tmp_path):
+    for precision in ("bfloat16", "fp8"):
+        trainer = start(corpus, tmp_path / precision, precision=precision)
+        assert [note for note in trainer.reporter if "fp8 is simulated" in note] == (
+            ["fp8 is simulated on a CPU: its rounding is that of a GPU, its speed is not"] * (precision == "fp8")
+        )
+        run_until(trainer, 15)
+    trainer, _ = resume(corpus, tmp_path / "fp8")
+    trainer.run()
+    half, eighth = losses(tmp_path / "bfloat16"), losses(tmp_path / "fp8")
+    assert all(eighth[step] == pytest.approx(half[step], rel=0.01) for step in half)
+    assert half != {step: eighth[step] for step in half}
+    start(corpus, tmp_path / "whole", precision="fp8").run()
+    assert losses(tmp_path / "whole") == eighth
+
+
+class NoHostSync(TorchDispatchMode):
+    """Refuses what a GPU would have to be waited for: values, and shapes that depend on them."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal):
+            raise AssertionError(f"{func} makes the host wait for the device")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("architecture", "optimizer"), OPTIMIZED)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "fp8"])
+def test_a_step_does_not_wait_for_the_device(corpus, tmp_path, monkeypatch, architecture, optimizer, precision):
+    trainer = start(
+        corpus, tmp_path / "run", architecture=architecture, optimizer=optimizer, precision=precision, micro_batch=4
+    )
+    monkeypatch.setattr("antransformer.models.decoder.check_tokens", lambda *_: None)  # looks at ids on a CPU only
+    with NoHostSync():
+        for step in (1, 2):
+            trainer.update(step)
+        with pytest.raises(AssertionError, match="_local_scalar_dense"):
+            torch.ones(1).item()
 
 
 def test_no_such_device_is_named():

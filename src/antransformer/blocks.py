@@ -8,7 +8,6 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from antransformer import functional
 from antransformer.nn import Attention, Residual
 
 
@@ -20,9 +19,10 @@ class EncoderBlock(nn.Module):
         mlp: of the same width; any module that maps (B, T, d) to (B, T, d) will do.
 
     >>> import torch
+    >>> from antransformer.functional import norm
     >>> from antransformer.nn import MLP
     >>> block = EncoderBlock(Attention(256, heads=4, rotary=1.0), MLP(256))
-    >>> round(block(functional.norm(torch.randn(8, 20, 256))).norm(dim=-1).mean().item(), 1)
+    >>> round(block(norm(torch.randn(8, 20, 256))).norm(dim=-1).mean().item(), 1)
     1.0
     """
 
@@ -34,8 +34,8 @@ class EncoderBlock(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Residual stream (B, T, d) to the same; mask as in ``Attention``."""
-        x = self.attention_residual(x, functional.norm(self.attention(x, mask=mask)))
-        return self.mlp_residual(x, functional.norm(self.mlp(x)))
+        x = self.attention_residual(x, self.attention(x, mask=mask))
+        return self.mlp_residual(x, self.mlp(x))
 
 
 class DecoderBlock(EncoderBlock):
@@ -47,9 +47,10 @@ class DecoderBlock(EncoderBlock):
         mlp: as in ``EncoderBlock``.
 
     >>> import torch
+    >>> from antransformer.functional import norm
     >>> from antransformer.nn import MLP
     >>> block = DecoderBlock(Attention(256, heads=4, causal=True), Attention(256, heads=4), MLP(256))
-    >>> x, memory = functional.norm(torch.randn(8, 20, 256)), functional.norm(torch.randn(8, 30, 256))
+    >>> x, memory = norm(torch.randn(8, 20, 256)), norm(torch.randn(8, 30, 256))
     >>> round(block(x, memory).norm(dim=-1).mean().item(), 1)
     1.0
     """
@@ -63,9 +64,9 @@ class DecoderBlock(EncoderBlock):
         self, x: Tensor, memory: Tensor, mask: Tensor | None = None, memory_mask: Tensor | None = None
     ) -> Tensor:
         """Residual stream (B, T, d) and memory (B, S, d) to the stream; masks as in ``Attention``."""
-        x = self.attention_residual(x, functional.norm(self.attention(x, mask=mask)))
-        x = self.cross_residual(x, functional.norm(self.cross(x, memory, memory_mask)))
-        return self.mlp_residual(x, functional.norm(self.mlp(x)))
+        x = self.attention_residual(x, self.attention(x, mask=mask))
+        x = self.cross_residual(x, self.cross(x, memory, memory_mask))
+        return self.mlp_residual(x, self.mlp(x))
 
 
 class EncoderDecoder(nn.Module):
@@ -76,10 +77,11 @@ class EncoderDecoder(nn.Module):
         decoder: the same.
 
     >>> import torch
+    >>> from antransformer.functional import norm
     >>> from antransformer.nn import MLP
     >>> encoder = [EncoderBlock(Attention(256, 4, rotary=0.5), MLP(256)) for _ in range(2)]
     >>> decoder = [DecoderBlock(Attention(256, 4, causal=True, rotary=0.5), Attention(256, 4), MLP(256))]
-    >>> source, target = functional.norm(torch.randn(8, 30, 256)), functional.norm(torch.randn(8, 20, 256))
+    >>> source, target = norm(torch.randn(8, 30, 256)), norm(torch.randn(8, 20, 256))
     >>> EncoderDecoder(encoder, decoder)(source, target).shape
     torch.Size([8, 20, 256])
     """

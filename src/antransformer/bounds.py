@@ -21,6 +21,7 @@ from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from antransformer import kernels
 from antransformer.nn import Embedding, Linear
 
 
@@ -79,6 +80,16 @@ def norms(bound: Bound) -> Tensor:
     return length
 
 
+def whole_rows(bound: Bound) -> Tensor | None:
+    """This process's part of a matrix whose rows are bounded, where rows are whole in it; else None."""
+    weight = bound.parameter.detach()
+    placements = getattr(weight, "placements", ())
+    if bound.axis != 1 or weight.ndim != 2 or any(not (it.is_replicate() or it.is_shard(0)) for it in placements):
+        return None
+    local: Tensor = getattr(weight, "to_local", lambda: weight)()
+    return local if local.is_contiguous() else None
+
+
 @torch.no_grad()
 def project_(bounds: Iterable[Bound]) -> None:
     """Put every bounded vector back where it belongs, in place and without a host synchronization.
@@ -86,6 +97,12 @@ def project_(bounds: Iterable[Bound]) -> None:
     A vector inside its bound keeps every bit; a zero vector stays zero, under a strict bound too.
     """
     for bound in bounds:
+        rows = whole_rows(bound)
+        if rows is not None and kernels.wanted(rows):
+            from antransformer.kernels.bound import project_rows_
+
+            project_rows_(rows, bound.strict)
+            continue
         length = norms(bound)
         length = length.masked_fill(length == 0, 1) if bound.strict else length.clamp_min(1)
         bound.parameter.div_(length)

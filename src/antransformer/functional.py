@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from antransformer import factors
+from antransformer import factors, kernels
 
 NORM_EPS = 1e-12  # only keeps a zero vector from becoming NaN; unit-norm activations never come near it
 
@@ -124,6 +125,76 @@ def interpolate(x: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
     """
     nu = factors.residual(alpha)
     return x * ((1 - alpha) * nu).to(x.dtype) + y * (alpha * nu).to(y.dtype)
+
+
+def interpolate_norm(x: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
+    """``interpolate(x, norm(y), alpha)`` in one pass each way.
+
+    Computed in float32 (float64 for float64), whatever the dtypes of x and y. There is no second derivative.
+
+    Args:
+        x: the residual stream (..., d), of about unit norm.
+        y: the sublayer's output (..., d), of any norm.
+        alpha: (d,), or (1,) for all coordinates.
+
+    Returns:
+        (..., d), in x's dtype.
+
+    >>> x, y, alpha = norm(torch.randn(100, 256)), torch.randn(100, 256), torch.full((256,), 0.3)
+    >>> bool(interpolate_norm(x, y, alpha).isclose(interpolate(x, norm(y), alpha), atol=1e-6).all())
+    True
+    """
+    z: Tensor = _InterpolateNorm.apply(x, y, alpha)
+    return z
+
+
+class _InterpolateNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
+        z, inverse = interpolate_norm_forward(x, y, alpha)
+        ctx.save_for_backward(x, y, alpha, inverse)
+        return z
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return interpolate_norm_backward(gradient, *ctx.saved_tensors)
+
+
+def interpolate_norm_forward(x: Tensor, y: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    """``interpolate_norm`` and 1 / ||y||, (..., 1)."""
+    if kernels.wanted(x):
+        from antransformer.kernels import interpolate_norm as kernel
+
+        return kernel.forward(x, y, alpha)
+    precision = torch.promote_types(x.dtype, torch.float32)
+    inverse = torch.linalg.vector_norm(y, dim=-1, keepdim=True, dtype=precision).clamp_min(NORM_EPS).reciprocal()
+    keep, move, _ = _shares(alpha.to(precision))
+    return (y * inverse).mul_(move).add_(x * keep).to(x.dtype), inverse
+
+
+def interpolate_norm_backward(
+    gradient: Tensor, x: Tensor, y: Tensor, alpha: Tensor, inverse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, y and alpha, each in its dtype."""
+    if kernels.wanted(x):
+        from antransformer.kernels import interpolate_norm as kernel
+
+        return kernel.backward(gradient, x, y, alpha, inverse)
+    given, alpha = alpha, alpha.to(inverse.dtype)
+    keep, move, cubed = _shares(alpha)
+    unit, tokens = y * inverse, tuple(range(x.ndim - 1))
+    along = gradient * unit
+    # d keep = -alpha nu^3 d alpha, and d move = (1 - alpha) nu^3 d alpha
+    for_alpha = cubed * ((1 - alpha) * along.sum(tokens) - alpha * (gradient * x).sum(tokens, dtype=inverse.dtype))
+    for_y = (gradient * move).sub_(unit.mul_(along.mul_(move).sum(-1, keepdim=True))).mul_(inverse)
+    return (gradient * keep).to(x.dtype), for_y.to(y.dtype), for_alpha.sum_to_size(given.shape).to(given.dtype)
+
+
+def _shares(alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(1 - alpha) nu and alpha nu, which x and y are multiplied by, and nu^3."""
+    nu = factors.residual(alpha)
+    return (1 - alpha) * nu, alpha * nu, nu**3
 
 
 def interpolate_exact(x: Tensor, y: Tensor, alpha: Tensor) -> Tensor:

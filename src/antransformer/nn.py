@@ -76,9 +76,9 @@ class Linear(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., fan_in) to (..., fan_out)."""
-        return functional.linear(x, self.weight, self.factor, self.bias)
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """(..., fan_in) to (..., fan_out), with a learned scale (fan_out,) of each output where one is given."""
+        return functional.linear(x, self.weight, self.factor if scale is None else scale * self.factor, self.bias)
 
     def extra_repr(self) -> str:
         """Shape and factor, for ``print(model)``."""
@@ -123,22 +123,22 @@ class Head(Linear):
         super().__init__(width, outputs, factor=1.0)
         self.output_scale = ScaledParameter(outputs, 1.0, scale)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # its scale is its own
         """(..., d) to (..., outputs)."""
-        return functional.linear(x, self.weight, self.output_scale())
+        return super().forward(x, self.output_scale())
 
 
 class Residual(nn.Module):
-    """Interpolated residual update with its factor: (x + alpha (y - x)) * nu(alpha).
+    """Interpolated residual update with its factor: (x + alpha (norm(y) - x)) * nu(alpha).
 
-    Twin of ``functional.interpolate``.
+    Twin of ``functional.interpolate_norm``.
 
     Args:
         width: model width d; alpha has one entry a coordinate.
         alpha: its initial value.
         scale: see ``ScaledParameter``.
 
-    >>> x, y = functional.norm(torch.randn(2, 100, 256))
+    >>> x, y = functional.norm(torch.randn(100, 256)), torch.randn(100, 256)
     >>> round(Residual(256, alpha=0.3)(x, y).norm(dim=-1).mean().item(), 1)
     1.0
     """
@@ -148,16 +148,16 @@ class Residual(nn.Module):
         self.alpha = ScaledParameter(width, alpha, scale)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Residual stream x and sublayer output y, both (..., width)."""
-        return functional.interpolate(x, y, self.alpha())
+        """Residual stream x, of about unit norm, and sublayer output y, of any, both (..., width)."""
+        return functional.interpolate_norm(x, y, self.alpha())
 
 
 class ExactResidual(Residual):
     """nGPT's residual update: the same interpolation, normalized exactly."""
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Residual stream x and sublayer output y, both (..., width)."""
-        return functional.interpolate_exact(x, y, self.alpha())
+        """Residual stream x and sublayer output y, of any norm, both (..., width)."""
+        return functional.interpolate_exact(x, functional.norm(y), self.alpha())
 
 
 class MLP(nn.Module):

@@ -5,7 +5,6 @@ minutes. Contenders that take turns drift together: of a comparison, the ratio w
 and its quartiles over rounds say how far.
 """
 
-import os
 import platform
 import random
 import statistics
@@ -16,6 +15,8 @@ from itertools import accumulate
 from typing import Any, Literal
 
 import torch
+
+from antransformer.training.profiling import quiet
 
 Mode = Literal["eager", "compiled"]
 Times = dict[str, dict[str, list[float]]]  # part of the work -> contender -> seconds, one a round
@@ -42,6 +43,7 @@ class Row:
         ratio: this speed over that of the reference in the same round.
         memory: bytes in use at the peak, where that was measured.
         utilization: share of the device's speed that was used, where that is known.
+        waiting: share of the time that was spent waiting for data, where that was measured.
     """
 
     task: dict[str, Any]
@@ -51,6 +53,7 @@ class Row:
     ratio: Quartiles
     memory: int | None = None
     utilization: Quartiles | None = None
+    waiting: Quartiles | None = None
 
 
 def quartiles(values: Sequence[float]) -> Quartiles:
@@ -99,9 +102,15 @@ def compare(task: Mapping[str, Any], seconds: Mapping[str, list[float]], amount:
 
 
 def now(device: torch.device) -> float:
-    """Seconds on a clock, once the device has done all that it was given."""
+    """Seconds on a clock, once the device has done all that it was given.
+
+    With one thread of a CPU the clock is the time that this process has had of it: the same where nothing else runs,
+    and where something does, its turns do not count.
+    """
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+    elif torch.get_num_threads() == 1:
+        return time.process_time()
     return time.perf_counter()
 
 
@@ -129,11 +138,6 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> int:
     events = profiler.kineto_results.events()
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
     return max(accumulate((size for _, size in changes), initial=0))
-
-
-def quiet() -> None:
-    """Keep torch's profiler from writing on standard error that it begins and ends."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "9")
 
 
 def machine(device: torch.device) -> dict[str, Any]:

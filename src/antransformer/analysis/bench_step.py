@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from antransformer.analysis.bench import Mode, Row, alternate, compare, peak_memory, quartiles, quiet, seconds
+from antransformer.analysis.bench import Mode, Row, alternate, compare, peak_memory, quartiles, seconds
 from antransformer.analysis.bench_models import TRAINEES, Trainee, make
 from antransformer.errors import ConfigError
 from antransformer.models import ModelConfig
+from antransformer.training import profiling
 from antransformer.training.device import autocast
 from antransformer.training.throughput import flops_per_token, peak_flops
 
@@ -64,10 +65,7 @@ def bench_step(settings: Settings, note: Callable[[str], None]) -> list[Row]:
 def timed(trainees: dict[str, Trainee], settings: Settings, mode: Mode, note: Callable[[str], None]) -> Iterator[Row]:
     """The rows of one mode."""
     note(f"{mode}: {', '.join(trainees)}")
-    if mode == "compiled":
-        torch.compiler.reset()
-        torch._dynamo.config.recompile_limit = 64  # all our models run the same code object
-        trainees = {name: trainee._replace(loss=torch.compile(trainee.loss)) for name, trainee in trainees.items()}
+    trainees = compiled(trainees, mode)
     calls = {name: steps(trainee, settings) for name, trainee in trainees.items()}
     timers = {name: partial(seconds, call, settings.device) for name, call in calls.items()}
     times = alternate({**timers, "product": partial(seconds, product(settings), settings.device)}, settings.rounds)[
@@ -81,25 +79,17 @@ def timed(trainees: dict[str, Trainee], settings: Settings, mode: Mode, note: Ca
         memory = peak_memory(calls[row.contender], settings.device) + held(trainees[row.contender])
         if settings.profile:
             trace = settings.profile / f"{mode}-{row.contender}.json"
-            note(f"{trace}: of the time of {row.contender}, {mode}:")
-            for name, share in dearest(calls[row.contender], trace):
-                note(f"{share:7.1%}  {name}")
+            profiling.of_call(calls[row.contender], trace, note)
         yield replace(row, memory=memory, utilization=quartiles(shares))
 
 
-def dearest(call: Callable[[], object], trace: Path) -> list[tuple[str, float]]:
-    """Write a trace of a call, for chrome://tracing or Perfetto.
-
-    Returns:
-        The ten operations that take longest, without those inside them, each with its share of the time of all.
-    """
-    quiet()
-    with torch.profiler.profile(acc_events=True) as profiler:
-        call()
-    profiler.export_chrome_trace(str(trace))
-    times = {event.key: event.self_device_time_total or event.self_cpu_time_total for event in profiler.key_averages()}
-    longest = sorted(times, key=times.__getitem__, reverse=True)[:10]
-    return [(name, times[name] / sum(times.values())) for name in longest]
+def compiled(trainees: dict[str, Trainee], mode: Mode) -> dict[str, Trainee]:
+    """The trainees in this mode."""
+    if mode == "eager":
+        return trainees
+    torch.compiler.reset()
+    torch._dynamo.config.recompile_limit = 64  # all our models run the same code object
+    return {name: it._replace(loss=torch.compile(it.loss, dynamic=False)) for name, it in trainees.items()}
 
 
 def steps(trainee: Trainee, settings: Settings) -> Callable[[], None]:

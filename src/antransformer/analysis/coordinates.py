@@ -1,8 +1,9 @@
-"""How large the coordinates of activations are at each width, at the start and after a few steps.
+"""How large the coordinates of activations are at each width, at the start and after a few steps, and how far it turned
+them.
 
 The check of muP (arXiv:2203.03466; microsoft/mup, ``coord_check.py``): where they grow or shrink with the width in
 training although they did not at the start, the learning rate is not that of all widths. The learning rate here is one
-for all widths, and constant.
+for all widths, and constant. A normalized stream can not grow: there it is the angle that tells.
 """
 
 import math
@@ -20,6 +21,7 @@ from antransformer.training.config import Count, TrainConfig
 from antransformer.training.trainer import Trainer
 
 STEPS = 10
+LEAST_ANGLE = 0.02  # degrees
 
 
 def coordinates(config: TrainConfig, dataset: Dataset) -> list[Coordinates]:
@@ -33,20 +35,32 @@ def coordinates(config: TrainConfig, dataset: Dataset) -> list[Coordinates]:
     trainer = unkept(replace(config, tokens=tokens, warmup=0.0, lr_final=1.0), dataset)
     sequences = max(1, PROBE_TOKENS // config.model.context)
     text = next(sequential(trainer.validation, config.model.context, sequences))[0].to(trainer.device)
-    found = [_measured(trainer, text, 0)]
+    start = _activations(trainer, text)
     for step in range(STEPS):
         trainer.update(step + 1)
-    return [*found, _measured(trainer, text, STEPS)]
+    end = _activations(trainer, text)
+    turned = tuple(_angle(before, after) for before, after in zip(start[:-1], end[:-1], strict=True))
+    return [_measured(config, 0, start, ()), _measured(config, STEPS, end, turned)]
 
 
 @torch.no_grad()
-def _measured(trainer: Trainer, text: Tensor, step: int) -> Coordinates:
+def _activations(trainer: Trainer, text: Tensor) -> list[Tensor]:
+    """The residual stream after the embedding and after each block, and the logits."""
     activations = list(stream(trainer.model, text))
-    sizes = [_rms(activation) for activation in (*activations, trainer.model.logits(activations[-1]))]
-    model = trainer.config.model
-    return Coordinates(model.architecture, model.width, step, tuple(sizes[:-1]), sizes[-1])
+    return [activation.float() for activation in (*activations, trainer.model.logits(activations[-1]))]
 
 
-def _rms(activation: Tensor) -> float:
-    size = float(activation.float().square().mean().sqrt())
-    return size if math.isfinite(size) else math.inf
+def _measured(config: TrainConfig, step: int, activations: list[Tensor], turned: tuple[float, ...]) -> Coordinates:
+    *sizes, logits = (_finite(activation.square().mean().sqrt()) for activation in activations)
+    return Coordinates(config.model.architecture, config.model.width, step, tuple(sizes), logits, turned)
+
+
+def _angle(before: Tensor, after: Tensor) -> float:
+    """Mean over the tokens, in degrees, as far as float32 tells it from none."""
+    cosines = torch.cosine_similarity(before, after, dim=-1).clamp(-1, 1)
+    return max(_finite(cosines.arccos().mean().rad2deg()), LEAST_ANGLE)
+
+
+def _finite(number: Tensor) -> float:
+    value = float(number)
+    return value if math.isfinite(value) else math.inf

@@ -284,7 +284,7 @@ def gains(
 ) -> Iterator[tuple[str, Tensor]]:
     """||output|| of each map of a block of anGPT over what the theory wants, 1 where its factor is right, by token.
 
-    For a residual update that is the norm that comes out if x and y are uncorrelated: 1 if both have norm 1.
+    For a residual update that is the norm that comes out if x and norm(y) are uncorrelated: 1 if x has norm 1.
 
     Args:
         block: the block.
@@ -302,11 +302,11 @@ def gains(
     u = calls["mlp.up_proj"].output
     yield "act", length(u * F.silu(z)) / (wanted["act"] * length(u))
     for name, residual in _residuals(block):
-        (x, y), out = calls[RESIDUALS[name]]
+        (x, _), out = calls[RESIDUALS[name]]
         alpha = residual.alpha()
         nu = factors.residual(alpha)
         keep, move = ((1 - alpha) * nu).square().mean(), (alpha * nu).square().mean()
-        yield name, length(out) / (keep * length(x).square() + move * length(y).square()).sqrt()
+        yield name, length(out) / (keep * length(x).square() + move).sqrt()
 
 
 def factor_errors(
@@ -368,8 +368,8 @@ def _factors_in_use(block: nn.Module, wanted: Mapping[str, float]) -> dict[str, 
     found = {"q": qkv, "k": qkv, "v": qkv, "p": attention.out_proj.factor, "u": mlp.up_proj.factor / wanted["u"]}
     found |= {"z": mlp.gate_proj.factor / wanted["z"], "act": 1 / wanted["act"], "d": mlp.down_proj.factor}
     for name, residual in _residuals(block):
-        ones = torch.ones_like(block.mlp.gate_proj.weight[0])
-        found[name] = float(residual(ones, ones).mean())  # between equal vectors only the factor is left to see
+        x = norm(torch.ones_like(block.mlp.gate_proj.weight[0]))
+        found[name] = float((residual(x, x) / x).mean())  # between equal vectors only the factor is left to see
     return found
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Any, ParamSpec, Protocol
+from typing import Any, Literal, ParamSpec, Protocol
 
 from antransformer.errors import MissingExtraError
 
@@ -156,12 +156,18 @@ def styled(draw: Callable[P, Chart]) -> Callable[P, Chart]:
     return styled
 
 
-def new_figure(rows: int = 1, columns: int = 1, height: float = SIZE[1]) -> tuple[Any, Any]:
-    """A figure in the size of the page, and its axes."""
+def new_figure(
+    rows: int = 1,
+    columns: int = 1,
+    height: float = SIZE[1],
+    width: float = SIZE[0],
+    share: Literal["all", "row"] = "all",
+) -> tuple[Any, Any]:
+    """A figure, as wide as the page where nothing else is said, and its axes, which ``share`` the y axis or not."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(SIZE[0], height), layout="constrained")
-    return figure, figure.subplots(rows, columns, sharey=True)
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, sharey=share)
 
 
 class Named(Protocol):

@@ -86,14 +86,15 @@ def plan(
         vocab_size: of the data.
         architectures: the first one's parameters count for ``ratios``, so that all have the same tokens.
         sizes: presets. All get the longest context among them, without which their losses would not compare.
-        widths: in place of the preset's; batch and learning rates then are the preset's for all widths.
+        widths: in place of the only preset's; batch and learning rates then are the preset's for all widths.
         batches: tokens of a step; by default that of the first architecture at the size.
         lrs: the learning rates to try; by default ``trials`` of them around the default, extended at an edge.
         tokens: of the runs; whole batches of the largest are taken.
         ratios: tokens a parameter, in place of ``tokens``.
 
     Raises:
-        ConfigError: a name is unknown, something is given twice, or a run is shorter than a batch.
+        ConfigError: a name is unknown, something is given twice, several sizes have widths, or a run is shorter than a
+            batch.
     """
     for name in architectures:
         if name not in OPTIONS:
@@ -102,6 +103,8 @@ def plan(
     named = {"--architectures": architectures, "--sizes": sizes, "--widths": widths, "--lrs": lrs}
     for option, values in named.items():
         _different(option, values, values)
+    if widths and len(sizes) > 1:
+        raise ConfigError(f"--widths changes one size, whose depth it keeps: choose one of --sizes {' '.join(sizes)}")
     context = max(ModelConfig.preset(name).context for name in sizes)
     shared = merge({"model": {"context": context}}, settings)
     grids: dict[Cell, tuple[float, ...]] = {}

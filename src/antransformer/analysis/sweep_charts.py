@@ -225,6 +225,31 @@ def stream_by_width(found: Sequence[Coordinates]) -> Chart:
 
 
 @styled
+def turned_by_width(found: Sequence[Coordinates]) -> Chart:
+    """How far the residual stream has turned in a few steps against width, a panel an architecture."""
+    last = [it for it in found if it.turned]
+    names = list(dict.fromkeys(it.architecture for it in last))
+    figure, panels = _panels(len(names))
+    words = []
+    for axes, name in zip(panels, names, strict=False):
+        own = sorted(_of(last, name), key=lambda it: it.width)
+        for depth in range(len(own[0].turned)):
+            line = [(it.width, it.turned[depth]) for it in own if math.isfinite(it.turned[depth])]
+            shade = _shade(range(max(2, len(own[0].turned))), depth)
+            axes.plot(*_columns(line), marker="o", ms=3, color=look(name).colour, alpha=shade, lw=1.2)
+        words.append(f"{look(name).label}, embedding: " + ", ".join(f"{it.width} {it.turned[0]:.0f}" for it in own))
+        _width_axis(axes, own, "linear")
+        axes.set_title(look(name).label)
+    panels[0].set(ylabel="angle from the start (degrees)")
+    panels[0].set_ylim(bottom=0)
+    note = (
+        f"After {last[0].step} steps at one learning rate for all widths. The darker, the deeper; the palest line is "
+    )
+    note += "the embedding. A learning rate that serves all widths would give level lines."
+    return Chart("turned", "How far the residual stream turns", note, f"{'; '.join(words)}.", figure)
+
+
+@styled
 def logits_by_width(found: Sequence[Coordinates]) -> Chart:
     """Root mean square of the logits against width, before and after a few steps."""
     figure, axes = new_figure()
@@ -298,12 +323,13 @@ def _size_legend(figure: Any, panels: Any) -> None:
     figure.legend(handles=handles, loc="outside upper left", ncols=4, alignment="left")
 
 
-def _width_axis(axes: Any, found: Sequence[Coordinates]) -> None:
+def _width_axis(axes: Any, found: Sequence[Coordinates], vertical: str = "log") -> None:
     widths = sorted({it.width for it in found})
     axes.set_xscale("log")
-    axes.set_yscale("log")
+    axes.set_yscale(vertical)
     axes.minorticks_off()
-    log_ticks(axes.yaxis)
+    if vertical == "log":
+        log_ticks(axes.yaxis)
     shown = widths if len(widths) <= 4 else widths[:: len(widths) - 1]
     axes.set_xticks(shown, [str(width) for width in shown])
     axes.set(xlabel="width")

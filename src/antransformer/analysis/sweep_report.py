@@ -27,8 +27,8 @@ def write(sweep: Sweep, folder: Path) -> list[Path]:
     title = f"Sweep: {', '.join(look(name).label for name in names)}"
     sections = [_level_section(level) for level in levels(sweep)]
     if sweep.coordinates:
-        drawn = [draw(sweep.coordinates) for draw in (sweep_charts.stream_by_width, sweep_charts.logits_by_width)]
-        sections.append(Section("Activations", "", drawn))
+        draws = (sweep_charts.stream_by_width, sweep_charts.turned_by_width, sweep_charts.logits_by_width)
+        sections.append(Section("Activations", "", [draw(sweep.coordinates) for draw in draws]))
     sections += [Section("All runs", _all_runs(sweep)), how_section(sweep.setup, RULES)]
     return save(folder, title, lead(sweep), facts, sections)
 

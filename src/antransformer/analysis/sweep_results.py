@@ -11,7 +11,7 @@ from antransformer.files import read_json, replace_text
 
 FILE = "sweep.json"
 FORMAT = "antransformer-sweep"
-VERSION = 1
+VERSION = 2
 
 SMALLEST, LARGEST = 1e-30, 1e30  # beyond, products and powers would overflow
 
@@ -50,13 +50,15 @@ class SweepRun:
 
 @dataclass(frozen=True)
 class Coordinates:
-    """Root mean squares of the coordinates of activations, at one width after so many steps.
+    """How large the coordinates of activations are at one width after so many steps, and how far they have turned.
 
     Attributes:
         architecture, width: of the model.
         step: 0 for the initial weights.
-        stream: of the residual stream after the embedding and after each block; infinite where it is not finite.
-        logits: of the logits.
+        stream: root mean square of the residual stream after the embedding and after each block; infinite where it is
+            not finite.
+        logits: the same of the logits.
+        turned: mean angle in degrees between the stream at these places and what it was at step 0; empty there.
     """
 
     architecture: str
@@ -64,6 +66,7 @@ class Coordinates:
     step: int
     stream: tuple[float, ...]
     logits: float
+    turned: tuple[float, ...]
 
 
 @dataclass(frozen=True)

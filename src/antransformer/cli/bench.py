@@ -7,16 +7,23 @@ the device could do. That is what its data sheet says, or on a CPU the speed of 
 loss: the loss of the head's product and its gradients, whole and in chunks, with memory at the peak; of vocabularies of
 512 and 50,304 unless one is given.
 
+data: tokens a second from text files to shards (``prepare``), beside the library tokenizers alone on the same text in
+memory; and training with batches that are read in turn or ahead, with the share of the time that it waits for them.
+
 optimizer: steps of the optimizer with and without the bounds, in parameters a second.
 
 generate: tokens a second while the cache is filled with a prompt and while new tokens are made, of our architectures
 and of transformers' Qwen3 in the same shape, with random weights.
+
+With --sweep: the exponent p of size^p by which time and memory grow, beside the one that the count of operations, or
+the model of memory, asks for; "at the end" is over the last doubling.
 
 The ratio is that to the speed of the first contender (of generate: the folded anGPT) in the same round.
 
 examples:
   antransformer bench --what step --mode both
   antransformer bench --what step --preset 32m --model.context 256 --contenders gpt+ angpt --profile traces
+  antransformer bench --what data --text 'corpus/*.jsonl' --tokenizer path/to/tokenizer.json
   antransformer bench --what generate --preset 125m --mode both --dtype bfloat16 --json speed.json
 """
 
@@ -32,7 +39,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from antransformer.analysis import bench_generate, bench_parts, bench_step
+from antransformer.analysis import bench_data, bench_generate, bench_parts, bench_step, bench_sweep
 from antransformer.analysis.bench import Mode, Quartiles, Row, machine
 from antransformer.analysis.bench_models import SHAPE, TRAINEES, versions
 from antransformer.cli.common import check_target, new_table
@@ -49,11 +56,13 @@ MODES: dict[str, tuple[Mode, ...]] = {
     "compiled": ("compiled",),
     "both": ("eager", "compiled"),
 }
+WIDEST = 200  # columns of a table
 VOCABULARIES = [512, PAPER_VOCABULARY]
 # Of what is measured, the options that it has of those that not all have, with their defaults.
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "step": {"batch": [8], "contenders": list(TRAINEES), "mode": "eager", "profile": None},
+    "step": {"batch": [8], "contenders": list(TRAINEES), "mode": "eager", "profile": None, "sweep": None},
     "loss": {"batch": [8]},
+    "data": {"batch": [8], "text": [], "tokenizer": []},
     "optimizer": {},
     "generate": {"batch": [1, 16], "prompt": 512, "new": 128, "mode": "eager"},
 }
@@ -67,6 +76,12 @@ def add_arguments(parser: Parser) -> None:
         "--batch", type=int, nargs="+", metavar="N", help="sequences at once (default 8; generate: 1 16)"
     )
     parser.add_argument("--contenders", nargs="+", metavar="NAME", help=f"step: of {', '.join(TRAINEES)} (default all)")
+    parser.add_argument(
+        "--text", nargs="+", metavar="INPUT", help="data: as of prepare (default 16 MiB of Python's standard library)"
+    )
+    parser.add_argument(
+        "--tokenizer", nargs="+", metavar="NAME", help="data: as of prepare (default byte, and a BPE of 4,096 ids)"
+    )
     parser.add_argument("--prompt", type=int, metavar="N", help="generate: tokens of a prompt (default 512)")
     parser.add_argument("--new", type=int, metavar="N", help="generate: tokens to make (default 128)")
     parser.add_argument("--mode", choices=MODES, help="through torch.compile or not (default eager)")
@@ -85,6 +100,13 @@ def add_arguments(parser: Parser) -> None:
         metavar="FOLDER",
         help="step: write a trace of one step of each contender there, and print its ten dearest operations",
     )
+    parser.add_argument(
+        "--sweep",
+        type=Path,
+        metavar="FOLDER",
+        help="step: at one, two, four and eight times each of width, layers, context and batch, with exponents and a "
+        "picture there (contenders by default gpt+ and angpt)",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures of every round there too")
     group = parser.add_argument_group("model settings", "to change what the preset says")
     add_config(group, ModelConfig, prefix="model.", only=SHAPE)
@@ -92,7 +114,10 @@ def add_arguments(parser: Parser) -> None:
 
 def run(parsed: argparse.Namespace) -> None:
     """Measure and print."""
+    some = parsed.contenders is None
     complete(parsed)
+    if parsed.sweep and some:
+        parsed.contenders = ["gpt+", "angpt"]
     for name, value in (("rounds", parsed.rounds), ("batch", min(parsed.batch or [1]))):
         if value < 1:
             raise ConfigError(f"{name} must be at least 1, got {value}")
@@ -103,7 +128,12 @@ def run(parsed: argparse.Namespace) -> None:
             raise ConfigError(f"--threads must be at least 1, got {parsed.threads}")
         torch.set_num_threads(parsed.threads)
     facts, rows = BENCHES[parsed.what](parsed)
-    Console(highlight=False).print(table(rows))
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = WIDEST  # nobody's lines are cut
+    console.print(table(rows))
+    if "growth" in facts:
+        console.print(growth_table(facts["growth"]))
     if parsed.json:
         facts |= {"machine": machine(choose_device(parsed.device)), "versions": versions()}
         content = {"what": parsed.what, **facts, "rows": [asdict(row) for row in rows]}
@@ -139,15 +169,23 @@ def steps(parsed: argparse.Namespace) -> tuple[dict[str, Any], list[Row]]:
         precision=choose_precision(parsed.dtype, device),
         profile=parsed.profile,
     )
-    if settings.profile:
-        make_folder("--profile", settings.profile)
-    rows = bench_step.bench_step(settings, tell)
-    facts = {
+    for option, path in (("--profile", parsed.profile), ("--sweep", parsed.sweep)):
+        if path:
+            make_folder(option, path)
+    if parsed.sweep and parsed.profile:
+        raise ConfigError("--profile is of one shape, and --sweep of many: leave one out")
+    rows = (bench_sweep.bench_sweep if parsed.sweep else bench_step.bench_step)(settings, tell)
+    facts: dict[str, Any] = {
         "model": settings.model.mapping(),
         "batch": settings.batch,
         "dtype": str(settings.precision),
         "reference": rows[0].contender,
     }
+    if parsed.sweep:
+        facts["growth"] = [asdict(it) for it in bench_sweep.growths(settings, rows)]
+        for mode in settings.modes:
+            chart = bench_sweep.growth_chart(settings, [row for row in rows if row.task["mode"] == mode])
+            tell(f"picture: {chart.save_png(parsed.sweep)}")
     return facts, rows
 
 
@@ -160,6 +198,15 @@ def loss(parsed: argparse.Namespace) -> tuple[dict[str, Any], list[Row]]:
     shapes = [replace(given, vocab_size=size) for size in sizes]
     rows = list(bench_parts.bench_loss(shapes, batch, parsed.rounds, device, dtype))
     return {"width": given.width, "context": given.context, "batch": batch, "dtype": str(dtype)}, rows
+
+
+def data(parsed: argparse.Namespace) -> tuple[dict[str, Any], list[Row]]:
+    """What was measured of the data, and its rows."""
+    device, batch, model = choose_device(parsed.device), one(parsed.batch), shape(parsed)
+    dtype = choose_precision(parsed.dtype, device)
+    rows = list(bench_data.bench_tokens(parsed.text or bench_data.sample(), parsed.tokenizer, parsed.rounds))
+    rows += bench_data.bench_loading(model, batch, parsed.rounds, device, dtype)
+    return {"model": model.mapping(), "batch": batch, "dtype": str(dtype)}, rows
 
 
 def optimizer(parsed: argparse.Namespace) -> tuple[dict[str, Any], list[Row]]:
@@ -230,6 +277,7 @@ def tell(text: str) -> None:
 BENCHES: dict[str, Callable[[argparse.Namespace], tuple[dict[str, Any], list[Row]]]] = {
     "step": steps,
     "loss": loss,
+    "data": data,
     "optimizer": optimizer,
     "generate": generation,
 }
@@ -238,18 +286,15 @@ BENCHES: dict[str, Callable[[argparse.Namespace], tuple[dict[str, Any], list[Row
 def table(rows: Sequence[Row]) -> Table:
     """Medians and quartiles, and what else was measured."""
     names = [*rows[0].task, "contender"]
-    more = (["peak MiB"] if rows[0].memory is not None else []) + (["used"] if rows[0].utilization else [])
+    more = [name for name in EXTRA if any(extra(row, name) for row in rows)]
     unit = "parameters/s" if "architecture" in rows[0].task else "tokens/s"
     shown = new_table(*names, unit, "quartiles", "ratio", "quartiles", *more)
-    for column in shown.columns[: len(names)]:
-        column.justify = "left"
+    shown.show_edge, shown.padding = False, (0, 0, 0, 0)  # a terminal of 80 columns has room for all
+    for place, column in enumerate(shown.columns):
+        column.justify, column.no_wrap = "left" if place < len(names) else "right", True
     for number, row in enumerate(rows, start=1):
         last = number == len(rows) or rows[number].task != row.task
-        cells = [*spread(row.speed, ",.0f"), *spread(row.ratio, ".2f")]
-        if row.memory is not None:
-            cells.append(f"{row.memory / 2**20:,.1f}")
-        if row.utilization:
-            cells.append(f"{row.utilization.median:.0%}")
+        cells = [*spread(row.speed, ",.0f"), *spread(row.ratio, ".2f"), *(extra(row, name) for name in more)]
         shown.add_row(
             *(f"{value:,}" if isinstance(value, int) else value for value in row.task.values()),
             row.contender,
@@ -257,6 +302,28 @@ def table(rows: Sequence[Row]) -> Table:
             end_section=last,
         )
     return shown
+
+
+def growth_table(growths: Sequence[dict[str, Any]]) -> Table:
+    """Exponents, measured and asked for: of the time over all sizes and over the last doubling, and of the memory."""
+    shown = new_table("mode", "axis", "contender", "time", "asked", "at the end", "asked", "memory", "asked")
+    for column in shown.columns[1:3]:
+        column.justify = "left"
+    for it in growths:
+        numbers = (it[key] for key in ("time", "asked", "end", "end_asked", "memory", "memory_asked"))
+        shown.add_row(it["mode"], it["axis"], it["name"], *(f"{number:.2f}" for number in numbers))
+    return shown
+
+
+EXTRA = ("MiB", "used", "waits")
+
+
+def extra(row: Row, name: str) -> str:
+    """What not all rows have: memory at the peak, shares of the device's speed used and of the time spent waiting."""
+    if name == "MiB":
+        return "" if row.memory is None else f"{row.memory / 2**20:,.{1 if row.memory < 2**27 else 0}f}"
+    share = row.utilization if name == "used" else row.waiting
+    return "" if share is None else f"{share.median:{'.0%' if name == 'used' else '.2%'}}"
 
 
 def spread(value: Quartiles, style: str) -> tuple[str, str]:

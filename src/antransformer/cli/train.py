@@ -7,6 +7,7 @@ examples:
   antransformer train
   antransformer train --data data/mine --preset 125m --tokens 2.5B --batch-tokens 0.5M --lr 2e-3
   antransformer train --out runs/angpt-nano --resume
+  antransformer train --preset 32m --tokens 20K --batch-tokens 2048 --profile
   antransformer train --init runs/angpt-nano --data data/other --tokens 1M --lr 1e-3
   torchrun --nproc-per-node 8 -m antransformer train --data data/mine --preset 0.5b --parallel shard
   torchrun --nproc-per-node 8 -m antransformer train --data data/mine --preset 0.5b --parallel shard --tensor-parallel 2
@@ -41,6 +42,7 @@ from antransformer.training.config import (
 )
 from antransformer.training.lock import lock
 from antransformer.training.parallel import World, join
+from antransformer.training.profiling import FIRST, LAST, of_steps
 from antransformer.training.trainer import Result, Trainer
 
 USAGE = "antransformer train [options]"
@@ -52,6 +54,11 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--config", metavar="FILE", help=f"YAML file of settings, or a shipped one by name: {shipped}")
     parser.add_argument("--out", type=Path, metavar="DIR", help="run folder (default runs/ARCHITECTURE-PRESET)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out from its newest checkpoint")
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help=f"write a trace of steps {FIRST} to {LAST} into the run folder, and print their ten dearest operations",
+    )
     add_config(parser, ModelConfig, only=ALIASES)
     add_config(parser, TrainConfig)
     group = parser.add_argument_group("model settings", "to change what the preset says, or what the paper leaves open")
@@ -63,7 +70,7 @@ def run(parsed: argparse.Namespace) -> None:
     settings = normalise(settings_of(parsed), "command line")
     if parsed.config is not None:
         settings = merge(normalise(read_config(parsed.config), parsed.config), settings)
-    train(settings, parsed.out, parsed.resume or begun_before(parsed.out))
+    train(settings, parsed.out, parsed.resume or begun_before(parsed.out), parsed.profile)
 
 
 def begun_before(folder: Path | None) -> bool:
@@ -79,13 +86,20 @@ def begun_before(folder: Path | None) -> bool:
     return (folder / runs.CONFIG_FILE).is_file()
 
 
-def train(settings: dict[str, Any], folder: Path | None, resume: bool = False) -> tuple[Path, Result]:
+def train(
+    settings: dict[str, Any], folder: Path | None, resume: bool = False, profile: bool = False
+) -> tuple[Path, Result]:
     """One run with its progress on the terminal, shown by the first process; returns its folder and how it ended."""
     with join() as world:
         with world.rank_0_first():
             dataset, config, folder = _resumed(settings, folder) if resume else _new(settings, folder)
         with TrainingProgress(config.steps, shown=world.rank == 0) as progress:
             trainer = Trainer(config, dataset, folder, progress, resume, world)
+            if profile and config.steps - trainer.done < FIRST:
+                raise ConfigError(
+                    f"--profile traces steps {FIRST} to {LAST}, and {config.steps - trainer.done} are left to train: "
+                    "leave it out, or give more --tokens"
+                )
             with lock(folder) if world.rank == 0 else contextlib.nullcontext():
                 with world.rank_0_first():
                     if not resume and world.rank == 0:
@@ -97,7 +111,8 @@ def train(settings: dict[str, Any], folder: Path | None, resume: bool = False) -
                     f"{trainer.device}{shared(config, world)}; run folder {folder}"
                 )
                 try:
-                    result = trainer.run()
+                    watched = profile and world.rank == 0
+                    result = trainer.run(of_steps(folder / "profile.json", progress.note) if watched else None)
                 except (RunStoppedError, DivergedError, WriteError) as error:  # which all processes come to together
                     if world.rank == 0:
                         raise

@@ -1,16 +1,17 @@
 """Text to tokens to shards to batches.
 
 ``prepare`` turns files into a folder of token shards, ``Dataset.open`` reads one back, and ``Windows`` and
-``sequential`` make batches of it for training and evaluation.
+``sequential`` make batches of it for training and evaluation, ``Ahead`` makes them before they are needed.
 """
 
-from antransformer.data.batches import Windows, sequential
+from antransformer.data.batches import Ahead, Windows, sequential
 from antransformer.data.dataset import Dataset, Shard, Split
 from antransformer.data.prepare import prepare
 from antransformer.data.stdlib import ensure_default, stdlib_files
 from antransformer.data.tokenizers import Tokenizer, byte_tokenizer, resolve, train_bpe
 
 __all__ = [
+    "Ahead",
     "Dataset",
     "Shard",
     "Split",

@@ -1,6 +1,8 @@
 """Batches of token windows, each a pure function of (seed, step): nothing has to be saved to go on with them."""
 
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import torch
@@ -84,6 +86,28 @@ class Windows:
             raw = np.random.PCG64([self._seed, epoch]).random_raw(len(self))
             self._order = epoch, np.argsort(raw, kind="stable")
         return self._order[1]
+
+
+class Ahead:
+    """The batches of one rank, the next of which a thread reads while the last one is used: a disk may be slow.
+
+    Args:
+        windows: what they are made of.
+        global_batch, rank, world_size: as in ``Windows.batch``.
+    """
+
+    def __init__(self, windows: Windows, global_batch: int, rank: int = 0, world_size: int = 1) -> None:
+        self._read = partial(windows.batch, global_batch=global_batch, rank=rank, world_size=world_size)
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._coming: tuple[int, Future[Batch]] | None = None
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step, which has been read if the call before was for the one before; raises as ``Windows``."""
+        known, coming = self._coming or (None, None)
+        if coming is None or known != step:
+            coming = self._thread.submit(self._read, step)
+        self._coming = step + 1, self._thread.submit(self._read, step + 1)
+        return coming.result()
 
 
 def sequential(split: Split, context: int, batch_size: int, max_tokens: int | None = None) -> Iterator[Batch]:

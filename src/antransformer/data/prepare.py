@@ -1,20 +1,27 @@
 """Text to a prepared data folder: stream documents, tokenize them in batches, write shards."""
 
+import os
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from antransformer.data.dataset import Dataset
 from antransformer.data.holdout import Division, Document, Inputs
+from antransformer.data.readers import MAX_CHARACTERS
 from antransformer.data.shards import SHARD_TOKENS, ShardWriter, dtype_for, write_meta
 from antransformer.data.tokenizers import LARGEST_BPE, SAMPLE_BYTES, SMALLEST_BPE, Tokenizer, resolve, train_bpe
 from antransformer.errors import DataError
 
-# Enough to keep the cores busy, little enough for memory: the library needs a hundred bytes and more for a token.
-BATCH_CHARACTERS = 2 << 20
+# Enough to keep the cores busy, for each of which there are two documents or more of the longest, and little enough for
+# memory: the library needs a hundred bytes and more for a token.
+BATCH_CHARACTERS = 2 * MAX_CHARACTERS * max(4, os.cpu_count() or 1)
+AHEAD = 2  # batches that are encoded at once: where one has work for a few cores only, the next has some for the others
 
 Progress = Callable[[int, int, int, int], object]
 
@@ -98,8 +105,8 @@ def _write(folder: Path, words: Tokenizer, division: Division, shard_tokens: int
         ShardWriter(folder, "train", dtype, shard_tokens) as train,
         ShardWriter(folder, "val", dtype, shard_tokens) as val,
     ):
-        for batch in _batches(division.documents()):
-            for document, ids in zip(batch, words.encode_batch([item.text for item in batch]), strict=True):
+        for batch, encoded in _encoded(_batches(division.documents()), words):
+            for document, ids in zip(batch, encoded, strict=True):
                 writer = val if document.split == "val" else train
                 writer.write(np.concatenate([ids, end]), document.bytes)
             if progress:
@@ -118,6 +125,21 @@ def _write(folder: Path, words: Tokenizer, division: Division, shard_tokens: int
             "sources": [asdict(source) for source in division.sources],
         },
     )
+
+
+def _encoded(
+    batches: Iterator[list[Document]], words: Tokenizer
+) -> Iterator[tuple[list[Document], Iterator[NDArray[np.uint32]]]]:
+    """Each batch with its ids, while the library, which lets others run, is at work on the next ones."""
+    with ThreadPoolExecutor(max_workers=AHEAD) as threads:
+        coming: deque[tuple[list[Document], Future[Iterator[NDArray[np.uint32]]]]] = deque()
+        for batch in batches:
+            coming.append((batch, threads.submit(words.encode_batch, [document.text for document in batch])))
+            if len(coming) > AHEAD:
+                first, ids = coming.popleft()
+                yield first, ids.result()
+        for rest, ids in coming:
+            yield rest, ids.result()
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:

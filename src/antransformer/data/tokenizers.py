@@ -50,11 +50,11 @@ class Tokenizer:
             ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
         return ids
 
-    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
-        """Ids of many texts, one array [tokens] each, on all cores."""
+    def encode_batch(self, texts: Sequence[str]) -> Iterator[NDArray[np.uint32]]:
+        """Ids of many texts, on all cores; the arrays [tokens] are made of them one by one as they are taken."""
         with _failing(f"tokenizer {self.name} can not read a text"):
             encodings = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+        return (np.array(encoding.ids, dtype=np.uint32) for encoding in encodings)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of some ids; special tokens are spelled out, bytes that are no UTF-8 become U+FFFD."""
@@ -107,6 +107,21 @@ def _failing(what: str) -> Iterator[None]:
         raise DataError(f"{what} ({' '.join(str(error).split())})") from error
 
 
+class ByteTokenizer(Tokenizer):
+    """One whose ids are the bytes of a text, which it reads without the library."""
+
+    def encode(self, text: str) -> list[int]:
+        """As any tokenizer's."""
+        with _failing(f"tokenizer {self.name} can not read a text"):
+            return list(text.encode())
+
+    def encode_batch(self, texts: Sequence[str]) -> Iterator[NDArray[np.uint32]]:
+        """As any tokenizer's."""
+        with _failing(f"tokenizer {self.name} can not read a text"):
+            encoded = [text.encode() for text in texts]
+        return (np.frombuffer(data, dtype=np.uint8).astype(np.uint32) for data in encoded)
+
+
 def byte_tokenizer() -> Tokenizer:
     """Bytes as tokens: the id of a byte is its value, and 256 ends a text. Round-trips every string."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -118,7 +133,7 @@ def byte_tokenizer() -> Tokenizer:
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     library.decoder = decoders.ByteLevel()
     library.add_special_tokens([END_OF_TEXT])
-    return Tokenizer(library, "byte")
+    return ByteTokenizer(library, "byte")
 
 
 def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -43,7 +43,7 @@ class BareResidual(Residual):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Residual stream x and sublayer output y, both (..., width)."""
-        return torch.lerp(x, y.to(x.dtype), self.alpha().to(x.dtype))
+        return torch.lerp(x, norm(y).to(x.dtype), self.alpha().to(x.dtype))
 
 
 class SumResidual(nn.Module):
@@ -51,7 +51,7 @@ class SumResidual(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Residual stream x and sublayer output y, both (..., width)."""
-        return (x + y) * factors.sum_residual()
+        return (x + norm(y)) * factors.sum_residual()
 
 
 class ChangedAnGPT(AnGPT):

@@ -75,8 +75,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, places: Places) -> Tensor:
         """Residual stream (B, T, d) to the same."""
-        x = self.attention_residual(x, norm(self.attention(x, places)))
-        return self.mlp_residual(x, norm(self.mlp(x)))
+        x = self.attention_residual(x, self.attention(x, places))
+        return self.mlp_residual(x, self.mlp(x))
 
 
 class AnGPT(Decoder):

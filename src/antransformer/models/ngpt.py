@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from antransformer.bounds import Bound, project_
-from antransformer.functional import Places, causal_attention, linear, norm, rotate, split_heads
+from antransformer.functional import Places, causal_attention, norm, rotate, split_heads
 from antransformer.models.config import ModelConfig
 from antransformer.models.decoder import Decoder
 from antransformer.nn import ExactResidual, Linear, ScaledParameter, unit_rows_
@@ -40,16 +40,14 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.up_proj = Linear(config.width, config.mlp_width, factor=1.0)
-        self.gate_proj = Linear(config.width, config.mlp_width, factor=1.0)
+        self.gate_proj = Linear(config.width, config.mlp_width, factor=math.sqrt(config.width))
         self.down_proj = Linear(config.mlp_width, config.width, factor=1.0)
         self.up_scale = ScaledParameter(config.mlp_width, 1.0, config.s_scale)
         self.gate_scale = ScaledParameter(config.mlp_width, 1.0, config.s_scale)
-        self.gate_factor = math.sqrt(config.width)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, d) to (B, T, d)."""
-        u = linear(x, self.up_proj.weight, self.up_scale())
-        z = linear(x, self.gate_proj.weight, self.gate_scale() * self.gate_factor)
+        u, z = self.up_proj(x, self.up_scale()), self.gate_proj(x, self.gate_scale())
         return self.down_proj(u * F.silu(z))
 
 
@@ -65,8 +63,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, places: Places) -> Tensor:
         """Residual stream (B, T, d) to the same, of unit norm."""
-        x = self.attention_residual(x, norm(self.attention(x, places)))
-        return self.mlp_residual(x, norm(self.mlp(x)))
+        x = self.attention_residual(x, self.attention(x, places))
+        return self.mlp_residual(x, self.mlp(x))
 
 
 class NGPT(Decoder):

@@ -72,7 +72,9 @@ class TrainConfig:
     keep_checkpoints: int = describe("how many of the newest checkpoints stay on disk", 3)
     keep_every: int | None = describe("steps between two checkpoints that stay for good (default: none do)", None)
     device: str = describe("auto, cpu, cuda, cuda:1, mps", "auto")
-    precision: Literal["auto", "float32", "bfloat16"] = describe("auto: bfloat16 on a GPU, float32 on a CPU", "auto")
+    precision: Literal["auto", "float32", "bfloat16", "fp8"] = describe(
+        "auto: bfloat16 on a GPU, float32 on a CPU; fp8: bfloat16, and 8 bits in the blocks' linear maps", "auto"
+    )
     compile: bool = describe("compile the model with torch.compile", False)
     parallel: Literal["replicate", "shard", "hybrid"] = describe(
         "under torchrun: each process has the whole model, or a part of it (FSDP), or a part of that of its machine",

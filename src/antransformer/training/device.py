@@ -38,10 +38,10 @@ def choose_device(name: str, local_rank: int = 0, local_size: int = 1) -> torch.
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """``auto`` is bfloat16 on a CUDA device and float32 elsewhere."""
+    """``auto`` is bfloat16 on a CUDA device and float32 elsewhere; with ``fp8`` it is what all else has, bfloat16."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    return torch.float32 if name == "float32" else torch.bfloat16
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

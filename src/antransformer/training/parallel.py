@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from antransformer.errors import ConfigError
 from antransformer.models import Decoder, build
+from antransformer.training import float8
 from antransformer.training.config import TrainConfig
 from antransformer.training.roll_call import RollCall, meet
 from antransformer.training.tensor_parallel import split
@@ -155,18 +156,19 @@ def make_model(config: TrainConfig, world: World, device: torch.device, precisio
     """The model on its device or devices, its weights drawn from torch's global generator, the same for any number.
 
     Raises:
-        ConfigError: the processes can not share a batch or a model evenly.
+        ConfigError: the processes can not share a batch or a model evenly, or see ``float8.convert``.
     """
     check_shares(config, world)
+    with contextlib.nullcontext() if world.size == 1 else torch.device("meta"):
+        model = build(config.model)
+    if config.precision == "fp8":
+        float8.convert(model, device)
     if world.size == 1:
-        model = build(config.model).to(device)
         if config.activation_checkpointing:
             checkpoint_blocks(model)
-        return model
+        return model.to(device)
     mesh = make_mesh(config.parallel, world, device)
     limit_waits(mesh, config.timeout)
-    with torch.device("meta"):
-        model = build(config.model)
     if world.tensor > 1:
         split(model, mesh["tensor"])
     if config.activation_checkpointing:

@@ -12,9 +12,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.profiler import profile, record_function
 
 from antransformer.bounds import bind
-from antransformer.data import Dataset, Windows, sequential
+from antransformer.data import Ahead, Dataset, Windows, sequential
 from antransformer.errors import CheckpointError, DataError, DivergedError, RunStoppedError, WriteError
 from antransformer.training import checkpoint, metrics, throughput
 from antransformer.training.config import OPERATIONAL, TrainConfig, to_mapping
@@ -80,12 +81,15 @@ class Trainer:
         check_data(config, dataset)
         self.world = world = replace(world, tensor=config.tensor_parallel, timeout=config.timeout)
         self.config, self.dataset, self.folder, self.reporter = config, dataset, folder, reporter
-        self.windows = Windows(dataset.split("train"), config.model.context, config.seed)
+        windows = Windows(dataset.split("train"), config.model.context, config.seed)
+        self.batches = Ahead(windows, config.batch_size, world.data_rank, world.data_size)
         self.validation = dataset.split("val")
         self.device = choose_device(config.device, world.local_rank, world.local_size)
         self.precision = choose_precision(config.precision, self.device)
         torch.manual_seed(config.seed)
         self.model = make_model(config, world, self.device, self.precision)
+        if config.precision == "fp8" and self.device.type == "cpu":
+            reporter.note("fp8 is simulated on a CPU: its rounding is that of a GPU, its speed is not")
         self.optimizer = make_optimizer(self.model, config)
         bind(self.model, self.optimizer)
         self.loss: Callable[[Tensor, Tensor], Tensor] = (
@@ -146,8 +150,11 @@ class Trainer:
         checkpoint.load_model(found, self.model)
         self.reporter.note(f"starting from the weights of {found.path}")
 
-    def run(self) -> Result:
+    def run(self, profiler: profile | None = None) -> Result:
         """Train to the end of the budget.
+
+        Args:
+            profiler: watches, and hears of the end of every step.
 
         Raises:
             RunStoppedError: SIGINT or SIGTERM came; the checkpoint is written.
@@ -161,11 +168,13 @@ class Trainer:
         line: dict[str, Any] = {}
         self.reporter.step(self.done)
         try:
-            with StopSignals() as stop, self.writer:
+            with StopSignals() as stop, profiler or contextlib.nullcontext(), self.writer:
                 while self.done < config.steps:
                     pending += self.update(self.done + 1)
                     self.done += 1
                     self.reporter.step(self.done)
+                    if profiler is not None:
+                        profiler.step()
                     last = self.done == config.steps
                     # Read once, since a signal may come at any moment; every process stops at the same step.
                     received = 0 if last else world.largest(LOST if self.writer.failed() else stop.received or 0)
@@ -214,8 +223,9 @@ class Trainer:
         Raises:
             DivergedError: no more steps may be skipped.
         """
-        config, world = self.config, self.world
-        batch = self.windows.batch(step - 1, config.batch_size, world.data_rank, world.data_size)
+        config = self.config
+        with record_function("data"):
+            batch = self.batches.batch(step - 1)
         parts = list(zip(*(tokens.split(config.micro_batch) for tokens in batch), strict=True))
         total = torch.zeros((), device=self.device)
         for number, (part, target) in enumerate(parts, start=1):
