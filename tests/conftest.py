@@ -22,11 +22,15 @@ SMALL_OPTIONS = [f"--model.{name.replace('_', '-')}={value}" for name, value in 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prepared once for all."""
+    return make_corpus(tmp_path_factory.mktemp("corpus") / "data")
+
+
+def make_corpus(folder: Path) -> Path:
     """Twenty modules of the standard library as bytes; about 300,000 tokens."""
-    folder = tmp_path_factory.mktemp("corpus")
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[10:30]
-    prepare(files[4:], folder / "data", tokenizer="byte", val_inputs=files[:4])
-    return folder / "data"
+    prepare(files[4:], folder, tokenizer="byte", val_inputs=files[:4])
+    return folder
 
 
 class Notes(list):

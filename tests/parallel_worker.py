@@ -14,10 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from antransformer.blocks import EncoderBlock
 from antransformer.bounds import norms, project_
@@ -51,6 +53,8 @@ CASES |= {
     "unwritten": {"parallel": "shard"},
     "stopped": {"parallel": "shard"},
     "stopped-tensor": {"parallel": "shard", "tensor_parallel": 2},
+    "skipped": {"parallel": "shard", "skip_nonfinite": 2},
+    "clipped": {"parallel": "shard", "clip": 0.05},
 }
 # Those that need four processes, or that time is left for there only.
 MORE = {f"{a}-hybrid": {"parallel": "hybrid", "model": {"architecture": a}} for a in ARCHITECTURES}
@@ -88,11 +92,15 @@ def main(corpus, folder, names):
                         run.create(folder / name, config, dataset)
             if trainer.world.rank % config.tensor_parallel == 0:
                 record_windows(trainer)
+            if name != "broken":
+                trainer.optimizer.register_step_post_hook(lambda *_, trainer=trainer: check_bounds(trainer))
             if name in FAILURES:
                 fail_on_the_last_rank(trainer, world, name)
+            elif name == "skipped":
+                skip_on_the_last_rank(trainer, world)
             else:
                 trainer.run()
-                check_bounds(trainer)
+                check_traffic(trainer)
         for name in ("angpt-shard", "angpt-tensor"):
             if name in names:
                 check_init(corpus, folder / name, world)
@@ -149,7 +157,7 @@ def check_own_loop(world, model):
     for bound in watch.bounds:
         first = bound.parameter.detach().clone()
         if first is local(first):
-            torch.distributed.broadcast(first, 0)
+            dist.broadcast(first, 0)
             assert torch.equal(bound.parameter, first)
 
 
@@ -165,14 +173,32 @@ def check_start(trainer):
 
 
 def check_bounds(trainer):
-    """They hold for every row on every rank, and rows need no communication but where their columns are split."""
+    """After every step they hold for every row on this rank."""
     for bound in trainer.model.bounds():
         lengths = norms(bound).to_local()
         assert lengths.numel() == 0 or lengths.max() <= 1 + 1e-6, bound.name
+
+
+def check_traffic(trainer):
+    """Bounds of rows need none but where their columns are split, and accumulated gradients go out once."""
     with CommDebugMode() as traffic:
         project_(bound for bound in trainer.model.bounds() if bound.axis == 1)
     split = trainer.config.tensor_parallel > 1 and trainer.model.bounds()
     assert traffic.get_total_counts() == (2 * trainer.config.model.layers if split else 0)
+    if trainer.config.micro_batch < trainer.config.batch_size // 2 and trainer.config.parallel == "shard":
+        with Sums() as sums:
+            trainer.update(trainer.done)
+        assert sums.count == trainer.config.model.layers + 1
+
+
+class Sums(TorchDispatchMode):
+    """Counts the messages that add up gradients and leave each rank its share."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += "reduce_scatter" in str(func)
+        return func(*args, **(kwargs or {}))
 
 
 FAILURES = {
@@ -217,6 +243,32 @@ def fail_on_the_last_rank(trainer, world, name):
 
 def full_disk(*_):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def skip_on_the_last_rank(trainer, world):
+    """At step 7 the last rank alone has a loss that is no number: all leave the step out."""
+    loss, update = trainer.loss, trainer.update
+
+    def disturbed(step):
+        spoilt = step == 7 and world.rank == world.size - 1
+        trainer.loss = (lambda *batch: loss(*batch) * float("nan")) if spoilt else loss
+        before = state(trainer)
+        found = update(step)
+        kept = all(name in before and torch.equal(value, before[name]) for name, value in state(trainer).items())
+        assert kept == (not found) == (step == 7), step
+        return found
+
+    trainer.update = disturbed
+    trainer.run()
+    assert trainer.skipped == 1
+
+
+def state(trainer):
+    """Copies of this rank's weights and moments."""
+    found = dict(trainer.model.named_parameters())
+    for number, moments in enumerate(trainer.optimizer.state.values()):
+        found |= {f"{number}.{name}": value for name, value in moments.items()}
+    return {name: getattr(value, "_local_tensor", value).detach().clone() for name, value in found.items()}
 
 
 if __name__ == "__main__":

@@ -173,6 +173,8 @@ def test_batches_are_whole_sequences():
         ({"optimizer": "sgd"}, "config.yaml: optimizer must be one of adam, muon, got 'sgd'"),
         ({"warmup": 1}, "warmup must be at least 0 and below 1, got 1.0"),
         ({"log_every": 0}, "log_every must be at least 1, got 0"),
+        ({"skip_nonfinite": -1}, "skip_nonfinite must be at least 0, got -1"),
+        ({"timeout": 0}, "timeout must be between 1 and 1,000,000 seconds, got 0"),
         ({"tensor_parallel": 0}, "tensor_parallel must be at least 1, got 0"),
         ({"tensor_parallel": 2, "architecture": "ngpt"}, "tensor_parallel is for angpt and gpt+, not ngpt: leave it"),
         ({"tensor_parallel": 4}, "tensor_parallel 4 can not split 2 heads evenly: choose a divisor"),

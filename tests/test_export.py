@@ -188,7 +188,9 @@ def test_half_precision_stays_half_and_is_ours(tmp_path, name):
         exact, logits = load(folder, dtype=torch.float32)(tokens).logits, theirs(tokens).logits
         assert theirs.dtype == logits.dtype == dtype
         # They round at other places, so neither is the other to the last digit.
-        error, own = (float((found.float() - exact).norm() / exact.norm()) for found in (logits, ours.to(dtype)(tokens)))
+        error, own = (
+            float((found.float() - exact).norm() / exact.norm()) for found in (logits, ours.to(dtype)(tokens))
+        )
         assert error < 1.5 * own < 10 * torch.finfo(dtype).eps
 
 

@@ -370,6 +370,8 @@ SETTINGS = {
     "lr": 0.01,
     "warmup": 0.1,
     "seed": 1,
+    "skip_nonfinite": 2,
+    "timeout": 60,
     "eval_tokens": "0.1K",
     "device": "cpu",
     "precision": "auto",
@@ -855,7 +857,9 @@ def test_moments_that_are_none_are_refused(whole, tmp_path, change):
     assert main(words) == 2
 
 
-@pytest.mark.parametrize("extra", [{}, {"settings": []}, {"seconds": "long"}, {"seconds": 0.0}])
+@pytest.mark.parametrize(
+    "extra", [{}, {"settings": []}, {"seconds": "long"}, {"seconds": 0.0}, {"skipped": 3}, {"skipped": -1}]
+)
 def test_a_checkpoint_that_says_nothing_of_its_run_is_not_resumed(whole, tmp_path, capsys, extra):
     shutil.copytree(whole / "run", tmp_path / "run")
     state = tmp_path / "run/checkpoints/step-00000002/state.json"

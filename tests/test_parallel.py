@@ -22,10 +22,12 @@ from antransformer.training.parallel import World, make_model
 from antransformer.training.trainer import Trainer
 from conftest import SMALL_OPTIONS, Notes
 from parallel_worker import ARCHITECTURES, CASES, FAILURES, MORE, config_of, record_windows
+from test_faults import poison
+from test_training import start
 
 CPU = torch.device("cpu")
 WORKER = Path(__file__).with_name("parallel_worker.py")
-ROUGH = ("bfloat16", "fp8", "fp8-tensor", "muon-shard", "muon-tensor", *FAILURES)
+ROUGH = ("bfloat16", "fp8", "fp8-tensor", "muon-shard", "muon-tensor", "skipped", *FAILURES)
 HYBRID = [*(f"{architecture}-hybrid" for architecture in ARCHITECTURES), "tensor-hybrid"]
 WAYS = [name for name in CASES if name not in ROUGH]
 
@@ -61,7 +63,7 @@ def alone(corpus, tmp_path_factory):
     def train(name):
         alike = {"parallel": "replicate", "tensor_parallel": 1, "compile": False, "activation_checkpointing": False}
         config = replace(config_of(corpus, name), **alike)
-        key = (config.model.architecture, config.precision, config.optimizer)
+        key = (config.model.architecture, config.precision, config.optimizer, str(config.clip))
         if key not in found:
             dataset = Dataset.open(corpus)
             found[key] = folder / "-".join(key)
@@ -125,6 +127,19 @@ def test_what_happens_to_one_process_ends_all_at_the_same_step(by_two):
         assert not list((by_two / name / "checkpoints").iterdir())
     for name in ("stopped", "stopped-tensor"):
         assert [path.name for path in (by_two / name / "checkpoints").iterdir()] == ["step-00000007"]
+
+
+def test_all_skip_the_step_at_which_one_has_no_number(corpus, by_two, tmp_path):
+    single = start(corpus, tmp_path / "run", skip_nonfinite=2, checkpoint_every=10)
+    poison(single, 7)
+    single.run()
+    check_equal(by_two / "skipped", tmp_path / "run", 1e-4)
+    assert ["loss" in line for line in lines_of(by_two / "skipped")] == [step != 7 for step in range(1, 21)]
+    assert [line["skipped"] for line in lines_of(by_two / "skipped")] == [int(step >= 7) for step in range(1, 21)]
+
+
+def test_clipping_was_tested(by_two):
+    assert all(line["grad_norm"] > 0.05 for line in lines_of(by_two / "clipped"))
 
 
 def windows_of(folder):

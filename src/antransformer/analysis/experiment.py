@@ -117,7 +117,7 @@ class Experiment:
 
     def run(self) -> Results:
         """Search, then measure; raises as ``Queue.run``."""
-        plan, started = self.plan, time.time()
+        plan, started = self.plan, time.monotonic()
         if plan.lr_trials > 1:
             self.stage(f"learning rates, {plan.trial_tokens:,} tokens")
             self.search(lambda entrant: "lr", plan.lr_trials, LR_RATIO, off=SENSITIVITY_FACTOR)
@@ -147,7 +147,7 @@ class Experiment:
         searched = plan.lr_trials > 1 or plan.knob_trials > 1
         return Results(
             kind=plan.kind,
-            setup=self.setup(time.time() - started, outcomes.values()),
+            setup=self.setup(time.monotonic() - started, outcomes.values()),
             budgets=tuple(plan.budgets),
             seeds=plan.run_seeds(),
             trial_tokens=plan.trial_tokens if searched else 0,

@@ -195,7 +195,7 @@ class Sweeper:
 
     def run(self) -> Sweep:
         """Search every cell; raises as ``Queue.run``."""
-        started = time.time()
+        started = time.monotonic()
         found: dict[Cell, dict[float, list[Outcome]]] = {cell: {} for cell in self.plan.grids}
         self.stage("grid")
         while wanted := self._wanted(found):
@@ -211,7 +211,9 @@ class Sweeper:
             for seed, outcome in enumerate(seeds)
         )
         ended = [outcome for rates in found.values() for seeds in rates.values() for outcome in seeds]
-        return Sweep(self.setup(time.time() - started, ended), runs, self.coordinates() if self.plan.by_width else ())
+        return Sweep(
+            self.setup(time.monotonic() - started, ended), runs, self.coordinates() if self.plan.by_width else ()
+        )
 
     def coordinates(self) -> tuple[Coordinates, ...]:
         """Of every architecture and size, at the middle of its grid and the smallest batch."""

@@ -72,7 +72,8 @@ class TrainingProgress(Shown):
             return
         if "val_loss" in line:
             self.validation = f"  val {line['val_loss']:.3f}"
-        numbers = f"loss {line['loss']:.3f}{self.validation}  {line['tokens_per_second']:,.0f} tok/s"
+        loss = f"loss {line['loss']:.3f}" if "loss" in line else "skipped"
+        numbers = f"{loss}{self.validation}  {line['tokens_per_second']:,.0f} tok/s"
         if line["mfu"] is not None:
             numbers += f"  MFU {line['mfu']:.0%}"
         if self.console.is_terminal:

@@ -11,10 +11,14 @@ examples:
   antransformer train --init runs/angpt-nano --data data/other --tokens 1M --lr 1e-3
   torchrun --nproc-per-node 8 -m antransformer train --data data/mine --preset 0.5b --parallel shard
   torchrun --nproc-per-node 8 -m antransformer train --data data/mine --preset 0.5b --parallel shard --tensor-parallel 2
+  torchrun --nproc-per-node 8 --max-restarts 9 -m antransformer train --data data/mine --parallel shard --out runs/mine
+
+Started again by torchrun --max-restarts, when a process was lost, a run goes on from its newest checkpoint.
 """
 
 import argparse
 import contextlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +70,20 @@ def run(parsed: argparse.Namespace) -> None:
     settings = normalise(settings_of(parsed), "command line")
     if parsed.config is not None:
         settings = merge(normalise(read_config(parsed.config), parsed.config), settings)
-    train(settings, parsed.out, parsed.resume, parsed.profile)
+    train(settings, parsed.out, parsed.resume or begun_before(parsed.out), parsed.profile)
+
+
+def begun_before(folder: Path | None) -> bool:
+    """Whether this may be one more start of a run by ``torchrun --max-restarts``, which repeats the arguments.
+
+    Raises:
+        ConfigError: without --out each start would be a new run.
+    """
+    if not int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+        return False
+    if folder is None:
+        raise ConfigError("torchrun --max-restarts goes on in the folder of the run: give it with --out")
+    return (folder / runs.CONFIG_FILE).is_file()
 
 
 def train(

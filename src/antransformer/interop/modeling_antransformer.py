@@ -277,10 +277,11 @@ class Interpolation(nn.Module):
         self.alpha = ScaledParameter(config.width, config.alpha_init, config.s_scale)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Stream x and sublayer output y, both (..., d)."""
-        alpha = self.alpha()
+        """Stream x and sublayer output y, both (..., d); computed in float32."""
+        precision = torch.promote_types(x.dtype, torch.float32)
+        alpha = self.alpha().to(precision)
         nu = torch.rsqrt(alpha.square() + (1 - alpha).square())
-        return x * ((1 - alpha) * nu).to(x.dtype) + norm(y) * (alpha * nu).to(y.dtype)
+        return (x * ((1 - alpha) * nu) + norm(y.to(precision)) * (alpha * nu)).to(x.dtype)
 
 
 class ExactInterpolation(Interpolation):

@@ -61,6 +61,9 @@ class TrainConfig:
     beta2: float = describe("Adam's second-moment decay", 0.95)
     eps: float = describe("Adam's epsilon", 1e-9)
     clip: float = describe("largest gradient norm", 1.0)
+    skip_nonfinite: int = describe(
+        "steps of the run to leave out, instead of stopping, when a loss or gradient is not finite", 0
+    )
     seed: int = describe("seed of the initial weights and of the data order", 0)
     log_every: int = describe("steps between two metrics lines", 10)
     eval_every: int = describe("steps between two validations (default: a tenth of the run)", 0)
@@ -80,6 +83,7 @@ class TrainConfig:
     tensor_parallel: int = describe(
         "under torchrun: how many neighbouring processes split each layer of the model (angpt, gpt+)", 1
     )
+    timeout: int = describe("under torchrun: seconds to wait for a process before it is named and the run ends", 600)
     activation_checkpointing: bool = describe("compute each block again in the backward pass, to save memory", False)
     tensorboard: bool = describe("write TensorBoard events too", False)
 
@@ -105,6 +109,8 @@ class TrainConfig:
             _check(name, getattr(self, name), 0 <= getattr(self, name) < 1, "at least 0 and below 1")
         _check("lr_final", self.lr_final, 0 <= self.lr_final <= 1, "between 0 and 1")
         _check("weight_decay", self.weight_decay, self.weight_decay >= 0, "at least 0")
+        _check("skip_nonfinite", self.skip_nonfinite, self.skip_nonfinite >= 0, "at least 0")
+        _check("timeout", self.timeout, 1 <= self.timeout <= 10**6, "between 1 and 1,000,000 seconds")
         _check("seed", self.seed, 0 <= self.seed < 2**63, "between 0 and 2^63 - 1")
         if self.batch_tokens % self.model.context:
             raise ConfigError(
@@ -132,9 +138,11 @@ class TrainConfig:
         return self.tokens // self.batch_tokens
 
 
-# Settings that may differ when a run is resumed: they change what is written down or how fast, not what is computed.
+# Settings that may differ when a run is resumed: they change what is written down or how fast, not what is computed,
+# or whether it goes on at all.
 OPERATIONAL = frozenset(
     (
+        "skip_nonfinite",
         "log_every",
         "eval_every",
         "eval_tokens",
@@ -145,6 +153,7 @@ OPERATIONAL = frozenset(
         "compile",
         "parallel",
         "tensor_parallel",
+        "timeout",
         "activation_checkpointing",
         "tensorboard",
         "data",
@@ -175,7 +184,7 @@ def resolve(settings: Mapping[str, Any], vocab_size: int, where: str = "settings
             raise ConfigError(
                 f"batch_tokens {given['batch_tokens']:,} is less than one sequence of {model.context:,} tokens"
             )
-        given["batch_tokens"] = _whole_sequences(given["batch_tokens"], model.context)
+        given["batch_tokens"] = whole_sequences(given["batch_tokens"], model.context)
     values: dict[str, Any] = {
         "preset": preset,
         "warmup": defaults.WARMUP[model.architecture],
@@ -187,7 +196,7 @@ def resolve(settings: Mapping[str, Any], vocab_size: int, where: str = "settings
     if values.get("optimizer") == "muon":
         values.setdefault("muon_lr", defaults.MUON_LR[model.architecture])
     if "batch_tokens" not in values:
-        values["batch_tokens"] = _whole_sequences(defaults.batch_tokens(model), model.context)
+        values["batch_tokens"] = whole_sequences(defaults.batch_tokens(model), model.context)
     if "tokens" not in values:
         values["tokens"] = defaults.tokens(model)
     batch_size = values["batch_tokens"] // model.context
@@ -339,7 +348,7 @@ def _check_keys(
     return {key: convert(value, hints[key], f"{where}: {prefix}{key}") for key, value in given.items()}
 
 
-def _whole_sequences(tokens: int, context: int) -> int:
+def whole_sequences(tokens: int, context: int) -> int:
     """The nearest multiple of the context, at least one sequence: 0.5M tokens are 244 sequences of 2,048."""
     return max(1, round(tokens / context)) * context
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from antransformer.bounds import Bound, norms
-from antransformer.errors import MissingExtraError
+from antransformer.errors import MachineError, MissingExtraError
 from antransformer.files import replace_text
 from antransformer.models import Decoder
 from antransformer.nn import Residual
@@ -33,20 +33,27 @@ class MetricsLog:
         self.path = folder / name
         kept = [line for line in read_metrics(self.path) if line["step"] <= after]
         replace_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = self.path.open("a", encoding="utf-8", buffering=1)
         self._events = _event_writer(folder / "tensorboard", after) if tensorboard else None
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Append one line; it holds at least ``step``."""
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        """Append one line; it holds at least ``step``.
+
+        Raises:
+            MachineError: it could not be written.
+        """
+        text = json.dumps(line, allow_nan=False) + "\n"
+        try:
+            with self.path.open("a", encoding="utf-8") as file:  # each time: no line waits in a buffer
+                file.write(text)
+        except OSError as error:
+            raise MachineError(f"{self.path} can not be written: {error.strerror}") from error
         if self._events is not None:
             for name, value in line.items():
                 if name != "step" and value is not None:
                     self._events.add_scalar(name, value, line["step"])
 
     def close(self) -> None:
-        """Flush and close."""
-        self._file.close()
+        """Flush and close the events."""
         if self._events is not None:
             self._events.close()
 

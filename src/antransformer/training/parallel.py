@@ -11,6 +11,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
 from typing import Any, TypeVar
 
@@ -19,14 +20,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from antransformer.errors import ConfigError, MachineError
+from antransformer.errors import ConfigError
 from antransformer.models import Decoder, build
 from antransformer.training import float8
 from antransformer.training.config import TrainConfig
+from antransformer.training.roll_call import RollCall, meet
 from antransformer.training.tensor_parallel import split
 
 T = TypeVar("T")
@@ -43,6 +46,7 @@ class World:
         local_size: how many are on this machine.
         tensor: how many neighbours split the layers of one model among them, with the same data.
         group: of the messages between them; None is that of the main thread.
+        timeout: seconds for which messages of another thread wait; of the main thread: ``limit_waits``.
     """
 
     rank: int = 0
@@ -51,6 +55,7 @@ class World:
     local_size: int = 1
     tensor: int = 1
     group: dist.ProcessGroup | None = None
+    timeout: int = 600
 
     @property
     def data_rank(self) -> int:
@@ -108,7 +113,9 @@ class World:
 
     def apart(self) -> "World":
         """The same processes, for another thread: its messages and those of the main thread do not mix."""
-        return replace(self, group=dist.new_group(backend="gloo")) if self.size > 1 else self
+        if self.size == 1:
+            return self
+        return replace(self, group=dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout)))
 
 
 ALONE = World()
@@ -119,7 +126,7 @@ def join() -> Iterator[World]:
     """The world that torchrun describes in the environment, entered.
 
     Raises:
-        MachineError: inside, when another process is gone.
+        MachineError: inside, when another process is gone or hangs; it is named, by one of those that are left.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -129,15 +136,20 @@ def join() -> Iterator[World]:
     gpu = torch.cuda.device_count() >= local_size  # else they compute on the CPU, or choose_device says what is wrong
     if gpu:
         torch.cuda.set_device(local_rank)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+    store, rank, _ = next(rendezvous("env://"))
+    store = meet(store, rank, size)
+    roll_call = RollCall(store, rank, size)
     try:
-        yield World(dist.get_rank(), size, local_rank, local_size)
-    except RuntimeError as error:
-        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
-            raise
-        raise MachineError(f"rank {dist.get_rank()}: another process of this run is gone; it says why") from error
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", store=store, rank=rank, world_size=size)
+        yield World(rank, size, local_rank, local_size)
+    except BaseException as error:
+        if isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise roll_call.call() from error
+        roll_call.leave()
+        raise
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def make_model(config: TrainConfig, world: World, device: torch.device, precision: torch.dtype) -> Decoder:
@@ -156,6 +168,7 @@ def make_model(config: TrainConfig, world: World, device: torch.device, precisio
             checkpoint_blocks(model)
         return model.to(device)
     mesh = make_mesh(config.parallel, world, device)
+    limit_waits(mesh, config.timeout)
     if world.tensor > 1:
         split(model, mesh["tensor"])
     if config.activation_checkpointing:
@@ -195,6 +208,17 @@ def make_mesh(way: str, world: World, device: torch.device) -> DeviceMesh:
     }[way]
     names = ("replicate", "shard", "tensor")
     return init_device_mesh(device.type, (replicate, shard, world.tensor), mesh_dim_names=names)
+
+
+def limit_waits(mesh: DeviceMesh, seconds: int) -> None:
+    """From here on a process waits for another so long; before, while rank 0 prepares data, torch's half an hour.
+
+    On GPUs the rest waits twice as long as the processes do that agree after a step: these can tell who is missing.
+    """
+    assert dist.group.WORLD is not None
+    dist.group.WORLD.set_timeout(timedelta(seconds=seconds))
+    for group in mesh.get_all_groups():
+        group.set_timeout(timedelta(seconds=seconds if mesh.device_type == "cpu" else 2 * seconds))
 
 
 def shard(model: Decoder, mesh: DeviceMesh, precision: torch.dtype) -> None:

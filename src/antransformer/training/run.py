@@ -17,7 +17,16 @@ from antransformer.errors import CheckpointError, ConfigError, DataError
 from antransformer.files import replace_text
 from antransformer.training import checkpoint
 from antransformer.training.checkpoint import Checkpoint
-from antransformer.training.config import OPERATIONAL, TrainConfig, merge, normalise, read_yaml, resolve, to_mapping
+from antransformer.training.config import (
+    OPERATIONAL,
+    TrainConfig,
+    merge,
+    normalise,
+    read_yaml,
+    resolve,
+    to_mapping,
+    whole_sequences,
+)
 from antransformer.training.lock import LOCK_FILE
 from antransformer.training.parallel import ALONE, World
 
@@ -100,6 +109,8 @@ def resumed_config(folder: Path, given: Mapping[str, Any]) -> TrainConfig:
     complete = resolve(saved, vocab_size=1, where=str(folder / CONFIG_FILE))  # the saved model has its own vocab_size
     before = to_mapping(complete)
     now = normalise(given, "command line")
+    if "batch_tokens" in now:  # as given for a start, where it was rounded
+        now["batch_tokens"] = whole_sequences(now["batch_tokens"], complete.model.context)
     changes = {key: (before.get(key), value) for key, value in now.items() if key not in (*OPERATIONAL, "model")}
     changes |= {f"model.{key}": (before["model"].get(key), value) for key, value in now.get("model", {}).items()}
     for key, (old, new) in changes.items():

@@ -79,7 +79,7 @@ class Trainer:
         world: World = ALONE,
     ) -> None:
         check_data(config, dataset)
-        self.world = world = replace(world, tensor=config.tensor_parallel)
+        self.world = world = replace(world, tensor=config.tensor_parallel, timeout=config.timeout)
         self.config, self.dataset, self.folder, self.reporter = config, dataset, folder, reporter
         windows = Windows(dataset.split("train"), config.model.context, config.seed)
         self.batches = Ahead(windows, config.batch_size, world.data_rank, world.data_size)
@@ -97,6 +97,7 @@ class Trainer:
         )
         self.writer = checkpoint.Writer(folder / CHECKPOINTS, config.keep_checkpoints, config.keep_every, world)
         self.done, self.seconds = 0, 0.0  # completed steps; time spent in them
+        self.skipped = 0  # of the steps, those that changed nothing
         if resume:
             self._resume()
         if config.init is not None and not self.done:
@@ -116,7 +117,12 @@ class Trainer:
                 f"{self.folder} was trained on other data than {self.config.data}: resume with the data it began with"
             )
         settings, seconds = found.extra.get("settings"), found.extra.get("seconds")
-        if not isinstance(settings, dict) or type(seconds) is not float or not 0 < seconds < math.inf:
+        skipped = found.extra.get("skipped", 0)
+        if (
+            not isinstance(settings, dict)
+            or (type(seconds) is not float or not 0 < seconds < math.inf)
+            or (type(skipped) is not int or not 0 <= skipped <= found.step)
+        ):
             raise CheckpointError(f"{found.path}: what the run wrote of itself into state.json is missing or damaged")
         # A setting that came after the checkpoint was written has its default.
         before = {"optimizer": "adam", **settings}
@@ -127,8 +133,9 @@ class Trainer:
                 "put config.yaml back as it was"
             )
         checkpoint.load_model(found, self.model)
-        checkpoint.load_optimizer(found, self.model, self.optimizer)
-        self.done, self.seconds = found.step, seconds
+        if skipped < found.step:  # else the optimizer had nothing to keep yet
+            checkpoint.load_optimizer(found, self.model, self.optimizer)
+        self.done, self.seconds, self.skipped = found.step, seconds, skipped
         self.reporter.note(f"resuming from {found.path}")
 
     def _start_from(self, init: Path) -> None:
@@ -163,7 +170,7 @@ class Trainer:
         try:
             with StopSignals() as stop, profiler or contextlib.nullcontext(), self.writer:
                 while self.done < config.steps:
-                    pending.append(self.update(self.done + 1))
+                    pending += self.update(self.done + 1)
                     self.done += 1
                     self.reporter.step(self.done)
                     if profiler is not None:
@@ -179,11 +186,11 @@ class Trainer:
                     save = last or stopping or not all(self.done % every for every in due)
                     if not (evaluate or save or self.done % config.log_every == 0):
                         continue
-                    mean_loss = self._require_finite(pending)
+                    measured = self._require_finite(pending)
                     elapsed = time.perf_counter() - started
                     self.seconds += elapsed
                     speed = (self.done - counted) * config.batch_tokens / elapsed
-                    line = self._line(mean_loss, pending[-1][1], speed)
+                    line = self._line(measured, speed)
                     if evaluate:
                         line |= self.evaluate()
                     self._require_finite_weights(line)
@@ -206,12 +213,15 @@ class Trainer:
                 log.close()
         return self._result(line)
 
-    def update(self, step: int) -> tuple[Tensor, Tensor]:
+    def update(self, step: int) -> list[tuple[Tensor, Tensor]]:
         """One optimizer step.
 
         Returns:
             The mean loss of this process's share of the batch, and the gradient norm of all before clipping, on the
-            device.
+            device; nothing where the step was skipped, and left weights and moments as they were.
+
+        Raises:
+            DivergedError: no more steps may be skipped.
         """
         config = self.config
         with record_function("data"):
@@ -228,9 +238,26 @@ class Trainer:
         for group in self.optimizer.param_groups:
             peak = group["initial_lr"]
             group["lr"] = learning_rate(step, config.steps, peak, warmup=config.warmup, final=config.lr_final)
-        self.optimizer.step()
+        skip = config.skip_nonfinite > 0 and self._skips(step, total, grad_norm)
+        if not skip:
+            self.optimizer.step()
         self.optimizer.zero_grad()
-        return total, grad_norm
+        return [] if skip else [(total, grad_norm)]
+
+    def _skips(self, step: int, loss: Tensor, grad_norm: Tensor) -> bool:
+        """Whether all processes leave this step out, because one of them found its loss or the gradients not finite.
+
+        They wait for the device to know that, as they do not where no step may be skipped.
+        """
+        finite = bool(torch.stack([loss, grad_norm]).isfinite().all())
+        if not self.world.largest(not finite):
+            return False
+        allowed = self.config.skip_nonfinite
+        if self.skipped == allowed:
+            raise self._not_finite(f"a loss or gradient is not finite at step {step}, beyond the {allowed} to skip")
+        self.skipped += 1
+        self.reporter.note(f"step {step} is skipped: a loss or gradient is not finite ({self.skipped} of {allowed})")
+        return True
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -250,44 +277,49 @@ class Trainer:
         tokens_per_byte = self.validation.tokens / self.validation.bytes
         return {"val_loss": loss_per_token, "bits_per_byte": loss_per_token * tokens_per_byte / math.log(2)}
 
-    def _line(self, loss: float, grad_norm: Tensor, tokens_per_second: float) -> dict[str, Any]:
+    def _line(self, measured: dict[str, float], tokens_per_second: float) -> dict[str, Any]:
         alpha = metrics.mean_alpha(self.model)
         steps_per_second = tokens_per_second / self.config.batch_tokens
         return {
             "step": self.done,
             "tokens": self.done * self.config.batch_tokens,
-            "loss": loss,
+            **measured,
             "lr": self.optimizer.param_groups[0]["lr"],
-            "grad_norm": float(grad_norm),
             "tokens_per_second": round(tokens_per_second, 1),
             "mfu": steps_per_second * self.flops_per_step / self.peak if self.peak else None,
             "largest_row_norm": float(metrics.largest_row_norm(self.model)),
             "mean_alpha": None if alpha is None else float(alpha),
             "seconds": round(self.seconds, 3),
+            **({"skipped": self.skipped} if self.config.skip_nonfinite else {}),
         }
 
-    def _require_finite(self, pending: list[tuple[Tensor, Tensor]]) -> float:
-        """Look at losses and gradient norms of the steps since the last line; returns their mean loss over all."""
+    def _require_finite(self, pending: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
+        """Look at losses and gradient norms of the steps since the last line, unless all of them were skipped.
+
+        Returns:
+            The mean loss of these steps over all processes, and the gradient norm of the last.
+        """
+        if not pending:
+            return {}
         values = self.world.sum(torch.stack([torch.stack(pair) for pair in pending])) / self.world.size
         for step, pair in enumerate(values.tolist(), self.done - len(pending) + 1):
             for name, value in zip(("loss", "gradient norm"), pair, strict=True):
                 if not math.isfinite(value):
-                    raise self._not_finite(name, value, step)
-        return float(values[:, 0].mean())
+                    raise self._not_finite(f"the {name} is {value} at step {step}")
+        return {"loss": float(values[:, 0].mean()), "grad_norm": float(pending[-1][1])}
 
     def _require_finite_weights(self, line: dict[str, Any]) -> None:
         """What the last update made of the weights, before they are written or reported."""
         for key, name in (("largest_row_norm", "largest row norm"), ("val_loss", "validation loss")):
             if not math.isfinite(line.get(key, 0.0)):
-                raise self._not_finite(name, line[key], self.done)
+                raise self._not_finite(f"the {name} is {line[key]} at step {self.done}")
 
-    def _not_finite(self, name: str, value: float, step: int) -> DivergedError:
+    def _not_finite(self, what: str) -> DivergedError:
         with contextlib.suppress(WriteError):
             self.writer.wait()
         good = checkpoint.newest(self.folder / CHECKPOINTS, self.reporter.note, self.world)
         return DivergedError(
-            f"the {name} is {value} at step {step}; last good checkpoint: {good.path if good else 'none yet'}; "
-            "try a lower --lr, or another --seed"
+            f"{what}; last good checkpoint: {good.path if good else 'none yet'}; try a lower --lr, or another --seed"
         )
 
     def _identity(self) -> dict[str, Any]:
@@ -298,6 +330,7 @@ class Trainer:
     def _save(self) -> Path:
         extra = {
             "seconds": self.seconds,
+            "skipped": self.skipped,
             "data": self.dataset.digest,
             "settings": self._identity(),
             "torch": torch.__version__,
