@@ -81,6 +81,7 @@ class Writer:
     def __init__(self, folder: Path, keep: int, keep_every: int | None = None, world: World = ALONE) -> None:
         self.folder, self.keep, self.keep_every, self.world = folder, keep, keep_every, world.apart()
         self._pending: concurrent.futures.Future[None] | None = None
+        self._thread: Thread | None = None
 
     def __enter__(self) -> "Writer":
         return self
@@ -91,6 +92,7 @@ class Writer:
         # A message between processes that failed is a RuntimeError: if one is gone or hangs, no write will end.
         elif self._pending is not None and not (self.world.size > 1 and issubclass(kind, RuntimeError)):
             concurrent.futures.wait([self._pending], GRACE)
+            self._join()
 
     def save(self, step: int, model: Decoder, optimizer: Optimizer, extra: dict[str, Any]) -> Path:
         """Begin with the checkpoint of ``step``, when that before it is written; returns the folder that it will be in.
@@ -113,7 +115,8 @@ class Writer:
             else:
                 pending.set_result(None)
 
-        Thread(target=work, daemon=True).start()  # a process that is to end does not wait for it
+        self._thread = Thread(target=work, daemon=True)  # a process that is to end does not wait for it
+        self._thread.start()
         return self._target(step)
 
     def failed(self) -> bool:
@@ -126,9 +129,17 @@ class Writer:
         Raises:
             WriteError: it could not be written; earlier ones are untouched.
         """
-        pending, self._pending = self._pending, None
+        pending = self._pending
         if pending is not None:
+            concurrent.futures.wait([pending])
+            self._join()
+            self._pending = None
             pending.result()
+
+    def _join(self) -> None:
+        """Let a thread that is done free its tensors: an interpreter that ends in the middle of that is aborted."""
+        if self._pending is not None and self._pending.done() and self._thread is not None:
+            self._thread.join()
 
     def _target(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
