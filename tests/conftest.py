@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import antransformer
+from antransformer.bounds import Bound, norms
 from antransformer.data import prepare
 
 torch.set_num_threads(1)
@@ -42,3 +44,37 @@ class Notes(list):
 
     def note(self, text):
         self.append(text)
+
+
+class Watch:
+    """Binds, and looks at every step before and after the projection: rows bounded, strict ones on the sphere, and
+    those that the optimizer left inside untouched bit for bit. Of shared weights each process looks at its own rows."""
+
+    def __init__(self, model, optimizer):
+        self.steps, self.inside = 0, 0
+        optimizer.register_step_post_hook(self.before)
+        antransformer.bind(model, optimizer)
+        optimizer.register_step_post_hook(self.after)
+        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        self.bounds = [bound for bound in antransformer.bounds.of(model) if id(bound.parameter) in stepped]
+
+    def before(self, *_):
+        self.stepped = [bound.parameter.detach().clone() for bound in self.bounds]
+
+    def after(self, *_):
+        self.steps += 1
+        for bound, stepped in zip(self.bounds, self.stepped, strict=True):
+            length = local(norms(bound))
+            assert not length.numel() or length.max() <= 1 + 1e-6, bound.name
+            if bound.strict:
+                assert not length.numel() or length.min() >= 1 - 1e-6, bound.name
+            else:
+                inside = local(norms(Bound(bound.name, stepped, bound.axis))) <= 1
+                inside = inside.expand_as(local(stepped))
+                assert torch.equal(local(bound.parameter)[inside], local(stepped)[inside]), bound.name
+                self.inside += int(inside.sum())
+
+
+def local(tensor):
+    """The part of a shared tensor that this process has, or all of any other."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -1,5 +1,4 @@
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +8,7 @@ from torch import nn
 import antransformer
 from antransformer.bounds import Bound, norms, project_
 from antransformer.models import ModelConfig, build
+from conftest import Watch
 
 SIZES = {"vocab_size": 50, "width": 64, "layers": 2, "context": 16, "head_width": 32}
 
@@ -64,34 +64,6 @@ def train(model, *optimizers, steps=4):
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-
-
-class Watch:
-    """Binds, and looks at every step before and after the projection: rows bounded, strict ones on the sphere, and
-    those that the optimizer left inside untouched bit for bit."""
-
-    def __init__(self, model, optimizer, bounds=None):
-        self.model, self.steps, self.inside = model, 0, 0
-        optimizer.register_step_post_hook(self.before)
-        antransformer.bind(model, optimizer)
-        optimizer.register_step_post_hook(self.after)
-        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        self.bounds = [bound for bound in bounds or model.bounds() if id(bound.parameter) in stepped]
-
-    def before(self, *_):
-        self.stepped = [bound.parameter.detach().clone() for bound in self.bounds]
-
-    def after(self, *_):
-        self.steps += 1
-        for bound, stepped in zip(self.bounds, self.stepped, strict=True):
-            length = norms(bound)
-            assert length.max() <= 1 + 1e-6
-            if bound.strict:
-                assert length.min() >= 1 - 1e-6
-            else:
-                inside = (norms(replace(bound, parameter=stepped)) <= 1).expand_as(stepped)
-                assert torch.equal(bound.parameter[inside], stepped[inside])
-                self.inside += int(inside.sum())
 
 
 @pytest.mark.parametrize("optimizers", OPTIMIZERS)
@@ -191,7 +163,7 @@ def test_a_model_in_ddp(alone):
     model = model_of("angpt")
     wrapped = nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(wrapped.parameters(), lr=0.05)
-    watch = Watch(wrapped, optimizer, bounds=model.bounds())
+    watch = Watch(wrapped, optimizer)
     for step in range(3):
         tokens = torch.randint(0, 50, (4, 17), generator=torch.Generator().manual_seed(step))
         nn.functional.cross_entropy(wrapped(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).backward()

@@ -187,6 +187,16 @@ def test_wrong_settings_are_named(settings, message):
     assert "\n" not in str(error.value)
 
 
+def test_weights_that_muon_steps_begin_smaller_where_they_are_not_of_unit_norm():
+    def initial(architecture, **settings):
+        return resolve({"architecture": architecture, **settings}, 4096).model.init_std
+
+    assert initial("gpt+", optimizer="muon") == initial("ln-scaling", optimizer="muon") == 0.02
+    assert initial("gpt+", optimizer="muon", model={"init_std": 0.05}) == 0.05
+    assert initial("gpt+") == initial("gpt+", optimizer="adam") == 128**-0.5
+    assert initial("angpt", optimizer="muon") is None
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -129,9 +129,11 @@ def test_with_muon_its_rate_is_searched_after_adams_with_as_many_trials(corpus):
 
 
 def test_a_whole_comparison_with_muon(corpus):
-    plan = compare.plan({**COMMON, "optimizer": "muon"}, ("gpt+", "angpt"), BUDGETS, lr_trials=2)
+    plan = compare.plan({**COMMON, "optimizer": "muon"}, ("gpt+", "angpt"), BUDGETS, lr_trials=2, knob_trials=2)
     results = Experiment(plan, Dataset.open(corpus), FakeQueue(bowl({"gpt+": 8e-3, "angpt": 1.2e-2})), print).run()
-    assert all({trial.setting for trial in item.trials} == {"lr", "muon_lr"} for item in results.contenders)
+    searched = [{trial.setting for trial in item.trials} for item in results.contenders]
+    assert searched == [{"lr", "muon_lr", "model.init_std"}, {"lr", "muon_lr", "model.s_scale"}]
+    assert [entrant.knob for entrant in compare.entrants(("gpt+", "gpt+-muon"))] == ["weight_decay", "model.init_std"]
 
 
 def test_runs_share_all_but_their_own(corpus):

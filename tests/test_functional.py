@@ -52,6 +52,23 @@ def test_linear_scale_forward_and_backward():
     assert mean_norm(x.grad) == pytest.approx(0.5, rel=0.02)
 
 
+@pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5), (0, 5)])
+def test_linear_is_the_product_with_a_scaled_weight(shape):
+    x, weight, bias = random(*shape).requires_grad_(), random(7, 5, seed=1).requires_grad_(), random(7, seed=2)
+    torch.testing.assert_close(functional.linear(x, weight, 0.3, bias), F.linear(x, 0.3 * weight, bias))
+    inputs = [tensor.detach().double().requires_grad_() for tensor in (x, weight)]
+    assert torch.autograd.gradcheck(lambda *given: functional.linear(*given, 0.3), inputs)
+    assert torch.autograd.gradgradcheck(lambda *given: functional.linear(*given, 0.3), inputs)
+
+
+def test_linear_keeps_no_scaled_weight_for_the_backward_pass():
+    kept = []
+    x, weight = unit(10, 64), unit(32, 64, seed=1).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda _: None):
+        functional.linear(x, weight, 0.3)
+    assert {tensor.data_ptr() for tensor in kept} == {x.data_ptr(), weight.data_ptr()}
+
+
 @pytest.mark.parametrize("std", [0.5, 1.0])
 def test_gated_activation_scale_of_the_gradient(std):
     # d c / d u = nu SiLU(z), of second moment 1 by the choice of nu: a random gradient keeps its norm.

@@ -9,7 +9,8 @@ from torch import nn
 
 import antransformer
 
-GUIDE = (Path(__file__).parent.parent / "docs/library.md").read_text()
+ROOT = Path(__file__).parent.parent
+GUIDE = (ROOT / "docs/library.md").read_text()
 SOURCE = GUIDE.split("## Bring your own model")[1]
 
 
@@ -30,6 +31,16 @@ def block_after(steps):
     scope = {"nn": nn, "F": F, "torch": torch, "antransformer": antransformer}
     exec("\n".join(lines), scope)
     return scope["Block"], len(diffs)
+
+
+def test_the_readmes_model_and_loop_run_as_they_stand():
+    section = (ROOT / "README.md").read_text().split("## Use the method")[1]
+    scope = {}
+    exec(re.search(r"```python\n(.*?)```", section, re.DOTALL)[1], scope)
+    bounds = antransformer.bounds.of(scope["model"])
+    assert len(bounds) == 2 + 4 * 7 and all(antransformer.bounds.norms(bound).max() <= 1 + 1e-6 for bound in bounds)
+    assert scope["logits"].shape == (8, 256, 4096)
+    assert antransformer.build(antransformer.ModelConfig.preset("nano")).loss
 
 
 @pytest.mark.parametrize("steps", range(4))

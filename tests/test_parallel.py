@@ -116,9 +116,9 @@ def test_in_half_precision_or_less_nearly_so(by_two, alone, name):
 
 
 @pytest.mark.parametrize("name", ["muon-shard", "muon-tensor"])
-def test_muon_shards_nearly_so(by_two, alone, name):
-    """It orthogonalizes in bfloat16, and gradients averaged over two processes are not those of one to the last bit."""
-    check_equal(by_two / name, alone(name), 1e-2)
+def test_so_does_muon_to_what_bfloat16_makes_of_rounding(by_two, alone, name):
+    """It orthogonalizes the whole matrix in bfloat16, where the last bit of an averaged gradient can be the first."""
+    check_equal(by_two / name, alone(name), 1e-3)
 
 
 def test_what_happens_to_one_process_ends_all_at_the_same_step(by_two):

@@ -14,6 +14,7 @@ import time
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from antransformer.bounds import norms
@@ -24,6 +25,7 @@ from antransformer.training import checkpoint, run
 from antransformer.training.config import resolve
 from antransformer.training.device import choose_device
 from antransformer.training.metrics import read_metrics
+from antransformer.training.optimizer import Muon
 from antransformer.training.schedule import learning_rate
 from antransformer.training.tensor_files import Parts
 from antransformer.training.trainer import Trainer
@@ -156,7 +158,9 @@ def test_weight_decay_reaches_matrices_only(corpus, tmp_path):
 def test_muon_steps_the_matrices_of_the_blocks_and_each_has_its_own_peak(corpus, tmp_path):
     trainer = start(corpus, tmp_path / "run", optimizer="muon", muon_lr=0.05, model={"architecture": "gpt+"})
     names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
-    decayed, others, inner = ({names[id(p)] for p in group["params"]} for group in trainer.optimizer.param_groups)
+    groups = [{names[id(p)] for p in group["params"]} for group in trainer.optimizer.param_groups]
+    decayed, others, inner = *groups[:2], groups[2] | groups[3]
+    assert groups[3] == {f"blocks.{layer}.attention.qkv_proj.weight" for layer in (0, 1)}
     assert decayed == {"embedding.weight", "lm_head.weight"}
     matrices = ("attention.qkv_proj", "attention.out_proj", "mlp.up_proj", "mlp.gate_proj", "mlp.down_proj")
     assert inner == {f"blocks.{layer}.{name}.weight" for layer in (0, 1) for name in matrices}
@@ -164,7 +168,29 @@ def test_muon_steps_the_matrices_of_the_blocks_and_each_has_its_own_peak(corpus,
     trainer.update(15)
     rates = [group["lr"] for group in trainer.optimizer.param_groups]
     share = learning_rate(15, 20, 1.0, warmup=0.1, final=0.01)
-    assert rates == pytest.approx([trainer.config.lr * share] * 2 + [0.05 * share])
+    assert rates == pytest.approx([trainer.config.lr * share] * 2 + [0.05 * share] * 2)
+
+
+def test_muon_is_torchs_with_q_k_and_v_apart():
+    torch.manual_seed(0)
+    heads, width, shapes = 3, 8, [(24, 40), (40, 24), (72, 24)]
+    ours = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    # the rows of q, k and v lie head by head in ours, each in a matrix of its own in theirs
+    q_k_v = ours[2].detach().view(heads, 3, width, 24).transpose(0, 1).flatten(1, 2).unbind()
+    theirs = [nn.Parameter(value.detach().clone()) for value in (*ours[:2], *q_k_v)]
+    muon = Muon([{"params": ours[:2]}, {"params": ours[2:], "head_width": width}], lr=0.05, weight_decay=0.1)
+    torchs = torch.optim.Muon(theirs, lr=0.05, weight_decay=0.1)
+    for _ in range(3):
+        for weight in ours:
+            weight.grad = torch.randn_like(weight)
+        gradients = ours[2].grad.view(heads, 3, width, 24).transpose(0, 1).flatten(1, 2)
+        for weight, gradient in zip(theirs, (ours[0].grad, ours[1].grad, *gradients), strict=True):
+            weight.grad = gradient.clone()
+        muon.step()
+        torchs.step()
+    found = (*ours[:2], *ours[2].view(heads, 3, width, 24).transpose(0, 1).flatten(1, 2))
+    for mine, other in zip(found, theirs, strict=True):
+        torch.testing.assert_close(mine, other)
 
 
 def test_the_rate_of_muon_is_the_angle_by_which_rows_of_unit_norm_turn(corpus, tmp_path):

@@ -28,7 +28,7 @@ def norm(x: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, scale: float | Tensor = 1.0, bias: Tensor | None = None) -> Tensor:
-    """``scale * (weight x) + bias`` with the scale applied to the weight, which has fewer elements than the result.
+    """``scale * (weight x) + bias``, a number as part of the matrix product, a vector applied to the weight.
 
     Args:
         x: (..., fan_in).
@@ -46,8 +46,40 @@ def linear(x: Tensor, weight: Tensor, scale: float | Tensor = 1.0, bias: Tensor 
     if isinstance(scale, Tensor):
         weight = weight * scale.to(weight.dtype).unsqueeze(1)
     elif scale != 1.0:
-        weight = weight * scale
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight = x.to(dtype), weight.to(dtype)
+        rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+        y: Tensor = _ScaledProduct.apply(rows, weight, scale).view(*x.shape[:-1], len(weight))
+        return y if bias is None else y + bias.to(y.dtype)
     return F.linear(x, weight, bias)
+
+
+class _ScaledProduct(torch.autograd.Function):
+    """scale * (x weight^T) of x (tokens, fan_in) and weight (fan_out, fan_in).
+
+    The scale is the product's own, in both passes: no scaled copy of the weight is made, or kept.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, scale: float) -> Tensor:
+        return _scaled_mm(x, weight.T, scale)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
+        x, weight, ctx.scale = inputs
+        ctx.save_for_backward(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        for_x = _scaled_mm(gradient, weight, ctx.scale) if ctx.needs_input_grad[0] else None
+        for_weight = _scaled_mm(gradient.T, x, ctx.scale) if ctx.needs_input_grad[1] else None
+        return for_x, for_weight, None
+
+
+def _scaled_mm(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    return torch.addmm(a.new_zeros(1), a, b, beta=0, alpha=scale)
 
 
 def mlp(

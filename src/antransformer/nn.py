@@ -27,11 +27,22 @@ class ScaledParameter(nn.Module):
     Args:
         size: number of entries.
         init: the value that s starts from.
-        scale: size of the surrogate; the smaller, the faster s moves.
+        scale: size of the surrogate, positive; the smaller, the faster s moves.
+
+    Raises:
+        ConfigError: the scale is not positive.
+
+    >>> s = ScaledParameter(256, init=0.05, scale=0.03)
+    >>> with torch.no_grad():
+    ...     before, _, after = s(), s.value.add_(0.003), s()  # a step of Adam at this rate moves it by a tenth
+    >>> round(before[0].item(), 3), round(after[0].item(), 3)
+    (0.05, 0.055)
     """
 
     def __init__(self, size: int, init: float, scale: float) -> None:
         super().__init__()
+        if not scale > 0:
+            raise ConfigError(f"scale must be positive, got {scale}")
         self.init, self.scale = init, scale
         self.value = nn.Parameter(torch.empty(size))
         self.reset_parameters()
@@ -43,6 +54,10 @@ class ScaledParameter(nn.Module):
     def forward(self) -> Tensor:
         """The vector s, (size,), in the parameter's dtype."""
         return self.value * (self.init / self.scale)
+
+    def extra_repr(self) -> str:
+        """Size and start, for ``print(model)``."""
+        return f"{len(self.value)}, init={self.init:g}, scale={self.scale:g}"
 
 
 class Linear(nn.Module):
@@ -153,7 +168,12 @@ class Residual(nn.Module):
 
 
 class ExactResidual(Residual):
-    """nGPT's residual update: the same interpolation, normalized exactly."""
+    """nGPT's residual update: the same interpolation, normalized exactly; arguments as for ``Residual``.
+
+    >>> x, y = functional.norm(torch.randn(2, 100, 256))
+    >>> round(ExactResidual(256, alpha=0.3)(x, x).norm(dim=-1).max().item(), 4)
+    1.0
+    """
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Residual stream x and sublayer output y, of any norm, both (..., width)."""
@@ -278,6 +298,12 @@ class Attention(nn.Module):
             rotary = functional.rotary_tables(positions, self.rotated, base=10_000.0)
         y = functional.attention(q, k, v, self.score_scale, rotary, self.causal, self.window, mask)
         return self.out_proj(y)
+
+    def extra_repr(self) -> str:
+        """Heads and what they see, for ``print(model)``."""
+        heads, kv_heads = (len(proj.weight) // self.head_width for proj in (self.q_proj, self.k_proj))
+        rotary = f"{self.rotated} of {self.head_width}"
+        return f"heads={heads}, kv_heads={kv_heads}, causal={self.causal}, window={self.window}, rotary={rotary}"
 
 
 @torch.no_grad()

@@ -18,6 +18,8 @@ KNOBS = {
     "ln-scaling": "weight_decay",
     "dyt": "model.dyt_alpha_init",
 }
+# Muon's step has one size whatever that of the weights: how large these begin counts for more than their decay.
+MUON_KNOBS = KNOBS | dict.fromkeys(("gpt+", "gpt", "ln-scaling"), "model.init_std")
 
 MUON = "-muon"  # behind an architecture's name
 
@@ -26,8 +28,12 @@ QUICK: dict[str, Any] = {"preset": "pico", "batch_tokens": 1024, "eval_tokens": 
 QUICK_BUDGETS = (200_000, 400_000, 800_000)
 
 
-def entrants(names: Sequence[str]) -> list[Entrant]:
+def entrants(names: Sequence[str], optimizer: str = "adam") -> list[Entrant]:
     """One for each architecture, such as ``angpt``, or ``angpt-muon`` for one that is trained with Muon.
+
+    Args:
+        names: the first is the reference.
+        optimizer: of those whose name says none.
 
     Raises:
         ConfigError: unknown, named twice, or fewer than two.
@@ -43,7 +49,8 @@ def entrants(names: Sequence[str]) -> list[Entrant]:
     for name in names:
         architecture = name.removesuffix(MUON)
         settings = {"architecture": architecture, **({"optimizer": "muon"} if name != architecture else {})}
-        made.append(Entrant(name, settings, KNOBS[architecture]))
+        knobs = MUON_KNOBS if settings.get("optimizer", optimizer) == "muon" else KNOBS
+        made.append(Entrant(name, settings, knobs[architecture]))
     return made
 
 
@@ -93,6 +100,6 @@ def plan(settings: Mapping[str, Any], architectures: Sequence[str], budgets: Seq
     Raises:
         ConfigError: see ``entrants`` and ``Plan``.
     """
-    contenders = entrants(architectures)
+    contenders = entrants(architectures, settings.get("optimizer", "adam"))
     common = common_settings(settings, contenders[0].settings)
     return Plan("compare", common, contenders, whole_batches(budgets, common["batch_tokens"]), **effort)

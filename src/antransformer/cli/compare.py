@@ -68,8 +68,9 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--knob-trials",
         metavar="N",
-        help="the same for one more setting of each: weight decay of gpt+, gpt and ln-scaling, s_scale of angpt and "
-        "ngpt, dyt_alpha_init of dyt, each 3 times the one before (default 3; with --quick 1)",
+        help="the same for one more setting of each: weight decay of gpt+, gpt and ln-scaling, or with Muon their "
+        "init_std, s_scale of angpt and ngpt, dyt_alpha_init of dyt, each 3 times the one before (default 3; with "
+        "--quick 1)",
     )
     add_experiment_arguments(parser, lr_trials=3)
 

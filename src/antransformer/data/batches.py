@@ -97,6 +97,7 @@ class Ahead:
     """
 
     def __init__(self, windows: Windows, global_batch: int, rank: int = 0, world_size: int = 1) -> None:
+        self.windows = windows
         self._read = partial(windows.batch, global_batch=global_batch, rank=rank, world_size=world_size)
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._coming: tuple[int, Future[Batch]] | None = None

@@ -1,6 +1,6 @@
 """anGPT, the approximately normalized GPT (arXiv:2505.22014, table 1, right column).
 
-Reads like that column. Every constant factor is applied to a weight, where it costs least; nu_act rides on the up
+Reads like that column. Every constant factor is part of a matrix product, where it costs least; nu_act rides on the up
 projection, since act(u, z) is linear in u. The exact norms behind the output and down projections cancel nu_p, nu_act
 and nu_d (and those of q and k their share of nu_qkv): these factors keep the hidden activations at their norms and the
 function is the same without.

@@ -103,7 +103,10 @@ class ModelConfig:
         f"angpt: what is changed of the method or left out, to see what it is worth: {', '.join(get_args(Ablation))}",
         None,
     )
-    init_std: float = describe("gpt+, gpt, ln-scaling, dyt: standard deviation of the initial weights", None)
+    init_std: float = describe(
+        "gpt+, gpt, ln-scaling, dyt: standard deviation of the initial weights (default: 1/sqrt(width), muon 0.02)",
+        None,
+    )
     dyt_alpha_init: float = describe("dyt: initial alpha of tanh(alpha x)", None)
 
     def __post_init__(self) -> None:

@@ -88,7 +88,8 @@ class Writer:
     def __exit__(self, kind: type | None, *_: object) -> None:
         if kind is None:
             self.wait()
-        elif self._pending is not None:  # which need not end any more, if another process is gone
+        # A message between processes that failed is a RuntimeError: if one is gone or hangs, no write will end.
+        elif self._pending is not None and not (self.world.size > 1 and issubclass(kind, RuntimeError)):
             concurrent.futures.wait([self._pending], GRACE)
 
     def save(self, step: int, model: Decoder, optimizer: Optimizer, extra: dict[str, Any]) -> Path:

@@ -19,7 +19,7 @@ import yaml
 from antransformer.errors import ConfigError
 from antransformer.files import read_text
 from antransformer.models import ModelConfig
-from antransformer.models.config import describe, preset_sizes
+from antransformer.models.config import OPTIONS, describe, preset_sizes
 from antransformer.training import defaults
 
 COUNT_SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
@@ -176,6 +176,8 @@ def resolve(settings: Mapping[str, Any], vocab_size: int, where: str = "settings
     given = normalise(settings, where)
     preset = given.get("preset", "nano")
     model_given = given.pop("model", {})
+    if given.get("optimizer") == "muon" and "init_std" in OPTIONS.get(model_given.get("architecture"), {}):
+        model_given = {"init_std": defaults.MUON_INIT_STD, **model_given}
     model = ModelConfig(**{**preset_sizes(preset), "vocab_size": vocab_size, **model_given})
     if "batch_tokens" in given:
         if given["batch_tokens"] < model.context:

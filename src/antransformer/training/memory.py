@@ -63,7 +63,7 @@ class Memory:
 
     Attributes:
         parameters, gradients, optimizer: in float32, this device's part.
-        copies: of weights, scaled or in half precision, that the backward pass needs.
+        copies: of weights in half precision, and of the head scaled, that the backward pass needs.
         gathered: parameters and gradients of other devices, of the blocks that are being computed.
         activations: what the backward pass needs of the blocks.
         logits: the same of the head, and the gradients of the loss.

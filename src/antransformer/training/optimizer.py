@@ -1,19 +1,84 @@
 """The optimizer of a run: Adam for everything, or Muon for the blocks' matrices and Adam for the rest.
 
-Muon (https://kellerjordan.github.io/posts/muon) steps along the orthogonalized momentum. torch's "original" adjustment
-of its rate, sqrt(max(1, fan_out / fan_in)), gives every row of the step a length of about the rate: for the rows of
-anGPT, which have norm 1, the rate is the angle in radians by which each turns. Embedding and head stay with Adam, as
-Muon's authors have it, and q, k and v are orthogonalized together, as the one matrix that they are here.
+Muon (https://kellerjordan.github.io/posts/muon) steps along the orthogonalized momentum. Scaled by
+sqrt(max(1, fan_out / fan_in)), every row of a step has a length of about the rate: for the rows of anGPT, which have
+norm 1, the rate is the angle in radians by which each turns. Embedding and head stay with Adam, as Muon's authors have
+it.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from antransformer.models import Decoder
 from antransformer.training.config import TrainConfig
+from antransformer.training.parallel import like, whole
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of Muon's authors, for five steps
+
+
+class Muon(Optimizer):
+    """Muon, with q, k and v of a fused projection orthogonalized each by itself; for other matrices it is torch's.
+
+    Together the three would share one set of directions, and the largest of them would take most of the step.
+
+    Args:
+        params: matrices, or groups of them; in a group with a ``head_width`` the rows of each are head by head those of
+            q, k and v, as ``functional.split_heads`` has them.
+        lr: learning rate.
+        weight_decay: decoupled.
+        momentum: of Nesterov's kind.
+    """
+
+    def __init__(self, params: Any, lr: float, weight_decay: float = 0.0, momentum: float = 0.95) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "head_width": None})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step; a matrix that is shared by processes is gathered once."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            lr, momentum = group["lr"], group["momentum"]
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                state = self.state[weight]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(weight.grad)
+                state["momentum_buffer"].lerp_(weight.grad, 1 - momentum)
+                update = whole(weight.grad.lerp(state["momentum_buffer"], momentum))
+                turn = orthogonal(update) if group["head_width"] is None else by_part(update, group["head_width"])
+                weight.mul_(1 - lr * group["weight_decay"]).sub_(like(turn, weight), alpha=lr)
+        return loss
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """The nearest (fan_out, fan_in) matrix with all singular values alike, roughly, and rows of about unit length.
+
+    Five steps of Newton-Schulz in bfloat16 bring the singular values between 0.7 and 1.2, which is near enough.
+    """
+    fan_out, fan_in = matrix.shape
+    x = matrix.bfloat16() if fan_out <= fan_in else matrix.bfloat16().T
+    x = x / x.norm().clamp_min(1e-7)
+    first, second, third = NEWTON_SCHULZ
+    for _ in range(5):
+        square = x @ x.T
+        x = torch.addmm(x, torch.addmm(square, square, square, beta=second, alpha=third), x, beta=first)
+    return (x if fan_out <= fan_in else x.T).to(matrix.dtype) * math.sqrt(max(1, fan_out / fan_in))
+
+
+def by_part(matrix: Tensor, head_width: int) -> Tensor:
+    """``orthogonal`` of q, k and v (heads * head_width, fan_in) each, whose rows lie head by head in one matrix."""
+    parts = matrix.unflatten(0, (-1, 3, head_width)).unbind(1)
+    turned = [orthogonal(part.flatten(0, 1)).unflatten(0, (-1, head_width)) for part in parts]
+    return torch.stack(turned, dim=1).flatten(0, 2)
 
 
 class Together(Optimizer):
@@ -59,7 +124,10 @@ def make_optimizer(model: Decoder, config: TrainConfig) -> Optimizer:
     """
     matrices = {name: parameter for name, parameter in model.named_parameters() if parameter.ndim >= 2}
     others = [parameter for parameter in model.parameters() if parameter.ndim < 2]
-    inner = [matrices.pop(name) for name in list(matrices) if config.optimizer == "muon" and name.startswith("blocks.")]
+    inner = {
+        name: matrices.pop(name) for name in list(matrices) if config.optimizer == "muon" and name.startswith("blocks.")
+    }
+    fused = [inner.pop(name) for name in list(inner) if name.endswith("qkv_proj.weight")]
     decayed = list(matrices.values())
     adam = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
@@ -70,7 +138,8 @@ def make_optimizer(model: Decoder, config: TrainConfig) -> Optimizer:
     )
     optimizer: Optimizer = adam
     if config.muon_lr is not None:
-        optimizer = Together(adam, torch.optim.Muon(inner, lr=config.muon_lr, weight_decay=config.weight_decay))
+        groups = [{"params": list(inner.values())}, {"params": fused, "head_width": config.model.head_width}]
+        optimizer = Together(adam, Muon(groups, lr=config.muon_lr, weight_decay=config.weight_decay))
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return optimizer
