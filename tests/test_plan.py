@@ -277,12 +277,13 @@ def test_the_model_agrees_with_torchs_memory_tracker(words):
 
 
 @pytest.mark.slow
-def test_the_model_agrees_with_the_memory_of_a_real_process():
+def test_the_model_agrees_with_the_memory_of_a_real_process(monkeypatch):
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # what was freed is given back at once
     words = ["--precision", "float32", "--width", 512, "--layers", 6, "--context", 512, "--vocab-size", 8192]
     measured, expected = in_fresh_process("resident", *words, "--micro-batch", 4)
     # The model has the logits of as many tokens at once as a GPU makes, in two formats of 4 bytes.
     expected -= (LARGE_CHUNK - CHUNK["cpu"]) * 8 * 8192
-    assert expected == pytest.approx(measured, rel=0.15)
+    assert expected == pytest.approx(measured, rel=0.1)
 
 
 def test_parts_of_the_memory():
