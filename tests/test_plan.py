@@ -219,6 +219,18 @@ def test_what_is_no_law_is_refused(change, tmp_path):
         read_laws(tmp_path / "laws.json")
 
 
+def test_digits_lost_in_rounding_are_two_numbers_however_large(tmp_path):
+    content = json.loads((laws.SHIPPED / "paper.json").read_text())
+    content["angpt"]["loss"]["rounded"] = [0.05, 30.0]
+    (tmp_path / "laws.json").write_text(json.dumps(content))
+    found = predict(read_laws(tmp_path / "laws.json").of["angpt"], 1e9, 2e10)
+    assert 0 <= found.low < 1e-200 and found.high > 1e200
+    content["angpt"]["loss"]["rounded"] = [0.05]
+    (tmp_path / "laws.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match="no laws as antransformer fit --json writes them"):
+        read_laws(tmp_path / "laws.json")
+
+
 def test_an_architecture_without_laws_still_has_a_plan(capsys):
     out = planned(capsys, "--tokens", "1B", "--size", "32m", "--architecture", "ngpt", "--gpus", 1)
     assert "no loss law measured for nGPT: give --fits" in out and config_of(out).model.architecture == "ngpt"

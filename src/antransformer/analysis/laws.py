@@ -91,7 +91,8 @@ def predict(laws: Laws, parameters: float, tokens: float) -> Prediction | None:
         loss, (low, high), band = law(compute), law.band(compute), "95%"
         if laws.rounded:
             off = laws.rounded[0] / law.coefficient + laws.rounded[1] * math.log(compute)
-            low, high, band = loss * math.exp(-off), loss * math.exp(off), "by rounding alone"
+            wide = math.exp(min(off, 700.0))  # beyond it there is no number
+            low, high, band = loss / wide, loss * wide, "by rounding alone"
         said = outside("compute", compute, law.span)
         return Prediction(loss, float(low), float(high), band, "L(C)", (said,) if said else ())
     return None
@@ -150,7 +151,12 @@ def _laws(content: Mapping[str, Any]) -> Laws:
     powers = {name: _power_law(content[name]) for name in FOUND_OF if content.get(name)}
     rounded = content["loss"].get("rounded") if "loss" in powers else None
     surface = _surface(content["surface"]) if content.get("surface") else None
-    return Laws(powers, rounded and (_number(rounded[0]), _number(rounded[1])), surface)
+    return Laws(powers, _rounded(*rounded) if rounded else None, surface)
+
+
+def _rounded(coefficient: Any, exponent: Any) -> Interval:
+    """A list of another length raises ``TypeError`` in the call."""
+    return _number(coefficient), _number(exponent)
 
 
 def _power_law(content: Mapping[str, Any]) -> PowerLaw:
