@@ -40,10 +40,7 @@ class Muon(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; a matrix that is shared by processes is gathered once."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
             for weight in group["params"]:
@@ -57,6 +54,14 @@ class Muon(Optimizer):
                 turn = orthogonal(update) if group["head_width"] is None else by_part(update, group["head_width"])
                 weight.mul_(1 - lr * group["weight_decay"]).sub_(like(turn, weight), alpha=lr)
         return loss
+
+
+def loss_of(closure: Callable[[], Any] | None) -> Any:
+    """What a closure that was given to a step returns, with the gradients that it leaves."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
@@ -103,10 +108,7 @@ class Together(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step each part, on the gradients that one call of the closure leaves."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for part in self.parts:
             part.step()
         return loss
