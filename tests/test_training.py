@@ -663,6 +663,16 @@ def test_a_step_does_not_wait_for_the_device(corpus, tmp_path, monkeypatch, arch
             torch.ones(1).item()
 
 
+def test_products_are_whole_where_openmp_starts_fewer_threads_than_torch_counts_on():
+    code = (
+        "import torch; from antransformer.training.device import choose_device; choose_device('cpu');"
+        "a = torch.ones(256, 256, dtype=torch.bfloat16); print((a @ a).unique().tolist(), torch.get_num_threads())"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "OMP_THREAD_LIMIT": "1"}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout.split("\n")[0] == "[256.0] 1"
+
+
 def test_no_such_device_is_named():
     assert choose_device("cpu").type == "cpu"
     for name in ("tpu", "meta", "cuda:7" if torch.cuda.device_count() < 8 else "xla"):

@@ -1,6 +1,7 @@
 """Where a run computes, and in which precision."""
 
 import contextlib
+import os
 
 import torch
 
@@ -18,6 +19,7 @@ def choose_device(name: str, local_rank: int = 0, local_size: int = 1) -> torch.
     Raises:
         ConfigError: no such device here, or not one for each process.
     """
+    _keep_thread_limit()
     if name == "auto":
         if not torch.cuda.is_available():
             return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -35,6 +37,16 @@ def choose_device(name: str, local_rank: int = 0, local_size: int = 1) -> torch.
     except (RuntimeError, AssertionError, ValueError) as error:
         raise ConfigError(f"device {name!r} is not available here: use auto or cpu") from error
     return device
+
+
+def _keep_thread_limit() -> None:
+    """Count on no more threads than OMP_THREAD_LIMIT lets start: oneDNN leaves the part of the others undone.
+
+    A product in bfloat16 on a CPU, as each step of Muon makes, is else wrong without a word (torch 2.13).
+    """
+    limit = os.environ.get("OMP_THREAD_LIMIT", "")
+    if limit.isdecimal() and 0 < int(limit) < torch.get_num_threads():
+        torch.set_num_threads(int(limit))
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
