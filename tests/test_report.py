@@ -504,6 +504,13 @@ def test_page_is_drawn(chromium, written, tmp_path, scheme):
             assert drawn_in(part, drawing.look(name).colour) > 60, name
 
 
+def test_contenders_are_told_apart_also_where_both_are_trained_with_muon():
+    names = ("gpt+", "gpt+-muon", "ngpt", "ngpt-muon", "angpt", "angpt-muon", "gpt-muon")
+    looks = [drawing.look(name) for name in names]
+    for seen in ("label", "colour", "marker"):
+        assert len({getattr(look, seen) for look in looks}) == len(names)
+
+
 def drawn_in(pixels, colour):
     """Number of pixels that have a colour."""
     return (abs(pixels - [int(colour[at : at + 2], 16) for at in (1, 3, 5)]).max(-1) < 12).sum()

@@ -66,6 +66,9 @@ LOOKS = {
     "gpt": Look("GPT", "#ca5ba9", "D"),
     "ln-scaling": Look("LN scaling", "#08ac7c", "v"),
     "dyt": Look("DyT", "#ca8605", "P"),
+    "gpt+-muon": Look("GPT+ (Muon)", "#8168c8", "X"),
+    "ngpt-muon": Look("nGPT (Muon)", "#6f9a1f", "<"),
+    "angpt-muon": Look("anGPT (Muon)", "#17a2b8", "*"),
 }
 
 
@@ -116,7 +119,7 @@ class Chart:
 
 def look(name: str) -> Look:
     """Label, colour and marker of a contender."""
-    return LOOKS.get(name, Look(name, "#8168c8", "X"))
+    return LOOKS.get(name, Look(name, "#9a9f2b", "h"))
 
 
 def count(number: float) -> str:
