@@ -6,6 +6,7 @@ import os
 import sys
 import tracemalloc
 from pathlib import Path
+from random import Random
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -183,6 +184,13 @@ def test_broken_compressed_files(tmp_path: Path) -> None:
     packed = gzip.compress(b'{"text": "one"}\n' * 1000)
     assert "cut.jsonl.gz: can not be read" in refusal(write(tmp_path / "cut.jsonl.gz", packed[:-20]))
     assert "no.jsonl.gz: can not be read" in refusal(write(tmp_path / "no.jsonl.gz", b"plain"))
+    # Lines of 128 bytes end where zstd's blocks of 128 KiB do: nothing is wrong with what is left of them.
+    noise = Random(0).randbytes(4096 * 57).hex()
+    lines = "".join(f'{{"text":  "{noise[at : at + 114]}"}}\n' for at in range(0, len(noise), 114))
+    packed = zstandard.compress(lines.encode())
+    for size in (len(packed) * 3 // 4, len(packed) - 1):
+        cut = write(tmp_path / "cut.jsonl.zst", packed[:size])
+        assert "cut.jsonl.zst: can not be read (it ends within a frame)" in refusal(cut)
     assert "no.jsonl.zst: not a whole zstd" in refusal(write(tmp_path / "no.jsonl.zst", b"plain text"))
     assert "no.parquet: not a whole parquet" in refusal(write(tmp_path / "no.parquet", b"plain text" * 10))
 

@@ -21,6 +21,7 @@ SEPARATOR = "<|endoftext|>"
 MAX_CHARACTERS = 256 * 1024
 BLOCK_BYTES = 1 << 20
 LINE_BYTES = 1 << 28
+ZSTD_BYTES = 1 << 10  # that are unfolded at once, to 32 MiB at most
 JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 PARQUET = ".parquet"
 
@@ -143,12 +144,38 @@ def _lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
     elif name.endswith(".zst"):
         zstandard = optional("zstandard")
         try:
-            stream = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
-            yield from _short(path, io.BufferedReader(stream))
+            yield from _short(path, io.BufferedReader(_Zstd(file, zstandard.ZstdDecompressor())))
         except zstandard.ZstdError as error:
             raise DataError(f"{path}: not a whole zstd file ({error})") from error
     else:
         yield from _short(path, file)
+
+
+class _Zstd(io.RawIOBase):
+    """The frames of a zstd file, unfolded; the library's own reader takes one that was cut short for whole."""
+
+    def __init__(self, file: BinaryIO, library: Any) -> None:
+        self._file, self._library = file, library
+        self._frame: Any = None
+        self._packed, self._unfolded = b"", memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._unfolded:
+            packed = self._packed or self._file.read(ZSTD_BYTES)
+            if not packed and self._frame:
+                raise EOFError("it ends within a frame")
+            if not packed:
+                return 0
+            self._frame = self._frame or self._library.decompressobj()
+            self._unfolded, self._packed = memoryview(self._frame.decompress(packed)), b""
+            if self._frame.eof:
+                self._packed, self._frame = self._frame.unused_data, None
+        count = min(len(buffer), len(self._unfolded))
+        buffer[:count], self._unfolded = self._unfolded[:count], self._unfolded[count:]
+        return count
 
 
 def _short(path: Path, lines: IO[bytes] | io.BufferedIOBase) -> Iterator[bytes]:
