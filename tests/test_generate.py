@@ -1,7 +1,9 @@
 import pytest
+import tokenizers
 import torch
+from tokenizers import decoders, models, pre_tokenizers
 
-from antransformer.data import byte_tokenizer
+from antransformer.data import Tokenizer, byte_tokenizer
 from antransformer.errors import CheckpointError, ConfigError
 from antransformer.inference import generate
 from antransformer.inference.sampling import sample, stream_text
@@ -112,7 +114,8 @@ def test_sampling_follows_the_distribution_and_its_cuts():
     assert share(top_k=2) == pytest.approx([0.625, 0.375, 0, 0], abs=0.03)
     assert share(top_p=0.7) == pytest.approx([0.625, 0.375, 0, 0], abs=0.03)
     assert share(top_p=0.01) == [1, 0, 0, 0]
-    assert share(temperature=1e-40) == [1, 0, 0, 0]
+    for temperature in (1e-35, 1e-40, 1e-50):
+        assert share(temperature=temperature) == [1, 0, 0, 0]
     squared = [0.25, 0.09, 0.0225, 0.0025]
     assert share(temperature=0.5) == pytest.approx([value / sum(squared) for value in squared], abs=0.03)
 
@@ -123,3 +126,20 @@ def test_text_streams_in_whole_characters():
     pieces = list(stream_text(tokenizer, tokenizer.encode(text)))
     assert "".join(pieces) == text and "🎉" in pieces and len(pieces) == len(text)
     assert "".join(stream_text(tokenizer, [*b"ab", 0xF0, 0x9F])) == "ab\ufffd"
+
+
+@pytest.mark.parametrize(
+    ("mark", "split", "decoder"),
+    [("\u2581", pre_tokenizers.Metaspace(), decoders.Metaspace()), ("", pre_tokenizers.WhitespaceSplit(), None)],
+)
+def test_spaces_that_a_tokenizer_has_between_tokens_only_are_streamed(mark, split, decoder):
+    words = {mark + word: number for number, word in enumerate(["Once", "upon", "a", "time", "</s>"])}
+    library = tokenizers.Tokenizer(models.WordLevel(words, unk_token=mark + "a"))
+    library.pre_tokenizer = split
+    if decoder:
+        library.decoder = decoder
+    library.add_special_tokens(["</s>"])
+    tokenizer = Tokenizer(library, "words")
+    ids = tokenizer.encode("Once upon a time")
+    assert "".join(stream_text(tokenizer, ids)) == "Once upon a time"
+    assert "".join(stream_text(tokenizer, ids[2:], before=ids[:2])) == " a time"

@@ -57,7 +57,8 @@ def write_sample(path: Path, prompt: str, device: str = "auto", **options: Any) 
     found, tokenizer = open_checkpoint(path, notify=lambda text: print(text, file=sys.stderr))
     model = folded_where_possible(restore(found, choose_device(device)))
     # A prompt continues a document; the end-of-text token before it says that one begins here.
-    ids = [tokenizer.end_of_text, *tokenizer.encode(prompt)]
+    words = tokenizer.encode(prompt)
+    ids = [tokenizer.end_of_text, *words]
     if len(ids) > model.config.context:
         print(
             f"the prompt has {len(ids):,} tokens, more than the context of {model.config.context:,}: the model sees "
@@ -66,6 +67,6 @@ def write_sample(path: Path, prompt: str, device: str = "auto", **options: Any) 
         )
     steps = generate(model, [ids], vocab_size=tokenizer.vocab_size, stop=[tokenizer.end_of_text], **options)
     print(prompt, end="", flush=True)
-    for piece in stream_text(tokenizer, (token for step in steps for token in step if token is not None)):
+    for piece in stream_text(tokenizer, (token for step in steps for token in step if token is not None), words):
         print(piece, end="", flush=True)
     print()

@@ -100,7 +100,7 @@ def sample(
     logits: Tensor, temperature: float, top_k: int | None, top_p: float, generators: Sequence[torch.Generator]
 ) -> Tensor:
     """Token ids (B,) from logits (B, V), each row with its generator; see ``generate`` for the options."""
-    if temperature == 0:
+    if temperature < torch.finfo(logits.dtype).tiny:  # nothing else would be left, or 0 / 0
         return logits.argmax(-1)
     probabilities = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
     if top_k is None:
@@ -115,14 +115,20 @@ def sample(
     return ids.gather(1, place.minimum(kept.sum(-1, keepdim=True) - 1)).squeeze(1)
 
 
-def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
-    """Pieces of text as their tokens come; a character that is not complete yet waits for its rest."""
-    pending: list[int] = []
+def stream_text(tokenizer: Tokenizer, ids: Iterable[int], before: Sequence[int] = ()) -> Iterator[str]:
+    """Pieces of text as their tokens come; a character that is not complete yet waits for its rest.
+
+    Args:
+        tokenizer: of the ids.
+        ids: to be spelled.
+        before: ids of the text that they go on from; many a tokenizer drops the space of a token that begins a text.
+    """
+    known, pending = list(before[-1:]), []
     for token in ids:
         pending.append(token)
-        text = tokenizer.decode(pending)
+        text = tokenizer.decode([*known, *pending])
         if not text.endswith("\N{REPLACEMENT CHARACTER}") or len(pending) > 8:  # no character has more bytes
-            yield text
-            pending.clear()
+            yield text.removeprefix(tokenizer.decode(known))
+            known, pending = pending, []
     if pending:
-        yield tokenizer.decode(pending)
+        yield tokenizer.decode([*known, *pending]).removeprefix(tokenizer.decode(known))
