@@ -191,7 +191,15 @@ def test_folder_in_use_is_left_alone(corpus: Path, tmp_path: Path) -> None:
     before = files(tmp_path / "out")
     assert "choose another folder or remove it" in refusal([corpus], tmp_path / "out", val_fraction=0.2)
     assert files(tmp_path / "out") == before
-    assert "is a file" in refusal([corpus], corpus / "a.txt")
+    assert "is no folder" in refusal([corpus], corpus / "a.txt")
+
+
+def test_folder_that_can_not_be_made(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare_module, "train_bpe", None)  # this is said before anything is learnt
+    (tmp_path / "loop").symlink_to("loop")
+    for out, says in ((corpus / "a.txt" / "out", "Not a directory"), (tmp_path / "loop" / "out", "symbolic links")):
+        assert "out: can not be made" in refusal([corpus], out, bpe_vocab=300) and says in refusal([corpus], out)
+    assert "loop: is no folder" in refusal([corpus], tmp_path / "loop")
 
 
 def test_empty_validation_names_a_fraction_that_works(tmp_path: Path) -> None:

@@ -54,11 +54,12 @@ def prepare(
         progress: called after every batch with (bytes of input done, bytes in all, documents, tokens).
 
     Raises:
-        DataError: an input, option or tokenizer is unusable, ``out`` is in use, or a split would be left empty.
+        DataError: an input, option or tokenizer is unusable, ``out`` is in use or can not be made, or a split would be
+            left empty.
         MissingExtraError: an input needs pyarrow or zstandard, which is not installed.
         OSError: the disk is full or can not be written.
     """
-    out = Path(out).resolve()
+    out = Path(os.path.realpath(out))  # Path.resolve raises on a loop of links
     _refuse_in_use(out)
     if shard_tokens < 1:
         raise DataError(f"shard_tokens is {shard_tokens}: it must be at least 1")
@@ -70,15 +71,17 @@ def prepare(
     if bpe_vocab is not None and tokenizer != "byte":
         raise DataError(f"bpe_vocab trains a tokenizer, and tokenizer {tokenizer} is another: give only one of them")
     division = Division.find(inputs, val_inputs, val_fraction)
-    if bpe_vocab is None:
-        words = resolve(tokenizer)
-    else:
-        words = train_bpe(division.training_sample(SAMPLE_BYTES), bpe_vocab)
-
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise DataError(f"{out}: can not be made ({error.strerror}); choose another folder") from error
+    try:
+        if bpe_vocab is None:
+            words = resolve(tokenizer)
+        else:
+            words = train_bpe(division.training_sample(SAMPLE_BYTES), bpe_vocab)
         _write(partial, words, division, shard_tokens, progress)
         _refuse_in_use(out)
         if out.exists():
@@ -94,8 +97,8 @@ def _refuse_in_use(out: Path) -> None:
     if out.is_dir():
         if any(out.iterdir()):
             raise DataError(f"{out}: exists and is not empty; choose another folder or remove it")
-    elif out.exists():
-        raise DataError(f"{out}: is a file; choose the name of a new folder")
+    elif os.path.lexists(out):
+        raise DataError(f"{out}: is no folder; choose the name of a new one")
 
 
 def _write(folder: Path, words: Tokenizer, division: Division, shard_tokens: int, progress: Progress | None) -> None:
