@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -573,6 +574,8 @@ def test_what_can_not_be_exported_is_said(tmp_path, capsys, monkeypatch):
     file = tmp_path / "run/config.yaml"
     assert "is not an empty folder" in wrong([*full[:4], file], capsys)
     assert "can not be made: Not a directory" in wrong([*full[:4], file / "hf"], capsys)
+    (tmp_path / "loop").symlink_to("loop")
+    assert "is not an empty folder" in wrong([*full[:4], tmp_path / "loop"], capsys)
     make_run(tmp_path / "ablated", ablation="no-lerp")
     ablated = ["export", "--checkpoint", tmp_path / "ablated", *words[3:]]
     assert "the ablation no-lerp can not be exported" in wrong(ablated, capsys)
@@ -585,6 +588,14 @@ def test_what_can_not_be_exported_is_said(tmp_path, capsys, monkeypatch):
         patch.setitem(sys.modules, "transformers", None)
         assert "transformers is not installed: pip install 'antransformer[hf]'" in wrong(words, capsys)
     assert not (tmp_path / "hf").exists() and not list(tmp_path.glob(".partial*"))
+
+
+def test_the_folder_may_be_where_one_is(tmp_path, monkeypatch):
+    make_run(tmp_path / "run")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    export(*runs.open_checkpoint(tmp_path / "run"), Path())
+    assert (tmp_path / "here/config.json").is_file() and "# here\n" in (tmp_path / "here/README.md").read_text()
 
 
 def test_a_folder_that_can_not_be_written_is_not_left_behind(tmp_path, monkeypatch):

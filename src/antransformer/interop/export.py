@@ -1,6 +1,7 @@
 """A checkpoint as a Hugging Face folder: weights, configuration, code, tokenizer, and a card that says what it is."""
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -55,9 +56,10 @@ def export(
     """
     if not re.fullmatch(r"[1-9]\d*[KMGT]B", max_shard_size):
         raise ConfigError(f"max-shard-size must be a size such as 5GB or 200MB, got {max_shard_size!r}")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    folder = Path(os.path.realpath(folder))  # Path.resolve raises on a loop of links
+    if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} is not an empty folder: choose another --out")
-    partial = folder.resolve().with_name(f".partial-{folder.name}")
+    partial = folder.with_name(f".partial-{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)  # what a killed export left
     try:
         partial.mkdir(parents=True, exist_ok=True)
