@@ -177,6 +177,10 @@ def test_every_shipped_law_says_where_it_was_measured():
         (["--flops", "1e20", "--fits", "nowhere.json"], "nowhere.json: No such file"),
         (["--flops", "1e20", "--fits", "half.json"], "no law of the best size of angpt in half.json: give --fits with"),
         (["--flops", "1e20", "--fits", "list.json"], "list.json: no laws as antransformer fit --json writes them"),
+        (
+            ["--tokens", "1B", "--size", "62m", "--fits", "half.json"],
+            "best batch gives 43.5 tokens, less than one sequence of 2,048: fit it to batches in tokens",
+        ),
         (["--flops", "1e20", "--out", "no/where.yaml"], "--out no/where.yaml"),
         (["--tokens", "0", "--size", "1b"], "--tokens must be above 0"),
         (["--tokens", "1B", "--size", "huge"], "--size must be one of pico, nano, 32m"),

@@ -171,9 +171,18 @@ def _sized(file: LawFile, architecture: str) -> Laws:
 
 
 def make(config: ModelConfig, tokens: float, cluster: Cluster, laws: Laws | None, mfu: float | None = None) -> Plan:
-    """All else of a run with this model on so many tokens; arguments and errors as in ``by_compute``."""
+    """All else of a run with this model on so many tokens; arguments and errors as in ``by_compute``.
+
+    Raises:
+        ConfigError: the model does not fit on the devices, or a batch is less than a sequence by its law.
+    """
     parameters = defaults.parameter_count(config)
     batch, batch_source = _setting("batch", parameters, config.architecture, laws)
+    if laws and "batch" in laws.powers and batch < config.context:
+        raise ConfigError(
+            f"the law of the best batch gives {batch:,.3g} tokens, less than one sequence of {config.context:,}: fit "
+            "it to batches in tokens, or lower --context"
+        )
     lr, lr_source = _setting("lr", parameters, config.architecture, laws)
     wanted = max(1, round(batch / config.context))
     layout, need = share(config, wanted, cluster)
