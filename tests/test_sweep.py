@@ -269,5 +269,8 @@ def test_the_folder_of_a_comparison_is_refused(corpus, tmp_path, capsys):
 
 
 def test_the_plan_refuses_what_comes_to_the_same(corpus):
+    assert set(sweeper(corpus, lrs=[1.0003e-3, 1.0004e-3]).plan.grids.values()) == {(1.0003e-3, 1.0004e-3)}
+    with pytest.raises(ConfigError, match="--lrs names the same twice"):
+        sweeper(corpus, lrs=[1.0000003e-3, 1.0000004e-3])
     with pytest.raises(ConfigError, match="--batch-tokens names the same twice"):
         sweeper(corpus, batches=[512, 513])

@@ -53,9 +53,9 @@ def bench_tokens(text: Sequence[str | Path], names: Sequence[str], rounds: int) 
         if not names:
             train_bpe(texts, VOCABULARY).save(Path(folder, f"bpe-{VOCABULARY}.json"))
             names = ["byte", str(Path(folder, f"bpe-{VOCABULARY}.json"))]
-        for name in names:
+        for number, name in enumerate(names):
             words = resolve(name)
-            made = prepare(text, Path(folder, "made", words.name), tokenizer=name, val_fraction=HELD_OUT)
+            made = prepare(text, Path(folder, "made", str(number)), tokenizer=name, val_fraction=HELD_OUT)
             tokens = sum(split.tokens for split in made.splits.values())
             library = tokenizers.Tokenizer.from_str(words.to_json())
             calls: dict[str, Callable[[], object]] = {

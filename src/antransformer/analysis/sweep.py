@@ -100,9 +100,9 @@ def plan(
         if name not in OPTIONS:
             known = nearest(name, OPTIONS) or f": choose from {', '.join(OPTIONS)}"
             raise ConfigError(f"unknown architecture {name!r}{known}")
-    named = {"--architectures": architectures, "--sizes": sizes, "--widths": widths, "--lrs": lrs}
-    for option, values in named.items():
+    for option, values in {"--architectures": architectures, "--sizes": sizes, "--widths": widths}.items():
         _different(option, values, values)
+    _different("--lrs", lrs, [f"{lr:g}" for lr in lrs])  # as runs are named
     if widths and len(sizes) > 1:
         raise ConfigError(f"--widths changes one size, whose depth it keeps: choose one of --sizes {' '.join(sizes)}")
     context = max(ModelConfig.preset(name).context for name in sizes)
@@ -133,8 +133,8 @@ def plan(
                             "batch_tokens": batch,
                         }
                         center = usual[name].lr
-                        auto = [center * LR_RATIO**power for power in grid_powers(trials)]
-                        grids[cell] = tuple(rounded(rate) for rate in lrs or auto)
+                        auto = [rounded(center * LR_RATIO**power) for power in grid_powers(trials)]
+                        grids[cell] = tuple(lrs or auto)
     return SweepPlan(grids, every, None if lrs else trials, seeds, bool(widths))
 
 
