@@ -255,6 +255,7 @@ def test_a_bad_table_is_one_line_and_status_2(text, message, tmp_path, capsys):
         (["one", "bare"], "bare: its results lack what a fit needs ('batch_tokens')"),
         (["one"], "too few sizes for a law over them: one of gpt+, angpt"),
         (["--optima", "optima.csv", "--out", "optima.csv"], "optima.csv is a file"),
+        (["--optima", "optima.csv", "--out", "optima.csv/pictures"], "optima.csv is a file"),
         (["--optima", "optima.csv", "--json", "no/where.json"], "--json no/where.json"),
         (["one", "--bins", "none"], "--bins must be a whole number"),
         (["--optima", "single.csv"], "too few sizes"),

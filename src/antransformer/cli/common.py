@@ -1,5 +1,6 @@
 """What several verbs do before and after their work."""
 
+import os
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -34,6 +35,17 @@ def check_target(option: str, path: Path, endings: tuple[str, ...] = ()) -> None
         raise ConfigError(f"{option} {path}: the name of a picture ends in {', '.join(endings)}")
     if path.is_dir() or not path.parent.is_dir():
         raise ConfigError(f"{option} {path}: give the name of a file in a folder that exists")
+
+
+def check_folder(path: Path) -> None:
+    """Refuse, before the work, a folder that can not be made after it.
+
+    Raises:
+        ConfigError: it, or a folder that it would lie in, is a file.
+    """
+    there = next(place for place in (path, *path.parents) if os.path.lexists(place))
+    if not there.is_dir():
+        raise ConfigError(f"{there} is a file: choose the name of a folder for --out")
 
 
 def new_table(*columns: str) -> Table:

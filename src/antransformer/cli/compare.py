@@ -21,10 +21,9 @@ from antransformer.analysis.jobs import Queue, default_devices
 from antransformer.analysis.results import Results
 from antransformer.analysis.statistics import require_scipy
 from antransformer.analysis.verdict import verdict
-from antransformer.cli.common import open_data
+from antransformer.cli.common import check_folder, open_data
 from antransformer.cli.options import Parser, add_config, number, settings_of
 from antransformer.cli.progress import ExperimentProgress
-from antransformer.errors import ConfigError
 from antransformer.models import OPTIONS, ModelConfig
 from antransformer.training.config import Count, TrainConfig, convert, normalise
 from antransformer.training.device import choose_device
@@ -118,8 +117,7 @@ def run(parsed: argparse.Namespace) -> None:
 def execute(planned: Plan, parsed: argparse.Namespace, folder: Path) -> Results:
     """Run a plan with its progress on the terminal, and write its report."""
     require_scipy()
-    if folder.is_file():
-        raise ConfigError(f"{folder} is a file: choose the name of a folder for --out")
+    check_folder(folder)
     devices = devices_of(parsed)
     dataset = open_data(planned.common.get("data", "python-stdlib"))
     progress = ExperimentProgress()

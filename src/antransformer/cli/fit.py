@@ -7,7 +7,8 @@ tokens); lr (the peak); loss (held out, in nats per token; inf for a run that di
 Runs that differ in nothing but learning rate and batch give the best of both for their size and tokens; the best over
 sizes, and the lowest loss over compute, follow power laws. docs/scaling-laws.md has the formulas.
 
-With --optima the best settings are known already: columns architecture, parameters, batch (in any unit), lr.
+With --optima the best settings are known already: columns architecture, parameters, batch (in any unit; for
+'antransformer plan --fits' in tokens), lr.
 
 examples:
   antransformer fit runs/sweep
@@ -30,7 +31,7 @@ from antransformer.analysis.observations import BestSettings, Observations, read
 from antransformer.analysis.scaling import Interval, Surface
 from antransformer.analysis.scaling_charts import charts
 from antransformer.analysis.statistics import require_scipy
-from antransformer.cli.common import check_target, new_table
+from antransformer.cli.common import check_folder, check_target, new_table
 from antransformer.cli.options import Parser, number
 from antransformer.errors import ConfigError, MissingExtraError
 
@@ -54,8 +55,7 @@ def run(parsed: argparse.Namespace) -> None:
     if bool(parsed.results) == bool(parsed.optima):
         raise ConfigError("give either RESULTS, folders or CSV files with losses, or --optima FILE")
     folder = parsed.out or Path("runs") / "fit"
-    if folder.is_file():
-        raise ConfigError(f"{folder} is a file: choose the name of a folder for --out")
+    check_folder(folder)
     if parsed.json:
         check_target("--json", parsed.json)
     bins = number(parsed, "bins", None)

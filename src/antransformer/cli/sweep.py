@@ -25,7 +25,7 @@ from antransformer.analysis.jobs import Queue
 from antransformer.analysis.statistics import require_scipy
 from antransformer.analysis.sweep import Sweeper, plan
 from antransformer.analysis.sweep_estimate import Estimate, estimate
-from antransformer.cli.common import DEFAULT_DATA, open_data
+from antransformer.cli.common import DEFAULT_DATA, check_folder, open_data
 from antransformer.cli.compare import COMMON, SIZES, add_queue_arguments, devices_of
 from antransformer.cli.options import Parser, add_config, number, settings_of
 from antransformer.cli.progress import ExperimentProgress, say
@@ -102,6 +102,7 @@ def run(parsed: argparse.Namespace) -> None:
     settings = normalise(settings_of(parsed), "command line")
     folder = parsed.out or Path("runs") / ("sweep-widths" if parsed.widths else "sweep")
     check_folder(folder)
+    check_no_comparison(folder)
     choices = grid(parsed)
     devices = devices_of(parsed)
     dataset = open_data(settings.get("data", DEFAULT_DATA))
@@ -124,14 +125,8 @@ def run(parsed: argparse.Namespace) -> None:
     print(f"laws: antransformer fit {folder}")
 
 
-def check_folder(folder: Path) -> None:
-    """Refuse what is no folder for a sweep.
-
-    Raises:
-        ConfigError: it is a file, or that of a comparison.
-    """
-    if folder.is_file():
-        raise ConfigError(f"{folder} is a file: choose the name of a folder for --out")
+def check_no_comparison(folder: Path) -> None:
+    """Refuse the folder of a comparison; raises ConfigError."""
     if (folder / results.FILE).exists():
         raise ConfigError(f"{folder} holds a comparison or an ablation: choose another --out")
 
