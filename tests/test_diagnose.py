@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from antransformer.analysis.diagnose import FactorError, Spread, diagnose, meaning, number, record
 from antransformer.cli import main
 from antransformer.cli.diagnose import show
+from antransformer.errors import CheckpointError
 from antransformer.models import ABLATIONS, OPTIONS, ModelConfig, build
 from antransformer.nn import Linear
 from conftest import SMALL_OPTIONS
@@ -243,6 +244,14 @@ def test_hooks_go_when_a_forward_pass_fails():
     with pytest.raises(RuntimeError), record(model.blocks):
         model.blocks[0].mlp(torch.zeros(3, 5))
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_broken_weights_are_said():
+    model = model_of()
+    with torch.no_grad():
+        model.blocks[0].mlp.up_proj.weight[0, 0] = math.nan
+    with pytest.raises(CheckpointError, match="the model's weights are not finite"):
+        diagnose(model, some_tokens())
 
 
 def test_portions_do_not_change_the_figures(monkeypatch):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from antransformer import factors
 from antransformer.analysis.probes import layer_alphas, length, row_norms, stream
 from antransformer.data import Dataset, Tokenizer, sequential
-from antransformer.errors import ConfigError, DataError
+from antransformer.errors import CheckpointError, ConfigError, DataError
 from antransformer.functional import norm, split_heads
 from antransformer.models import AnGPT, Decoder, ModelConfig
 from antransformer.models.angpt import Block, gate_scale
@@ -174,7 +174,12 @@ def diagnose(model: Decoder, tokens: Tensor) -> Diagnosis:
     Args:
         model: any architecture.
         tokens: ids (sequences, T) of text.
+
+    Raises:
+        CheckpointError: a weight is not finite.
     """
+    if not all(bool(weight.isfinite().all()) for weight in model.parameters()):
+        raise CheckpointError("the model's weights are not finite: they are not those of a sound run")
     layers = range(len(model.blocks))
     tokens = tokens.to(model.embedding.weight.device)
     wanted = wanted_gains(model.config) if isinstance(model, AnGPT) else {}
