@@ -1,5 +1,6 @@
 """Inputs become documents: what is found, how text is cut, and what a bad input says."""
 
+import errno
 import gzip
 import json
 import os
@@ -7,6 +8,7 @@ import sys
 import tracemalloc
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -90,6 +92,21 @@ def test_pipes_and_broken_links_in_a_folder_are_passed_over(tmp_path: Path) -> N
     os.mkfifo(tmp_path / "pipe.txt")
     (tmp_path / "link.txt").symlink_to(tmp_path / "absent")
     assert texts(tmp_path) == ["a"]
+
+
+def test_a_folder_that_can_not_be_read_is_not_left_out_in_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "a.txt", "a")
+    locked, scan = write(tmp_path / "locked" / "b.txt", "b").parent, os.scandir
+
+    def scandir(path: str) -> Any:
+        if Path(path) == locked:
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert f"{locked}: can not be read (Permission denied)" in refusal(tmp_path)
 
 
 def test_glob_takes_any_ending_and_a_file_counts_once(tmp_path: Path) -> None:

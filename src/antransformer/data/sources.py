@@ -87,13 +87,21 @@ class Corpus:
 
 
 def walk(folder: Path, without: Collection[str] = ()) -> list[Path]:
-    """All files below a folder, sorted; hidden files and folders, and folders named in ``without``, are left out."""
+    """All files below a folder, sorted; hidden files and folders, and folders named in ``without``, are left out.
+
+    Raises:
+        DataError: a folder can not be read.
+    """
     found = []
-    for parent, folders, files in os.walk(folder):
+    for parent, folders, files in os.walk(folder, onerror=_refuse):
         folders[:] = [name for name in folders if not name.startswith(".") and name not in without]
         found += [Path(parent, name) for name in files if not name.startswith(".")]
     # A broken link or a pipe is no file; opening a pipe would wait for ever.
     return sorted(path for path in found if path.is_file())
+
+
+def _refuse(error: OSError) -> None:
+    raise DataError(f"{error.filename}: can not be read ({error.strerror}); leave it out, or get the right to") from error
 
 
 def _expand(name: str) -> list[Path]:
