@@ -176,6 +176,8 @@ def test_data_is_timed_from_text_to_tokens_and_from_tokens_to_steps(tmp_path, ca
     assert rows[1]["speed"]["median"] == pytest.approx(sum(size / taken for taken in rows[1]["seconds"]) / 2)
     assert rows[4]["waiting"]["median"] > 0 and max(row["waiting"]["high"] for row in rows[4:]) < 1
     assert "waits" in capsys.readouterr().out
+    assert main([*words, "--tokenizer", "byte", "byte"]) == 0
+    capsys.readouterr()
     assert main([*words, "--tokenizer", str(tmp_path / "none.json")]) == 2
     assert "none.json': give 'byte', a tokenizer.json file" in capsys.readouterr().err
 

@@ -107,6 +107,12 @@ def test_tokens_and_a_preset(capsys):
     assert config.tokens == pytest.approx(100e9, rel=1e-3)
 
 
+def test_a_run_shorter_than_its_batch_is_said(capsys):
+    out = planned(capsys, "--tokens", "1M", "--size", "1b")
+    assert config_of(out).steps == 1 and "the run has 1.77M tokens in place of 1.0M: whole batches" in out
+    assert "whole batches" not in planned(capsys, "--tokens", "1B", "--size", "1b")
+
+
 def test_laws_of_the_users_own(fits, capsys):
     out = planned(capsys, "--flops", "1e14", "--fits", fits, "--vocab-size", 512, "--context", 256, "--gpus", 1)
     assert "Laws: laws.json, measured your own" not in out and "Laws: laws.json, your own" in out
@@ -220,6 +226,17 @@ def test_what_is_no_law_is_refused(change, tmp_path):
     content["angpt"]["size"] |= change
     (tmp_path / "laws.json").write_text(json.dumps(content))
     with pytest.raises(DataError, match="no laws as antransformer fit --json writes them"):
+        read_laws(tmp_path / "laws.json")
+
+
+def test_a_law_may_say_that_nothing_moves_but_not_that_more_does_not_help(fits, tmp_path):
+    content = json.loads(fits.read_text())
+    content["angpt"]["lr"] = {"coefficient": 2e-3, "exponent": 0.0, "span": [1e6, 1e8]}
+    (tmp_path / "laws.json").write_text(json.dumps(content))
+    assert read_laws(tmp_path / "laws.json").of["angpt"].powers["lr"](1e9) == 2e-3
+    content["angpt"]["surface"]["alpha"] = -0.3
+    (tmp_path / "laws.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"-0\.3 where an exponent belongs"):
         read_laws(tmp_path / "laws.json")
 
 

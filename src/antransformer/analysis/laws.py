@@ -177,8 +177,8 @@ def _surface(content: Mapping[str, Any]) -> Surface:
         E=_number(content["E"]),
         A=_positive(content["A"]),
         B=_positive(content["B"]),
-        alpha=_exponent(content["alpha"]),
-        beta=_exponent(content["beta"]),
+        alpha=_exponent(content["alpha"], above=1e-3),
+        beta=_exponent(content["beta"], above=1e-3),
         points=int(content["points"]),
         error=_number(content["error"]),
         sizes=_span(content["sizes"]),
@@ -212,8 +212,8 @@ def _positive(value: Any) -> float:
     return number
 
 
-def _exponent(value: Any) -> float:
-    if not 1e-6 < abs(_number(value)) < 5:
+def _exponent(value: Any, above: float = -5.0) -> float:
+    if not above < _number(value) < 5:
         raise ValueError(f"{value} where an exponent belongs")
     return float(value)
 

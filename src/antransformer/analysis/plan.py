@@ -196,6 +196,8 @@ def make(config: ModelConfig, tokens: float, cluster: Cluster, laws: Laws | None
     steps = max(1, round(tokens / (sequences * config.context)))
     used = mfu or throughput.expected_mfu(config, layout, cluster.gpu, cluster.network)
     whole = steps * sequences * config.context
+    if not 1 / 1.1 < whole / tokens < 1.1:
+        notes.append(f"the run has {shown(whole)} tokens in place of {shown(tokens)}: whole batches")
     seconds = throughput.flops_per_token(config) * whole / (cluster.peak * used)
     return Plan(
         config,

@@ -101,7 +101,7 @@ def walk(folder: Path, without: Collection[str] = ()) -> list[Path]:
 
 
 def _refuse(error: OSError) -> None:
-    raise DataError(f"{error.filename}: can not be read ({error.strerror}); leave it out, or get the right to") from error
+    raise DataError(f"{error.filename}: can not be read ({error.strerror}); leave it out, or get access") from error
 
 
 def _expand(name: str) -> list[Path]:
