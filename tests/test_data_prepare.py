@@ -1,6 +1,7 @@
 """Preparing data: splits, shards, verification, and that an interrupted run leaves nothing that looks finished."""
 
 import errno
+import gzip
 import importlib
 import json
 import os
@@ -132,12 +133,24 @@ def test_bpe_is_trained_on_the_training_text(corpus: Path, tmp_path: Path) -> No
 def test_tokenizer_sample_is_spread_over_the_training_documents(corpus: Path) -> None:
     division = Division.find([corpus], (), 0.2)
     train = [document.text for document in division.documents() if document.split == "train"]
-    assert list(division.training_sample(10**9)) == train
-    half = list(division.training_sample(division.bytes // 2))
+    assert division.training_sample(10**9) == train
+    limit = sum(len(text.encode()) for text in train) // 2
+    half = division.training_sample(limit)
     assert set(half) < set(train)
+    assert 0 <= sum(len(text.encode()) for text in half) - limit < max(len(text.encode()) for text in train)
     assert 0.35 < len(half) / len(train) < 0.65
     places = [train.index(text) for text in half]
     assert min(places) < len(train) // 10 and max(places) > len(train) * 9 // 10
+
+
+def test_tokenizer_sample_of_compressed_files_is_spread_too(tmp_path: Path) -> None:
+    texts = [f"{i} " + "word " * 100 for i in range(500)]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    sample = Division.find([tmp_path / "a.jsonl.gz"], (), 0.01).training_sample(len(lines) // 5)
+    places = [texts.index(text) for text in sample]
+    assert places == sorted(places) and 80 < len(places) < 120
+    assert places[0] < 50 and places[-1] > 450
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc to name an open file")

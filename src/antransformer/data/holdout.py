@@ -4,6 +4,7 @@ The hash depends neither on the order of the documents nor on chance, and equal 
 """
 
 import hashlib
+import heapq
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -90,13 +91,23 @@ class Division:
                     "<|endoftext|> in the text, or give validation files of their own"
                 )
 
-    def training_sample(self, limit: int) -> Iterator[str]:
-        """Documents for training, about ``limit`` bytes of them, from everywhere in the corpus."""
-        share = min(1.0, limit / max(1, self.corpus.bytes))
-        stop = self.val_fraction + (1 - self.val_fraction) * share
-        for document in _placed(self.corpus, self.val_fraction):
-            if self.val_fraction <= document.place < stop:
-                yield document.text
+    def training_sample(self, limit: int) -> list[str]:
+        """Documents for training, ``limit`` bytes of them or one document more, from everywhere in the corpus.
+
+        They are those of the lowest places, since only the last one tells how much text compressed files hold.
+
+        Raises:
+            DataError: a file is broken.
+        """
+        kept: list[tuple[float, int, Document]] = []  # that of the highest place first
+        size = 0
+        for number, document in enumerate(_placed(self.corpus, self.val_fraction)):
+            if document.split == "train":
+                heapq.heappush(kept, (-document.place, number, document))
+                size += document.bytes
+            while kept and size - kept[0][2].bytes >= limit:
+                size -= heapq.heappop(kept)[2].bytes
+        return [document.text for _, _, document in sorted(kept, key=lambda entry: entry[1])]
 
 
 def _placed(corpus: Corpus, threshold: float, start: int = 0) -> Iterator[Document]:
