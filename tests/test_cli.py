@@ -39,7 +39,16 @@ def test_help_fits_a_terminal_and_names_every_option(verb, capsys):
     if verb in ("prepare", "train", "generate"):
         assert "examples:\n  antransformer " + verb in text
     if verb == "train":
-        for option in ("--config", "--resume", "--lr X", "--tokens TOKENS", "--model.gate-scale", "--no-compile"):
+        for option in (
+            "--config",
+            "--resume",
+            "--lr X",
+            "--muon-lr X",
+            "--keep-every N",
+            "--tokens TOKENS",
+            "--model.gate-scale",
+            "--no-compile",
+        ):
             assert option in text
 
 

@@ -58,7 +58,8 @@ def add_config(group: Any, config: type, prefix: str = "", only: tuple[str, ...]
         if hints[item.name] is bool:
             group.add_argument(flag, dest=dest, default=None, action=argparse.BooleanOptionalAction, help=text)
         else:
-            metavar = {int: "N", float: "X", Count: "TOKENS"}.get(hints[item.name], "NAME")
+            kind = (*typing.get_args(hints[item.name]), hints[item.name])[0]  # of "float | None" the first
+            metavar = {int: "N", float: "X", Count: "TOKENS"}.get(kind, "NAME")
             group.add_argument(flag, dest=dest, default=None, metavar=metavar, help=text)
 
 
