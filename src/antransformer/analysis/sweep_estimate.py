@@ -85,8 +85,7 @@ def seconds_per_token(config: TrainConfig, dataset: Dataset, device: str) -> flo
     batch: int = config.batch_tokens
     if torch.device(device).type == "cpu":
         batch = min(batch, max(1, CPU_TOKENS // config.model.context) * config.model.context)
-    config = replace(config, device=device, batch_tokens=Count(batch), micro_batch=min(config.micro_batch, batch))
-    trainer = unkept(config, dataset)
+    trainer = unkept(replace(config, device=device, batch_tokens=Count(batch)), dataset)
     times = []
     for step in range(STEPS + 1):
         started = now(trainer.device)
