@@ -11,6 +11,8 @@ from antransformer.errors import ConfigError
 def choose_device(name: str, local_rank: int = 0, local_size: int = 1) -> torch.device:
     """``auto`` takes a CUDA device, then Apple's, then the CPU; of CUDA devices without a number that of the rank.
 
+    From here on torch counts on no more threads than ``OMP_THREAD_LIMIT`` allows.
+
     Args:
         name: as in ``--device``.
         local_rank: number of this process on its machine, from 0.
