@@ -74,6 +74,26 @@ def test_defaults_below_the_fitted_range_are_the_measured_ones():
         assert config.warmup == config.weight_decay == expected
 
 
+def test_the_default_rate_of_matrices_follows_the_width_where_the_rows_are_bounded_and_the_model_small():
+    def rates(**given):
+        config = resolve(given, vocab_size=4096)
+        return config.lr, config.matrix_lr
+
+    wide = {"model": {"width": 256, "layers": 2}}
+    for architecture in ("angpt", "ngpt"):
+        lr = defaults.SMALL_LR[architecture]
+        assert rates(architecture=architecture) == (lr, lr)  # nano is 128 wide
+        assert rates(architecture=architecture, **wide) == (lr, pytest.approx(lr / 2**0.5))
+    assert rates(**wide, lr=1e-3) == (1e-3, pytest.approx(1e-3 / 2**0.5))  # a rate that is given is for the same width
+    assert rates(**wide, lr=1e-3, lr_width=0) == (1e-3, 1e-3)
+    assert rates(**wide, lr=1e-3, lr_width=1024) == (1e-3, pytest.approx(2e-3))
+    for architecture, preset in (("gpt+", "nano"), ("gpt", "nano"), ("angpt", "32m"), ("ngpt", "1b")):
+        lr, matrix_lr = rates(architecture=architecture, preset=preset)
+        assert lr == matrix_lr
+    with pytest.raises(ConfigError, match="lr_width must be at least 0, got -1"):
+        resolve({"lr_width": -1}, vocab_size=4096)
+
+
 @pytest.mark.parametrize(
     ("architecture", "relative"), [("ngpt", "angpt"), ("gpt", "gpt+"), ("ln-scaling", "gpt+"), ("dyt", "gpt+")]
 )

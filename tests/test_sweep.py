@@ -3,10 +3,11 @@
 import json
 import math
 
+import numpy as np
 import pytest
 
 from antransformer.analysis import sweep_report
-from antransformer.analysis.coordinates import STEPS
+from antransformer.analysis.coordinates import STEPS, coordinates
 from antransformer.analysis.experiment import EXTENSIONS
 from antransformer.analysis.fits import fit
 from antransformer.analysis.jobs import Outcome
@@ -17,6 +18,7 @@ from antransformer.analysis.sweep_results import Coordinates, Sweep
 from antransformer.cli import main, sweep
 from antransformer.data import Dataset
 from antransformer.errors import ConfigError, DataError
+from antransformer.training.config import resolve
 from conftest import SMALL
 
 COMMON = {"model": {name: value for name, value in SMALL.items() if name != "width"}}
@@ -121,6 +123,29 @@ def test_widths_share_batch_and_rates(corpus):
     assert {cell.batch for cell in made.plan.grids} == {2048}
     assert len({grid for cell, grid in made.plan.grids.items() if cell.architecture == "gpt+"}) == 1
     assert {made.config(cell, 1e-3, 0).model.width for cell in made.plan.grids} == {32, 512}
+
+
+def test_widths_have_the_rule_of_the_preset_or_that_which_is_given():
+    def rules(preset, **settings):
+        names, batches = ["angpt", "gpt+"], [2048]
+        planned = plan(settings, 257, names, [preset], widths=(64, 512), batches=batches, tokens=[20_000])
+        return {(cell.architecture, own["lr_width"]) for cell, own in planned.settings.items()}
+
+    assert rules("nano") == {("angpt", 128), ("gpt+", 0)}
+    assert rules("32m") == {("angpt", 0), ("gpt+", 0)}  # one rate for all, also where a width lies below 30M
+    assert rules("nano", lr_width=0) == {("angpt", 0), ("gpt+", 0)}
+
+
+def test_by_its_rule_a_step_turns_the_stream_as_far_at_four_times_the_width(corpus):
+    def turned(width, **rule):
+        model = {**COMMON["model"], "width": width}
+        settings = {"model": model, "batch_tokens": 512, "tokens": 5120, "data": str(corpus), "lr": 1e-2, **rule}
+        config = resolve(settings, 257)
+        return np.array(coordinates(config, Dataset.open(corpus))[1].turned)
+
+    narrow = turned(32, lr_width=32)
+    assert turned(128, lr_width=32) == pytest.approx(narrow, rel=0.1)
+    assert turned(128, lr_width=0)[0] > 1.3 * narrow[0]
 
 
 def test_what_is_done_is_not_counted_again(corpus):

@@ -155,6 +155,20 @@ def test_weight_decay_reaches_matrices_only(corpus, tmp_path):
     assert trainer.optimizer.defaults["betas"] == (0.9, 0.95) and trainer.optimizer.defaults["eps"] == 1e-9
 
 
+def test_matrices_have_the_rate_of_their_width_and_vectors_that_of_the_config(corpus, tmp_path):
+    trainer = start(corpus, tmp_path / "run", lr_width=8, model={"width": 32})
+    before = {name: it.detach().clone() for name, it in trainer.model.named_parameters()}
+    trainer.update(1)  # Adam's first step moves every coordinate that has a gradient by the rate
+    rate = learning_rate(1, 20, 1e-2)
+    moved = {name: (it.detach() - before[name]).abs() for name, it in trainer.model.named_parameters()}
+    for name, size in moved.items():
+        expected = rate / 2 if size.ndim == 2 else rate  # of which the bound takes some back
+        assert float(size[size > 0].median()) == pytest.approx(expected, rel=0.1), name
+    assert {size.ndim for size in moved.values()} == {1, 2}
+    trainer.run()
+    assert read_metrics(tmp_path / "run/metrics.jsonl")[0]["lr"] == pytest.approx(rate)
+
+
 def test_muon_steps_the_matrices_of_the_blocks_and_each_has_its_own_peak(corpus, tmp_path):
     trainer = start(corpus, tmp_path / "run", optimizer="muon", muon_lr=0.05, model={"architecture": "gpt+"})
     names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
@@ -512,10 +526,21 @@ def test_a_checkpoint_from_before_there_was_a_choice_of_optimizers_is_adams(corp
     assert resume(corpus, tmp_path / "run")[0].done == 5
 
 
+def test_a_run_from_before_matrices_had_a_rate_of_their_width_goes_on_with_one_rate(corpus, tmp_path):
+    path = start(corpus, tmp_path / "run", lr_width=0, tokens=256 * 5).run().checkpoint
+    state, config = json.loads((path / "state.json").read_text()), tmp_path / "run/config.yaml"
+    assert state["extra"]["settings"].pop("lr_width") == 0 and "lr_width: 0\n" in config.read_text()
+    (path / "state.json").write_text(json.dumps(state))
+    config.write_text(config.read_text().replace("lr_width: 0\n", ""))
+    trainer, _ = resume(corpus, tmp_path / "run")
+    assert trainer.done == 5 and {group["initial_lr"] for group in trainer.optimizer.param_groups} == {1e-2}
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [
         ("lr: 0.01", "lr: 0.02"),
+        ("lr_width: 128", "lr_width: 0"),
         ("seed: 0", "seed: 1"),
         ("tokens: 1280", "tokens: 768"),
         ("optimizer: adam", "optimizer: muon"),

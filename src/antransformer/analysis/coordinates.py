@@ -3,7 +3,8 @@ them.
 
 The check of muP (arXiv:2203.03466; microsoft/mup, ``coord_check.py``): where they grow or shrink with the width in
 training although they did not at the start, the learning rate is not that of all widths. The learning rate here is one
-for all widths, and constant. A normalized stream can not grow: there it is the angle that tells.
+for all widths, or of the matrices that which follows from the config's ``lr_width``, and constant. A normalized stream
+can not grow: there it is the angle that tells.
 """
 
 import math

@@ -26,7 +26,7 @@ from antransformer.data import Dataset
 from antransformer.errors import AntransformerError, ConfigError, DataError, MachineError, RunStoppedError
 from antransformer.files import read_json
 from antransformer.training import run as runs
-from antransformer.training.config import OPERATIONAL, TrainConfig, read_yaml, resolve, to_mapping
+from antransformer.training.config import OPERATIONAL, TrainConfig, to_mapping
 from antransformer.training.trainer import StopSignals
 
 
@@ -113,7 +113,7 @@ class Queue:
         folder = self.root / job.name
         if not (folder / runs.CONFIG_FILE).is_file():
             return None
-        saved = flat(to_mapping(resolve(read_yaml(folder / runs.CONFIG_FILE), vocab_size=1, where=str(folder))))
+        saved = flat(to_mapping(runs.saved_config(folder)))
         for key, value in flat(to_mapping(job.config)).items():
             if key not in OPERATIONAL - {"eval_tokens"} and saved.get(key) != value:
                 raise ConfigError(f"{folder} was made with {key} {saved.get(key)}, not {value}: choose another --out")

@@ -86,7 +86,8 @@ def plan(
         vocab_size: of the data.
         architectures: the first one's parameters count for ``ratios``, so that all have the same tokens.
         sizes: presets. All get the longest context among them, without which their losses would not compare.
-        widths: in place of the only preset's; batch and learning rates then are the preset's for all widths.
+        widths: in place of the only preset's; batch, learning rates and the width that these are for then are the
+            preset's for all widths.
         batches: tokens of a step; by default that of the first architecture at the size.
         lrs: the learning rates to try; by default ``trials`` of them around the default, extended at an edge.
         tokens: of the runs; whole batches of the largest are taken.
@@ -131,6 +132,7 @@ def plan(
                             **merge(own, {"model": {"architecture": name}}),
                             "tokens": cell_tokens,
                             "batch_tokens": batch,
+                            "lr_width": usual[name].lr_width,
                         }
                         center = usual[name].lr
                         auto = [rounded(center * LR_RATIO**power) for power in grid_powers(trials)]
@@ -257,6 +259,7 @@ class Sweeper:
             "head_width": config.model.head_width,
             "validation_tokens": int(config.eval_tokens),
             "seeds": self.plan.seeds,
+            "lr_width": sorted({f"{it.architecture} {own['lr_width']}" for it, own in self.plan.settings.items()}),
         }
 
 

@@ -38,6 +38,7 @@ COMMON = (
     "batch_tokens",
     "micro_batch",
     "optimizer",
+    "lr_width",
     "lr_final",
     "beta1",
     "beta2",

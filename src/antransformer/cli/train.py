@@ -107,8 +107,8 @@ def train(
                 muon = "" if config.muon_lr is None else f" and Muon's {config.muon_lr:g}"
                 progress.note(
                     f"{config.model.architecture}, {trainer.model.parameter_count() / 1e6:.2f}M parameters, "
-                    f"{config.steps:,} steps of {config.batch_tokens:,} tokens, learning rate {config.lr:g}{muon}, on "
-                    f"{trainer.device}{shared(config, world)}; run folder {folder}"
+                    f"{config.steps:,} steps of {config.batch_tokens:,} tokens, learning rate {config.lr_text}{muon}, "
+                    f"on {trainer.device}{shared(config, world)}; run folder {folder}"
                 )
                 try:
                     watched = profile and world.rank == 0

@@ -9,10 +9,10 @@ from antransformer.data import Tokenizer
 from antransformer.errors import CheckpointError
 from antransformer.models import ModelConfig
 from antransformer.training.checkpoint import Checkpoint
-from antransformer.training.config import TrainConfig, resolve
+from antransformer.training.config import TrainConfig
 from antransformer.training.defaults import parameter_count
 from antransformer.training.metrics import read_metrics
-from antransformer.training.run import run_of, saved_settings
+from antransformer.training.run import run_of, saved_config, saved_settings
 
 Fact = tuple[str, str]
 
@@ -128,11 +128,10 @@ def model_facts(config: ModelConfig, tokenizer: Tokenizer, dtype: str) -> Iterat
 
 def training_facts(found: Checkpoint, folder: Path) -> Iterator[Fact]:
     """How it was trained; of imported weights that is not known."""
-    settings = saved_settings(folder)
-    if "tokens" not in settings:
+    if "tokens" not in saved_settings(folder):
         yield "training", "not known here, the weights were imported"
         return
-    config = resolve(settings, vocab_size=1)
+    config = saved_config(folder)
     yield "data", config.data
     if config.init:
         yield "started from", config.init
@@ -151,9 +150,9 @@ def training_facts(found: Checkpoint, folder: Path) -> Iterator[Fact]:
 
 
 def learning_rate(config: TrainConfig) -> str:
-    """Peak and course."""
+    """Peaks and course."""
     warmup = f"warm-up over {config.warmup:.0%} of the run" if config.warmup else "no warm-up"
-    return f"{config.lr:g}, {warmup}, cosine decay to {config.lr_final:.0%} of it over {config.tokens:,} tokens"
+    return f"{config.lr_text}, {warmup}, cosine decay to {config.lr_final:.0%} of it over {config.tokens:,} tokens"
 
 
 def validation_fact(line: dict[str, Any], step: int) -> Fact:

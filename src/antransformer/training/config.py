@@ -5,6 +5,7 @@ Settings come from a YAML file and from the command line as the same thing, a ne
 """
 
 import difflib
+import math
 import reprlib
 import types
 import typing
@@ -53,6 +54,11 @@ class TrainConfig:
         "adam; or muon for the blocks' matrices, and adam for embedding, head and vectors", "adam"
     )
     lr: float = describe("peak learning rate of adam (default: by architecture and size)", 0.0)
+    lr_width: int = describe(
+        "width that lr is for: adam's matrices take lr * sqrt(lr_width / width), and lr where it is 0 "
+        "(default: angpt, ngpt below 30M parameters 128; others 0)",
+        0,
+    )
     muon_lr: float | None = describe("peak learning rate of muon (default: by architecture)", None)
     lr_final: float = describe("learning rate of the last step as a share of the peak", 0.01)
     warmup: float = describe("share of the run with a rising learning rate (default: angpt, ngpt 0; others 0.1)", 0.0)
@@ -109,6 +115,7 @@ class TrainConfig:
             _check(name, getattr(self, name), 0 <= getattr(self, name) < 1, "at least 0 and below 1")
         _check("lr_final", self.lr_final, 0 <= self.lr_final <= 1, "between 0 and 1")
         _check("weight_decay", self.weight_decay, self.weight_decay >= 0, "at least 0")
+        _check("lr_width", self.lr_width, self.lr_width >= 0, "at least 0")
         _check("skip_nonfinite", self.skip_nonfinite, self.skip_nonfinite >= 0, "at least 0")
         _check("timeout", self.timeout, 1 <= self.timeout <= 10**6, "between 1 and 1,000,000 seconds")
         _check("seed", self.seed, 0 <= self.seed < 2**63, "between 0 and 2^63 - 1")
@@ -131,6 +138,20 @@ class TrainConfig:
     def batch_size(self) -> int:
         """Sequences of one step."""
         return self.batch_tokens // self.model.context
+
+    @property
+    def matrix_lr(self) -> float:
+        """Peak learning rate of Adam's matrices.
+
+        Adam moves every coordinate by about the learning rate, and the coordinates of a row of norm 1 are of the size
+        1/sqrt(width): at this rate rows of any width turn by the same angle. Vectors and scalars take ``lr``.
+        """
+        return self.lr * math.sqrt(self.lr_width / self.model.width) if self.lr_width else self.lr
+
+    @property
+    def lr_text(self) -> str:
+        """Peak learning rates of Adam, for people."""
+        return f"{self.lr:g}" + (f" (matrices {self.matrix_lr:.3g})" if self.matrix_lr != self.lr else "")
 
     @property
     def steps(self) -> int:
@@ -159,6 +180,9 @@ OPERATIONAL = frozenset(
         "data",
     )
 )
+
+# Settings that came later than others, and what a run computed that was written down before.
+BEFORE: dict[str, Any] = {"optimizer": "adam", "lr_width": 0}
 
 
 def resolve(settings: Mapping[str, Any], vocab_size: int, where: str = "settings") -> TrainConfig:
@@ -189,6 +213,7 @@ def resolve(settings: Mapping[str, Any], vocab_size: int, where: str = "settings
         "preset": preset,
         "warmup": defaults.WARMUP[model.architecture],
         "weight_decay": defaults.WEIGHT_DECAY[model.architecture],
+        "lr_width": defaults.lr_width(model),
         **given,
     }
     if "lr" not in values:

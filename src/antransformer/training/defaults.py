@@ -34,6 +34,7 @@ BATCH_FITS = with_relatives({"angpt": (1.1e-6, 0.984), "gpt+": (9e-5, 0.729)})
 LR_FITS = with_relatives({"angpt": (0.065, -0.178), "gpt+": (42.0, -0.482)})
 
 SMALL_LR = with_relatives({"angpt": 1.2e-2, "ngpt": 6e-3, "gpt+": 8e-3})
+SMALL_LR_WIDTH = with_relatives({"angpt": 128, "gpt+": 0})  # what it was measured at, where it changes with the width
 MUON_LR = with_relatives({"angpt": 0.04, "gpt+": 0.02})
 MUON_INIT_STD = 0.02  # where weights are not of unit norm; Adam's of 1/sqrt(width) are too large for steps of one size
 SMALL_BATCH_TOKENS = 2048
@@ -68,6 +69,11 @@ def fitted_size(config: ModelConfig) -> int | None:
     return size if size >= smallest else None
 
 
+def is_small(config: ModelConfig) -> bool:
+    """Whether the model lies below the fitted range; see ``fitted_size``."""
+    return parameter_count(replace(config, vocab_size=PAPER_VOCABULARY)) < FITTED_PARAMETERS[0]
+
+
 def learning_rate(config: ModelConfig) -> float:
     """Peak learning rate for the architecture and size, to three digits; raises as ``fitted_size``."""
     size = fitted_size(config)
@@ -75,6 +81,11 @@ def learning_rate(config: ModelConfig) -> float:
         return SMALL_LR[config.architecture]
     coefficient, exponent = LR_FITS[config.architecture]
     return float(f"{coefficient * size**exponent:.3g}")
+
+
+def lr_width(config: ModelConfig) -> int:
+    """Width that the default learning rate is for; 0 where it is for the model's own, as in the fitted range."""
+    return SMALL_LR_WIDTH[config.architecture] if is_small(config) else 0
 
 
 def batch_tokens(config: ModelConfig) -> int:
@@ -88,8 +99,7 @@ def batch_tokens(config: ModelConfig) -> int:
 
 def tokens(config: ModelConfig) -> int:
     """Length of the run in tokens: 20 a parameter inside the fitted range."""
-    small = parameter_count(replace(config, vocab_size=PAPER_VOCABULARY)) < FITTED_PARAMETERS[0]
-    return SMALL_TOKENS if small else TOKENS_PER_PARAMETER * parameter_count(config)
+    return SMALL_TOKENS if is_small(config) else TOKENS_PER_PARAMETER * parameter_count(config)
 
 
 def micro_batch(config: ModelConfig, batch_size: int) -> int:

@@ -132,7 +132,10 @@ def make_optimizer(model: Decoder, config: TrainConfig) -> Optimizer:
     fused = [inner.pop(name) for name in list(inner) if name.endswith("qkv_proj.weight")]
     decayed = list(matrices.values())
     adam = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        [
+            {"params": decayed, "lr": config.matrix_lr, "weight_decay": config.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ],
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,

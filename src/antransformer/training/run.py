@@ -18,6 +18,7 @@ from antransformer.files import replace_text
 from antransformer.training import checkpoint
 from antransformer.training.checkpoint import Checkpoint
 from antransformer.training.config import (
+    BEFORE,
     OPERATIONAL,
     TrainConfig,
     merge,
@@ -91,6 +92,12 @@ def saved_settings(folder: Path) -> dict[str, Any]:
     return read_yaml(folder / CONFIG_FILE)
 
 
+def saved_config(folder: Path) -> TrainConfig:
+    """The config of the run in ``folder``, trained here; raises as ``saved_settings`` and ``resolve``."""
+    settings = {**BEFORE, **saved_settings(folder)}
+    return resolve(settings, vocab_size=1, where=str(folder / CONFIG_FILE))  # the saved model has its own vocab_size
+
+
 def resumed_config(folder: Path, given: Mapping[str, Any]) -> TrainConfig:
     """The config of the run in ``folder``, with the operational settings among those given now.
 
@@ -106,7 +113,7 @@ def resumed_config(folder: Path, given: Mapping[str, Any]) -> TrainConfig:
         raise CheckpointError(
             f"{folder} holds imported weights and no run to resume: start one from them with --init {folder}"
         )
-    complete = resolve(saved, vocab_size=1, where=str(folder / CONFIG_FILE))  # the saved model has its own vocab_size
+    complete = saved_config(folder)
     before = to_mapping(complete)
     now = normalise(given, "command line")
     if "batch_tokens" in now:  # as given for a start, where it was rounded

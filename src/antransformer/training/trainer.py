@@ -18,7 +18,7 @@ from antransformer.bounds import bind
 from antransformer.data import Ahead, Dataset, Windows, sequential
 from antransformer.errors import CheckpointError, DataError, DivergedError, RunStoppedError, WriteError
 from antransformer.training import checkpoint, metrics, throughput
-from antransformer.training.config import OPERATIONAL, TrainConfig, to_mapping
+from antransformer.training.config import BEFORE, OPERATIONAL, TrainConfig, to_mapping
 from antransformer.training.device import autocast, choose_device, choose_precision
 from antransformer.training.optimizer import make_optimizer
 from antransformer.training.parallel import ALONE, World, make_model, share_gradients, whole
@@ -124,8 +124,7 @@ class Trainer:
             or (type(skipped) is not int or not 0 <= skipped <= found.step)
         ):
             raise CheckpointError(f"{found.path}: what the run wrote of itself into state.json is missing or damaged")
-        # A setting that came after the checkpoint was written has its default.
-        before = {"optimizer": "adam", **settings}
+        before = {**BEFORE, **settings}
         changed = [name for name, value in self._identity().items() if before.get(name) != value]
         if changed or found.step > self.config.steps:
             raise CheckpointError(
@@ -236,13 +235,16 @@ class Trainer:
             total += loss.detach()
         grad_norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip))
         for group in self.optimizer.param_groups:
-            peak = group["initial_lr"]
-            group["lr"] = learning_rate(step, config.steps, peak, warmup=config.warmup, final=config.lr_final)
+            group["lr"] = self._rate(step, group["initial_lr"])
         skip = config.skip_nonfinite > 0 and self._skips(step, total, grad_norm)
         if not skip:
             self.optimizer.step()
         self.optimizer.zero_grad()
         return [] if skip else [(total, grad_norm)]
+
+    def _rate(self, step: int, peak: float) -> float:
+        config = self.config
+        return learning_rate(step, config.steps, peak, warmup=config.warmup, final=config.lr_final)
 
     def _skips(self, step: int, loss: Tensor, grad_norm: Tensor) -> bool:
         """Whether all processes leave this step out, because one of them found its loss or the gradients not finite.
@@ -284,7 +286,7 @@ class Trainer:
             "step": self.done,
             "tokens": self.done * self.config.batch_tokens,
             **measured,
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": self._rate(self.done, self.config.lr),
             "tokens_per_second": round(tokens_per_second, 1),
             "mfu": steps_per_second * self.flops_per_step / self.peak if self.peak else None,
             "largest_row_norm": float(metrics.largest_row_norm(self.model)),
