@@ -3,12 +3,14 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from antransformer.cli import VERBS, main
 from antransformer.inference import generate
 from antransformer.training.lock import lock
+from antransformer.training.profiling import report
 from conftest import SMALL_OPTIONS
 
 QUICK = ["--batch-tokens=256", "--tokens=2560", "--eval-tokens=1024", "--log-every=1", *SMALL_OPTIONS]
@@ -61,6 +63,7 @@ def test_importing_needs_no_optional_dependency_and_no_cuda():
     blocked = ["matplotlib", "tensorboard", "pyarrow", "zstandard", "transformers", "wandb", "lm_eval"]
     code = f"""
 import sys
+from types import SimpleNamespace
 for name in {blocked}: sys.modules[name] = None
 import antransformer, antransformer.cli, torch
 assert not torch.cuda.is_initialized()
@@ -89,6 +92,19 @@ def test_prepare_train_generate(tmp_path, capsys, monkeypatch, tokenizer):
     assert capsys.readouterr().out == first  # the same seed
 
 
+def test_on_a_device_what_spans_other_operations_is_not_counted_again(tmp_path):
+    def event(key, device, *, spans=False):
+        return SimpleNamespace(
+            key=key, self_device_time_total=device, self_cpu_time_total=1.0, is_user_annotation=spans
+        )
+
+    events = [event("ProfilerStep*", 100.0, spans=True), event("aten::mm", 75.0), event("aten::add", 25.0)]
+    recorded = SimpleNamespace(key_averages=lambda: events, export_chrome_trace=lambda path: None)
+    notes = []
+    report(recorded, tmp_path / "trace.json", notes.append)
+    assert [note.split() for note in notes[1:]] == [["75.0%", "aten::mm"], ["25.0%", "aten::add"]]
+
+
 def test_a_profile_of_a_run_is_a_trace_and_the_ten_dearest_operations(tmp_path, capsys, corpus):
     words = ["train", "--data", str(corpus), "--out", str(tmp_path / "run"), *QUICK, "--profile"]
     assert main(words) == 0
@@ -99,6 +115,7 @@ def test_a_profile_of_a_run_is_a_trace_and_the_ten_dearest_operations(tmp_path, 
     lines = [line.split() for line in out.splitlines() if line.lstrip()[:1].isdigit() and "%" in line]
     shares = [float(share.rstrip("%")) for share, *_ in lines]
     assert len(shares) == 10 and shares == sorted(shares, reverse=True) and 20 < sum(shares) <= 100.1
+    assert "Python between the operations" in out and "ProfilerStep" not in out
     assert f"{tmp_path / 'run/profile.json'}: of the time of all operations" in " ".join(out.split())
     assert main([*words[:4], str(tmp_path / "short"), *QUICK, "--tokens=1024", "--profile"]) == 2
     assert "--profile traces steps 5 to 8, and 4 are left to train" in capsys.readouterr().err

@@ -8,6 +8,7 @@ from torch.profiler import profile, schedule
 
 FIRST, LAST = 5, 8  # steps of a run that are traced: the first ones warm up
 SHOWN = 10
+NAMES = {"ProfilerStep*": "Python between the operations"}
 
 
 def of_steps(trace: Path, note: Callable[[str], object]) -> profile:
@@ -36,9 +37,10 @@ def report(profiler: profile, trace: Path, note: Callable[[str], object]) -> Non
     trace.parent.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(trace))
     events = profiler.key_averages()
-    times = {event.key: event.self_device_time_total for event in events}
+    # On a device an annotation, such as that of a step, spans the operations inside it.
+    times = {event.key: event.self_device_time_total for event in events if not event.is_user_annotation}
     if not any(times.values()):
-        times = {event.key: event.self_cpu_time_total for event in events}
+        times = {NAMES.get(event.key, event.key): event.self_cpu_time_total for event in events}
     note(f"{trace}: of the time of all operations")
     for name in sorted(times, key=times.__getitem__, reverse=True)[:SHOWN]:
         note(f"{times[name] / sum(times.values()):7.1%}  {name}")
