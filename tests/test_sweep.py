@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -231,6 +232,23 @@ def test_a_sweep_leaves_runs_a_page_and_what_fit_reads(small_sweep, capsys):
     assert "to do" not in out and out.count("(done before)") == 2
     assert main(["fit", str(folder)]) == 2
     assert "too few sizes" in capsys.readouterr().err
+
+
+def test_other_batches_and_rates_add_to_what_the_folder_holds(small_sweep, tmp_path, capsys):
+    folder, words = tmp_path / "out", list(small_sweep[1])
+    shutil.copytree(small_sweep[0], folder)
+    words[words.index("--out") + 1] = str(folder)
+    for option, value in (("--lrs", "3e-3"), ("--batch-tokens", "128"), ("--tokens", "768")):
+        words[words.index(option) + 1] = value
+    assert main(words) == 0
+    assert "to do: 2 runs" in capsys.readouterr().out
+    results = Sweep.load(folder)
+    assert [(run.batch, run.lr) for run in results.runs] == [(256, 1e-3), (256, 1e-2), (128, 3e-3), (128, 1e-2)]
+    assert [(it.width, it.step) for it in results.coordinates] == [(16, 0), (16, STEPS)]
+    page = (folder / "report.html").read_text()
+    assert all(run.folder in page for run in results.runs)
+    assert main([*words, "--beta2=0.9"]) == 2
+    assert f"{folder} was made with beta2 as by default, not 0.9: choose another --out" in capsys.readouterr().err
 
 
 def test_a_sweep_of_other_data_or_settings_is_refused(small_sweep, corpus, capsys, monkeypatch):

@@ -139,4 +139,6 @@ def value_in_words(value: Any) -> str:
     """A setting for a reader."""
     if isinstance(value, list | tuple):
         return ", ".join(map(value_in_words, value))
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {value_in_words(item)}" for key, item in value.items())
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -14,12 +14,12 @@ import numpy as np
 
 from antransformer.analysis.coordinates import coordinates
 from antransformer.analysis.experiment import EXTENSIONS, complete, extension, grid_powers, made_with, rounded
-from antransformer.analysis.jobs import Job, Outcome, Queue
+from antransformer.analysis.jobs import Job, Outcome, Queue, flat
 from antransformer.analysis.sweep_results import Coordinates, Sweep, SweepRun
 from antransformer.data import Dataset
 from antransformer.errors import ConfigError
 from antransformer.models import OPTIONS, ModelConfig
-from antransformer.training.config import TrainConfig, merge, nearest, resolve
+from antransformer.training.config import OPERATIONAL, TrainConfig, merge, nearest, resolve
 from antransformer.training.defaults import parameter_count
 from antransformer.training.trainer import check_data
 
@@ -43,6 +43,7 @@ class SweepPlan:
     Attributes:
         grids: the learning rates to try first, of each cell.
         settings: of each cell, without learning rate and seed.
+        shared: those of all cells that change what is computed, by their dotted names.
         trials: how many learning rates a grid has; None where they were given, and are not extended.
         seeds: how many a learning rate.
         by_width: whether the sizes differ in their width alone, in which case the grids are the same for all.
@@ -50,6 +51,7 @@ class SweepPlan:
 
     grids: Mapping[Cell, tuple[float, ...]]
     settings: Mapping[Cell, Mapping[str, Any]]
+    shared: Mapping[str, Any]
     trials: int | None
     seeds: int
     by_width: bool
@@ -137,7 +139,8 @@ def plan(
                         center = usual[name].lr
                         auto = [rounded(center * LR_RATIO**power) for power in grid_powers(trials)]
                         grids[cell] = tuple(lrs or auto)
-    return SweepPlan(grids, every, None if lrs else trials, seeds, bool(widths))
+    kept = {key: value for key, value in flat(shared).items() if key not in OPERATIONAL - {"eval_tokens"}}
+    return SweepPlan(grids, every, kept, None if lrs else trials, seeds, bool(widths))
 
 
 def _different(option: str, given: Sequence[Any], values: Sequence[Any]) -> None:
@@ -255,7 +258,7 @@ class Sweeper:
         config = self.config(cell, grid[0], 0)
         return {
             **made_with(self.dataset, self.queue, seconds, outcomes),
-            "context": config.model.context,
+            "settings": dict(self.plan.shared),
             "head_width": config.model.head_width,
             "validation_tokens": int(config.eval_tokens),
             "seeds": self.plan.seeds,

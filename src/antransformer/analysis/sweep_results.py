@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -76,6 +76,19 @@ class Sweep:
     setup: dict[str, Any]
     runs: tuple[SweepRun, ...]
     coordinates: tuple[Coordinates, ...] = ()
+
+    def joined(self, earlier: "Sweep") -> "Sweep":
+        """With what an earlier one in the same folder holds beside it."""
+        here = {run.folder for run in self.runs}
+        measured = {(it.architecture, it.width) for it in self.coordinates}
+        return replace(
+            self,
+            runs=(*(run for run in earlier.runs if run.folder not in here), *self.runs),
+            coordinates=(
+                *(it for it in earlier.coordinates if (it.architecture, it.width) not in measured),
+                *self.coordinates,
+            ),
+        )
 
     def save(self, folder: Path) -> Path:
         """Write ``sweep.json``; what is infinite is null there."""

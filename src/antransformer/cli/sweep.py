@@ -2,8 +2,9 @@
 
 Every architecture, size, number of tokens and batch has its own grid of learning rates, in factors of 10^(1/3) around
 the default, which goes on while the best lies at an edge. How many runs, tokens and hours that makes on this machine is
-measured and shown first, and past an hour it only starts with --yes. The same command goes on where a killed sweep was.
-The laws come from 'antransformer fit' with the sweep's folder.
+measured and shown first, and past an hour it only starts with --yes. The same command goes on where a killed sweep was,
+and one with other batches, tokens or learning rates adds to what its folder holds. The laws come from
+'antransformer fit' with the sweep's folder.
 
 With --widths the depth, the batch and the tokens are the same for all, and the report shows whether the best learning
 rate moves with the width, and how activations do.
@@ -23,7 +24,7 @@ from typing import Any
 from antransformer.analysis import results, sweep_report, sweep_results
 from antransformer.analysis.jobs import Queue
 from antransformer.analysis.statistics import require_scipy
-from antransformer.analysis.sweep import Sweeper, plan
+from antransformer.analysis.sweep import Sweeper, SweepPlan, plan
 from antransformer.analysis.sweep_estimate import Estimate, estimate
 from antransformer.cli.common import DEFAULT_DATA, check_folder, open_data
 from antransformer.cli.compare import COMMON, SIZES, add_queue_arguments, devices_of
@@ -106,8 +107,8 @@ def run(parsed: argparse.Namespace) -> None:
     choices = grid(parsed)
     devices = devices_of(parsed)
     dataset = open_data(settings.get("data", DEFAULT_DATA))
-    check_same_data(folder, dataset)
     planned = plan(settings, dataset.vocab_size, parsed.architectures, parsed.sizes, **choices)
+    earlier = begun_before(folder, dataset, planned)
     progress = ExperimentProgress()
     sweeper = Sweeper(planned, dataset, Queue(folder / "runs", dataset, devices, progress), progress.stage)
     expected = estimate(sweeper, say)
@@ -118,6 +119,8 @@ def run(parsed: argparse.Namespace) -> None:
     with lock(folder):
         with progress:
             swept = sweeper.run()
+        if earlier:
+            swept = swept.joined(earlier)
         swept.save(folder)
         written = sweep_report.write(swept, folder)
     print(f"\n{sweep_report.lead(swept)}\n")
@@ -131,17 +134,24 @@ def check_no_comparison(folder: Path) -> None:
         raise ConfigError(f"{folder} holds a comparison or an ablation: choose another --out")
 
 
-def check_same_data(folder: Path, dataset: Dataset) -> None:
-    """Refuse to write over a sweep of other data.
+def begun_before(folder: Path, dataset: Dataset, planned: SweepPlan) -> sweep_results.Sweep | None:
+    """The sweep that the folder holds, which this one goes on with.
 
     Raises:
-        ConfigError: the folder holds one.
+        ConfigError: it is one of other data or settings.
         DataError: what it holds is damaged.
     """
-    if (folder / sweep_results.FILE).is_file():
-        digest = sweep_results.Sweep.load(folder).setup.get("data_digest")
-        if digest != dataset.digest:
-            raise ConfigError(f"{folder} holds a sweep of other data than {dataset.path}: choose another --out")
+    if not (folder / sweep_results.FILE).is_file():
+        return None
+    earlier = sweep_results.Sweep.load(folder)
+    if earlier.setup.get("data_digest") != dataset.digest:
+        raise ConfigError(f"{folder} holds a sweep of other data than {dataset.path}: choose another --out")
+    before, now = earlier.setup.get("settings", {}), planned.shared
+    for key in sorted({*before, *now}):
+        was, wanted = (settings.get(key, "as by default") for settings in (before, now))
+        if was != wanted:
+            raise ConfigError(f"{folder} was made with {key} {was}, not {wanted}: choose another --out")
+    return earlier
 
 
 def grid(parsed: argparse.Namespace) -> dict[str, Any]:
