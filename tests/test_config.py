@@ -74,24 +74,35 @@ def test_defaults_below_the_fitted_range_are_the_measured_ones():
         assert config.warmup == config.weight_decay == expected
 
 
-def test_the_default_rate_of_matrices_follows_the_width_where_the_rows_are_bounded_and_the_model_small():
+def test_the_default_rate_of_matrices_follows_the_width_of_a_small_model():
     def rates(**given):
         config = resolve(given, vocab_size=4096)
-        return config.lr, config.matrix_lr
+        return config.lr, *config.matrix_lrs
 
-    wide = {"model": {"width": 256, "layers": 2}}
-    for architecture in ("angpt", "ngpt"):
+    root, wide = pytest.approx(1e-3 / 2**0.5), {"model": {"width": 256, "layers": 2}}
+    for architecture in ARCHITECTURES:
         lr = defaults.SMALL_LR[architecture]
-        assert rates(architecture=architecture) == (lr, lr)  # nano is 128 wide
-        assert rates(architecture=architecture, **wide) == (lr, pytest.approx(lr / 2**0.5))
-    assert rates(**wide, lr=1e-3) == (1e-3, pytest.approx(1e-3 / 2**0.5))  # a rate that is given is for the same width
-    assert rates(**wide, lr=1e-3, lr_width=0) == (1e-3, 1e-3)
-    assert rates(**wide, lr=1e-3, lr_width=1024) == (1e-3, pytest.approx(2e-3))
-    for architecture, preset in (("gpt+", "nano"), ("gpt", "nano"), ("angpt", "32m"), ("ngpt", "1b")):
-        lr, matrix_lr = rates(architecture=architecture, preset=preset)
-        assert lr == matrix_lr
+        assert rates(architecture=architecture) == (lr, lr, lr)  # nano is 128 wide
+        blocks = root if architecture in ("angpt", "ngpt") else 5e-4
+        assert rates(architecture=architecture, **wide, lr=1e-3) == (1e-3, root, blocks)
+        assert len(set(rates(architecture=architecture, preset="32m"))) == 1
+    assert rates(**wide) == (1.2e-2, pytest.approx(1.2e-2 / 2**0.5), pytest.approx(1.2e-2 / 2**0.5))
+    assert rates(**wide, lr=1e-3, lr_width=0) == (1e-3, 1e-3, 1e-3)
+    assert rates(**wide, lr=1e-3, lr_width=1024) == (1e-3, 2e-3, 2e-3)
     with pytest.raises(ConfigError, match="lr_width must be at least 0, got -1"):
         resolve({"lr_width": -1}, vocab_size=4096)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "text"),
+    [
+        ("angpt", "0.001 (matrices 0.002)"),
+        ("gpt+", "0.001 (matrices of embedding and head 0.002, of the blocks 0.004)"),
+    ],
+)
+def test_rates_in_words(architecture, text):
+    assert resolve({"architecture": architecture, "lr": 1e-3, "lr_width": 512}, 4096).lr_text == f"0.001 {text}"
+    assert resolve({"architecture": architecture, "lr": 1e-3}, 4096).lr_text == "0.001"
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,7 @@ def test_widths_have_the_rule_of_the_preset_or_that_which_is_given():
         planned = plan(settings, 257, names, [preset], widths=(64, 512), batches=batches, tokens=[20_000])
         return {(cell.architecture, own["lr_width"]) for cell, own in planned.settings.items()}
 
-    assert rules("nano") == {("angpt", 128), ("gpt+", 0)}
+    assert rules("nano") == {("angpt", 128), ("gpt+", 128)}
     assert rules("32m") == {("angpt", 0), ("gpt+", 0)}  # one rate for all, also where a width lies below 30M
     assert rules("nano", lr_width=0) == {("angpt", 0), ("gpt+", 0)}
 

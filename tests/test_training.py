@@ -146,25 +146,27 @@ def test_accumulating_gradients_does_not_change_the_run(corpus, tmp_path):
 
 def test_weight_decay_reaches_matrices_only(corpus, tmp_path):
     trainer = start(corpus, tmp_path / "run", model={"architecture": "gpt+"})
-    decayed, others = trainer.optimizer.param_groups
-    assert decayed["weight_decay"] == 0.1 and others["weight_decay"] == 0
-    assert all(parameter.ndim == 2 for parameter in decayed["params"])
-    assert sum(parameter.numel() for group in (decayed, others) for parameter in group["params"]) == (
-        trainer.model.parameter_count()
-    )
+    groups = trainer.optimizer.param_groups
+    for group in groups:
+        dims = {parameter.ndim for parameter in group["params"]}
+        assert (dims, group["weight_decay"]) in (({2}, 0.1), ({1}, 0))
+    sizes = [parameter.numel() for group in groups for parameter in group["params"]]
+    assert sum(sizes) == trainer.model.parameter_count()
     assert trainer.optimizer.defaults["betas"] == (0.9, 0.95) and trainer.optimizer.defaults["eps"] == 1e-9
 
 
-def test_matrices_have_the_rate_of_their_width_and_vectors_that_of_the_config(corpus, tmp_path):
-    trainer = start(corpus, tmp_path / "run", lr_width=8, model={"width": 32})
+@pytest.mark.parametrize(("architecture", "blocks"), [("angpt", 0.5), ("ngpt", 0.5), ("gpt+", 0.25)])
+def test_matrices_have_the_rate_of_their_width_and_vectors_that_of_the_config(corpus, tmp_path, architecture, blocks):
+    # Adam's first step moves every coordinate that has a gradient by the rate, of which a bound takes some back.
+    more = {"warmup": 0, "weight_decay": 0, "model": {"architecture": architecture, "width": 32}}
+    trainer = start(corpus, tmp_path / "run", lr_width=8, **more)
     before = {name: it.detach().clone() for name, it in trainer.model.named_parameters()}
-    trainer.update(1)  # Adam's first step moves every coordinate that has a gradient by the rate
+    trainer.update(1)
     rate = learning_rate(1, 20, 1e-2)
-    moved = {name: (it.detach() - before[name]).abs() for name, it in trainer.model.named_parameters()}
-    for name, size in moved.items():
-        expected = rate / 2 if size.ndim == 2 else rate  # of which the bound takes some back
-        assert float(size[size > 0].median()) == pytest.approx(expected, rel=0.1), name
-    assert {size.ndim for size in moved.values()} == {1, 2}
+    for name, parameter in trainer.model.named_parameters():
+        moved = (parameter.detach() - before[name]).abs()
+        share = 1.0 if moved.ndim == 1 else blocks if name.startswith("blocks.") else 0.5
+        assert float(moved[moved > 0].median()) == pytest.approx(share * rate, rel=0.1), name
     trainer.run()
     assert read_metrics(tmp_path / "run/metrics.jsonl")[0]["lr"] == pytest.approx(rate)
 
@@ -182,7 +184,8 @@ def test_muon_steps_the_matrices_of_the_blocks_and_each_has_its_own_peak(corpus,
     trainer.update(15)
     rates = [group["lr"] for group in trainer.optimizer.param_groups]
     share = learning_rate(15, 20, 1.0, warmup=0.1, final=0.01)
-    assert rates == pytest.approx([trainer.config.lr * share] * 2 + [0.05 * share] * 2)
+    outer = trainer.config.matrix_lrs[0]
+    assert rates == pytest.approx([outer * share, trainer.config.lr * share, 0.05 * share, 0.05 * share])
 
 
 def test_muon_is_torchs_with_q_k_and_v_apart():

@@ -55,8 +55,8 @@ class TrainConfig:
     )
     lr: float = describe("peak learning rate of adam (default: by architecture and size)", 0.0)
     lr_width: int = describe(
-        "width that lr is for: adam's matrices take lr * sqrt(lr_width / width), and lr where it is 0 "
-        "(default: angpt, ngpt below 30M parameters 128; others 0)",
+        "width that lr is for: at another one adam's matrices take lr * sqrt(lr_width / width), the blocks' of others "
+        "than angpt and ngpt lr * lr_width / width; 0: lr is for this width (default: below 30M parameters 128, else 0)",
         0,
     )
     muon_lr: float | None = describe("peak learning rate of muon (default: by architecture)", None)
@@ -140,18 +140,25 @@ class TrainConfig:
         return self.batch_tokens // self.model.context
 
     @property
-    def matrix_lr(self) -> float:
-        """Peak learning rate of Adam's matrices.
+    def matrix_lrs(self) -> tuple[float, float]:
+        """Peak learning rates of Adam's matrices: those of embedding and head, and those of the blocks.
 
         Adam moves every coordinate by about the learning rate, and the coordinates of a row of norm 1 are of the size
-        1/sqrt(width): at this rate rows of any width turn by the same angle. Vectors and scalars take ``lr``.
+        1/sqrt(width): at a rate of this size rows of any width turn by the same angle. Blocks without bounds want
+        1/width, as in muP (arXiv:2203.03466). Vectors and scalars take ``lr``.
         """
-        return self.lr * math.sqrt(self.lr_width / self.model.width) if self.lr_width else self.lr
+        ratio = self.lr_width / self.model.width if self.lr_width else 1.0
+        power = defaults.BLOCKS_LR_POWERS[self.model.architecture]
+        return self.lr * math.sqrt(ratio), self.lr * ratio**power
 
     @property
     def lr_text(self) -> str:
         """Peak learning rates of Adam, for people."""
-        return f"{self.lr:g}" + (f" (matrices {self.matrix_lr:.3g})" if self.matrix_lr != self.lr else "")
+        outer, blocks = (f"{rate:.3g}" for rate in self.matrix_lrs)
+        if self.matrix_lrs == (self.lr, self.lr):
+            return f"{self.lr:g}"
+        matrices = outer if outer == blocks else f"of embedding and head {outer}, of the blocks {blocks}"
+        return f"{self.lr:g} (matrices {matrices})"
 
     @property
     def steps(self) -> int:

@@ -34,7 +34,9 @@ BATCH_FITS = with_relatives({"angpt": (1.1e-6, 0.984), "gpt+": (9e-5, 0.729)})
 LR_FITS = with_relatives({"angpt": (0.065, -0.178), "gpt+": (42.0, -0.482)})
 
 SMALL_LR = with_relatives({"angpt": 1.2e-2, "ngpt": 6e-3, "gpt+": 8e-3})
-SMALL_LR_WIDTH = with_relatives({"angpt": 128, "gpt+": 0})  # what it was measured at, where it changes with the width
+SMALL_LR_WIDTH = 128  # what these were measured at
+# The rate of the blocks' matrices falls with this power of the width, from one width to another.
+BLOCKS_LR_POWERS = with_relatives({"angpt": 0.5, "gpt+": 1.0})
 MUON_LR = with_relatives({"angpt": 0.04, "gpt+": 0.02})
 MUON_INIT_STD = 0.02  # where weights are not of unit norm; Adam's of 1/sqrt(width) are too large for steps of one size
 SMALL_BATCH_TOKENS = 2048
@@ -85,7 +87,7 @@ def learning_rate(config: ModelConfig) -> float:
 
 def lr_width(config: ModelConfig) -> int:
     """Width that the default learning rate is for; 0 where it is for the model's own, as in the fitted range."""
-    return SMALL_LR_WIDTH[config.architecture] if is_small(config) else 0
+    return SMALL_LR_WIDTH if is_small(config) else 0
 
 
 def batch_tokens(config: ModelConfig) -> int:

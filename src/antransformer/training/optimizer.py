@@ -125,26 +125,27 @@ def make_optimizer(model: Decoder, config: TrainConfig) -> Optimizer:
     Each group knows the peak of its learning rate as ``initial_lr``.
     """
     matrices = {name: parameter for name, parameter in model.named_parameters() if parameter.ndim >= 2}
-    others = [parameter for parameter in model.parameters() if parameter.ndim < 2]
-    inner = {
-        name: matrices.pop(name) for name in list(matrices) if config.optimizer == "muon" and name.startswith("blocks.")
-    }
-    fused = [inner.pop(name) for name in list(inner) if name.endswith("qkv_proj.weight")]
-    decayed = list(matrices.values())
-    adam = torch.optim.AdamW(
-        [
-            {"params": decayed, "lr": config.matrix_lr, "weight_decay": config.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ],
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    outer = [parameter for name, parameter in matrices.items() if not name.startswith("blocks.")]
+    blocks = {name: parameter for name, parameter in matrices.items() if name.startswith("blocks.")}
+    outer_lr, blocks_lr = config.matrix_lrs
+    groups: list[dict[str, Any]] = [
+        {"params": outer, "lr": outer_lr, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    if config.muon_lr is None:
+        groups.append({"params": list(blocks.values()), "lr": blocks_lr, "weight_decay": config.weight_decay})
+    optimizer: Optimizer = torch.optim.AdamW(
+        groups,
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
-        fused=decayed[0].device.type in ("cpu", "cuda"),
+        fused=outer[0].device.type in ("cpu", "cuda"),
     )
-    optimizer: Optimizer = adam
     if config.muon_lr is not None:
-        groups = [{"params": list(inner.values())}, {"params": fused, "head_width": config.model.head_width}]
-        optimizer = Together(adam, Muon(groups, lr=config.muon_lr, weight_decay=config.weight_decay))
+        fused = [blocks.pop(name) for name in list(blocks) if name.endswith("qkv_proj.weight")]
+        parts = [{"params": list(blocks.values())}, {"params": fused, "head_width": config.model.head_width}]
+        optimizer = Together(optimizer, Muon(parts, lr=config.muon_lr, weight_decay=config.weight_decay))
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return optimizer
