@@ -101,7 +101,7 @@ def test_the_default_rate_of_matrices_follows_the_width_of_a_small_model():
     ],
 )
 def test_rates_in_words(architecture, text):
-    assert resolve({"architecture": architecture, "lr": 1e-3, "lr_width": 512}, 4096).lr_text == f"0.001 {text}"
+    assert resolve({"architecture": architecture, "lr": 1e-3, "lr_width": 512}, 4096).lr_text == text
     assert resolve({"architecture": architecture, "lr": 1e-3}, 4096).lr_text == "0.001"
 
 

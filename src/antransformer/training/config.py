@@ -55,8 +55,8 @@ class TrainConfig:
     )
     lr: float = describe("peak learning rate of adam (default: by architecture and size)", 0.0)
     lr_width: int = describe(
-        "width that lr is for: at another one adam's matrices take lr * sqrt(lr_width / width), the blocks' of others "
-        "than angpt and ngpt lr * lr_width / width; 0: lr is for this width (default: below 30M parameters 128, else 0)",
+        "width that lr is for: at another adam's matrices take lr * sqrt(lr_width / width), in the blocks of all but "
+        "angpt and ngpt lr * lr_width / width; 0: lr is for this width (default: 128 below 30M parameters, else 0)",
         0,
     )
     muon_lr: float | None = describe("peak learning rate of muon (default: by architecture)", None)
