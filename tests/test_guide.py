@@ -72,6 +72,30 @@ def test_a_model_is_normalized_trained_and_made_plain_again():
     assert torch.equal(again(tokens), model(tokens))
 
 
+def test_by_the_guides_rule_a_first_step_turns_rows_of_any_width_by_the_same_angle():
+    code = re.search(r"```python\n(.*?)```", GUIDE.split("## From one width to another")[1], re.DOTALL)[1]
+    turned = []
+    for wide in (64, 1024):
+        torch.manual_seed(0)
+        model = antransformer.nn.MLP(wide, gated=False)
+        exec(
+            code,
+            scope := {
+                "torch": torch,
+                "antransformer": antransformer,
+                "model": model,
+                "lr": 1e-2,
+                "narrow": 64,
+                "wide": wide,
+            },
+        )
+        before = model.up_proj.weight.detach().clone()
+        model(antransformer.functional.norm(torch.randn(50, wide))).square().sum().backward()
+        scope["optimizer"].step()
+        turned.append(float(torch.cosine_similarity(before, model.up_proj.weight.detach()).arccos().mean()))
+    assert turned[1] == pytest.approx(turned[0], rel=0.1) and turned[0] > 0.05
+
+
 def test_the_last_step_binds_and_the_short_form_is_the_same_map():
     torch.manual_seed(0)
     model = nn.Sequential(block_after(3)[0](64), antransformer.nn.Head(64, 3))
