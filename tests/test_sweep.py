@@ -196,6 +196,18 @@ def test_diverged_runs_are_kept_and_drawn(corpus, tmp_path):
         assert sweep_report.write(each, tmp_path)
 
 
+def test_sweeps_of_other_contexts_are_not_fitted_together(corpus, tmp_path):
+    for context in (32, 64):
+        given = {"model": {**COMMON["model"], "context": context}}
+        planned = plan(given, 257, ["angpt"], ["nano"], batches=[512], tokens=[20_000], trials=1)
+        made = Sweeper(planned, Dataset.open(corpus), FakeQueue(bowl), lambda words: None)
+        (tmp_path / str(context)).mkdir()
+        made.run().save(tmp_path / str(context))
+    assert read_observations([tmp_path / "32", tmp_path / "32"])
+    with pytest.raises(DataError, match="64 was measured on other context than"):
+        read_observations([tmp_path / "32", tmp_path / "64"])
+
+
 def test_a_damaged_sweep_is_refused_in_one_line(corpus, tmp_path):
     sweeper(corpus).run().save(tmp_path)
     whole = json.loads((tmp_path / "sweep.json").read_text())

@@ -259,6 +259,7 @@ class Sweeper:
         return {
             **made_with(self.dataset, self.queue, seconds, outcomes),
             "settings": dict(self.plan.shared),
+            "context": config.model.context,
             "head_width": config.model.head_width,
             "validation_tokens": int(config.eval_tokens),
             "seeds": self.plan.seeds,
