@@ -127,6 +127,18 @@ def test_laws_of_the_users_own(fits, capsys):
     assert "one device" in out
 
 
+def test_a_default_rate_is_for_its_width_and_that_of_a_law_for_the_models(fits, capsys):
+    words = ["--tokens", "1M", "--size", "1M", "--vocab-size", 512, "--context", 256]
+    out = planned(capsys, *words)
+    config = config_of(out)
+    assert (config.lr, config.lr_width) == (1.2e-2, 128) and "0.012 (for width 128)" in out
+    content = json.loads(fits.read_text())
+    content["angpt"]["lr"] = {**content["angpt"]["loss"], "coefficient": 2e-3, "exponent": -0.1}
+    fits.with_name("with-lr.json").write_text(json.dumps(content))
+    assert config_of(planned(capsys, *words, "--fits", fits.with_name("with-lr.json"))).lr_width == 0
+    assert config_of(planned(capsys, "--tokens", "1B", "--size", "62m")).lr_width == 0
+
+
 def test_a_band_as_the_fit_has_it_and_none_where_it_has_none(fits):
     content = json.loads(fits.read_text())
     surface = read_laws(fits).of["angpt"].surface

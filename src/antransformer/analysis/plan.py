@@ -70,6 +70,8 @@ class Plan:
         tokens: of the run, whole batches.
         batch: sequences of a step.
         lr: peak learning rate.
+        lr_width: the width that it is for, as in ``TrainConfig``: that of the default, or 0, since laws give it for the
+            model's own.
         cluster: what it runs on.
         layout: how the devices share it.
         memory: of one device.
@@ -84,6 +86,7 @@ class Plan:
     tokens: int
     batch: int
     lr: float
+    lr_width: int
     cluster: Cluster
     layout: Layout
     memory: Memory
@@ -117,6 +120,7 @@ class Plan:
             "batch_tokens": self.batch * self.config.context,
             "micro_batch": self.layout.micro_batch,
             "lr": self.lr,
+            "lr_width": self.lr_width,
             "precision": "bfloat16",
             "parallel": self.layout.way,
             **({"tensor_parallel": self.layout.tensor} if self.layout.tensor > 1 else {}),
@@ -184,6 +188,7 @@ def make(config: ModelConfig, tokens: float, cluster: Cluster, laws: Laws | None
             "it to batches in tokens, or lower --context"
         )
     lr, lr_source = _setting("lr", parameters, config.architecture, laws)
+    by_law = parameters >= defaults.FITTED_PARAMETERS[0] or bool(laws and "lr" in laws.powers)
     wanted = max(1, round(batch / config.context))
     layout, need = share(config, wanted, cluster)
     sequences = layout.copies * layout.passes * layout.micro_batch
@@ -205,6 +210,7 @@ def make(config: ModelConfig, tokens: float, cluster: Cluster, laws: Laws | None
         whole,
         sequences,
         float(f"{lr:.3g}"),
+        0 if by_law else defaults.SMALL_LR_WIDTH,
         cluster,
         layout,
         need,

@@ -182,7 +182,7 @@ def run_table(plan: Plan) -> Table:
         "compute": f"{plan.compute:.3g} FLOPs (6 N D)",
         "batch": f"{plan.batch:,} sequences of {context:,} = {shown(plan.batch * context)} tokens",
         "steps": f"{plan.tokens // (plan.batch * context):,}",
-        "learning rate": f"{plan.lr:g}",
+        "learning rate": f"{plan.lr:g}" + (f" (for width {plan.lr_width:,})" if plan.lr_width else ""),
         "devices": f"{plan.cluster.devices:,} {plan.cluster.name}",
         "sharing": sharing(plan),
         "micro batch": f"{layout.micro_batch} sequences, {layout.passes} a step",
