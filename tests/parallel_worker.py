@@ -73,7 +73,7 @@ def config_of(corpus, name):
     case = (CASES | MORE)[name]
     base = {"data": str(corpus), "batch_tokens": 256, "tokens": 256 * 20, "log_every": 1, "eval_tokens": 2048}
     model = {**SMALL, **case.get("model", {})}
-    return resolve({**base, "lr": 1e-2, "checkpoint_every": 10, "eval_every": 10, **case, "model": model}, 257)
+    return resolve({**base, "lr": 5e-3, "checkpoint_every": 10, "eval_every": 10, **case, "model": model}, 257)
 
 
 def main(corpus, folder, names):

@@ -175,7 +175,7 @@ def test_training_with_muon_says_both_rates_and_so_does_the_card(corpus, tmp_pat
     options = ["--data", str(corpus), "--batch-tokens", "256", "--tokens", "512", "--eval-tokens", "2048"]
     run = str(tmp_path / "run")
     assert main(["train", "--optimizer", "muon", "--muon-lr", "3e-2", *options, *SMALL_OPTIONS, "--out", run]) == 0
-    assert "learning rate 0.012 and Muon's 0.03" in capsys.readouterr().out
+    assert "learning rate 0.012 (embedding and head 0.017) and Muon's 0.03" in capsys.readouterr().out
     assert main(["export", "--checkpoint", run, "--out", str(tmp_path / "hf")]) == 0
     assert (
         "| optimizer | Muon for the blocks' matrices, learning rate 0.03; else Adam, betas 0.9"

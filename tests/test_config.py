@@ -103,6 +103,8 @@ def test_the_default_rate_of_matrices_follows_the_width_of_a_small_model():
 def test_rates_in_words(architecture, text):
     assert resolve({"architecture": architecture, "lr": 1e-3, "lr_width": 512}, 4096).lr_text == text
     assert resolve({"architecture": architecture, "lr": 1e-3}, 4096).lr_text == "0.001"
+    muon = resolve({"architecture": architecture, "lr": 1e-3, "lr_width": 512, "optimizer": "muon"}, 4096)
+    assert muon.lr_text == "0.001 (embedding and head 0.002)"
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,7 @@ def test_what_happens_to_one_process_ends_all_at_the_same_step(by_two):
 
 
 def test_all_skip_the_step_at_which_one_has_no_number(corpus, by_two, tmp_path):
-    single = start(corpus, tmp_path / "run", skip_nonfinite=2, checkpoint_every=10)
+    single = start(corpus, tmp_path / "run", lr=5e-3, skip_nonfinite=2, checkpoint_every=10)
     poison(single, 7)
     single.run()
     check_equal(by_two / "skipped", tmp_path / "run", 1e-4)
@@ -211,7 +211,7 @@ def test_every_verb_reads_what_two_processes_wrote(corpus, by_two, tmp_path):
 
 
 def test_two_processes_on_the_command_line_stop_and_go_on(corpus, tmp_path, alone):
-    words = ["--data", corpus, "--out", tmp_path / "run", "--batch-tokens=256", "--tokens=5120", "--lr=1e-2"]
+    words = ["--data", corpus, "--out", tmp_path / "run", "--batch-tokens=256", "--tokens=5120", "--lr=5e-3"]
     words += ["--log-every=1", "--eval-tokens=2048", "--eval-every=10", "--checkpoint-every=10", *SMALL_OPTIONS]
     first = torchrun(2, "-m", "antransformer", "train", *words, "--parallel", "shard")
     assert first.returncode == 0, first.stderr

@@ -155,8 +155,10 @@ class TrainConfig:
     def lr_text(self) -> str:
         """Peak learning rates of Adam, for people."""
         outer, blocks = (f"{rate:.3g}" for rate in self.matrix_lrs)
-        if self.matrix_lrs == (self.lr, self.lr):
+        if not self.lr_width or self.lr_width == self.model.width:
             return f"{self.lr:g}"
+        if self.optimizer == "muon":
+            return f"{self.lr:g} (embedding and head {outer})"
         matrices = outer if outer == blocks else f"of embedding and head {outer}, of the blocks {blocks}"
         return f"{self.lr:g} (matrices {matrices})"
 
