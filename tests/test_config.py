@@ -83,28 +83,20 @@ def test_the_default_rate_of_matrices_follows_the_width_of_a_small_model():
     for architecture in ARCHITECTURES:
         lr = defaults.SMALL_LR[architecture]
         assert rates(architecture=architecture) == (lr, lr, lr)  # nano is 128 wide
-        blocks = root if architecture in ("angpt", "ngpt") else 5e-4
-        assert rates(architecture=architecture, **wide, lr=1e-3) == (1e-3, root, blocks)
+        assert rates(architecture=architecture, **wide, lr=1e-3) == (1e-3, root, 5e-4)
         assert len(set(rates(architecture=architecture, preset="32m"))) == 1
-    assert rates(**wide) == (1.2e-2, pytest.approx(1.2e-2 / 2**0.5), pytest.approx(1.2e-2 / 2**0.5))
+    assert rates(**wide) == (1.2e-2, pytest.approx(1.2e-2 / 2**0.5), 6e-3)
     assert rates(**wide, lr=1e-3, lr_width=0) == (1e-3, 1e-3, 1e-3)
-    assert rates(**wide, lr=1e-3, lr_width=1024) == (1e-3, 2e-3, 2e-3)
+    assert rates(**wide, lr=1e-3, lr_width=1024) == (1e-3, 2e-3, 4e-3)
     with pytest.raises(ConfigError, match="lr_width must be at least 0, got -1"):
         resolve({"lr_width": -1}, vocab_size=4096)
 
 
-@pytest.mark.parametrize(
-    ("architecture", "text"),
-    [
-        ("angpt", "0.001 (matrices 0.002)"),
-        ("gpt+", "0.001 (matrices of embedding and head 0.002, of the blocks 0.004)"),
-    ],
-)
-def test_rates_in_words(architecture, text):
-    assert resolve({"architecture": architecture, "lr": 1e-3, "lr_width": 512}, 4096).lr_text == text
-    assert resolve({"architecture": architecture, "lr": 1e-3}, 4096).lr_text == "0.001"
-    muon = resolve({"architecture": architecture, "lr": 1e-3, "lr_width": 512, "optimizer": "muon"}, 4096)
-    assert muon.lr_text == "0.001 (embedding and head 0.002)"
+def test_rates_in_words():
+    assert resolve({"lr": 1e-3}, 4096).lr_text == resolve({"lr": 1e-3, "lr_width": 0}, 4096).lr_text == "0.001"
+    given = {"lr": 1e-3, "lr_width": 512}
+    assert resolve(given, 4096).lr_text == "0.001 (embedding and head 0.002, matrices of the blocks 0.004)"
+    assert resolve({**given, "optimizer": "muon"}, 4096).lr_text == "0.001 (embedding and head 0.002)"
 
 
 @pytest.mark.parametrize(

@@ -329,7 +329,8 @@ def test_the_card_says_how_the_model_was_trained(tmp_path):
         "width 64, 3 layers, 4 heads of width 16, context 48",
         "| data | data/mine |",
         "| tokens | 3,840, in 20 steps of 192 |",
-        "| learning rate | 0.012 (matrices 0.017), no warm-up, cosine decay to 1% of it over 9,600 tokens |",
+        "| learning rate | 0.012 (embedding and head 0.017, matrices of the blocks 0.024), no warm-up, cosine "
+        "decay to 1% of it over 9,600 tokens |",
         "| training loss | 2.7500 nats per token |",
         "| validation loss | 2.8750 nats per token, 4.2500 bits per byte |",
         "antransformer.bind(model, optimizer)",

@@ -155,8 +155,8 @@ def test_weight_decay_reaches_matrices_only(corpus, tmp_path):
     assert trainer.optimizer.defaults["betas"] == (0.9, 0.95) and trainer.optimizer.defaults["eps"] == 1e-9
 
 
-@pytest.mark.parametrize(("architecture", "blocks"), [("angpt", 0.5), ("ngpt", 0.5), ("gpt+", 0.25)])
-def test_matrices_have_the_rate_of_their_width_and_vectors_that_of_the_config(corpus, tmp_path, architecture, blocks):
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_matrices_have_the_rate_of_their_width_and_vectors_that_of_the_config(corpus, tmp_path, architecture):
     # Adam's first step moves every coordinate that has a gradient by the rate, of which a bound takes some back.
     more = {"warmup": 0, "weight_decay": 0, "model": {"architecture": architecture, "width": 32}}
     trainer = start(corpus, tmp_path / "run", lr_width=8, **more)
@@ -165,7 +165,7 @@ def test_matrices_have_the_rate_of_their_width_and_vectors_that_of_the_config(co
     rate = learning_rate(1, 20, 1e-2)
     for name, parameter in trainer.model.named_parameters():
         moved = (parameter.detach() - before[name]).abs()
-        share = 1.0 if moved.ndim == 1 else blocks if name.startswith("blocks.") else 0.5
+        share = 1.0 if moved.ndim == 1 else 0.25 if name.startswith("blocks.") else 0.5
         assert float(moved[moved > 0].median()) == pytest.approx(share * rate, rel=0.1), name
     trainer.run()
     assert read_metrics(tmp_path / "run/metrics.jsonl")[0]["lr"] == pytest.approx(rate)

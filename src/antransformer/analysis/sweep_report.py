@@ -39,8 +39,8 @@ RULES = (
     "Every architecture has the same data, tokens and batches, and as many learning rates around its own default.",
     "The best learning rate is the lowest point of an Akima interpolation of the loss; the best batch that of these "
     "minima. One that lies at an edge is not known.",
-    "Where lr width below is not 0, matrices take sqrt(lr width / width) of the learning rate shown, in the blocks of "
-    "an architecture without bounds lr width / width.",
+    "Where lr width below is not 0, the matrices of the blocks take lr width / width of the learning rate shown, "
+    "embedding and head the square root of it.",
     "Every point is a run to the end of its own schedule. With one seed its noise is in the best learning rate.",
 )
 

@@ -55,8 +55,8 @@ class TrainConfig:
     )
     lr: float = describe("peak learning rate of adam (default: by architecture and size)", 0.0)
     lr_width: int = describe(
-        "width that lr is for: at another adam's matrices take lr * sqrt(lr_width / width), in the blocks of all but "
-        "angpt and ngpt lr * lr_width / width; 0: lr is for this width (default: 128 below 30M parameters, else 0)",
+        "width that lr is for: at another adam's rate for embedding and head is lr * sqrt(lr_width / width), for the "
+        "blocks' matrices lr * lr_width / width; 0: lr is for this width (default: 128 below 30M parameters, else 0)",
         0,
     )
     muon_lr: float | None = describe("peak learning rate of muon (default: by architecture)", None)
@@ -144,12 +144,11 @@ class TrainConfig:
         """Peak learning rates of Adam's matrices: those of embedding and head, and those of the blocks.
 
         Adam moves every coordinate by about the learning rate, and the coordinates of a row of norm 1 are of the size
-        1/sqrt(width): at a rate of this size rows of any width turn by the same angle. Blocks without bounds want
-        1/width, as in muP (arXiv:2203.03466). Vectors and scalars take ``lr``.
+        1/sqrt(width): at such a rate rows of any width turn by the same angle. In the blocks 1/width, as in muP
+        (arXiv:2203.03466), was measured to be better, with and without bounds. Vectors and scalars take ``lr``.
         """
         ratio = self.lr_width / self.model.width if self.lr_width else 1.0
-        power = defaults.BLOCKS_LR_POWERS[self.model.architecture]
-        return self.lr * math.sqrt(ratio), self.lr * ratio**power
+        return self.lr * math.sqrt(ratio), self.lr * ratio
 
     @property
     def lr_text(self) -> str:
@@ -157,10 +156,8 @@ class TrainConfig:
         outer, blocks = (f"{rate:.3g}" for rate in self.matrix_lrs)
         if not self.lr_width or self.lr_width == self.model.width:
             return f"{self.lr:g}"
-        if self.optimizer == "muon":
-            return f"{self.lr:g} (embedding and head {outer})"
-        matrices = outer if outer == blocks else f"of embedding and head {outer}, of the blocks {blocks}"
-        return f"{self.lr:g} (matrices {matrices})"
+        more = "" if self.optimizer == "muon" else f", matrices of the blocks {blocks}"
+        return f"{self.lr:g} (embedding and head {outer}{more})"
 
     @property
     def steps(self) -> int:

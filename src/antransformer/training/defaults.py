@@ -35,8 +35,6 @@ LR_FITS = with_relatives({"angpt": (0.065, -0.178), "gpt+": (42.0, -0.482)})
 
 SMALL_LR = with_relatives({"angpt": 1.2e-2, "ngpt": 6e-3, "gpt+": 8e-3})
 SMALL_LR_WIDTH = 128  # what these were measured at
-# The rate of the blocks' matrices falls with this power of the width, from one width to another.
-BLOCKS_LR_POWERS = with_relatives({"angpt": 0.5, "gpt+": 1.0})
 MUON_LR = with_relatives({"angpt": 0.04, "gpt+": 0.02})
 MUON_INIT_STD = 0.02  # where weights are not of unit norm; Adam's of 1/sqrt(width) are too large for steps of one size
 SMALL_BATCH_TOKENS = 2048
