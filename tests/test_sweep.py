@@ -2,7 +2,10 @@
 
 import json
 import math
+import shlex
 import shutil
+import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -246,9 +249,12 @@ def test_a_sweep_leaves_runs_a_page_and_what_fit_reads(small_sweep, capsys):
     assert "too few sizes" in capsys.readouterr().err
 
 
-def test_other_batches_and_rates_add_to_what_the_folder_holds(small_sweep, tmp_path, capsys):
+def test_other_batches_and_rates_add_to_what_the_folder_holds(small_sweep, tmp_path, capsys, monkeypatch):
     folder, words = tmp_path / "out", list(small_sweep[1])
     shutil.copytree(small_sweep[0], folder)
+    earlier = Sweep.load(folder)
+    replace(earlier, setup={**earlier.setup, "command": "antransformer sweep of before"}).save(folder)
+    monkeypatch.setattr(sys, "argv", ["antransformer", *words])
     words[words.index("--out") + 1] = str(folder)
     for option, value in (("--lrs", "3e-3"), ("--batch-tokens", "128"), ("--tokens", "768")):
         words[words.index(option) + 1] = value
@@ -259,6 +265,8 @@ def test_other_batches_and_rates_add_to_what_the_folder_holds(small_sweep, tmp_p
     assert [(it.width, it.step) for it in results.coordinates] == [(16, 0), (16, STEPS)]
     page = (folder / "report.html").read_text()
     assert all(run.folder in page for run in results.runs)
+    setup = Sweep.load(folder).setup
+    assert setup["command"] == shlex.join(sys.argv) and setup["commands_before"] == ["antransformer sweep of before"]
     assert main([*words, "--beta2=0.9"]) == 2
     assert f"{folder} was made with beta2 as by default, not 0.9: choose another --out" in capsys.readouterr().err
 

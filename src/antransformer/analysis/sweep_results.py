@@ -78,11 +78,15 @@ class Sweep:
     coordinates: tuple[Coordinates, ...] = ()
 
     def joined(self, earlier: "Sweep") -> "Sweep":
-        """With what an earlier one in the same folder holds beside it."""
+        """With what an earlier one in the same folder holds beside it, and the commands that this came from."""
         here = {run.folder for run in self.runs}
+        now = self.setup.get("command")
+        commands = dict.fromkeys((*earlier.setup.get("commands_before", ()), earlier.setup.get("command")))
+        before = [command for command in commands if command != now]
         measured = {(it.architecture, it.width) for it in self.coordinates}
         return replace(
             self,
+            setup={**self.setup, **({"commands_before": before} if before else {})},
             runs=(*(run for run in earlier.runs if run.folder not in here), *self.runs),
             coordinates=(
                 *(it for it in earlier.coordinates if (it.architecture, it.width) not in measured),
