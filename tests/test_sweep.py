@@ -219,6 +219,10 @@ def test_a_damaged_sweep_is_refused_in_one_line(corpus, tmp_path):
         (tmp_path / "sweep.json").write_text(json.dumps({**whole, "runs": [entry]}))
         with pytest.raises(DataError, match="damaged"):
             read_observations([tmp_path])
+    for entry in ({"settings": 5}, {"settings": None}, {"commands_before": 5}):
+        (tmp_path / "sweep.json").write_text(json.dumps({**whole, "setup": {**whole["setup"], **entry}}))
+        with pytest.raises(DataError, match="damaged"):
+            read_observations([tmp_path])
     for content in ("[]", "{", json.dumps({**whole, "runs": []}), json.dumps({**whole, "version": 1})):
         (tmp_path / "sweep.json").write_text(content)
         with pytest.raises(DataError, match="damaged"):

@@ -188,7 +188,6 @@ def make(config: ModelConfig, tokens: float, cluster: Cluster, laws: Laws | None
             "it to batches in tokens, or lower --context"
         )
     lr, lr_source = _setting("lr", parameters, config.architecture, laws)
-    by_law = parameters >= defaults.FITTED_PARAMETERS[0] or bool(laws and "lr" in laws.powers)
     wanted = max(1, round(batch / config.context))
     layout, need = share(config, wanted, cluster)
     sequences = layout.copies * layout.passes * layout.micro_batch
@@ -210,7 +209,7 @@ def make(config: ModelConfig, tokens: float, cluster: Cluster, laws: Laws | None
         whole,
         sequences,
         float(f"{lr:.3g}"),
-        0 if by_law else defaults.SMALL_LR_WIDTH,
+        defaults.SMALL_LR_WIDTH if _by_default("lr", parameters, laws) else 0,
         cluster,
         layout,
         need,
@@ -227,12 +226,17 @@ def _setting(name: str, parameters: int, architecture: str, laws: Laws | None) -
     if laws and name in laws.powers:
         law = laws.powers[name]
         return float(law(parameters)), _source(f"{title}: law of the same file", parameters, law.span)
-    if parameters < defaults.FITTED_PARAMETERS[0]:
+    if _by_default(name, parameters, laws):
         small = {"batch": defaults.SMALL_BATCH_TOKENS, "lr": defaults.SMALL_LR[architecture]}[name]
         return small, f"{title}: the default below 30M parameters, measured at nano"
     coefficient, exponent = {"batch": defaults.BATCH_FITS, "lr": defaults.LR_FITS}[name][architecture]
     value = coefficient * parameters**exponent * (defaults.FITTED_SEQUENCE if name == "batch" else 1)
     return value, _source(f"{title}: the paper's law", parameters, defaults.FITTED_PARAMETERS)
+
+
+def _by_default(name: str, parameters: int, laws: Laws | None) -> bool:
+    """Whether no law says it: the user's have none, and the paper's do not reach so far down."""
+    return parameters < defaults.FITTED_PARAMETERS[0] and not (laws and name in laws.powers)
 
 
 def _source(law: str, parameters: int, span: Interval) -> str:

@@ -81,7 +81,7 @@ class Sweep:
         """With what an earlier one in the same folder holds beside it, and the commands that this came from."""
         here = {run.folder for run in self.runs}
         now = self.setup.get("command")
-        commands = dict.fromkeys((*earlier.setup.get("commands_before", ()), earlier.setup.get("command")))
+        commands = (*earlier.setup.get("commands_before", ()), earlier.setup.get("command"))
         before = [command for command in commands if command != now]
         measured = {(it.architecture, it.width) for it in self.coordinates}
         return replace(
@@ -114,9 +114,13 @@ class Sweep:
             if content["format"] != FORMAT or content["version"] != VERSION:
                 raise ValueError("another format or version")
             runs = tuple(_checked(SweepRun, entry) for entry in content["runs"])
-            if not runs or not isinstance(content["setup"], dict):
+            setup = content["setup"]
+            if not runs or not isinstance(setup, dict):
                 raise ValueError("no runs")
-            return cls(content["setup"], runs, tuple(_checked(Coordinates, entry) for entry in content["coordinates"]))
+            for name, kind in (("settings", dict), ("commands_before", list)):
+                if not isinstance(setup.get(name, kind()), kind):
+                    raise ValueError(f"{name} can not be {setup[name]!r}")
+            return cls(setup, runs, tuple(_checked(Coordinates, entry) for entry in content["coordinates"]))
         except OSError as error:
             raise DataError(f"{folder}: no sweep in it ({FILE}: {error.strerror})") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -153,9 +153,9 @@ class TrainConfig:
     @property
     def lr_text(self) -> str:
         """Peak learning rates of Adam, for people."""
-        outer, blocks = (f"{rate:.3g}" for rate in self.matrix_lrs)
         if not self.lr_width or self.lr_width == self.model.width:
             return f"{self.lr:g}"
+        outer, blocks = (f"{rate:.3g}" for rate in self.matrix_lrs)
         more = "" if self.optimizer == "muon" else f", matrices of the blocks {blocks}"
         return f"{self.lr:g} (embedding and head {outer}{more})"
 
