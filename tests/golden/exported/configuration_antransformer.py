@@ -1,0 +1,57 @@
+"""The sizes and options of a model, for Hugging Face's transformers. Stands alone: an exported folder holds a copy."""
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+
+class AntransformerConfig(PreTrainedConfig):
+    """The fields of ``antransformer.ModelConfig`` by their names there, and readable by those of transformers."""
+
+    model_type = "antransformer"
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
+    attribute_map = {
+        "hidden_size": "width",
+        "intermediate_size": "mlp_width",
+        "num_hidden_layers": "layers",
+        "num_attention_heads": "heads",
+        "head_dim": "head_width",
+        "max_position_embeddings": "context",
+    }
+
+    architecture: str = "angpt"
+    vocab_size: int = 50_304
+    width: int = 128
+    layers: int = 4
+    context: int = 2048
+    head_width: int = 64
+    mlp_ratio: int = 4
+    rotary_fraction: float = 0.5
+    rotary_base: float = 10_000.0
+    # Options of some architectures; None in the others.
+    alpha_init: Any = 0.05
+    s_scale: Any = 0.03
+    gate_scale: Any = "sqrt_width"
+    nu_p: Any = "heads"
+    init_std: Any = None
+    dyt_alpha_init: Any = None
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+
+    @property
+    def heads(self) -> int:
+        """Number of attention heads."""
+        return self.width // self.head_width
+
+    @property
+    def mlp_width(self) -> int:
+        """Width of the MLP's hidden activations."""
+        return self.width * self.mlp_ratio
+
+    @property
+    def rotated(self) -> int:
+        """How many coordinates of each head are rotated, an even number."""
+        return round(self.head_width * self.rotary_fraction)
