@@ -188,7 +188,7 @@ class Campaign:
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         job.process.wait(self.draw.uniform(*self.pause) if self.more() else None)
                     kill = None if job.process.poll() is not None else self.strike(job, ranks, out, log, printed)
-                    safe = self.check(log, printed, safe, kill)
+                    safe = self.check(out, since(log, printed), safe, kill)
                     ranks = job.started(ranks.values(), LIMIT) if kill else {}
                     if kill:
                         kill.seconds = round(job.waited, 1)
@@ -207,7 +207,7 @@ class Campaign:
         """Kill one rank, unless all have done their work."""
         rank = self.draw.randrange(RANKS)
         moment = "checkpoint" if list((out / "checkpoints").glob(".partial-*")) else "step"
-        if "run folder" not in since(log, printed):
+        if str(out) not in since(log, printed):
             moment = "start"
         saved = max(map(checkpoint.step_of, checkpoint.step_folders(out / "checkpoints")), default=-1)
         step = max((line["step"] for line in read_metrics(out / "metrics.jsonl")), default=0)
@@ -218,15 +218,24 @@ class Campaign:
         self.kills.append(Kill(rank, moment, step, saved))
         return self.kills[-1]
 
-    def check(self, log: Path, printed: int, safe: int, kill: Kill | None) -> int:
-        """Whether the run went on from where it could; returns where that is now."""
-        text = since(log, printed)
-        for step in map(int, re.findall(r"resuming from \S*step-(\d+)", text)):
+    def check(self, out: Path, text: str, safe: int, kill: Kill | None) -> int:
+        """Check that a start resumed from the newest whole checkpoint; return the step of the newest one now.
+
+        Args:
+            out: run folder.
+            text: everything printed since that start.
+            safe: step of the newest checkpoint before the start.
+            kill: the one that ended it, if any.
+        """
+        # A start prints the path of each checkpoint that it tries, and then the path of the run folder itself.
+        tried, *more = re.split(rf"{re.escape(str(out))}(?![\w/-])", text, maxsplit=1)
+        steps = [int(step) for step in re.findall(rf"{re.escape(str(out))}/checkpoints/step-(\d+)", tried)]
+        if steps:
             self.resumed += 1
-            if step < safe:
-                self.faults.append(f"{log}: went on from step {step}, though the checkpoint of {safe} was whole")
-        if "going back to the one before" in text or (safe > 0 and "starting from step 0" in text):
-            self.faults.append(f"{log}: a checkpoint was passed over")
+            if steps[-1] < safe:
+                self.faults.append(f"{out}: resumed from step {steps[-1]}, although checkpoint {safe} was whole")
+        if len(steps) > 1 or (safe > 0 and more and not steps):
+            self.faults.append(f"{out}: skipped a checkpoint")
         return max(safe, kill.saved) if kill else safe
 
     def report(self) -> str:

@@ -69,8 +69,9 @@ def logits(weights, ablation="none", gate=1.0, **options):
 def test_every_name_is_one_and_none_is_none():
     assert set(get_args(Ablation)) == {"none", *ABLATIONS}
     assert ModelConfig().ablation == "none" and ModelConfig(architecture="gpt+").ablation is None
-    with pytest.raises(ConfigError, match=r"ablation must be one of none, constant-x0\.5, .*, got 'no-lurp'"):
+    with pytest.raises(ConfigError) as error:
         ModelConfig(ablation="no-lurp")
+    assert all(name in str(error.value) for name in ("ablation", "no-lurp", "none", *ABLATIONS))
 
 
 # What is changed, by value. At width 64 with heads of 16: nu_qkv 2, nu_p 1/2, nu_uz 1/2, nu_d 2; the gate's scale is 8.

@@ -1,6 +1,7 @@
 import io
 import json
 import math
+import re
 import sys
 from dataclasses import replace
 from functools import partial
@@ -15,7 +16,7 @@ from antransformer.analysis.bench_models import TRAINEES, make
 from antransformer.analysis.bench_parts import losses
 from antransformer.analysis.bench_sweep import exponent
 from antransformer.cli import main
-from antransformer.cli.bench import table
+from antransformer.cli.bench import DEFAULTS, table
 from antransformer.inference import fold
 from antransformer.inference.sampling import next_logits, window
 from antransformer.models import ModelConfig, build
@@ -25,6 +26,12 @@ OPTIONS = [f"--model.{name.replace('_', '-')}={value}" for name, value in SIZES.
 TINY = ["bench", "--what", "generate", "--prompt", "8", "--new", "4", "--rounds", "3", "--batch", "1", "2", *OPTIONS]
 OURS = ["folded", "gpt+", "ngpt", "angpt"]
 CONTENDERS = [*OURS, "qwen3 static", "qwen3"]
+
+
+def carries(message, *parts):
+    """Whether a message holds each of these names, paths and numbers as a word of its own."""
+    text = re.sub(r"(?<=\d),(?=\d{3})", "", str(message))  # 10,000 is the number 10000
+    return all(re.search(rf"(?<!\w)(?<!\d\.){re.escape(str(part))}(?!\w|\.\d)", text) for part in parts)
 
 
 def test_quartiles():
@@ -87,7 +94,8 @@ def test_generation_is_timed_for_all_contenders(tmp_path, capsys):
         start = [*(str(value) for value in row["task"].values()), *row["contender"].split()]
         assert line.split()[: len(start) + 1] == [*start, f"{row['speed']['median']:,.0f}"]
         assert line.split()[-2] == f"{row['ratio']['median']:.2f}"
-    assert err == "eager, batch 1\neager, batch 2\n"
+    for line, batch in zip(err.splitlines(), (1, 2), strict=True):
+        assert carries(line, "eager", batch)
 
 
 def test_compiled_generation_is_timed_too_and_qwen3_left_out_where_it_is_not_installed(tmp_path, capsys, monkeypatch):
@@ -95,8 +103,8 @@ def test_compiled_generation_is_timed_too_and_qwen3_left_out_where_it_is_not_ins
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     assert main([*TINY, "--mode", "both", "--json", str(tmp_path / "speed.json")]) == 0
     check(json.loads((tmp_path / "speed.json").read_text()), ["eager", "compiled"], OURS)
-    err = capsys.readouterr().err
-    assert "qwen3 is left out: transformers is not installed: pip install 'antransformer[hf]'\n" in err
+    noted = [line for line in capsys.readouterr().err.splitlines() if "qwen3" in line]
+    assert len(noted) == 1 and carries(noted[0], "transformers", "antransformer[hf]")
 
 
 STEP = ["bench", "--what", "step", "--batch", "2", "--rounds", "3", "--threads", "1", *OPTIONS]
@@ -152,7 +160,10 @@ def test_growth_has_exponents_beside_those_of_operations_and_memory_and_a_pictur
         slope = math.log2(sorted(mine[-1]["seconds"])[0] / sorted(mine[-2]["seconds"])[0])
         assert it["end"] == pytest.approx(slope, abs=1)
     assert (tmp_path / "growth/growth-eager.png").stat().st_size > 10_000
-    assert "time asked at the end asked memory asked" in " ".join(capsys.readouterr().out.split())
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    for it in content["growth"]:
+        numbers = [it[key] for key in ("time", "asked", "end", "end_asked", "memory", "memory_asked")]
+        assert [it["mode"], it["axis"], it["name"], *(f"{number:.2f}" for number in numbers)] in shown
 
 
 def test_exponents_are_those_of_power_laws():
@@ -175,11 +186,12 @@ def test_data_is_timed_from_text_to_tokens_and_from_tokens_to_steps(tmp_path, ca
     size = sum(len(path.read_bytes()) + 1 for path in (tmp_path / "text").iterdir())  # and an end of text each
     assert rows[1]["speed"]["median"] == pytest.approx(sum(size / taken for taken in rows[1]["seconds"]) / 2)
     assert rows[4]["waiting"]["median"] > 0 and max(row["waiting"]["high"] for row in rows[4:]) < 1
-    assert "waits" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert all(f" {row['waiting']['median']:.2%}" in out for row in rows[4:])
     assert main([*words, "--tokenizer", "byte", "byte"]) == 0
     capsys.readouterr()
     assert main([*words, "--tokenizer", str(tmp_path / "none.json")]) == 2
-    assert "none.json': give 'byte', a tokenizer.json file" in capsys.readouterr().err
+    assert carries(capsys.readouterr().err, tmp_path / "none.json", "byte", "tokenizer.json")
 
 
 def test_a_table_is_whole_in_80_columns_and_where_nobody_looks(monkeypatch):
@@ -218,7 +230,8 @@ def test_the_optimizer_is_timed_with_and_without_bounds(tmp_path, capsys):
     rows = json.loads((tmp_path / "speed.json").read_text())["rows"]
     found = [(row["task"]["architecture"], row["contender"]) for row in rows]
     assert found == [(name, part) for name in ("angpt", "ngpt") for part in ("optimizer", "with bounds")]
-    assert rows[0]["ratio"]["median"] == 1 and "parameters/s" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert rows[0]["ratio"]["median"] == 1 and all(f" {row['speed']['median']:,.0f} " in out for row in rows)
 
 
 def test_compiled_steps_of_chosen_contenders(tmp_path, capsys, monkeypatch):
@@ -235,11 +248,13 @@ def test_what_is_not_installed_is_left_out(capsys, monkeypatch):
         monkeypatch.setitem(sys.modules, module, None)
     trainees = make(list(TRAINEES), ModelConfig(**SIZES), torch.device("cpu"), print)
     assert list(trainees) == list(TRAINEES)[:3]
-    assert capsys.readouterr().out.splitlines() == [
-        "qwen3 is left out: transformers is not installed: pip install 'antransformer[hf]'",
-        "x-transformers is left out: x-transformers is not installed: pip install 'antransformer[bench]'",
-        "ngpt-pytorch is left out: nGPT-pytorch is not installed: pip install 'antransformer[bench]'",
+    expected = [
+        ("qwen3", "transformers", "antransformer[hf]"),
+        ("x-transformers", "antransformer[bench]"),
+        ("ngpt-pytorch", "nGPT-pytorch", "antransformer[bench]"),
     ]
+    for line, parts in zip(capsys.readouterr().out.splitlines(), expected, strict=True):
+        assert carries(line, *parts)
 
 
 @pytest.mark.parametrize("name", TRAINEES)
@@ -293,45 +308,39 @@ def test_a_compiled_step_is_compiled_once_for_all_tokens(name, prompts):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("words", "parts"),
     [
-        (["bench"], "the following arguments are required: --what"),
-        (["bench", "--what", "naps"], "argument --what: invalid choice: 'naps' (choose from"),
-        ([*TINY, "--batch", "0"], "batch must be at least 1, got 0"),
-        ([*TINY, "--new", "0"], "new must be at least 1, got 0"),
-        ([*TINY, "--prompt", "0"], "prompt must be at least 1, got 0"),
-        ([*TINY, "--rounds", "0"], "rounds must be at least 1, got 0"),
-        ([*TINY, "--threads", "0"], "--threads must be at least 1, got 0"),
-        ([*STEP, "--prompt", "21"], "--prompt is an option of generate, not of step: leave it out"),
-        ([*TINY, "--contenders", "gpt+"], "--contenders is an option of step, not of generate: leave it out"),
-        ([*STEP, "--contenders", "gpt+", "llama"], "unknown contender 'llama': choose from gpt+, ngpt, angpt"),
-        (
-            ["bench", "--what", "optimizer", "--batch", "2"],
-            "--batch is an option of step, loss, data, generate, not of optimizer",
-        ),
-        (["bench", "--what", "loss", "--rounds", "0"], "rounds must be at least 1, got 0"),
-        (["bench", "--what", "loss", "--batch", "0"], "batch must be at least 1, got 0"),
-        (
-            [*STEP, "--profile", "/dev/null"],
-            "--profile /dev/null can not be made: File exists; give the name of a folder",
-        ),
-        ([*STEP, "--sweep", "/dev/null"], "--sweep /dev/null can not be made: File exists; give the name of a folder"),
-        ([*TINY, "--sweep", "growth"], "--sweep is an option of step, not of generate: leave it out"),
-        ([*STEP, "--text", "book.txt"], "--text is an option of data, not of step: leave it out"),
-        (["bench", "--what", "data", "--text", "none.txt"], "none.txt: no such file or folder"),
-        (["bench", "--what", "data", "--batch", "2", "3"], "--batch takes one number here, got 2"),
-        ([*STEP, "--batch", "2", "3"], "--batch takes one number here, got 2"),
-        ([*STEP, "--batch", "0"], "batch must be at least 1, got 0"),
-        ([*STEP, "--rounds", "0"], "rounds must be at least 1, got 0"),
-        ([*TINY, "--prompt", "21"], "a prompt of 21 tokens and 4 new ones do not fit the context of 24: lower one of"),
-        ([*TINY, "--preset", "huge"], "unknown preset 'huge': choose from"),
-        ([*TINY, "--model.width", "60"], "width 60 is not a multiple of head_width 32"),
-        ([*TINY, "--model.architecture", "gpt+"], "unknown option --model.architecture"),
-        ([*TINY, "--device", "tpu"], "device 'tpu' is not available here"),
-        ([*TINY, "--json", "nowhere/speed.json"], "--json nowhere/speed.json: give the name of a file in a folder"),
+        (["bench"], ("--what",)),
+        (["bench", "--what", "naps"], ("--what", "naps", *DEFAULTS)),
+        ([*TINY, "--batch", "0"], ("batch", 0)),
+        ([*TINY, "--new", "0"], ("new", 0)),
+        ([*TINY, "--prompt", "0"], ("prompt", 0)),
+        ([*TINY, "--rounds", "0"], ("rounds", 0)),
+        ([*TINY, "--threads", "0"], ("--threads", 0)),
+        ([*STEP, "--prompt", "21"], ("--prompt", "generate", "step")),
+        ([*TINY, "--contenders", "gpt+"], ("--contenders", "step", "generate")),
+        ([*STEP, "--contenders", "gpt+", "llama"], ("llama", *TRAINEES)),
+        (["bench", "--what", "optimizer", "--batch", "2"], ("--batch", *DEFAULTS)),
+        (["bench", "--what", "loss", "--rounds", "0"], ("rounds", 0)),
+        (["bench", "--what", "loss", "--batch", "0"], ("batch", 0)),
+        ([*STEP, "--profile", "/dev/null"], ("--profile", "/dev/null")),
+        ([*STEP, "--sweep", "/dev/null"], ("--sweep", "/dev/null")),
+        ([*TINY, "--sweep", "growth"], ("--sweep", "step", "generate")),
+        ([*STEP, "--text", "book.txt"], ("--text", "data", "step")),
+        (["bench", "--what", "data", "--text", "none.txt"], ("none.txt",)),
+        (["bench", "--what", "data", "--batch", "2", "3"], ("--batch", 2)),
+        ([*STEP, "--batch", "2", "3"], ("--batch", 2)),
+        ([*STEP, "--batch", "0"], ("batch", 0)),
+        ([*STEP, "--rounds", "0"], ("rounds", 0)),
+        ([*TINY, "--prompt", "21"], (21, 4, 24, "model.context")),
+        ([*TINY, "--preset", "huge"], ("huge", "pico", "nano")),
+        ([*TINY, "--model.width", "60"], ("width", 60, "head_width", 32, 64)),
+        ([*TINY, "--model.architecture", "gpt+"], ("--model.architecture",)),
+        ([*TINY, "--device", "tpu"], ("tpu",)),
+        ([*TINY, "--json", "nowhere/speed.json"], ("--json", "nowhere/speed.json")),
     ],
 )
-def test_what_can_not_be_measured_is_refused_in_one_line(words, message, capsys):
+def test_what_can_not_be_measured_is_refused_in_one_line(words, parts, capsys):
     assert main(words) == 2
     out, err = capsys.readouterr()
-    assert message in err and err.count("\n") == 1 and out == ""
+    assert carries(err, *parts) and err.count("\n") == 1 and out == ""

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import re
@@ -10,10 +11,18 @@ import pytest
 from antransformer.cli import VERBS, main
 from antransformer.inference import generate
 from antransformer.training.lock import lock
+from antransformer.training.metrics import read_metrics
 from antransformer.training.profiling import report
 from conftest import SMALL_OPTIONS
 
 QUICK = ["--batch-tokens=256", "--tokens=2560", "--eval-tokens=1024", "--log-every=1", *SMALL_OPTIONS]
+
+
+def names(text, facts):
+    """Whether the text holds each of the facts (options, keys, values, paths; separated by spaces) as a whole word."""
+    return all(
+        re.search(rf"(?<!\w)(?<!\w-)(?<!\d[.,]){re.escape(fact)}(?![\w+]|[-.,]\w)", text) for fact in facts.split()
+    )
 
 
 def text_folder(folder, documents=12):
@@ -39,19 +48,11 @@ def test_help_fits_a_terminal_and_names_every_option(verb, capsys):
     text = capsys.readouterr().out
     assert text.startswith("usage: antransformer")
     if verb in ("prepare", "train", "generate"):
-        assert "examples:\n  antransformer " + verb in text
+        assert re.search(rf"^  antransformer {verb}\b", text, re.M)  # an example on a line of its own
     if verb == "train":
-        for option in (
-            "--config",
-            "--resume",
-            "--lr X",
-            "--muon-lr X",
-            "--keep-every N",
-            "--tokens TOKENS",
-            "--model.gate-scale",
-            "--no-compile",
-        ):
-            assert option in text
+        assert names(text, "--config --resume --model.gate-scale --no-compile")
+        for option in ("--lr", "--muon-lr", "--keep-every", "--tokens"):
+            assert re.search(rf"^ +{option} [A-Z]+\b", text, re.M), option  # takes a value
 
 
 def test_the_module_runs_too():
@@ -78,12 +79,13 @@ def test_prepare_train_generate(tmp_path, capsys, monkeypatch, tokenizer):
     text_folder(tmp_path / "text")
     assert main(["prepare", "text", "--out", "data/mine", "--val-fraction", "0.4", *tokenizer]) == 0
     out = capsys.readouterr().out
-    assert (
-        "bpe-" if tokenizer else "byte tokenizer, 257 ids"
-    ) in out and "next: antransformer train --data data/mine" in out
+    first, *_, last = out.splitlines()
+    assert "bpe-" in first if tokenizer else names(first, "data/mine byte 257")
+    assert last.split()[-4:] == ["antransformer", "train", "--data", "data/mine"]
     assert main(["train", "--data", "data/mine", "--architecture", "gpt+", *QUICK]) == 0
     out = capsys.readouterr().out
-    assert "step 10/10" in out and "bits per byte" in out
+    *_, line = read_metrics(tmp_path / "runs/gpt+-nano/metrics.jsonl")
+    assert names(out, f"10/10 {line['val_loss']:.4f} {line['bits_per_byte']:.4f}")
     assert main(["generate", "--checkpoint", "runs/gpt+-nano", "--prompt", "to be", "--max-tokens", "20"]) == 0
     first = capsys.readouterr().out
     assert first.startswith("to be") and len(first) > 10
@@ -109,16 +111,17 @@ def test_a_profile_of_a_run_is_a_trace_and_the_ten_dearest_operations(tmp_path, 
     words = ["train", "--data", str(corpus), "--out", str(tmp_path / "run"), *QUICK, "--profile"]
     assert main(words) == 0
     out = capsys.readouterr().out
-    names = [event["name"] for event in json.loads((tmp_path / "run/profile.json").read_text())["traceEvents"]]
-    assert names.count("data") == 4 and "aten::mm" in names and "ProfilerStep#7" in names
-    assert not {"ProfilerStep#3", "ProfilerStep#8"} & set(names)  # they count from 0
+    names_traced = [event["name"] for event in json.loads((tmp_path / "run/profile.json").read_text())["traceEvents"]]
+    assert names_traced.count("data") == 4 and {"aten::mm", "ProfilerStep#7"} < set(names_traced)
+    assert not {"ProfilerStep#3", "ProfilerStep#8"} & set(names_traced)  # they count from 0
     lines = [line.split() for line in out.splitlines() if line.lstrip()[:1].isdigit() and "%" in line]
     shares = [float(share.rstrip("%")) for share, *_ in lines]
     assert len(shares) == 10 and shares == sorted(shares, reverse=True) and 20 < sum(shares) <= 100.1
-    assert "Python between the operations" in out and "ProfilerStep" not in out
-    assert f"{tmp_path / 'run/profile.json'}: of the time of all operations" in " ".join(out.split())
+    # The time of a step outside of its operations has another name than the profiler's, ProfilerStep.
+    assert "ProfilerStep" not in out and len({" ".join(name) for _, *name in lines} - set(names_traced)) == 1
+    assert str(tmp_path / "run/profile.json") in out
     assert main([*words[:4], str(tmp_path / "short"), *QUICK, "--tokens=1024", "--profile"]) == 2
-    assert "--profile traces steps 5 to 8, and 4 are left to train" in capsys.readouterr().err
+    assert names(capsys.readouterr().err, "--profile 5 8 4")
     assert not (tmp_path / "short").exists()
 
 
@@ -134,8 +137,7 @@ def test_generate_folds_an_angpt_to_the_same_text_and_says_what_it_sees_of_a_lon
     assert main(words) == 0
     folded = capsys.readouterr()
     assert folded.out.startswith("x = 1\n" * 10) and len(folded.out) > 70
-    # 60 bytes and the start of the text
-    assert folded.err == ("the prompt has 61 tokens, more than the context of 32: the model sees its last ones only\n")
+    assert folded.err.count("\n") == 1 and names(folded.err, "61 32")  # 60 bytes and the start of the text; the context
     monkeypatch.setattr("antransformer.cli.generate.folded_where_possible", lambda model: model)
     assert main(words) == 0
     assert capsys.readouterr().out == folded.out
@@ -167,7 +169,7 @@ def test_settings_come_from_file_and_command_line(corpus, tmp_path, capsys):
     config = (tmp_path / "run/config.yaml").read_text()
     for line in ("architecture: ngpt", "layers: 2", "lr: 0.002", "tokens: 1024", "context: 32"):
         assert line in config
-    assert "4 steps of 256 tokens, learning rate 0.002" in capsys.readouterr().out
+    assert any(names(line, "ngpt 4 256 0.002") for line in capsys.readouterr().out.splitlines())
 
 
 def test_training_with_muon_says_both_rates_and_so_does_the_card(corpus, tmp_path, capsys):
@@ -175,21 +177,19 @@ def test_training_with_muon_says_both_rates_and_so_does_the_card(corpus, tmp_pat
     options = ["--data", str(corpus), "--batch-tokens", "256", "--tokens", "512", "--eval-tokens", "2048"]
     run = str(tmp_path / "run")
     assert main(["train", "--optimizer", "muon", "--muon-lr", "3e-2", *options, *SMALL_OPTIONS, "--out", run]) == 0
-    assert "learning rate 0.012 (embedding and head 0.017) and Muon's 0.03" in capsys.readouterr().out
+    assert any(names(line, "0.012 0.017 0.03") for line in capsys.readouterr().out.splitlines())
     assert main(["export", "--checkpoint", run, "--out", str(tmp_path / "hf")]) == 0
-    assert (
-        "| optimizer | Muon for the blocks' matrices, learning rate 0.03; else Adam, betas 0.9"
-        in (tmp_path / "hf/README.md").read_text()
-    )
+    (row,) = re.findall(r"^\| optimizer \|.*", (tmp_path / "hf/README.md").read_text(), re.M)
+    assert names(row, "Muon 0.03 0.9 0.95") and "Adam" in row
     capsys.readouterr()
     assert main(["train", "--muon-lr", "3e-2", *options, "--out", str(tmp_path / "other")]) == 2
-    assert "muon_lr is the learning rate of optimizer muon: set both, or leave muon_lr out" in capsys.readouterr().err
+    assert names(capsys.readouterr().err, "muon_lr optimizer muon")
 
 
 def test_resume_of_a_finished_run_says_so_and_changes_nothing(run, capsys):
     before = (run / "metrics.jsonl").read_text()
     assert main(["train", "--out", str(run), "--resume"]) == 0
-    assert "resuming from" in capsys.readouterr().out
+    assert str(run / "checkpoints/step-00000010") in capsys.readouterr().out.splitlines()[0]
     assert (run / "metrics.jsonl").read_text() == before
 
 
@@ -202,11 +202,11 @@ def test_demo_goes_all_the_way(corpus, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "read_config", lambda name: settings)
     assert main(["demo", "--out", "runs/demo"]) == 0
     out = capsys.readouterr().out
-    gzip = float(re.search(r"bits per byte \(gzip -9: (\d\.\d+)\)", out)[1])
+    gzip = float(re.search(r"gzip -9\D*(\d\.\d+)", out)[1])
     assert 1 < gzip < 4
     picture = (tmp_path / "runs/demo/loss.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
-    assert "a sample after 'def '" in out
+    assert re.search(r"^def .", out, re.M)  # the sample
 
 
 def wrong(arguments, capsys):
@@ -214,73 +214,72 @@ def wrong(arguments, capsys):
     status = main([str(word) for word in arguments])
     captured = capsys.readouterr()
     assert status == 2, captured.err
-    assert captured.err.startswith("antransformer: error: ") and captured.err.count("\n") == 1
+    assert captured.err.startswith("antransformer: ") and captured.err.count("\n") == 1
     assert "Traceback" not in captured.err
     return captured.err
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "facts"),
     [
-        (["fly"], "invalid choice: 'fly'"),
-        ([], "the following arguments are required: VERB"),
-        (["train", "--lrr", "3"], "unknown option --lrr: did you mean --lr?"),
-        (["train", "--model.widht=3"], "unknown option --model.widht: did you mean --model.width?"),
-        (["train", "--lr"], "argument --lr: expected one argument"),
-        (["train", "--lr", "fast"], "command line: lr must be a number, got 'fast'"),
-        (["train", "--preset", "mega"], "unknown preset 'mega': choose from pico, nano"),
-        (["train", "--architecture", "gpt2"], "architecture must be one of angpt, ngpt, gpt+, gpt, "),
-        (["train", "--model.width", "100"], "width 100 is not a multiple of head_width 64: 128 would be"),
-        (["train", "--architecture", "gpt+", "--model.gate-scale", "none"], "gate_scale is not an option of gpt+"),
-        (["train", "--tokens", "1K"], "tokens 1,000 is less than one batch of 2,048"),
-        (["train", "--config", "dmo"], "no config file dmo: did you mean demo?"),
-        (["train", "--config", ""], "no config file"),
-        (["train", "stray"], "unexpected argument stray"),
-        (["train", "--data", "nowhere"], "nowhere: no such folder"),
-        (["train", "--resume"], "--resume needs the run folder: give it with --out"),
-        (["train", "--resume", "--out", "nowhere"], "nowhere holds no run to resume"),
-        (["generate", "--checkpoint", "nowhere"], "nowhere: no such run or checkpoint folder"),
-        (["generate"], "the following arguments are required: --checkpoint"),
+        (["fly"], "fly prepare train demo"),
+        ([], "VERB"),
+        (["train", "--lrr", "3"], "--lrr --lr"),
+        (["train", "--model.widht=3"], "--model.widht --model.width"),
+        (["train", "--lr"], "--lr"),
+        (["train", "--lr", "fast"], "lr fast"),
+        (["train", "--preset", "mega"], "preset mega pico nano 1b"),
+        (["train", "--architecture", "gpt2"], "architecture gpt2 angpt ngpt gpt+ gpt"),
+        (["train", "--model.width", "100"], "width 100 head_width 64 128"),
+        (["train", "--architecture", "gpt+", "--model.gate-scale", "none"], "gate_scale gpt+"),
+        (["train", "--tokens", "1K"], "tokens 1,000 2,048 batch_tokens"),
+        (["train", "--config", "dmo"], "config dmo demo"),
+        (["train", "--config", ""], "config demo"),
+        (["train", "stray"], "stray"),
+        (["train", "--data", "nowhere"], "nowhere"),
+        (["train", "--resume"], "--resume --out"),
+        (["train", "--resume", "--out", "nowhere"], "nowhere config.yaml"),
+        (["generate", "--checkpoint", "nowhere"], "nowhere"),
+        (["generate"], "--checkpoint"),
         (["prepare", "nowhere.txt", "--out", "x"], "nowhere.txt"),
-        (["prepare", "x"], "the following arguments are required: --out"),
+        (["prepare", "x"], "--out"),
     ],
 )
-def test_a_users_mistake_is_one_line_and_status_2(arguments, message, capsys, tmp_path, monkeypatch):
+def test_a_users_mistake_is_one_line_and_status_2(arguments, facts, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert message in wrong(arguments, capsys)
+    assert names(wrong(arguments, capsys), facts)
     assert list(tmp_path.iterdir()) == []  # nothing was begun
 
 
 def test_mistakes_that_need_a_run(run, corpus, capsys, tmp_path):
     train = ["train", "--data", corpus, *QUICK]
     before = sorted(path.name for path in run.rglob("*"))
-    assert "is not empty: choose another --out, or --resume" in wrong([*train, "--out", run], capsys)
+    assert names(wrong([*train, "--out", run], capsys), f"{run} --out --resume")
     resume = ["train", "--out", run, "--resume"]
     with lock(run):
-        assert f"is in use by process {os.getpid()}: wait for it" in wrong(resume, capsys)
-    assert "was trained with model.architecture angpt, not ngpt" in wrong([*resume, "--architecture=ngpt"], capsys)
-    assert "was trained with model.width 64, not 128" in wrong([*resume, "--model.width=128"], capsys)
+        assert names(wrong(resume, capsys), f"{run} {os.getpid()}")
+    assert names(wrong([*resume, "--architecture=ngpt"], capsys), f"{run} model.architecture angpt ngpt")
+    assert names(wrong([*resume, "--model.width=128"], capsys), f"{run} model.width 64 128")
     text_folder(tmp_path / "text")
     assert main(["prepare", str(tmp_path / "text"), "--out", str(tmp_path / "other"), "--val-fraction", "0.4"]) == 0
-    assert "was trained on other data" in wrong([*resume, "--data", tmp_path / "other"], capsys)
-    assert "outside the model's vocabulary of 200" in wrong(
-        [*train, "--out", tmp_path / "run", "--model.vocab-size=200"], capsys
-    )
-    assert "context 500000 needs 500001 tokens in a row, and the longest train shard has" in wrong(
-        [*train, "--out", tmp_path / "run", "--model.context=500000", "--batch-tokens=500000", "--tokens=1M"], capsys
-    )
+    assert names(wrong([*resume, "--data", tmp_path / "other"], capsys), f"{run} {tmp_path / 'other'}")
+    new = [*train, "--out", tmp_path / "run"]
+    assert names(wrong([*new, "--model.vocab-size=200"], capsys), f"{corpus} 256 200 model.vocab_size 257")
+    long = wrong([*new, "--model.context=500000", "--batch-tokens=500000", "--tokens=1M"], capsys)
+    assert names(long, "context 500000 500001 train")
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").glob("checkpoints/*"))
     generate_from = ["generate", "--checkpoint", run]
-    assert "temperature -1.0 is out of range" in wrong([*generate_from, "--temperature=-1"], capsys)
-    assert "top_p 0.0 is out of range" in wrong([*generate_from, "--top-p=0"], capsys)
-    assert "device 'tpu' is not available here" in wrong([*generate_from, "--device=tpu"], capsys)
-    assert "seed -1 is out of range" in wrong([*generate_from, "--seed=-1"], capsys)
-    assert "the prompt is not UTF-8 text" in wrong([*generate_from, "--prompt=\udcff"], capsys)
-    (tmp_path / "file").write_text("text")
-    assert "file is a file: choose the name of a new folder" in wrong([*train, "--out", tmp_path / "file"], capsys)
-    assert "can not be written: Not a directory" in wrong([*train, "--out", tmp_path / "file/run"], capsys)
-    assert "a file; make a data folder of it" in wrong(["train", "--data", tmp_path / "file"], capsys)
-    assert "not a prepared data folder" in wrong(["train", "--data", run], capsys)
+    assert names(wrong([*generate_from, "--temperature=-1"], capsys), "temperature -1.0")
+    assert names(wrong([*generate_from, "--top-p=0"], capsys), "top_p 0.0")
+    assert names(wrong([*generate_from, "--device=tpu"], capsys), "device tpu cpu")
+    assert names(wrong([*generate_from, "--seed=-1"], capsys), "seed -1")
+    assert names(wrong([*generate_from, "--prompt=\udcff"], capsys), "prompt UTF-8")
+    file = tmp_path / "file"
+    file.write_text("text")
+    assert names(wrong([*train, "--out", file], capsys), f"{file} --out")
+    assert names(wrong([*train, "--out", file / "run"], capsys), f"{file / 'run'} {os.strerror(errno.ENOTDIR)}")
+    assert names(wrong(["train", "--data", file], capsys), f"{file} prepare")
+    assert names(wrong(["train", "--data", run], capsys), f"{run} meta.json")
     assert sorted(path.name for path in run.rglob("*")) == before
 
 
@@ -311,16 +310,17 @@ def test_a_reader_that_goes_away_does_not_end_a_run(corpus, tmp_path):
 def test_a_model_that_does_not_fit_is_status_1(corpus, tmp_path, capsys):
     words = ["train", "--data", str(corpus), "--out", str(tmp_path / "run"), *QUICK, "--model.vocab-size=2000000000"]
     assert main([*words, "--model.width=64000", "--lr=1e-3"]) == 1
-    assert (
-        "not enough memory: lower --micro-batch or --batch-size, or choose a smaller model" in capsys.readouterr().err
-    )
+    assert names(capsys.readouterr().err, "--micro-batch")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_failure_of_the_machine_is_status_1(corpus, tmp_path, capsys, monkeypatch):
+    failure = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     def full(*_arguments, **_options):
-        raise OSError(28, "No space left on device")
+        raise failure
 
     monkeypatch.setattr("antransformer.training.metrics.MetricsLog.write", full)
     assert main(["train", "--data", str(corpus), "--out", str(tmp_path / "run"), *QUICK]) == 1
-    assert capsys.readouterr().err == "antransformer: error: [Errno 28] No space left on device\n"
+    error = capsys.readouterr().err
+    assert error.startswith("antransformer: ") and error.endswith(f"{failure}\n") and error.count("\n") == 1

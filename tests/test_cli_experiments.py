@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 
 import pytest
 
@@ -9,6 +10,7 @@ from antransformer.analysis.observations import read_observations
 from antransformer.analysis.results import Results
 from antransformer.cli import main
 from conftest import SMALL_OPTIONS
+from test_cli import names
 
 SHORT = ["--batch-tokens=256", "--eval-tokens=1024", "--workers=2", *SMALL_OPTIONS]
 
@@ -46,17 +48,22 @@ def test_fit_reads_a_comparison(compared, capsys):
     }
     assert len(rows) == 8 and all(row.lr > 0 and row.parameters > 1000 for row in rows)
     assert main(["fit", str(compared)]) == 2
-    assert "too few sizes" in capsys.readouterr().err
+    assert names(capsys.readouterr().err, "gpt+ angpt")
+
+
+def marks_of_runs(out):
+    """Counts the lines of completed runs: those found on disk have a remark after the loss, new ones do not."""
+    return Counter("found" if mark.strip() else "new" for mark in re.findall(r" \d+/\d+ .* \d+\.\d{4}\b(.*)", out))
 
 
 def test_the_same_command_again_runs_nothing_and_more_seeds_only_what_is_missing(compared, corpus, capfd):
     before = {path: path.stat().st_mtime_ns for path in compared.glob("runs/*/result.json")}
     assert main(compare(corpus, compared)) == 0
     out = capfd.readouterr().out
-    assert out.count("(done before)") == 8 and "report: " in out
+    assert marks_of_runs(out) == Counter(found=8) and str(compared / "report.html") in out
     assert main(compare(corpus, compared, "--seeds=3", "--budgets", "2560")) == 0
     out = capfd.readouterr().out
-    assert out.count("(done before)") == 4 and len(re.findall(r"loss [\d.]+\n", out)) == 2
+    assert marks_of_runs(out) == Counter(found=4, new=2)
     after = {path: path.stat().st_mtime_ns for path in compared.glob("runs/*/result.json")}
     assert len(after) == 10 and before.items() <= after.items()
 
@@ -79,32 +86,32 @@ def test_the_list_of_ablations(capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "facts"),
     [
-        (["compare", "--seeds=0"], "--seeds must be at least 1, got 0"),
-        (["compare", "--seeds=many"], "--seeds must be a whole number, got 'many'"),
-        (["compare", "--architectures", "gpt+", "angtp"], "unknown architecture 'angtp': did you mean angpt?"),
-        (["compare", "--architectures", "angpt"], "two or more different ones"),
-        (["compare", "--budgets", "100", "5120"], "a budget of 100 tokens is less than one batch of 256"),
-        (["compare", "--budgets", "5K", "5K"], "names the same budget twice"),
-        (["compare", "--trial-tokens", "few"], "--trial-tokens must be a count of tokens"),
-        (["compare", "--workers=0"], "--workers must be at least 1"),
-        (["compare", "--devices", "tpu"], "device 'tpu' is not available here"),
-        (["compare", "--model.vocab-size=20"], "outside the model's vocabulary of 20"),
-        (["compare", "--lr=1"], "unknown option --lr"),
-        (["compare", "--data", "nowhere"], "nowhere: no such folder"),
-        (["ablate", "--only", "no-lrep"], "no ablation is named no-lrep: did you mean no-lerp?"),
-        (["ablate", "--tokens", "10"], "a budget of 10 tokens is less than one batch of 256"),
+        (["compare", "--seeds=0"], "--seeds 1 0"),
+        (["compare", "--seeds=many"], "--seeds many"),
+        (["compare", "--architectures", "gpt+", "angtp"], "architecture angtp angpt"),
+        (["compare", "--architectures", "angpt"], "--architectures angpt"),
+        (["compare", "--budgets", "100", "5120"], "100 256 --budgets --batch-tokens"),
+        (["compare", "--budgets", "5K", "5K"], "--budgets 5K"),
+        (["compare", "--trial-tokens", "few"], "--trial-tokens few"),
+        (["compare", "--workers=0"], "--workers 1 0"),
+        (["compare", "--devices", "tpu"], "device tpu cpu"),
+        (["compare", "--model.vocab-size=20"], "256 20 model.vocab_size 257"),
+        (["compare", "--lr=1"], "--lr"),
+        (["compare", "--data", "nowhere"], "nowhere"),
+        (["ablate", "--only", "no-lrep"], "no-lrep no-lerp"),
+        (["ablate", "--tokens", "10"], "10 256 --tokens --batch-tokens"),
     ],
 )
-def test_a_users_mistake_is_one_line_and_status_2(arguments, message, corpus, capsys, tmp_path):
+def test_a_users_mistake_is_one_line_and_status_2(arguments, facts, corpus, capsys, tmp_path):
     verb, *rest = arguments
     assert main([verb, "--data", str(corpus), "--out", str(tmp_path / "out"), *SHORT, *rest]) == 2
     captured = capsys.readouterr()
-    assert message in captured.err and captured.err.count("\n") == 1 and captured.out == ""
+    assert names(captured.err, facts) and captured.err.count("\n") == 1 and captured.out == ""
     assert not (tmp_path / "out").exists()
 
 
 def test_a_comparison_of_other_settings_is_not_mixed_with_this_one(compared, corpus, capsys):
     assert main(compare(corpus, compared, "--batch-tokens=512")) == 2
-    assert "was made with batch_tokens 256, not 512: choose another --out" in capsys.readouterr().err
+    assert names(capsys.readouterr().err, "batch_tokens 256 512 --out")

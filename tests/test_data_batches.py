@@ -9,6 +9,7 @@ import torch
 
 from antransformer.data import Ahead, Shard, Split, Windows, sequential
 from antransformer.errors import ConfigError, DataError
+from test_cli import names
 
 
 def make_split(folder: Path, *lengths: int) -> Split:
@@ -66,8 +67,9 @@ def test_the_next_batch_is_there_before_it_is_asked_for(split: Split, monkeypatc
 
 
 def test_what_is_wrong_with_a_batch_read_ahead_is_said_when_it_is_asked_for(split: Split) -> None:
-    with pytest.raises(ConfigError, match="can not be shared evenly by 2"):
+    with pytest.raises(ConfigError) as error:
         Ahead(Windows(split, 8, seed=3), 3, world_size=2).batch(0)
+    assert names(str(error.value), "3 2")
 
 
 def test_every_window_once_an_epoch(split: Split) -> None:
@@ -117,19 +119,23 @@ def test_numbers_out_of_range(split: Split) -> None:
     for arguments in ((0, 5, 0, 2), (0, 0), (-1, 4), (0, 4, 2, 2), (0, 4, -1, 2), (0, 4, 0, 0)):
         with pytest.raises(ConfigError):
             windows.batch(*arguments)
-    with pytest.raises(ConfigError, match="context is 0"):
-        Windows(split, 0, seed=0)
-    with pytest.raises(ConfigError, match="seed is -1"):
-        Windows(split, 8, seed=-1)
-    with pytest.raises(ConfigError, match="batch_size is 0"):
-        sequential(split, 8, 0)
+    for call, facts in (
+        (lambda: Windows(split, 0, seed=0), "context 0"),
+        (lambda: Windows(split, 8, seed=-1), "seed -1"),
+        (lambda: sequential(split, 8, 0), "batch_size 0"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            call()
+        assert names(str(error.value), facts)
 
 
 def test_context_longer_than_every_shard(split: Split) -> None:
     assert len(Windows(split, 41, seed=0)) == 1
-    message = "context 42 needs 43 tokens in a row, and the longest train shard has 42: choose a shorter context"
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError):
         Windows(split, 42, seed=0)
+    with pytest.raises(DataError) as error:
+        Windows(split, 43, seed=0)
+    assert names(str(error.value), "context 43 44 train 42")
 
 
 def test_sequential_takes_all_in_order_with_a_partial_batch(split: Split) -> None:

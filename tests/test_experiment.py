@@ -1,5 +1,7 @@
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -30,6 +32,16 @@ class FakeQueue:
         self.calls.append([job.name for job in jobs])
         assert len(set(self.calls[-1])) == len(jobs)
         return {job.name: Outcome(job.name, self.loss(job.config), 1.0, 0.1, 1000, "a machine") for job in jobs}
+
+
+def carries(message, *parts):
+    """Whether a message holds each of these names, paths and numbers as a word of its own; numbers outside of paths."""
+    text = re.sub(r"(?<=\d),(?=\d{3})", "", str(message))  # 10,000 is the number 10000
+    bare = re.sub(r"(?<!\w)/\S+", "", text)
+    return all(
+        re.search(rf"(?<!\w)(?<!\d\.){re.escape(str(part))}(?!\w|\.\d)", text if isinstance(part, str | Path) else bare)
+        for part in parts
+    )
 
 
 def bowl(best):
@@ -171,10 +183,12 @@ def test_results_survive_their_file(corpus, tmp_path):
     assert "Infinity" not in (tmp_path / "results.json").read_text()
     assert results.setup["command"].startswith("antransformer") and results.setup["made_on"] == ["a machine"]
     (tmp_path / "results.json").write_text("{")
-    with pytest.raises(DataError, match="damaged"):
+    with pytest.raises(DataError) as error:
         Results.load(tmp_path)
-    with pytest.raises(DataError, match="no results"):
+    assert carries(error.value, tmp_path / "results.json")
+    with pytest.raises(DataError) as error:
         Results.load(tmp_path / "nowhere")
+    assert carries(error.value, tmp_path / "nowhere", "results.json")
 
 
 def test_budgets_are_the_tokens_that_are_trained_on():
@@ -185,27 +199,31 @@ def test_budgets():
     assert compare.budgets_of(8_000_000) == (2_000_000, 4_000_000, 8_000_000)
     assert compare.budgets_of(0, ["20M", "5M"]) == (5_000_000, 20_000_000)
     for wrong in (["5M", "5M"], ["five"]):
-        with pytest.raises(ConfigError, match="--budgets"):
+        with pytest.raises(ConfigError) as error:
             compare.budgets_of(0, wrong)
+        assert carries(error.value, "--budgets", " ".join(wrong))
 
 
 def test_what_can_not_run_is_refused_before_anything_runs(corpus):
-    with pytest.raises(ConfigError, match="unknown architecture 'gtp\\+': did you mean gpt\\+"):
-        compare.plan(COMMON, ["gtp+", "angpt"], BUDGETS)
-    with pytest.raises(ConfigError, match="two or more different"):
-        compare.plan(COMMON, ["angpt", "angpt"], BUDGETS)
-    with pytest.raises(ConfigError, match="seeds must be at least 1"):
-        compare.plan(COMMON, ["gpt+", "angpt"], BUDGETS, seeds=0)
-    with pytest.raises(ConfigError, match="a budget of 100 tokens is less than one batch of 256"):
-        compare.plan(COMMON, ["gpt+", "angpt"], (100, 2560))
-    with pytest.raises(ConfigError, match="same number of batches"):
-        compare.plan(COMMON, ["gpt+", "angpt"], (2560, 2600))
+    for names, budgets, seeds, parts in (
+        (["gtp+", "angpt"], BUDGETS, 1, ("gtp+", "gpt+")),
+        (["angpt", "angpt"], BUDGETS, 1, ("--architectures", "angpt")),
+        (["gpt+", "angpt"], BUDGETS, 0, ("seeds", 0)),
+        (["gpt+", "angpt"], (100, 2560), 1, (100, 256, "--budgets", "--batch-tokens")),
+        (["gpt+", "angpt"], (2560, 2600), 1, (2560, 256)),
+    ):
+        with pytest.raises(ConfigError) as error:
+            compare.plan(COMMON, names, budgets, seeds=seeds)
+        assert carries(error.value, *parts)
     long = {"model": {**SMALL, "context": 10**6}, "batch_tokens": 10**6}
-    with pytest.raises(DataError, match="longest train shard"):
+    with pytest.raises(DataError) as error:
         Experiment(compare.plan(long, ["gpt+", "angpt"], (10**6,)), Dataset.open(corpus), FakeQueue(None), print)
+    longest = max(shard.tokens for shard in Dataset.open(corpus).split("train").shards)
+    assert carries(error.value, "context", 10**6, "train", longest)
     small = {**COMMON, "model": {**SMALL, "vocab_size": 20}}
-    with pytest.raises(DataError, match="outside the model's vocabulary"):
+    with pytest.raises(DataError) as error:
         Experiment(compare.plan(small, ["gpt+", "angpt"], BUDGETS), Dataset.open(corpus), FakeQueue(None), print)
+    assert carries(error.value, "model.vocab_size", 20, Dataset.open(corpus).max_token)
 
 
 def test_the_suite_of_ablations_is_one_default_and_what_differs_from_it(corpus):
@@ -227,10 +245,10 @@ def test_the_suite_of_ablations_is_one_default_and_what_differs_from_it(corpus):
 def test_a_part_of_the_suite():
     names = [entrant.name for entrant in ablate.entrants(64, ["error-*", "no-lerp"])]
     assert names == ["default", "no-lerp", "error-1", "error-2", "error-5"]
-    with pytest.raises(ConfigError, match="no ablation is named no-lrep: did you mean no-lerp"):
-        ablate.entrants(64, ["no-lrep"])
-    with pytest.raises(ConfigError, match="--only default leaves nothing to compare"):
-        ablate.entrants(64, ["default"])
+    for only, parts in (("no-lrep", ("no-lrep", "no-lerp")), ("default", ("--only", "default"))):
+        with pytest.raises(ConfigError) as error:
+            ablate.entrants(64, [only])
+        assert carries(error.value, *parts)
 
 
 def test_nested_and_flat_undo_each_other():

@@ -6,6 +6,7 @@ anywhere in test_fuzz.py.
 """
 
 import contextlib
+import errno
 import math
 import os
 import random
@@ -65,9 +66,13 @@ def test_a_skipped_step_is_as_if_it_had_not_been(corpus, tmp_path, options):
     assert [line["step"] for line in lines] == list(range(1, 21))
     assert [line["step"] for line in lines if "loss" not in line and "grad_norm" not in line] == [1, 7]
     assert [line["skipped"] for line in lines] == [1] * 6 + [2] * 14
-    assert spoilt.reporter == [
-        f"step {step} is skipped: a loss or gradient is not finite ({count} of 2)" for step, count in ((1, 1), (7, 2))
-    ]
+    # A note for each: the step, how many are skipped by now, and how many may be.
+    assert [numbers(note) for note in spoilt.reporter] == [["1", "1", "2"], ["2", "2", "7"]]
+
+
+def numbers(text):
+    """All whole numbers in a text, smallest first."""
+    return sorted(re.findall(r"\b\d+\b", text), key=int)
 
 
 def losses_where_there_are(folder):
@@ -87,15 +92,18 @@ def test_a_line_has_the_mean_loss_of_the_steps_that_were_taken(corpus, tmp_path)
 def test_no_more_steps_are_skipped_than_allowed_in_all_of_a_run(corpus, tmp_path):
     broken = start(corpus, tmp_path / "run", skip_nonfinite=1, checkpoint_every=2)
     poison(broken, 1, 2)
-    with pytest.raises(DivergedError, match="not finite at step 2, beyond the 1 to skip; last good checkpoint: none"):
+    with pytest.raises(DivergedError) as error:
         broken.run()
+    assert {"1", "2"} <= set(numbers(str(error.value))) and "step-" not in str(error.value)  # no checkpoint yet
     trainer, _ = resume(corpus, tmp_path / "run", skip_nonfinite=2)
     poison(trainer, 1, 2)  # of which a checkpoint is left in which the optimizer has no moments yet
     run_until(trainer, 4)
     trainer, _ = resume(corpus, tmp_path / "run", skip_nonfinite=2, checkpoint_every=20)
     poison(trainer, 8)
-    with pytest.raises(DivergedError, match=r"at step 8, beyond the 2 to skip; last good checkpoint: .*00000002;"):
+    with pytest.raises(DivergedError) as error:
         trainer.run()
+    path = str(tmp_path / "run/checkpoints/step-00000002")
+    assert path in str(error.value) and {"2", "8"} <= set(numbers(str(error.value).replace(path, "")))
     trainer, _ = resume(corpus, tmp_path / "run", skip_nonfinite=3)
     assert (trainer.done, trainer.skipped) == (2, 2)
     poison(trainer, 8)
@@ -115,13 +123,14 @@ def test_a_rank_that_hangs_is_named_and_the_run_comes_back_without_it(corpus, tm
         ranks = job.started()
         wait_for(lambda: checkpoint.step_folders(out / "checkpoints"), job)
         os.kill(ranks[1], signal.SIGSTOP)
-        wait_for(lambda: "no answer" in log.read_text(), job)
+        wait_for(lambda: "error:" in log.read_text(), job)
         os.kill(ranks[1], signal.SIGCONT)  # else torchrun waits half a minute for it to end
         assert job.started(ranks.values())
         assert job.process.wait(300) == 0, log.read_text()
-    named = rf"error: no answer from rank 1 \(process {ranks[1]} on \S+\): gone, or hanging for longer than --timeout\n"
-    assert len(re.findall(named, log.read_text())) == log.read_text().count("error:") == 1
-    assert "resuming from" in log.read_text()
+    [error] = [line for line in log.read_text().splitlines() if "error:" in line]
+    for part in ("rank 1", ranks[1], socket.gethostname(), "--timeout"):
+        assert re.search(rf"(?<!\w){part}\b", error), part
+    assert min(map(int, re.findall(rf"{out}/checkpoints/step-(\d+)", log.read_text()))) < 20  # it was resumed
     start(corpus, tmp_path / "alone", checkpoint_every=5, eval_every=20).run()
     found, expected = (read_metrics(folder / "metrics.jsonl") for folder in (out, tmp_path / "alone"))
     assert [line["step"] for line in found] == list(range(1, 21))
@@ -171,7 +180,7 @@ def test_two_machines_lose_a_rank_and_come_back_and_save_when_they_have_to_go(co
         ranks = {rank: pid for agent in agents for rank, pid in agent.started().items()}
         wait_for(lambda: checkpoint.step_folders(run / "checkpoints"), agents[0])
         os.kill(ranks[0], signal.SIGKILL)
-        wait_for(lambda: "resuming from" in printed(run), agents[0])
+        wait_for(lambda: f"{run}/checkpoints/step-" in printed(run), agents[0])
         step = max(losses(run))
         wait_for(lambda: max(losses(run)) > step + 2, agents[0])
         for agent in agents:
@@ -209,7 +218,8 @@ def printed(folder):
 def test_what_torchrun_starts_again_has_to_have_a_folder(corpus, monkeypatch, capsys):
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     assert main(["train", "--data", str(corpus)]) == 2
-    assert "torchrun --max-restarts goes on in the folder of the run: give it with --out" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "--max-restarts" in message and "--out" in message
 
 
 def test_the_same_command_begins_a_run_and_goes_on_with_it(corpus, tmp_path, monkeypatch, capsys):
@@ -218,12 +228,14 @@ def test_the_same_command_begins_a_run_and_goes_on_with_it(corpus, tmp_path, mon
     command += ["--tokens=1K", "--eval-tokens=1K"]
     assert main(command) == 0
     assert main(command) == 2  # taken
+    lines = read_metrics(tmp_path / "run/metrics.jsonl")
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
-    capsys.readouterr()
     assert main(command) == 0
-    assert "resuming from" in capsys.readouterr().out
+    assert read_metrics(tmp_path / "run/metrics.jsonl") == lines  # times too: resumed, not trained again
+    capsys.readouterr()
     assert main([*command, "--seed=1"]) == 2
-    assert "was trained with seed 0, not 1" in capsys.readouterr().err
+    message = capsys.readouterr().err.replace(str(tmp_path / "run"), "")
+    assert re.search(r"\bseed\b", message) and numbers(message) == ["0", "1"]
 
 
 # Folders and files
@@ -298,10 +310,11 @@ def test_a_disk_that_has_no_room_for_a_metrics_line(corpus, tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))
     try:
-        with pytest.raises(MachineError, match=r"run/metrics\.jsonl can not be written: File too large"):
+        with pytest.raises(MachineError, match=r"run/metrics\.jsonl") as error:
             trainer.run()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert os.strerror(errno.EFBIG) in str(error.value)
     assert 5 < max(losses(tmp_path / "run")) < 20
     assert checkpoint.newest(tmp_path / "run/checkpoints", pytest.fail).step == 5
     resume(corpus, tmp_path / "run")[0].run()
@@ -345,7 +358,8 @@ def test_a_folder_that_can_only_be_read_is_a_mistake_in_one_line(open_to_all):
     for path in (open_to_all, run, run / "checkpoints", *(run / "checkpoints").iterdir()):
         path.chmod(0o755)
     assert [text.count("\n") for text in complaints] == [1, 1]
-    assert all("can not be written: Permission denied; choose another --out" in text for text in complaints)
+    for text, folder in zip(complaints, (open_to_all / "new", run), strict=True):
+        assert all(part in text for part in (str(folder), os.strerror(errno.EACCES), "--out"))
     assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
 
 
@@ -353,7 +367,8 @@ def test_a_second_run_is_told_who_holds_the_folder(corpus, tmp_path, capsys):
     start(corpus, tmp_path / "run", tokens=256 * 5).run()
     with lock(tmp_path / "run"):
         assert main(["train", "--out", str(tmp_path / "run"), "--resume"]) == 2
-    assert f"run is in use by process {os.getpid()}: wait for it, or choose another --out" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert str(tmp_path / "run") in message and re.search(rf"\b{os.getpid()}\b", message) and "--out" in message
 
 
 def test_data_that_changed_between_two_runs_is_not_trained_on(corpus, tmp_path, capsys):
@@ -374,7 +389,8 @@ def test_a_checkpoint_of_another_model_is_not_gone_on_with(corpus, tmp_path, cap
     shutil.rmtree(path)
     shutil.copytree(tmp_path / "other/checkpoints/step-00000005", path)
     assert main(["train", "--out", str(tmp_path / "run"), "--resume"]) == 2
-    assert "of another model than config.yaml describes" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert str(path) in message and "config.yaml" in message
 
 
 def test_a_clock_that_goes_back_is_nobody_s_concern(corpus, tmp_path, monkeypatch):

@@ -1,8 +1,10 @@
 """antransformer fit, from folders and tables to laws, JSON and pictures."""
 
 import csv
+import errno
 import json
 import math
+import os
 import re
 import sys
 from dataclasses import replace
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 
 from antransformer.analysis import scaling
-from antransformer.analysis.fits import fit
+from antransformer.analysis.fits import LAWS, fit
 from antransformer.analysis.observations import Observation, Observations, read_observations
 from antransformer.analysis.results import Contender, Results, Run, Trial
 from antransformer.analysis.scaling_charts import charts
@@ -112,7 +114,7 @@ def test_optima_give_the_laws_alone(tmp_path, capsys):
     n, batch = np.log([32.10e6, 62.28e6, 127.08e6]), np.log([31, 39, 120])
     assert laws["angpt"]["batch"]["exponent"] == pytest.approx(np.polyfit(n, batch, 1)[0])
     out = capsys.readouterr().out
-    assert "batch = " in out and "3 points only" in out
+    assert re.search(r"\bbatch = .* 3 *\n", out) and re.search(r"^- .*\bbatch\b.*\b3\b", out, re.MULTILINE)
     assert {path.name for path in (tmp_path / "pictures").iterdir()} == {"best-batch.png", "best-lr.png"}
 
 
@@ -158,9 +160,9 @@ def test_folders_of_comparisons_are_read_as_searches_and_runs(tmp_path):
     assert angpt.laws["lr"].delta["exponent"] == (-math.inf, math.inf)
     assert len(angpt.runs) == 6  # seeds are one mean
     assert fits["gpt+"].runs[0].loss - angpt.runs[0].loss == pytest.approx(0.2)
-    said = " ".join(angpt.notes)
-    for words in ("one batch was tried", "two points, and nothing", "tokens a parameter", "there are 6 of 2 and 3"):
-        assert words in said
+    # No law of the batch, two points of the learning rate's, other tokens a parameter, and too little for a surface.
+    for words in (r"\bbatch\b", rf"^{LAWS['lr'][0]}", r"\b0\.25\b.*\b1\b", r"L\(N, D\).*\b6\b.*\b2\b.*\b3\b"):
+        assert any(re.search(words, note) for note in angpt.notes), words
 
 
 def test_the_name_is_the_architecture_and_the_batch_may_be_its_own(tmp_path):
@@ -179,9 +181,8 @@ def test_an_edge_is_left_out_and_said():
     (found,) = fit(Observations(tuple(rows), tuple(rows)))
     assert found.laws["lr"].points == found.laws["batch"].points == 3
     assert not found.optima[3].known_lr and not found.optima[3].known_batch
-    assert "best learning rate: at 1 of 4 places the best lies at an edge of what was tried (240M)" in " ".join(
-        found.notes
-    )
+    for name in ("batch", "lr"):
+        assert any(re.search(rf"{LAWS[name][0]}\b.*\b1\b.*\b4\b.*\b240M\b", note) for note in found.notes)
     drawn = {chart.name: chart for chart in charts([found], rows)}
     hollow = [line for line in drawn["best-lr"].figure.axes[0].get_lines() if line.get_markerfacecolor() == "none"]
     assert [list(line.get_xdata()) for line in hollow] == [[SIZES[3]]]
@@ -191,11 +192,9 @@ def test_sizes_that_nothing_brackets_give_no_law_of_the_best_size():
     rows = [row for row in swept() if row.tokens == 20 * row.parameters]  # one ratio: every bin has one size
     (found,) = fit(Observations((), tuple(rows)))
     assert not {"size", "tokens", "batch", "lr"} & found.laws.keys() and "loss" in found.laws
-    said = " ".join(found.notes)
-    assert (
-        "4 of 4 bins of compute have no smaller and larger size" in said and "best size: no law, for 0 points" in said
-    )
-    assert "no learning rates were searched" in said and found.surface is None
+    for words in (r"\b4\b.*\b4\b", rf"{LAWS['size'][0]}\b.*\b0\b", rf"{LAWS['tokens'][0]}\b.*\b0\b"):
+        assert any(re.search(words, note) for note in found.notes), words
+    assert len(found.notes) == 6 and found.surface is None
 
 
 def test_a_diverged_run_has_no_part_in_the_loss(tmp_path):
@@ -213,56 +212,58 @@ def test_losses_alone_of_an_architecture_with_one_size_are_no_law_but_no_mistake
     rows = (*swept(), *lone, *diverged)
     found = {it.name: it for it in fit(Observations(rows, rows))}
     assert "lr" not in found["ngpt"].laws and found["angpt"].laws["lr"].points == 4
-    assert "best learning rate: no law, for 1 point of the 2 needed" in found["ngpt"].notes
-    assert not found["dyt"].optima and "no finished run: no law of the loss" in found["dyt"].notes
+    for name in ("batch", "lr"):
+        assert any(re.search(rf"{LAWS[name][0]}\b.*\b1\b.*\b2\b", note) for note in found["ngpt"].notes)
+    assert not found["dyt"].optima and not found["dyt"].laws and "loss" in found["dyt"].notes[-1]
     assert charts(list(found.values()), rows)
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "named"),
     [
-        ("", "no column named architecture or parameters"),
-        (f"{HEADER}\n", "no rows under the header"),
-        ("architecture,parameters,tokens,lr,loss\nangpt,1,1,1,1\n", "no column named batch"),
-        (f"{HEADER}\nangpt,1e6,1e7,2048,1e-3,3\nangpt,2e6,1e7,2048,1e-3,-3\n", "row 2 (line 3): loss must be above 0"),
-        (f"{HEADER}\nangpt,1e6,1e7,2048,fast,3\n", "row 1 (line 2): lr must be a number, got 'fast'"),
-        (f"{HEADER}\nangpt,1e6,1e7,2048,1e-3\n", "row 1 (line 2): loss must be a number, got ''"),
-        (f"{HEADER}\nangpt,1e6,inf,2048,1e-3,3\n", "row 1 (line 2): tokens must be above 0 and finite, got inf"),
-        (f"{HEADER}\nangpt,1e6,1e7,2048,1e-3,nan\n", "loss must be above 0 and finite, got nan"),
-        (f"{HEADER}\n,1e6,1e7,2048,1e-3,3\n", "the architecture is empty"),
-        (f"{HEADER}\nangpt,1e6,1e7,2048,1e-3,3\nangpt,1e6,2e7,2048,1e-3,2.9\n", "too few sizes for a law over them"),
-        (b"PK\x03\x04\xff\xfe", "no CSV file"),
+        ("", r"runs\.csv: .*architecture.*parameters.*tokens.*batch.*lr.*loss"),
+        (f"{HEADER}\n", r"runs\.csv"),
+        ("architecture,parameters,tokens,lr,loss\nangpt,1,1,1,1\n", rf"runs\.csv: .*\bbatch\b.*{HEADER}"),
+        (f"{HEADER}\nangpt,1e6,1e7,2048,1e-3,3\nangpt,2e6,1e7,2048,1e-3,-3\n", r"runs\.csv: .*2.*3.*\bloss\b.* -3"),
+        (f"{HEADER}\nangpt,1e6,1e7,2048,fast,3\n", r"runs\.csv: .*1.*2.*\blr\b.*'fast'"),
+        (f"{HEADER}\nangpt,1e6,1e7,2048,1e-3\n", r"runs\.csv: .*1.*2.*\bloss\b.*''"),
+        (f"{HEADER}\nangpt,1e6,inf,2048,1e-3,3\n", r"runs\.csv: .*1.*2.*\btokens\b.*\binf\b"),
+        (f"{HEADER}\nangpt,1e6,1e7,2048,1e-3,nan\n", r"runs\.csv: .*1.*2.*\bloss\b.*\bnan\b"),
+        (f"{HEADER}\n,1e6,1e7,2048,1e-3,3\n", r"runs\.csv: .*1.*2.*\barchitecture\b"),
+        (f"{HEADER}\nangpt,1e6,1e7,2048,1e-3,3\nangpt,1e6,2e7,2048,1e-3,2.9\n", r"\bangpt\b"),
+        (b"PK\x03\x04\xff\xfe", r"runs\.csv: .*\butf-8\b"),
     ],
 )
-def test_a_bad_table_is_one_line_and_status_2(text, message, tmp_path, capsys):
+def test_a_bad_table_is_one_line_and_status_2(text, named, tmp_path, capsys):
     source = tmp_path / "runs.csv"
     source.write_bytes(text if isinstance(text, bytes) else text.encode())
     assert main(["fit", str(source), "--out", str(tmp_path / "pictures")]) == 2
     captured = capsys.readouterr()
-    assert message in captured.err and captured.err.count("\n") == 1 and captured.out == ""
+    assert re.search(named, captured.err), captured.err
+    assert captured.err.count("\n") == 1 and captured.out == ""
     assert not (tmp_path / "pictures").exists()
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "named"),
     [
-        ([], "give either RESULTS, folders or CSV files with losses, or --optima FILE"),
-        (["one", "--optima", "optima.csv"], "give either RESULTS"),
-        (["nowhere.csv"], "nowhere.csv: No such file"),
-        (["empty"], "empty: neither a finished sweep nor a finished comparison in it"),
-        (["one", "other"], "other was measured on other data than one"),
-        (["one", "ablated"], "ablated is an ablation"),
-        (["one", "bare"], "bare: its results lack what a fit needs ('batch_tokens')"),
-        (["one"], "too few sizes for a law over them: one of gpt+, angpt"),
-        (["--optima", "optima.csv", "--out", "optima.csv"], "optima.csv is a file"),
-        (["--optima", "optima.csv", "--out", "optima.csv/pictures"], "optima.csv is a file"),
-        (["--optima", "optima.csv", "--json", "no/where.json"], "--json no/where.json"),
-        (["one", "--bins", "none"], "--bins must be a whole number"),
-        (["--optima", "single.csv"], "too few sizes"),
-        (["--optima", "negative.csv"], "negative.csv: row 1 (line 2): batch must be above 0"),
+        ([], ["RESULTS", "--optima"]),
+        (["one", "--optima", "optima.csv"], ["RESULTS", "--optima"]),
+        (["nowhere.csv"], ["nowhere.csv", os.strerror(errno.ENOENT)]),
+        (["empty"], ["empty"]),
+        (["one", "other"], ["other ", "data", " one"]),
+        (["one", "ablated"], ["ablated"]),
+        (["one", "bare"], ["bare", "'batch_tokens'"]),
+        (["one"], ["gpt+, angpt"]),
+        (["--optima", "optima.csv", "--out", "optima.csv"], ["optima.csv", "--out"]),
+        (["--optima", "optima.csv", "--out", "optima.csv/pictures"], ["optima.csv", "--out"]),
+        (["--optima", "optima.csv", "--json", "no/where.json"], ["--json", "no/where.json"]),
+        (["one", "--bins", "none"], ["--bins", "'none'"]),
+        (["--optima", "single.csv"], ["angpt"]),
+        (["--optima", "negative.csv"], ["negative.csv", "1", "2", "batch", "-1"]),
     ],
 )
-def test_a_users_mistake_is_one_line_and_status_2(arguments, message, tmp_path, capsys, monkeypatch):
+def test_a_users_mistake_is_one_line_and_status_2(arguments, named, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "optima.csv").write_text(OPTIMA)
     (tmp_path / "single.csv").write_text("".join(OPTIMA.splitlines(keepends=True)[:2]))
@@ -277,7 +278,8 @@ def test_a_users_mistake_is_one_line_and_status_2(arguments, message, tmp_path, 
     results.save(tmp_path / "bare")
     assert main(["fit", *arguments]) == 2
     captured = capsys.readouterr()
-    assert message in captured.err and captured.err.count("\n") == 1 and captured.out == ""
+    assert all(word in captured.err for word in named), captured.err
+    assert captured.err.count("\n") == 1 and captured.out == ""
     assert not (tmp_path / "runs").exists()
 
 
@@ -286,7 +288,8 @@ def test_what_is_not_installed_is_said(tmp_path, capsys, monkeypatch):
     (tmp_path / "optima.csv").write_text(OPTIMA)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["fit", "--optima", "optima.csv", "--json", "laws.json"]) == 0
-    assert "no pictures: matplotlib is not installed" in capsys.readouterr().out and (tmp_path / "laws.json").exists()
+    assert "matplotlib" in capsys.readouterr().out and (tmp_path / "laws.json").exists()
     monkeypatch.setitem(sys.modules, "scipy", None)
     assert main(["fit", "--optima", "optima.csv"]) == 2
-    assert "scipy is not installed: pip install 'antransformer[analysis]'" in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert "scipy" in errors and "'antransformer[analysis]'" in errors

@@ -119,16 +119,18 @@ def test_folding_keeps_dtype_and_leaves_the_model_alone():
 
 def test_what_can_not_be_folded_is_said():
     for architecture in set(ARCHITECTURES) - {"angpt"}:
-        with pytest.raises(TypeError, match="only an anGPT can be folded, not "):
-            fold(model_of(architecture))
+        other = model_of(architecture)
+        with pytest.raises(TypeError, match=rf"\b{type(other).__name__}\b"):
+            fold(other)
     for ablation in ABLATIONS:
-        with pytest.raises(ValueError, match=f"only the unablated anGPT can be folded, not {ablation}"):
+        with pytest.raises(ValueError, match=rf"\b{ablation}\b"):
             fold(model_of(ablation=ablation))
     model = model_of()
     with torch.no_grad():
         residual = model.blocks[2].mlp_residual
         residual.alpha.value[5] = residual.alpha.scale / residual.alpha.init
     assert residual.alpha()[5] == 1
-    with pytest.raises(ValueError, match="an alpha is 1, or several near it"):
+    with pytest.raises(ValueError, match="alpha") as error:
         fold(model)
+    assert "float32" in str(error.value)
     assert folded_where_possible(model) is model and isinstance(folded_where_possible(model_of()), FoldedAnGPT)

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import signal
 import struct
@@ -766,7 +767,8 @@ def refusal(function, *arguments):
 @pytest.mark.parametrize("bomb", ODD_YAML[:2], ids=["lists", "merges"])
 def test_aliases_do_not_unfold(tmp_path, bomb):
     (tmp_path / "x.yaml").write_text(f"data: {bomb}")
-    assert "an alias of more than a single value" in refusal(read_yaml, tmp_path / "x.yaml")
+    message = refusal(read_yaml, tmp_path / "x.yaml")
+    assert "x.yaml" in message and "alias" in message
     (tmp_path / "x.yaml").write_text("lr: &rate 0.1\neps: *rate")
     assert read_yaml(tmp_path / "x.yaml") == {"lr": 0.1, "eps": 0.1}
 
@@ -774,28 +776,36 @@ def test_aliases_do_not_unfold(tmp_path, bomb):
 @pytest.mark.parametrize("value", ["!!int ''", "!!float ''", "!!bool x"])
 def test_scalars_that_belie_their_tag_are_not_valid(tmp_path, value):
     (tmp_path / "x.yaml").write_text(f"lr: {value}")
-    assert "not valid YAML" in refusal(read_yaml, tmp_path / "x.yaml")
+    message = refusal(read_yaml, tmp_path / "x.yaml")
+    assert "x.yaml" in message and "YAML" in message
 
 
-@pytest.mark.parametrize(("key", "says"), [("lr", "lr must be a number"), ("tokens", "a count"), ("seed", "seed must")])
-def test_a_number_too_long_to_be_spelled_is_refused(key, says):
-    assert says in refusal(resolve, {key: int("f" * 5000, 16)}, 300)
+@pytest.mark.parametrize("key", ["lr", "tokens", "seed"])
+def test_a_number_too_long_to_be_spelled_is_refused(key):
+    message = refusal(resolve, {key: int("f" * 5000, 16)}, 300)
+    assert re.search(rf"\b{key}\b", message) and len(message) < 200
 
 
-@pytest.mark.parametrize("model", [{"layers": 2**31 - 1}, {"width": 2**30}, {"mlp_ratio": 2**31 - 1, "width": 2**20}])
-def test_sizes_without_measure_are_refused_at_once(model):
-    assert "must be at most 10,000" in refusal(resolve, {"model": model}, 300) or "too large" in refusal(
-        resolve, {"model": model}, 2**31 - 1
-    )
+@pytest.mark.parametrize(
+    ("model", "vocab_size", "parts"),
+    [
+        ({"layers": 2**31 - 1}, 300, ["layers", "10,000", f"{2**31 - 1:,}"]),
+        ({"width": 2**30}, 300, ["width", f"{2**30:,}", "mlp_ratio"]),
+        ({"width": 2**30}, 2**31 - 1, ["width", f"{2**30:,}", "vocab_size", f"{2**31 - 1:,}"]),
+        ({"mlp_ratio": 2**31 - 1, "width": 2**20}, 300, ["width", f"{2**20:,}", "mlp_ratio", f"{2**31 - 1:,}"]),
+    ],
+)
+def test_sizes_without_measure_are_refused_at_once(model, vocab_size, parts):
+    message = refusal(resolve, {"model": model}, vocab_size)
+    assert all(re.search(rf"\b{part}\b", message) for part in parts), message
 
 
 def test_deep_json_is_refused(tmp_path, whole):
     deep = "[" * DEEP
-    for name in ("state.json", "config.json", "results.json"):
+    for name, read in (("state.json", checkpoint.read), ("config.json", read_config), ("results.json", Results.load)):
         (tmp_path / name).write_text(deep)
-    assert "state.json is corrupted" in refusal(checkpoint.read, tmp_path)
-    assert "config.json: not valid JSON" in refusal(read_config, tmp_path)
-    assert "results.json: damaged" in refusal(Results.load, tmp_path)
+        message = refusal(read, tmp_path)
+        assert str(tmp_path) in message and name in message
     (tmp_path / "metrics.jsonl").write_text(f'{deep}\n{{"step": 1, "loss": "low"}}\n{{"step": 2, "loss": 1.5}}\n')
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 2, "loss": 1.5}]
 
@@ -808,18 +818,18 @@ def test_pipes_and_loops_are_not_waited_for(tmp_path):
     (tmp_path / "loop").symlink_to("loop")
     for name in ("pipe", "loop"):
         for read in (read_yaml, Tokenizer.load, tensors, task_data.documents):
-            assert "can" in refusal(read, tmp_path / name)
+            assert str(tmp_path / name) in refusal(read, tmp_path / name)
 
 
 def test_tokenizers_that_panic_or_know_no_answer_are_refused(tmp_path):
     word, file = TOKENIZERS[1], tmp_path / "tokenizer.json"
     file.write_text(json.dumps({**word, "normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}))
-    assert "not a tokenizer.json" in refusal(Tokenizer.load, file)
+    assert str(file) in refusal(Tokenizer.load, file)
     vocabulary = {"a": 0}
     file.write_text(json.dumps({**word, "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "?"}}))
     tokenizer = Tokenizer.load(file)
-    assert "can not read a text" in refusal(tokenizer.encode, "b")
-    assert "can not read a text" in refusal(tokenizer.encode_batch, ["b"])
+    assert tokenizer.name in refusal(tokenizer.encode, "b")
+    assert tokenizer.name in refusal(tokenizer.encode_batch, ["b"])
 
 
 def test_weights_come_from_the_folder_only(whole, tmp_path):
@@ -829,7 +839,7 @@ def test_weights_come_from_the_folder_only(whole, tmp_path):
     for name in ("../model.safetensors", str(tmp_path / "model.safetensors"), "\0", "config.json"):
         index.write_text(json.dumps({"weight_map": {"x": name}}))
         complaint = refusal(import_folder, tmp_path / "exported", tmp_path / "run")
-        assert "is not the name of a file beside it" in complaint
+        assert str(index) in complaint and repr(name) in complaint
 
 
 def test_a_config_that_belies_its_weights_takes_no_memory(whole, tmp_path):
@@ -837,7 +847,7 @@ def test_a_config_that_belies_its_weights_takes_no_memory(whole, tmp_path):
     state = tmp_path / "run/checkpoints/step-00000002/state.json"
     state.write_text(state.read_text().replace('"width": 32', '"width": 1048576'))
     found, _ = open_checkpoint(tmp_path / "run")
-    assert "those of another model" in refusal(checkpoint.restore, found, torch.device("cpu"))
+    assert str(state.parent) in refusal(checkpoint.restore, found, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("change", ["nameless", "shapeless", "missing"])
@@ -867,7 +877,8 @@ def test_a_checkpoint_that_says_nothing_of_its_run_is_not_resumed(whole, tmp_pat
     kept = {"data": content["extra"]["data"]} if not extra else content["extra"]
     state.write_text(json.dumps({**content, "extra": {**kept, **extra}}))
     assert main(["train", "--out", str(tmp_path / "run"), "--resume"]) == 2
-    assert "what the run wrote of itself into state.json is missing or damaged" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert str(state.parent) in message and "state.json" in message
 
 
 def test_results_without_a_run_are_refused(tmp_path):
@@ -881,7 +892,7 @@ def test_results_without_a_run_are_refused(tmp_path):
         ("contenders", content["contenders"][:1]),
     ):
         (tmp_path / "results.json").write_text(json.dumps({**content, key: value}))
-        assert "its runs are not those of an experiment" in refusal(Results.load, tmp_path)
+        assert str(tmp_path / "results.json") in refusal(Results.load, tmp_path)
 
 
 def test_nothing_is_written_through_a_link(tmp_path):
@@ -890,7 +901,7 @@ def test_nothing_is_written_through_a_link(tmp_path):
     (tmp_path / "run").mkdir()
     for name in (".lock", "metrics.jsonl.partial", "tokenizer.json", "metrics.jsonl"):
         (tmp_path / "run" / name).symlink_to(keep)
-    with pytest.raises(ConfigError, match="can not be written"), lock(tmp_path / "run"):
+    with pytest.raises(ConfigError, match=re.escape(str(tmp_path / "run"))), lock(tmp_path / "run"):
         pass
     MetricsLog(tmp_path / "run", 1).close()
     byte_tokenizer().save(tmp_path / "run/tokenizer.json")
@@ -901,15 +912,16 @@ def test_nothing_is_written_through_a_link(tmp_path):
 def test_a_line_without_end_is_refused(tmp_path, monkeypatch, ending):
     monkeypatch.setattr(readers, "LINE_BYTES", 1 << 20)
     (tmp_path / f"bomb{ending}").write_bytes(BOMB if ending == ".jsonl.gz" else gzip.decompress(BOMB))
-    assert "a line of more than 1 MiB" in refusal(list, readers.read(tmp_path / f"bomb{ending}"))
+    message = refusal(list, readers.read(tmp_path / f"bomb{ending}"))
+    assert str(tmp_path / f"bomb{ending}") in message and "1 MiB" in message
 
 
 def test_a_run_whose_config_has_no_model_is_not_resumed(whole, tmp_path):
     shutil.copytree(whole / "run", tmp_path / "run")
     config = tmp_path / "run/config.yaml"
     config.write_text(yaml.safe_dump({**yaml.safe_load(config.read_text()), "model": 8}))
-    assert "is not the complete config of a run" in refusal(resumed_config, tmp_path / "run", {})
+    assert str(config) in refusal(resumed_config, tmp_path / "run", {})
 
 
 def test_a_name_of_two_lines_makes_one_line(tmp_path):
-    assert "no tokenizer can be read there" in refusal(Tokenizer.load, tmp_path / "two\nlines")
+    assert f"{tmp_path}/two lines" in refusal(Tokenizer.load, tmp_path / "two\nlines")

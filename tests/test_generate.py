@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import tokenizers
 import torch
@@ -58,8 +60,9 @@ def test_logits_with_a_cache_are_those_without_in_chunks_of_any_size(model):
         parts.append(model.logits(model.hidden(chunk, cache)))
     assert cache.length == 16
     torch.testing.assert_close(torch.cat(parts, dim=1), whole)
-    with pytest.raises(ValueError, match="a sequence of 17 tokens is longer than the context of 16"):
+    with pytest.raises(ValueError, match=r"\b17\b") as error:
         model.hidden(tokens[:, :1], cache)
+    assert re.search(r"\b16\b", str(error.value))
 
 
 def test_a_sequence_ends_before_its_stop_token_and_the_others_go_on(model):
@@ -78,26 +81,25 @@ def test_ids_past_the_tokenizer_are_never_sampled(model):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"prompts": []}, "a prompt has no tokens"),
-        ({"prompts": [[1], []]}, "a prompt has no tokens"),
-        ({"max_tokens": 0}, "max_tokens 0 is out of range"),
-        ({"temperature": float("nan")}, "temperature nan is out of range"),
-        ({"top_k": 0}, "top_k 0 is out of range"),
-        ({"top_p": 1.5}, "top_p 1.5 is out of range"),
-        ({"seed": -1}, "seed -1 is out of range"),
-    ],
+    ("name", "value"),
+    [("max_tokens", 0), ("temperature", float("nan")), ("top_k", 0), ("top_p", 1.5), ("seed", -1)],
 )
-def test_options_out_of_range_are_refused_at_once(model, options, message):
-    with pytest.raises(ConfigError, match=message):
-        generate(model, **{"prompts": [[1]], "max_tokens": 3, **options})
+def test_options_out_of_range_are_refused_at_once(model, name, value):
+    with pytest.raises(ConfigError, match=rf"\b{name}\b") as error:
+        generate(model, **{"prompts": [[1]], "max_tokens": 3, name: value})
+    assert str(value) in str(error.value)
+
+
+@pytest.mark.parametrize("prompts", [[], [[1], []]])
+def test_a_missing_or_empty_prompt_is_refused_at_once(model, prompts):
+    with pytest.raises(ConfigError, match=r"(?i)\bprompts?\b"):
+        generate(model, prompts, max_tokens=3)
 
 
 def test_broken_weights_are_said(model):
     with torch.no_grad():
         model.embedding.weight.fill_(float("nan"))
-    with pytest.raises(CheckpointError, match="logits are not finite"):
+    with pytest.raises(CheckpointError, match="logits"):
         continued(model, [[1]], max_tokens=1)
 
 

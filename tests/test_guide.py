@@ -11,13 +11,20 @@ import antransformer
 
 ROOT = Path(__file__).parent.parent
 GUIDE = (ROOT / "docs/library.md").read_text()
-SOURCE = GUIDE.split("## Bring your own model")[1]
+
+
+def python_with(page, code):
+    """The only Python block of a page that holds this line of code, or part of it."""
+    (found,) = (
+        block for block in re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE) if code in block
+    )
+    return found
 
 
 def block_after(steps):
     """The guide's block with so many of its diffs applied, as a class."""
-    lines = re.search(r"```python\n(class Block.*?)```", SOURCE, re.DOTALL)[1].splitlines()
-    diffs = [textwrap.dedent(diff) for diff in re.findall(r" *```diff\n(.*?) *```", SOURCE, re.DOTALL)]
+    lines = python_with(GUIDE, "class Block").splitlines()
+    diffs = [textwrap.dedent(diff) for diff in re.findall(r" *```diff\n(.*?) *```", GUIDE, re.DOTALL)]
     for diff in diffs[:steps]:
         at = lines.index("        super().__init__()") + 1
         for line in diff.splitlines():
@@ -34,9 +41,8 @@ def block_after(steps):
 
 
 def test_the_readmes_model_and_loop_run_as_they_stand():
-    section = (ROOT / "README.md").read_text().split("## Use the method")[1]
     scope = {}
-    exec(re.search(r"```python\n(.*?)```", section, re.DOTALL)[1], scope)
+    exec(python_with((ROOT / "README.md").read_text(), "antransformer.bind("), scope)
     bounds = antransformer.bounds.of(scope["model"])
     assert len(bounds) == 2 + 4 * 7 and all(antransformer.bounds.norms(bound).max() <= 1 + 1e-6 for bound in bounds)
     assert scope["logits"].shape == (8, 256, 4096)
@@ -56,7 +62,7 @@ def test_each_step_of_the_guide_runs(steps):
 
 
 def test_a_model_is_normalized_trained_and_made_plain_again():
-    first, second = re.findall(r"```python\n(.*?)```", GUIDE.split("## Bounded rows")[1].split("\n## ")[0], re.DOTALL)
+    first, second = python_with(GUIDE, "antransformer.normalize_("), python_with(GUIDE, "def plain(")
     torch.manual_seed(0)
 
     def make():
@@ -73,7 +79,7 @@ def test_a_model_is_normalized_trained_and_made_plain_again():
 
 
 def test_by_the_guides_rule_steps_turn_the_stream_as_far_at_four_times_the_width():
-    code = re.search(r"```python\n(.*?)```", GUIDE.split("## From one width to another")[1], re.DOTALL)[1]
+    code = python_with(GUIDE, "narrow / wide")
 
     def turned(wide, narrow):
         torch.manual_seed(0)
@@ -95,7 +101,7 @@ def test_by_the_guides_rule_steps_turn_the_stream_as_far_at_four_times_the_width
 def test_the_last_step_binds_and_the_short_form_is_the_same_map():
     torch.manual_seed(0)
     model = nn.Sequential(block_after(3)[0](64), antransformer.nn.Head(64, 3))
-    *_, diff = re.findall(r"```diff\n(.*?) *```", SOURCE, re.DOTALL)
+    *_, diff = re.findall(r"```diff\n(.*?) *```", GUIDE, re.DOTALL)
     lines = [line.strip()[1:] for line in diff.splitlines() if line.strip().startswith("+")]
     scope = {"torch": torch, "antransformer": antransformer, "model": model}
     exec("\n".join(lines), scope)

@@ -1,8 +1,10 @@
 """The queue of runs, with real worker processes."""
 
+import errno
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -72,10 +74,8 @@ def test_probes_are_taken_beside_the_metrics(finished):
 def test_divergence_is_a_result(finished):
     root, _, outcomes, _ = finished
     assert outcomes["wild"].loss == math.inf
-    assert (
-        "is nan at step" in json.loads((root / "wild" / "result.json").read_text())["diverged"]
-        or "inf" in (root / "wild" / "result.json").read_text()
-    )
+    result = json.loads((root / "wild" / "result.json").read_text())
+    assert result["loss"] is None and re.search(r"\b(nan|inf)\b", result["diverged"])
 
 
 def test_only_what_is_to_be_kept_keeps_its_checkpoint(finished):
@@ -96,17 +96,20 @@ def test_what_is_done_is_not_done_again(finished, corpus):
 def test_a_folder_of_other_settings_or_data_is_refused(finished, corpus, tmp_path):
     root, *_ = finished
     dataset = Dataset.open(corpus)
-    with pytest.raises(ConfigError, match=r"kept was made with lr 0\.012, not 0\.5: choose another --out"):
+    with pytest.raises(ConfigError) as error:
         Queue(root, dataset, ["cpu"], Heard()).run([job("kept", lr=0.5)])
+    assert all(part in str(error.value) for part in (str(root / "kept"), "lr", "0.012", "0.5", "--out"))
     result = root / "short" / "result.json"
     content = result.read_text()
     try:
         result.write_text(content.replace(dataset.digest, "0" * 64))
-        with pytest.raises(DataError, match="other data"):
+        with pytest.raises(DataError) as error:
             Queue(root, dataset, ["cpu"], Heard()).run([job("short", tokens=1280)])
+        assert all(part in str(error.value) for part in (str(root / "short"), str(corpus), "--out"))
         result.write_text(content[:40])
-        with pytest.raises(DataError, match=r"result\.json: damaged; remove"):
+        with pytest.raises(DataError) as error:
             Queue(root, dataset, ["cpu"], Heard()).run([job("short", tokens=1280)])
+        assert str(result) in str(error.value)
     finally:
         result.write_text(content)
 
@@ -115,13 +118,15 @@ def test_a_worker_that_can_not_write_its_result_ends_the_queue_with_its_name(cor
     broken, dataset = job("broken"), Dataset.open(corpus)
     runs.create(tmp_path / "broken", broken.config, dataset)
     (tmp_path / "broken" / "result.json.partial").mkdir()
-    with pytest.raises(MachineError, match=r"broken: .*Is a directory.*the same command goes on"):
+    with pytest.raises(MachineError, match=os.strerror(errno.EISDIR)) as error:
         Queue(tmp_path, dataset, ["cpu"], Heard()).run([broken])
+    assert str(tmp_path / "broken") in str(error.value)
 
 
 def test_a_users_mistake_in_a_worker_is_one_here_too(corpus, tmp_path):
-    with pytest.raises(ConfigError, match=r"wrong: device 'tpu' is not available here"):
+    with pytest.raises(ConfigError, match="tpu") as error:
         Queue(tmp_path, Dataset.open(corpus), ["tpu"], Heard()).run([job("wrong")])
+    assert str(tmp_path / "wrong") in str(error.value)
 
 
 def test_two_signals_at_once_still_stop_the_workers(corpus, tmp_path):
@@ -186,7 +191,8 @@ def test_a_stopped_comparison_stops_its_workers_with_their_checkpoints(corpus, t
     assert 0 < found.step < 5_000_000 // 256
     assert not (folder / "result.json").exists()
     if sent == signal.SIGTERM:
-        assert errors.count("\n") == 1 and "the same command goes on with the rest" in errors
+        assert errors.count("\n") == 1 and "SIGTERM" in errors
+        assert {"0", "2"} <= set(re.findall(r"\b\d+\b", errors))  # runs done, and those planned
 
 
 @needs_proc
@@ -196,7 +202,7 @@ def test_a_killed_worker_is_named_and_its_run_goes_on_from_there(corpus, tmp_pat
         os.kill(pid, signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1 and errors.count("\n") == 1
-    assert str(tmp_path) in errors and "was ended by SIGKILL" in errors
+    assert str(tmp_path / "runs") in errors and "SIGKILL" in errors
     process, _ = begin(corpus, tmp_path, "60K")
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors

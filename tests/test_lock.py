@@ -1,3 +1,5 @@
+import errno
+import os
 import subprocess
 import sys
 
@@ -5,6 +7,7 @@ import pytest
 
 from antransformer.errors import ConfigError
 from antransformer.training.lock import lock
+from test_cli import names
 
 pytest.importorskip("fcntl", reason="the system has no such locks")
 
@@ -23,8 +26,9 @@ def test_a_folder_is_one_process_s_at_a_time(tmp_path):
     words = [sys.executable, "-c", HOLD, str(folder)]
     holder = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert holder.stdout.readline() == b"held\n"
-    with pytest.raises(ConfigError, match=f"is in use by process {holder.pid}: wait"), lock(folder):
+    with pytest.raises(ConfigError) as error, lock(folder):
         pass
+    assert names(str(error.value), f"{folder} {holder.pid}")
     holder.kill()
     holder.wait()
     with lock(folder):
@@ -33,5 +37,6 @@ def test_a_folder_is_one_process_s_at_a_time(tmp_path):
 
 def test_a_folder_that_can_not_be_made_is_a_mistake(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="can not be written"), lock(tmp_path / "file/below"):
+    with pytest.raises(ConfigError) as error, lock(tmp_path / "file/below"):
         pass
+    assert names(str(error.value), f"{tmp_path / 'file/below'} {os.strerror(errno.ENOTDIR)}")

@@ -1,5 +1,6 @@
 import dataclasses
 import math
+import re
 
 import pytest
 import torch
@@ -28,6 +29,12 @@ def small(architecture, seed=0, **overrides):
 
 def some_tokens(batch=3, length=24, seed=0):
     return torch.randint(0, 61, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def carries(message, *parts):
+    """Whether a message holds each of these names, paths and numbers as a word of its own."""
+    text = re.sub(r"(?<=\d),(?=\d{3})", "", str(message))  # 10,000 is the number 10000
+    return all(re.search(rf"(?<!\w)(?<!\d\.){re.escape(str(part))}(?!\w|\.\d)", text) for part in parts)
 
 
 def stir(model):
@@ -427,50 +434,51 @@ def test_the_attention_kernel_gets_half_precision_only(architecture, cast, monke
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_tokens_out_of_range_are_named(architecture):
     model = small(architecture)
-    with pytest.raises(ValueError, match="token id 61 is outside the vocabulary of 61"):
-        model(torch.tensor([[3, 61]]))
-    with pytest.raises(ValueError, match="token id -1 is outside the vocabulary of 61"):
-        model(torch.tensor([[3, -1]]))
-    with pytest.raises(ValueError, match="a sequence of 25 tokens is longer than the context of 24"):
-        model(some_tokens(length=25))
+    for tokens, parts in (
+        (torch.tensor([[3, 61]]), (61,)),
+        (torch.tensor([[3, -1]]), (-1, 61)),
+        (some_tokens(length=25), (25, 24)),
+    ):
+        with pytest.raises(ValueError) as error:
+            model(tokens)
+        assert carries(error.value, *parts)
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("settings", "parts"),
     [
-        ({"architecture": "gpt2"}, "unknown architecture 'gpt2': choose from angpt, ngpt, gpt+, gpt, ln-scaling, dyt"),
-        ({"width": 100}, "width 100 is not a multiple of head_width 64: 128 would be"),
-        ({"layers": 0}, "layers must be a positive integer below 2^31, got 0"),
-        ({"width": 64.0}, "width must be a positive integer below 2^31, got 64.0"),
-        ({"rotary_fraction": 1.5}, "rotary_fraction 1.5 must lie in [0, 1]"),
-        ({"head_width": 2, "rotary_fraction": 0.5}, "leave an even number"),
-        ({"alpha_init": -0.1}, "alpha_init must be a positive number of ordinary size, got -0.1"),
-        ({"gate_scale": "sqrt"}, "gate_scale must be sqrt_mlp, sqrt_width or none, got 'sqrt'"),
-        ({"nu_p": "half"}, "nu_p must be heads or one, got 'half'"),
-        ({"architecture": "gpt+", "gate_scale": "none"}, "gate_scale is not an option of gpt+: leave it out"),
-        ({"init_std": 0.1}, "init_std is not an option of angpt: leave it out"),
-        ({"architecture": "gpt", "dyt_alpha_init": 1.0}, "dyt_alpha_init is not an option of gpt: leave it out"),
-        (
-            {"architecture": "dyt", "dyt_alpha_init": 0},
-            "dyt_alpha_init must be a positive number of ordinary size, got 0",
-        ),
-        ({"ablation": "no-alpha"}, "ablation must be one of none, constant-x0.5, "),
-        ({"architecture": "ngpt", "ablation": "strict"}, "ablation is not an option of ngpt: leave it out"),
+        ({"architecture": "gpt2"}, ("gpt2", *ARCHITECTURES)),
+        ({"width": 100}, ("width", 100, "head_width", 64, 128)),
+        ({"layers": 0}, ("layers", 0)),
+        ({"width": 64.0}, ("width", 64.0)),
+        ({"rotary_fraction": 1.5}, ("rotary_fraction", 1.5)),
+        ({"head_width": 2, "rotary_fraction": 0.5}, ("rotary_fraction", 0.5, 2)),
+        ({"alpha_init": -0.1}, ("alpha_init", -0.1)),
+        ({"gate_scale": "sqrt"}, ("gate_scale", "sqrt", "sqrt_mlp", "sqrt_width", "none")),
+        ({"nu_p": "half"}, ("nu_p", "half", "heads", "one")),
+        ({"architecture": "gpt+", "gate_scale": "none"}, ("gate_scale", "gpt+")),
+        ({"init_std": 0.1}, ("init_std", "angpt")),
+        ({"architecture": "gpt", "dyt_alpha_init": 1.0}, ("dyt_alpha_init", "gpt")),
+        ({"architecture": "dyt", "dyt_alpha_init": 0}, ("dyt_alpha_init", 0)),
+        ({"ablation": "no-alpha"}, ("ablation", "no-alpha", "none", "constant-x0.5")),
+        ({"architecture": "ngpt", "ablation": "strict"}, ("ablation", "ngpt")),
     ],
 )
-def test_impossible_configs_are_refused(settings, message):
+def test_impossible_configs_are_refused(settings, parts):
     with pytest.raises(ConfigError) as error:
         ModelConfig(**settings)
-    assert message in str(error.value)
+    assert carries(error.value, *parts)
 
 
 def test_presets():
     config = ModelConfig.preset("125m", architecture="ngpt", vocab_size=100, context=64)
     assert (config.width, config.layers, config.heads, config.context) == (512, 18, 8, 64)
     assert (config.architecture, config.vocab_size) == ("ngpt", 100)
-    with pytest.raises(ConfigError, match="unknown preset 'giant': choose from pico, nano, 32m"):
+    with pytest.raises(ConfigError) as error:
         ModelConfig.preset("giant")
-    with pytest.raises(ConfigError, match="unknown model option 'widht'"):
+    assert carries(error.value, "giant", "pico", "nano", "32m")
+    with pytest.raises(ConfigError) as error:
         ModelConfig.preset("nano", widht=3)
+    assert carries(error.value, "widht", "width")
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.width = 3

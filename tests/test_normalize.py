@@ -122,13 +122,14 @@ def test_what_is_not_covered_is_left_alone():
 
 
 def test_what_can_not_be_normalized_is_named_and_not_changed():
-    with pytest.raises(TypeError, match=r"LayerNorm has no nn\.Linear and no nn\.Embedding to normalize"):
+    with pytest.raises(TypeError, match=r"nn\.Linear") as error:
         antransformer.normalize_(nn.LayerNorm(4))
+    assert "LayerNorm" in str(error.value)
     sizes = {"vocab_size": 50, "width": 64, "layers": 1, "context": 16, "head_width": 32}
-    with pytest.raises(TypeError, match="GPTPlus lists its bounds by itself"):
+    with pytest.raises(TypeError, match="GPTPlus"):
         antransformer.normalize_(build(ModelConfig(architecture="gpt+", **sizes)))
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     nn.init.constant_(model[1].weight, float("nan"))
-    with pytest.raises(ValueError, match=r"1\.weight is not finite"):
+    with pytest.raises(ValueError, match=r"1\.weight"):
         antransformer.normalize_(model)
     assert not any(parametrize.is_parametrized(part) for part in model)

@@ -1,7 +1,10 @@
 """antransformer plan: from a budget to a config that train accepts; the laws, the memory and the traffic behind it."""
 
+import errno
 import json
 import math
+import os
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -28,6 +31,7 @@ from memory_tracker import in_fresh_process
 SMALL = ModelConfig(width=256, layers=4, context=128, vocab_size=1024)
 H100S = Cluster("h100", 8, 8, 50e9)
 HALF = torch.bfloat16
+BUDGETS = ("--flops", "--hours", "--gpus", "--tokens", "--size")
 SHAPE = ("--width", 128, "--layers", 3, "--context", 64, "--vocab-size", 512)
 
 
@@ -74,18 +78,21 @@ def test_compute_to_a_config_by_the_papers_laws(capsys):
     assert 6 * size * config.tokens == pytest.approx(1e20, rel=0.01)
     assert config.lr == pytest.approx(0.065 * size**-0.178, rel=0.01)
     assert config.batch_size == pytest.approx(1.1e-6 * size**0.984, rel=0.1) and config.batch_size % 8 == 0
-    assert f"{config.steps:,}" in out and f"{config.batch_size:,} sequences of 2,048" in out
+    assert f"{config.steps:,}" in out and re.search(rf"\b{config.batch_size:,}\D+2,048\b", out)
     for name, loss in (("anGPT", 28.4 * 1e20**-0.053), ("GPT+", 32.6 * 1e20**-0.056)):
         (line,) = [line for line in out.splitlines() if line.strip().startswith(f"{name} ") and "L(C)" in line]
-        assert float(line.split()[1]) == pytest.approx(loss, abs=2e-3) and "by rounding alone" in line
-    assert "Laws: paper.json, measured by the authors of arXiv:2505.22014 on SlimPajama" in out
-    assert "outside" not in out and "times the largest" not in out
+        assert float(line.split()[1]) == pytest.approx(loss, abs=2e-3)
+        low, high = re.findall(r"\d\.\d{3}", line)[1:]
+        assert float(low) < loss < float(high) and "95%" not in line  # a band by rounding alone
+    assert "paper.json" in out and read_laws(laws.SHIPPED / "paper.json").measured in out
+    assert "2.7e+20" not in out and "1.1B" not in out  # the largest measured
 
 
 def test_what_lies_outside_of_what_was_measured_is_said_with_how_far(capsys):
     out = planned(capsys, "--tokens", "2T", "--size", "3B", "--gpus", 512)
-    assert "loss of anGPT, outside of what was measured: compute 3.6e+22 is 1" in out
-    assert "learning rate: the paper's law; parameters 3.02B is 2.75 times the largest measured, 1.1B" in out
+    for name in ("anGPT", "GPT+"):
+        assert re.search(rf"\b{re.escape(name)}.*compute.*3\.6e\+22\b.*\b134\b.*2\.7e\+20\b", out)
+    assert len(re.findall(r"parameters.*\b3\.02B\b.*\b2\.75\b.*\b1\.1B\b", out)) == 2  # of batch and learning rate
 
 
 def test_hours_of_gpus_are_used_up(tmp_path, capsys):
@@ -95,9 +102,10 @@ def test_hours_of_gpus_are_used_up(tmp_path, capsys):
     config = resolve(read_yaml(target), 50_304)
     assert config.tokens * flops_per_token(config.model) == pytest.approx(8 * 312e12 * 0.5 * 36_000, rel=0.02)
     assert config.model.architecture == "gpt+" and config.warmup > 0 and config.precision == "bfloat16"
-    assert "50.0%" in out and "10 hours" in out and f"train --config {target} --data FOLDER" in out
+    assert "50.0%" in out and re.search(r" 10 \w+ *\n", out) and f"train --config {target} --data" in out
     assert main(["plan", "--flops", "1e18", "--out", str(target)]) == 2
-    assert "exists, and is not overwritten" in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert "--out" in errors and str(target) in errors and errors.count("\n") == 1
     assert resolve(read_yaml(target), 50_304) == config
 
 
@@ -109,13 +117,13 @@ def test_tokens_and_a_preset(capsys):
 
 def test_a_run_shorter_than_its_batch_is_said(capsys):
     out = planned(capsys, "--tokens", "1M", "--size", "1b")
-    assert config_of(out).steps == 1 and "the run has 1.77M tokens in place of 1.0M: whole batches" in out
-    assert "whole batches" not in planned(capsys, "--tokens", "1B", "--size", "1b")
+    assert config_of(out).steps == 1 and any("1.77M" in line and "1.0M" in line for line in out.splitlines())
+    assert planned(capsys, "--tokens", "1B", "--size", "1b").count("1.0B") == 1  # in the table alone
 
 
 def test_laws_of_the_users_own(fits, capsys):
     out = planned(capsys, "--flops", "1e14", "--fits", fits, "--vocab-size", 512, "--context", 256, "--gpus", 1)
-    assert "Laws: laws.json, measured your own" not in out and "Laws: laws.json, your own" in out
+    assert "laws.json" in out and "paper.json" not in out and "None" not in out
     (line,) = [line for line in out.splitlines() if line.strip().startswith("anGPT ") and "L(N, D)" in line]
     words = line.split()
     low, loss, high = float(words[2]), float(words[1]), float(words[4])
@@ -124,14 +132,14 @@ def test_laws_of_the_users_own(fits, capsys):
     config = resolve(yaml.safe_load(out[out.rindex("\n# ") :]), 512)
     found = predict(read_laws(fits).of["angpt"], parameter_count(config.model), config.tokens)
     assert (found.loss, found.low, found.high) == pytest.approx((loss, low, high), abs=1e-3)
-    assert "one device" in out
+    assert "replicate" not in out[: out.rindex("\n# ")]  # nothing to share on one GPU
 
 
 def test_a_default_rate_is_for_its_width_and_that_of_a_law_for_the_models(fits, capsys):
     words = ["--tokens", "1M", "--size", "1M", "--vocab-size", 512, "--context", 256]
     out = planned(capsys, *words)
     config = config_of(out)
-    assert (config.lr, config.lr_width) == (1.2e-2, 128) and "0.012 (for width 128)" in out
+    assert (config.lr, config.lr_width) == (1.2e-2, 128) and re.search(r" 0\.012\b.*\b128\b", out)
     content = json.loads(fits.read_text())
     content["angpt"]["lr"] = {**content["angpt"]["loss"], "coefficient": 2e-3, "exponent": -0.1}
     fits.with_name("with-lr.json").write_text(json.dumps(content))
@@ -153,7 +161,9 @@ def test_a_band_as_the_fit_has_it_and_none_where_it_has_none(fits):
     content["angpt"]["surface"]["covariance"] = [[None] * 5] * 5
     fits.with_name("without.json").write_text(json.dumps(content))
     unknown = predict(read_laws(fits.with_name("without.json")).of["angpt"], n, 1e10)
-    assert unknown.high == math.inf and unknown.outside == ("tokens 10B is 52.1 times the largest measured, 192M",)
+    assert unknown.high == math.inf
+    (outside,) = unknown.outside
+    assert all(word in outside for word in ("tokens", "10B", "52.1", "192M"))
 
 
 def test_of_shipped_laws_those_measured_nearest_count(fits, tmp_path, monkeypatch):
@@ -175,47 +185,42 @@ def test_every_shipped_law_says_where_it_was_measured():
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("words", "named"),
     [
-        ([], "give one budget: --flops, or --hours with --gpus, or --tokens with --size"),
-        (["--flops", "1e20", "--hours", "3", "--gpus", "8"], "give one budget"),
-        (["--hours", "3"], "give one budget"),
-        (["--size", "1b"], "give one budget"),
-        (["--flops", "0"], "--flops must be above 0 and below 1e30, got 0"),
-        (["--flops=-1e20"], "--flops must be above 0"),
-        (["--flops", "much"], "--flops must be a number, got 'much'"),
-        (["--flops", "1e20", "--gpu", "h10"], "unknown --gpu h10: did you mean h100?; known are b200, h200, h100-pcie"),
-        (["--flops", "1e20", "--gpus", "0"], "--gpus must be at least 1, got 0"),
-        (["--flops", "1e20", "--gpus", "12"], "12 GPUs are not whole machines of 8"),
-        (["--flops", "1e20", "--mfu", "1.4"], "--mfu must be at most 1, a share, got 1.4"),
-        (["--flops", "1e20", "--network", "0"], "--network must be above 0"),
-        (["--flops", "1e20", "--architecture", "bert"], "unknown --architecture bert; known are angpt"),
-        (["--flops", "1e20", "--architecture", "ngpt"], "no loss law measured for ngpt: give --fits"),
-        (["--flops", "1e20", "--vocab-size", "many"], "--vocab-size must be a whole number"),
-        (["--flops", "1e20", "--fits", "nowhere.json"], "nowhere.json: No such file"),
-        (["--flops", "1e20", "--fits", "half.json"], "no law of the best size of angpt in half.json: give --fits with"),
-        (["--flops", "1e20", "--fits", "list.json"], "list.json: no laws as antransformer fit --json writes them"),
-        (
-            ["--tokens", "1B", "--size", "62m", "--fits", "half.json"],
-            "best batch gives 43.5 tokens, less than one sequence of 2,048: fit it to batches in tokens",
-        ),
-        (["--flops", "1e20", "--out", "no/where.yaml"], "--out no/where.yaml"),
-        (["--tokens", "0", "--size", "1b"], "--tokens must be above 0"),
-        (["--tokens", "1B", "--size", "huge"], "--size must be one of pico, nano, 32m"),
-        (
-            ["--tokens", "1B", "--size", "70B", "--gpus", "1"],
-            "69.8B parameters fit on 1 h100 in no way: each would need",
-        ),
+        ([], BUDGETS),
+        (["--flops", "1e20", "--hours", "3", "--gpus", "8"], BUDGETS),
+        (["--hours", "3"], BUDGETS),
+        (["--size", "1b"], BUDGETS),
+        (["--flops", "0"], ["--flops", "1e30", " 0"]),
+        (["--flops=-1e20"], ["--flops", "1e30", "-1e+20"]),
+        (["--flops", "much"], ["--flops", "'much'"]),
+        (["--flops", "1e20", "--gpu", "h10"], ["--gpu", "h10", "h100", "b200, h200, h100-pcie"]),
+        (["--flops", "1e20", "--gpus", "0"], ["--gpus", " 0"]),
+        (["--flops", "1e20", "--gpus", "12"], ["12", "8", "--gpus", "--gpus-per-machine"]),
+        (["--flops", "1e20", "--mfu", "1.4"], ["--mfu", "1.4"]),
+        (["--flops", "1e20", "--network", "0"], ["--network", " 0"]),
+        (["--flops", "1e20", "--architecture", "bert"], ["--architecture", "bert", "angpt"]),
+        (["--flops", "1e20", "--architecture", "ngpt"], ["ngpt", "--fits"]),
+        (["--flops", "1e20", "--vocab-size", "many"], ["--vocab-size", "'many'"]),
+        (["--flops", "1e20", "--fits", "nowhere.json"], ["nowhere.json", os.strerror(errno.ENOENT)]),
+        (["--flops", "1e20", "--fits", "half.json"], ["angpt", "half.json", "--fits", "--tokens", "--size"]),
+        (["--flops", "1e20", "--fits", "list.json"], ["list.json"]),
+        (["--tokens", "1B", "--size", "62m", "--fits", "half.json"], ["batch", "43.5", "2,048", "--context"]),
+        (["--flops", "1e20", "--out", "no/where.yaml"], ["--out", "no/where.yaml"]),
+        (["--tokens", "0", "--size", "1b"], ["--tokens", " 0"]),
+        (["--tokens", "1B", "--size", "huge"], ["--size", "pico, nano, 32m", "huge"]),
+        (["--tokens", "1B", "--size", "70B", "--gpus", "1"], ["69.8B", "1 h100", "--gpus", "--gpu"]),
     ],
 )
-def test_a_mistake_is_one_line_and_status_2(words, message, tmp_path, monkeypatch, capsys):
+def test_a_mistake_is_one_line_and_status_2(words, named, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     law = {"coefficient": 1e-6, "exponent": 0.98, "span": [1e6, 1e7]}
     (tmp_path / "half.json").write_text(json.dumps({"angpt": {"batch": law}}))
     (tmp_path / "list.json").write_text("[1]")
     assert main(["plan", *words]) == 2
     captured = capsys.readouterr()
-    assert message in captured.err and captured.err.count("\n") == 1 and captured.out == ""
+    assert all(word in captured.err for word in named), captured.err
+    assert captured.err.count("\n") == 1 and captured.out == ""
 
 
 @pytest.mark.parametrize(
@@ -237,7 +242,7 @@ def test_what_is_no_law_is_refused(change, tmp_path):
     content = json.loads((laws.SHIPPED / "paper.json").read_text())
     content["angpt"]["size"] |= change
     (tmp_path / "laws.json").write_text(json.dumps(content))
-    with pytest.raises(DataError, match="no laws as antransformer fit --json writes them"):
+    with pytest.raises(DataError, match=r"laws\.json"):
         read_laws(tmp_path / "laws.json")
 
 
@@ -248,7 +253,7 @@ def test_a_law_may_say_that_nothing_moves_but_not_that_more_does_not_help(fits, 
     assert read_laws(tmp_path / "laws.json").of["angpt"].powers["lr"](1e9) == 2e-3
     content["angpt"]["surface"]["alpha"] = -0.3
     (tmp_path / "laws.json").write_text(json.dumps(content))
-    with pytest.raises(DataError, match=r"-0\.3 where an exponent belongs"):
+    with pytest.raises(DataError, match=r"-0\.3\b"):
         read_laws(tmp_path / "laws.json")
 
 
@@ -260,13 +265,13 @@ def test_digits_lost_in_rounding_are_two_numbers_however_large(tmp_path):
     assert 0 <= found.low < 1e-200 and found.high > 1e200
     content["angpt"]["loss"]["rounded"] = [0.05]
     (tmp_path / "laws.json").write_text(json.dumps(content))
-    with pytest.raises(DataError, match="no laws as antransformer fit --json writes them"):
+    with pytest.raises(DataError, match=r"laws\.json"):
         read_laws(tmp_path / "laws.json")
 
 
 def test_an_architecture_without_laws_still_has_a_plan(capsys):
     out = planned(capsys, "--tokens", "1B", "--size", "32m", "--architecture", "ngpt", "--gpus", 1)
-    assert "no loss law measured for nGPT: give --fits" in out and config_of(out).model.architecture == "ngpt"
+    assert re.search(r"\bnGPT\b.*--fits", out) and "L(C)" not in out and config_of(out).model.architecture == "ngpt"
 
 
 # Sizes and ways to share
@@ -298,7 +303,7 @@ def test_the_simplest_way_that_fits_and_is_not_slow(parameters, devices, way, te
 
 
 def test_nothing_is_recommended_that_does_not_fit():
-    with pytest.raises(ConfigError, match="fit on 8 rtx4090 in no way: each would need"):
+    with pytest.raises(ConfigError, match="8 rtx4090"):
         plans.share(plans.shape(7e10, ModelConfig()), 64, Cluster("rtx4090", 8, 8, 50e9))
 
 

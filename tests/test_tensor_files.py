@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import re
 from contextlib import contextmanager
 from itertools import pairwise
 from types import SimpleNamespace
@@ -177,13 +178,14 @@ def test_parts_that_make_no_whole_are_refused(tmp_path, parts):
         header = {"DCP_SHARDING_INFO": json.dumps({"weight": {"saved_offsets": begin}})}
         paths.append(tmp_path / f"{number}.safetensors")
         save_file({"weight": part.contiguous()}, paths[-1], header)
-    with pytest.raises(CheckpointError, match=r"do not make a whole|can not be read") as error:
+    with pytest.raises(CheckpointError) as error:
         TensorFiles(paths)
-    assert "\n" not in str(error.value)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+    assert re.search(r"\bweight\b|\d\.safetensors", str(error.value))
 
 
 @pytest.mark.parametrize("header", ["[", "7", "[1]", "{}", '{"weight": 1}', '{"weight": {}}', "[" * 100_000])
 def test_a_header_that_makes_no_sense_is_refused(tmp_path, header):
     save_file({"weight": BLOCK}, tmp_path / "a.safetensors", {"DCP_SHARDING_INFO": header})
-    with pytest.raises(CheckpointError, match="can not be read"):
+    with pytest.raises(CheckpointError, match=r"a\.safetensors"):
         TensorFiles([tmp_path / "a.safetensors"])

@@ -1,3 +1,4 @@
+import errno
 import json
 import math
 import multiprocessing
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +21,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from antransformer.bounds import norms
 from antransformer.data import Dataset, sequential
-from antransformer.errors import CheckpointError, ConfigError, DataError, MachineError
+from antransformer.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DivergedError,
+    NewerCheckpointError,
+    WriteError,
+)
 from antransformer.models import Decoder
 from antransformer.training import checkpoint, run
 from antransformer.training.config import resolve
@@ -66,6 +75,16 @@ def run_until(trainer, step):
     trainer.update = interrupted
     with pytest.raises(KeyboardInterrupt):
         trainer.run()
+
+
+def carries(message, *parts):
+    """Whether a message holds each of these names, paths and numbers as a word of its own; numbers outside of paths."""
+    text = re.sub(r"(?<=\d),(?=\d{3})", "", str(message))  # 10,000 is the number 10000
+    bare = re.sub(r"(?<!\w)/\S+", "", text)
+    return all(
+        re.search(rf"(?<!\w)(?<!\d\.){re.escape(str(part))}(?!\w|\.\d)", text if isinstance(part, str | Path) else bare)
+        for part in parts
+    )
 
 
 def losses(folder):
@@ -229,7 +248,7 @@ def test_a_resumed_run_is_bit_for_bit_the_unbroken_one(corpus, tmp_path, options
     run_until(broken, 13)
     assert max(losses(tmp_path / "broken")) == 12
     trainer, notes = resume(corpus, tmp_path / "broken")
-    assert notes == [f"resuming from {tmp_path}/broken/checkpoints/step-00000010"]
+    assert len(notes) == 1 and carries(notes[0], f"{tmp_path}/broken/checkpoints/step-00000010")
     trainer.run()
     assert losses(tmp_path / "broken") == losses(tmp_path / "unbroken")
     assert weights(tmp_path / "broken", 20) == weights(tmp_path / "unbroken", 20)
@@ -264,13 +283,14 @@ def test_a_run_killed_at_a_random_step_resumes_to_the_unbroken_losses(corpus, tm
     assert reached < 400
     resumed = [*command(corpus, tmp_path / "killed", *length), "--resume"]
     output = subprocess.run(resumed, check=True, capture_output=True, text=True).stdout
-    assert "resuming from" in output or ("starting from step 0" in output and reached < 25), (kill_at, output)
+    named = [int(step) for step in re.findall(r"step-(\d{8})", output)]  # the checkpoint it resumes from, and its last
+    assert any(step <= reached for step in named) or reached < 25, (kill_at, output)
     assert losses(tmp_path / "killed") == losses(tmp_path / "unbroken"), kill_at
     assert weights(tmp_path / "killed", 400) == weights(tmp_path / "unbroken", 400), kill_at
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_writes_a_checkpoint_and_says_how_to_go_on(corpus, tmp_path, number):
+def test_a_signal_writes_a_checkpoint_and_prints_the_command_that_resumes(corpus, tmp_path, number):
     process = subprocess.Popen(
         command(corpus, tmp_path / "run", "--tokens", "2M", "--checkpoint-every", "100000", "--eval-every", "100000"),
         stdout=subprocess.PIPE,
@@ -283,10 +303,9 @@ def test_a_signal_writes_a_checkpoint_and_says_how_to_go_on(corpus, tmp_path, nu
     assert process.returncode == 128 + number
     steps = losses(tmp_path / "run")
     step = max(steps)
-    assert complaint == (
-        f"antransformer: stopped at step {step} by {number.name}; checkpoint written to "
-        f"{tmp_path}/run/checkpoints/step-{step:08d}; go on with: antransformer train --out {tmp_path}/run --resume\n"
-    )
+    assert complaint.endswith("\n") and complaint.count("\n") == 1
+    assert carries(complaint, step, number.name, f"{tmp_path}/run/checkpoints/step-{step:08d}")
+    assert f" train --out {tmp_path}/run --resume" in complaint
     trainer, _ = resume(corpus, tmp_path / "run")
     assert trainer.done == step
 
@@ -300,12 +319,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(corpus, tmp_path, monkeypatch):
         return loss(tokens, targets) * (math.nan if len(calls) == 14 else 1)
 
     trainer.loss = poisoned
-    with pytest.raises(MachineError) as error:
+    with pytest.raises(DivergedError) as error:
         trainer.run()
-    assert str(error.value) == (
-        f"the loss is nan at step 14; last good checkpoint: {tmp_path}/run/checkpoints/step-00000010; "
-        "try a lower --lr, or another --seed"
-    )
+    good = f"{tmp_path}/run/checkpoints/step-00000010"
+    assert carries(error.value, "loss", "nan", 14, good, "--lr", "--seed")
     assert checkpoint.read(tmp_path / "run/checkpoints/step-00000010").step == 10
     assert max(losses(tmp_path / "run")) <= 12
 
@@ -321,8 +338,9 @@ def test_weights_that_are_not_finite_are_never_written(corpus, tmp_path):
                 trainer.model.lm_head.weight[3, 4] = math.inf
 
     trainer.optimizer.step = broken_step
-    with pytest.raises(MachineError, match=r"the largest row norm is inf at step 2; last good checkpoint: .*00000001;"):
+    with pytest.raises(DivergedError) as error:
         trainer.run()
+    assert carries(error.value, "inf", 2, f"{tmp_path}/run/checkpoints/step-00000001")
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000001"]
     assert set(losses(tmp_path / "run")) == {1}
 
@@ -330,8 +348,9 @@ def test_weights_that_are_not_finite_are_never_written(corpus, tmp_path):
 def test_a_gradient_that_is_not_finite_stops_the_run(corpus, tmp_path):
     trainer = start(corpus, tmp_path / "run", tokens=256 * 5, log_every=5, checkpoint_every=5)
     trainer.model.lm_head.weight.register_hook(lambda gradient: gradient * math.inf)
-    with pytest.raises(MachineError, match=r"the gradient norm is .* at step 1; last good checkpoint: none yet"):
+    with pytest.raises(DivergedError, match=r"\b(nan|inf)\b") as error:
         trainer.run()
+    assert carries(error.value, 1) and "grad" in str(error.value) and "step-0" not in str(error.value)
 
 
 def damage(path, how):
@@ -348,23 +367,25 @@ def damage(path, how):
 
 
 @pytest.mark.parametrize(
-    ("file", "how", "complaint"),
+    ("file", "how"),
     [
-        ("model.safetensors", "truncated", "model.safetensors is truncated or corrupted"),
-        ("model.safetensors", "flipped", "model.safetensors is truncated or corrupted"),
-        ("optimizer.safetensors", "flipped", "optimizer.safetensors is truncated or corrupted"),
-        ("optimizer.safetensors", "missing", "optimizer.safetensors is missing"),
-        ("state.json", "missing", "state.json can not be read"),
-        ("state.json", "garbage", "state.json is corrupted"),
+        ("model.safetensors", "truncated"),
+        ("model.safetensors", "flipped"),
+        ("optimizer.safetensors", "flipped"),
+        ("optimizer.safetensors", "missing"),
+        ("state.json", "missing"),
+        ("state.json", "garbage"),
     ],
 )
-def test_a_broken_newest_checkpoint_is_named_and_passed_over(corpus, tmp_path, file, how, complaint):
+def test_a_broken_newest_checkpoint_is_named_and_passed_over(corpus, tmp_path, file, how):
     start(corpus, tmp_path / "run").run()
     unbroken = losses(tmp_path / "run")
     damage(tmp_path / "run/checkpoints/step-00000020" / file, how)
     trainer, notes = resume(corpus, tmp_path / "run")
-    assert complaint in notes[0] and "going back to the one before" in notes[0] and "step-00000020" in notes[0]
-    assert trainer.done == 15
+    broken, used = notes
+    assert carries(broken, f"{tmp_path}/run/checkpoints/step-00000020", file)
+    assert ("sha256" in broken) == (how in ("truncated", "flipped"))  # only where the content is what is wrong
+    assert carries(used, f"{tmp_path}/run/checkpoints/step-00000015") and trainer.done == 15
     trainer.run()
     assert losses(tmp_path / "run") == unbroken
     assert checkpoint.read(tmp_path / "run/checkpoints/step-00000020").step == 20
@@ -432,8 +453,9 @@ def test_one_checkpoint_is_written_at_a_time(corpus, tmp_path, monkeypatch):
 def test_a_write_that_failed_ends_the_run_before_the_next(corpus, tmp_path, monkeypatch):
     trainer = start(corpus, tmp_path / "run", tokens=256 * 90, checkpoint_every=45, eval_every=90)
     monkeypatch.setattr(Parts, "write", lambda *_: (tmp_path / "no/such/folder").touch())
-    with pytest.raises(MachineError, match=r"checkpoint of step 45 could not be written .*: No such file or directory"):
+    with pytest.raises(WriteError, match=os.strerror(errno.ENOENT)) as error:
         trainer.run()
+    assert carries(error.value, 45, tmp_path / "run/checkpoints")
     assert 45 <= trainer.done < 89
     assert steps_in(tmp_path / "run") == []
 
@@ -477,8 +499,9 @@ def test_a_kill_during_a_write_leaves_nothing_that_looks_whole(corpus, tmp_path)
 def test_no_whole_checkpoint_is_an_error(corpus, tmp_path):
     start(corpus, tmp_path / "run", keep_checkpoints=1).run()
     damage(tmp_path / "run/checkpoints/step-00000020/model.safetensors", "truncated")
-    with pytest.raises(CheckpointError, match="none of the 1 checkpoints is whole"):
+    with pytest.raises(CheckpointError) as error:
         resume(corpus, tmp_path / "run")
+    assert carries(error.value, tmp_path / "run/checkpoints") and "step-0" not in str(error.value)
 
 
 def test_what_an_interrupted_write_leaves_is_no_checkpoint(corpus, tmp_path):
@@ -495,8 +518,9 @@ def test_a_checkpoint_of_a_newer_version_is_not_called_broken(corpus, tmp_path):
     path = start(corpus, tmp_path / "run", tokens=256 * 5).run().checkpoint
     state = json.loads((path / "state.json").read_text())
     (path / "state.json").write_text(json.dumps({**state, "version": 2}))
-    with pytest.raises(CheckpointError, match="checkpoint version 2, this release reads 1: update antransformer"):
+    with pytest.raises(NewerCheckpointError) as error:
         resume(corpus, tmp_path / "run")
+    assert carries(error.value, path, 2, checkpoint.VERSION)
 
 
 @pytest.mark.parametrize(
@@ -517,8 +541,9 @@ def test_a_state_that_was_changed_is_not_believed(corpus, tmp_path, change):
     path = start(corpus, tmp_path / "run", tokens=256 * 5).run().checkpoint
     state = json.loads((path / "state.json").read_text())
     (path / "state.json").write_text(json.dumps({**state, **change}))
-    with pytest.raises(CheckpointError, match=r"state\.json is corrupted"):
+    with pytest.raises(CheckpointError) as error:
         checkpoint.read(path)
+    assert type(error.value) is CheckpointError and carries(error.value, path, "state.json")
 
 
 def test_a_checkpoint_from_before_there_was_a_choice_of_optimizers_is_adams(corpus, tmp_path):
@@ -554,8 +579,9 @@ def test_a_config_that_was_edited_is_not_believed(corpus, tmp_path, old, new):
     text = (tmp_path / "run/config.yaml").read_text()
     assert old in text
     (tmp_path / "run/config.yaml").write_text(text.replace(old, new))
-    with pytest.raises(CheckpointError, match=f"written with another {old.partition(':')[0]} than config.yaml has now"):
+    with pytest.raises(CheckpointError) as error:
         resume(corpus, tmp_path / "run")
+    assert carries(error.value, tmp_path / "run", old.partition(":")[0], "config.yaml")
 
 
 def test_a_folder_that_a_kill_left_half_laid_out_can_be_used(corpus, tmp_path):
@@ -572,14 +598,15 @@ def test_checkpoints_are_readable_as_the_umask_says(corpus, tmp_path):
 
 def test_resuming_refuses_what_would_change_the_run(corpus, tmp_path):
     start(corpus, tmp_path / "run", tokens=256 * 5).run()
-    for change, message in (
-        ({"architecture": "gpt+"}, "was trained with model.architecture angpt, not gpt+"),
-        ({"model": {"width": 128}}, "was trained with model.width 64, not 128"),
-        ({"lr": 0.5}, "was trained with lr 0.01, not 0.5"),
-        ({"seed": 9}, "was trained with seed 0, not 9"),
+    for change, parts in (
+        ({"architecture": "gpt+"}, ("model.architecture", "angpt", "gpt+")),
+        ({"model": {"width": 128}}, ("model.width", 64, 128)),
+        ({"lr": 0.5}, ("lr", 0.01, 0.5)),
+        ({"seed": 9}, ("seed", 0, 9)),
     ):
-        with pytest.raises(CheckpointError, match=re.escape(message)):
+        with pytest.raises(CheckpointError) as error:
             resume(corpus, tmp_path / "run", **change)
+        assert carries(error.value, tmp_path / "run", "--out", *parts)
     trainer, _ = resume(corpus, tmp_path / "run", log_every=2, keep_checkpoints=1)
     assert trainer.config.log_every == 2 and trainer.config.lr == 0.01
 
@@ -592,14 +619,16 @@ def test_resuming_refuses_other_data(corpus, tmp_path):
     for name in "abcdefgh":
         (tmp_path / "text" / f"{name}.txt").write_text(f"{name} other words " * 200)
     prepare([tmp_path / "text"], tmp_path / "other", tokenizer="byte", val_fraction=0.6)
-    with pytest.raises(CheckpointError, match="was trained on other data than"):
-        config = run.resumed_config(tmp_path / "run", {"data": str(tmp_path / "other")})
+    config = run.resumed_config(tmp_path / "run", {"data": str(tmp_path / "other")})
+    with pytest.raises(CheckpointError) as error:
         Trainer(config, Dataset.open(tmp_path / "other"), tmp_path / "run", Notes(), resume=True)
+    assert carries(error.value, tmp_path / "run", tmp_path / "other")
 
 
 def test_a_vocabulary_smaller_than_the_data_is_refused(corpus, tmp_path):
-    with pytest.raises(DataError, match=r"token id 256 is outside the model's vocabulary of 200: .* 257"):
+    with pytest.raises(DataError) as error:
         start(corpus, tmp_path / "run", model={"vocab_size": 200})
+    assert carries(error.value, corpus, "model.vocab_size", 256, 200, 257)
 
 
 def limit_file_size():
@@ -614,8 +643,7 @@ def test_a_disk_that_fills_up_leaves_the_older_checkpoint_whole(corpus, tmp_path
     second = subprocess.run(resumed, capture_output=True, text=True, preexec_fn=limit_file_size)
     assert second.returncode == 1
     complaint = second.stderr.strip()
-    assert "\n" not in complaint and "the checkpoint of step 10 could not be written" in complaint
-    assert complaint.endswith(f"the one before it is {tmp_path}/run/checkpoints/step-00000005")
+    assert "\n" not in complaint and carries(complaint, 10, f"{tmp_path}/run/checkpoints/step-00000005")
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000005"]
     assert checkpoint.read(tmp_path / "run/checkpoints/step-00000005").step == 5
 
@@ -655,9 +683,7 @@ def test_bfloat16_autocast_and_compile_train_to_about_the_same_losses(corpus, tm
 def test_8_bits_are_simulated_on_a_cpu_and_train_to_about_the_same_losses(corpus, tmp_path):
     for precision in ("bfloat16", "fp8"):
         trainer = start(corpus, tmp_path / precision, precision=precision)
-        assert [note for note in trainer.reporter if "fp8 is simulated" in note] == (
-            ["fp8 is simulated on a CPU: its rounding is that of a GPU, its speed is not"] * (precision == "fp8")
-        )
+        assert sum("fp8" in note.lower() for note in trainer.reporter) == (precision == "fp8")
         run_until(trainer, 15)
     trainer, _ = resume(corpus, tmp_path / "fp8")
     trainer.run()
@@ -704,23 +730,20 @@ def test_products_are_whole_where_openmp_starts_fewer_threads_than_torch_counts_
 def test_no_such_device_is_named():
     assert choose_device("cpu").type == "cpu"
     for name in ("tpu", "meta", "cuda:7" if torch.cuda.device_count() < 8 else "xla"):
-        with pytest.raises(ConfigError, match=f"device '{name}' is not available here"):
+        with pytest.raises(ConfigError) as error:
             choose_device(name)
+        assert carries(error.value, name)
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("auto", "4 processes on this machine and 2 CUDA devices: start no more with torchrun --nproc-per-node"),
-        ("cuda", "4 processes on this machine and 2 CUDA devices"),
-        ("cuda:1", "device 'cuda:1' can not be that of 4 processes: use cuda, and each takes one"),
-    ],
+    ("name", "parts"), [("auto", (4, 2, "--nproc-per-node")), ("cuda", (4, 2)), ("cuda:1", ("cuda:1", 4))]
 )
-def test_processes_have_a_device_each(monkeypatch, name, message):
+def test_processes_have_a_device_each(monkeypatch, name, parts):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError) as error:
         choose_device(name, local_rank=3, local_size=4)
+    assert carries(error.value, *parts)
     assert choose_device("cpu", local_rank=3, local_size=4) == torch.device("cpu")
 
 
