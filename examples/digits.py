@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from antransformer import factors
 from antransformer.blocks import EncoderBlock
-from antransformer.functional import norm
+from antransformer.functional import normalize
 from antransformer.nn import MLP, Attention, Embedding, Head, Linear
 
 WIDTH, HEADS, LAYERS, PATCHES, PIXELS, CLASSES = 64, 4, 3, 16, 4, 10
@@ -36,8 +36,8 @@ class ApproximatelyNormalizedViT(nn.Module):
 
     def forward(self, patches: Tensor) -> Tensor:
         """(B, patches, pixels) to logits (B, classes)."""
-        x = (norm(self.patches(patches)) + self.positions.weight) * factors.sum_residual()
-        return self.head(norm(self.blocks(x).mean(1)))
+        x = (normalize(self.patches(patches)) + self.positions.weight) * factors.sum_residual()
+        return self.head(normalize(self.blocks(x).mean(1)))
 
 
 class PreNormViT(nn.Module):

@@ -17,7 +17,7 @@ from side_by_side import Contender, Split, compare, options, split
 from torch import Tensor, nn
 
 from antransformer.blocks import EncoderBlock
-from antransformer.functional import norm
+from antransformer.functional import normalize
 from antransformer.nn import MLP, Attention, Embedding, Head
 
 LANGUAGES = ("de", "fr", "ga", "hu", "it", "nl", "pl", "ro")
@@ -43,7 +43,7 @@ class ApproximatelyNormalizedClassifier(nn.Module):
         x, there = self.embedding(letters), letters != PADDING
         for block in self.blocks:
             x = block(x, there[:, None, None])
-        return self.head(norm((x * there.unsqueeze(-1)).sum(1)))
+        return self.head(normalize((x * there.unsqueeze(-1)).sum(1)))
 
 
 class PreNormClassifier(nn.Module):

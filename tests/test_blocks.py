@@ -1,6 +1,5 @@
 import doctest
 import math
-import re
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ import antransformer
 from antransformer import blocks, bounds, errors, factors, functional
 from antransformer.blocks import DecoderBlock, EncoderBlock, EncoderDecoder
 from antransformer.nn import MLP, Attention, Embedding, Head, Linear, Residual
+from helpers.messages import mentions
 
 MASKS = {
     "bidirectional": ({}, lambda row, keys: keys),
@@ -27,17 +27,11 @@ def seed():
 
 
 def unit(*shape, dtype=torch.float32):
-    return functional.norm(torch.randn(shape, dtype=dtype))
+    return functional.normalize(torch.randn(shape, dtype=dtype))
 
 
 def mean_norm(x):
     return x.norm(dim=-1).mean().item()
-
-
-def carries(message, *parts):
-    """Whether a message holds each of these names, paths and numbers as a word of its own."""
-    text = re.sub(r"(?<=\d),(?=\d{3})", "", str(message))  # 10,000 is the number 10000
-    return all(re.search(rf"(?<!\w)(?<!\d\.){re.escape(str(part))}(?!\w|\.\d)", text) for part in parts)
 
 
 def slope(activation, std):
@@ -92,7 +86,7 @@ def test_scale_of_attention_backward_and_of_its_output_scale(kv_heads):
 
 def test_scores_of_random_directions_have_unit_variance():
     attention, x = Attention(256, 4), unit(100, 12, 256)
-    q, k = (functional.norm(proj(x).unflatten(-1, (-1, 64))) for proj in (attention.q_proj, attention.k_proj))
+    q, k = (functional.normalize(proj(x).unflatten(-1, (-1, 64))) for proj in (attention.q_proj, attention.k_proj))
     scores = torch.einsum("btnh,bsnh->bnts", q * attention.score_scale, k)
     assert scores.std().item() == pytest.approx(1, rel=0.05)
 
@@ -244,8 +238,8 @@ class Classifier(nn.Module):
         self.head = Head(64, 3)
 
     def forward(self, tokens, values):
-        x = self.embedding(tokens) + functional.norm(self.inputs(values))
-        x = functional.norm(self.norm(x))
+        x = self.embedding(tokens) + functional.normalize(self.inputs(values))
+        x = functional.normalize(self.norm(x))
         for block in self.blocks:
             x = block(x)
         return self.head(x.mean(1))
@@ -253,7 +247,7 @@ class Classifier(nn.Module):
 
 def test_bounds_of_a_users_model_hold_after_real_steps():
     model = Classifier()
-    found = {bound.name: bound for bound in bounds.of(model)}
+    found = {bound.name: bound for bound in bounds.collect_bounds(model)}
     matrices = {name for name, value in model.named_parameters() if value.ndim == 2}
     assert found.keys() == matrices | {"inputs.bias"} and len(found) == 4 + 2 * 7
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
@@ -273,16 +267,16 @@ def test_bounds_of_a_users_model_hold_after_real_steps():
 
 
 def test_bounds_of_a_part_are_its_own_and_a_list_of_the_models_own_wins():
-    part = antransformer.build(antransformer.ModelConfig(vocab_size=20, width=64, layers=1, head_width=32))
+    part = antransformer.build(antransformer.ModelConfig(vocab_size=20, width=64, layers=1, head_dim=32))
     both = nn.ModuleDict({"language": part, "head": Linear(64, 2)})
-    names = [bound.name for bound in bounds.of(both)]
+    names = [bound.name for bound in bounds.collect_bounds(both)]
     assert names == [f"language.{bound.name}" for bound in part.bounds()] + ["head.weight"]
 
     class OnlyTheFirst(nn.Sequential):
         def bounds(self):
             return [antransformer.Bound("0.weight", self[0].weight, strict=True)]
 
-    assert [bound.strict for bound in bounds.of(OnlyTheFirst(Linear(4, 4), Linear(4, 4)))] == [True]
+    assert [bound.strict for bound in bounds.collect_bounds(OnlyTheFirst(Linear(4, 4), Linear(4, 4)))] == [True]
 
 
 def test_modules_are_ready_when_made_and_nothing_is_drawn_on_meta():
@@ -290,7 +284,7 @@ def test_modules_are_ready_when_made_and_nothing_is_drawn_on_meta():
     with torch.device("meta"):
         Classifier()
     assert torch.equal(torch.get_rng_state(), state)
-    for bound in bounds.of(Classifier()):
+    for bound in bounds.collect_bounds(Classifier()):
         length = bounds.norms(bound)
         torch.testing.assert_close(length, torch.full_like(length, bound.name != "inputs.bias"))
     torch.testing.assert_close(Residual(8).alpha(), torch.full((8,), 0.05))
@@ -313,4 +307,4 @@ def test_modules_are_ready_when_made_and_nothing_is_drawn_on_meta():
 def test_bad_arguments_are_named_with_their_values(make, parts):
     with pytest.raises(errors.ConfigError) as error:
         make()
-    assert carries(error.value, *parts)
+    assert mentions(error.value, *parts)

@@ -8,9 +8,9 @@ from torch import nn
 import antransformer
 from antransformer.bounds import Bound, norms, project_
 from antransformer.models import ModelConfig, build
-from conftest import Watch
+from helpers.small import Watch
 
-SIZES = {"vocab_size": 50, "width": 64, "layers": 2, "context": 16, "head_width": 32}
+SIZES = {"vocab_size": 50, "width": 64, "layers": 2, "context": 16, "head_dim": 32}
 
 
 def one(make, **options):

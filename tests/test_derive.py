@@ -210,6 +210,6 @@ def test_picture_and_what_is_refused(tmp_path, monkeypatch):
 
 
 def test_worked_example():
-    result = doctest.testmod(sys.modules["antransformer.analysis.derive"])
+    result = doctest.testmod(sys.modules["antransformer.derive"])
     assert result.attempted and not result.failed
     assert antransformer.derive is derive

@@ -5,9 +5,11 @@ import torch
 import torch.nn.functional as F
 
 from antransformer import factors, functional
-from antransformer.analysis.bench import peak_memory
+from antransformer.benchmarks.timing import peak_memory
 
-NOWHERE = functional.Places(functional.rotary_tables(torch.arange(0), 0, 1.0))  # attention alone needs no positions
+NOWHERE = functional.AttentionContext(
+    functional.rotary_tables(torch.arange(0), 0, 1.0)
+)  # attention alone needs no positions
 
 
 def random(*shape, seed=0, dtype=torch.float64):
@@ -24,22 +26,22 @@ def mean_norm(x):
 
 def test_norm_agrees_with_torch_forward_and_backward():
     x = random(5, 7, 64).requires_grad_()
-    torch.testing.assert_close(functional.norm(x), F.normalize(x, dim=-1))
-    assert torch.autograd.gradcheck(functional.norm, (random(3, 8, seed=1).requires_grad_(),))
+    torch.testing.assert_close(functional.normalize(x), F.normalize(x, dim=-1))
+    assert torch.autograd.gradcheck(functional.normalize, (random(3, 8, seed=1).requires_grad_(),))
 
 
 def test_norm_of_half_precision_is_computed_in_float32():
     x = torch.full((1, 4096), 1 / 64, dtype=torch.bfloat16) * 300
-    y = functional.norm(x)
+    y = functional.normalize(x)
     assert y.dtype == torch.bfloat16
     assert y.float().norm().item() == pytest.approx(1, rel=4e-3)
-    assert torch.equal(functional.norm(torch.zeros(2, 8)), torch.zeros(2, 8))
+    assert torch.equal(functional.normalize(torch.zeros(2, 8)), torch.zeros(2, 8))
 
 
 def test_norm_scale_of_the_gradient():
     # The Jacobian at a unit vector projects onto its tangent space: (d - 1) / d of a random gradient's square stays.
     x, gradient = unit(2000, 64).requires_grad_(), unit(2000, 64, seed=1)
-    functional.norm(x).backward(gradient)
+    functional.normalize(x).backward(gradient)
     assert x.grad.square().sum(-1).mean().item() == pytest.approx(63 / 64, rel=0.01)
 
 
@@ -116,7 +118,7 @@ def test_interpolate_norm_is_norm_and_interpolate_both_ways(shape, dtype, tolera
     exact = [value.detach().double().requires_grad_() for value in inputs]
     x, y, alpha = exact
     gradient = random(*shape, seed=2).to(dtype)
-    z, expected = functional.interpolate_norm(*inputs), functional.interpolate(x, functional.norm(y), alpha)
+    z, expected = functional.interpolate_norm(*inputs), functional.interpolate(x, functional.normalize(y), alpha)
     found, wanted = torch.autograd.grad(z, inputs, gradient), torch.autograd.grad(expected, exact, gradient.double())
     for one, other in zip((z, *found), (expected, *wanted), strict=True):
         assert one.dtype == dtype

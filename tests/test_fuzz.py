@@ -27,33 +27,33 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from antransformer.analysis import statistics
-from antransformer.analysis.laws import SHIPPED, predict, read_laws
-from antransformer.analysis.results import Results
-from antransformer.analysis.verdict import verdict
 from antransformer.cli import common, main
 from antransformer.cli import train as train_verb
-from antransformer.data import Dataset, Tokenizer, Windows, byte_tokenizer, readers
+from antransformer.comparison import statistics
+from antransformer.comparison.summary import summary
+from antransformer.data import Dataset, ShuffledWindows, Tokenizer, byte_tokenizer, readers
 from antransformer.errors import AntransformerError, ConfigError
 from antransformer.inference import generate
-from antransformer.interop import task_data
-from antransformer.interop.card import card
-from antransformer.interop.folder import import_folder, read_config
-from antransformer.training import checkpoint
-from antransformer.training.config import TrainConfig, read_yaml, resolve
+from antransformer.interop import local_tasks as task_data
+from antransformer.interop.import_hf import import_folder, read_config
+from antransformer.interop.model_card import card
+from antransformer.results.comparison import Results
+from antransformer.scaling.law_files import SHIPPED, predict, read_laws
+from antransformer.training.checkpointing import checkpoint
+from antransformer.training.checkpointing.sharded_safetensors import PARTS_KEY, TensorFiles
+from antransformer.training.config import TrainConfig, read_yaml, resolve_config
 from antransformer.training.defaults import parameter_count
 from antransformer.training.lock import lock
 from antransformer.training.metrics import MetricsLog, read_metrics
 from antransformer.training.optimizer import make_optimizer
-from antransformer.training.run import open_checkpoint, resumed_config
-from antransformer.training.tensor_files import PARTS_KEY, TensorFiles
+from antransformer.training.run_folder import open_checkpoint, resumed_config
 from antransformer.training.trainer import Trainer
-from test_report import contender, experiment
+from helpers.experiments import experiment, variant
 
 CASES = int(os.environ.get("ANTRANSFORMER_FUZZ_CASES", "300"))
 SHARES = 11  # tests with an equal share of the cases
 SECONDS = 30  # no case is near it; what takes longer hangs
-TINY = {"width": 32, "layers": 1, "context": 16, "head_width": 32}
+TINY = {"width": 32, "layers": 1, "context": 16, "head_dim": 32}
 DEEP = 100_000  # far past any parser's recursion
 
 
@@ -303,7 +303,7 @@ def whole(root):
     folder.mkdir()
     (folder / "train.txt").write_text("<|endoftext|>".join(TEXTS))
     (folder / "val.txt").write_text(TEXTS[0])
-    words = ["prepare", folder / "train.txt", "--val", folder / "val.txt", "--out", folder / "data"]
+    words = ["prepare", folder / "train.txt", "--val-inputs", folder / "val.txt", "--out", folder / "data"]
     sizes = [f"--model.{name.replace('_', '-')}={size}" for name, size in TINY.items()]
     command(*words)
     train = ["--data", folder / "data", "--batch-tokens=32", "--tokens=64", "--eval-tokens=32", "--log-every=1"]
@@ -344,7 +344,7 @@ class SmallTrainer(Trainer):
     """Trains what a test has time for."""
 
     def __init__(self, config, *arguments):
-        passes = config.steps * config.batch_size / config.micro_batch
+        passes = config.steps * config.batch_size / config.micro_batch_size
         if parameter_count(config.model) > 200_000 or config.tokens > 1000 or passes > 20 or config.compile:
             raise ConfigError("larger than a test")
         super().__init__(config, *arguments)
@@ -367,11 +367,11 @@ SETTINGS = {
     "preset": "pico",
     "tokens": 64,
     "batch_tokens": 32,
-    "micro_batch": 2,
+    "micro_batch_size": 2,
     "lr": 0.01,
-    "warmup": 0.1,
+    "warmup_fraction": 0.1,
     "seed": 1,
-    "skip_nonfinite": 2,
+    "max_skipped_steps": 2,
     "timeout": 60,
     "eval_tokens": "0.1K",
     "device": "cpu",
@@ -470,7 +470,7 @@ def test_data_folders(root, whole, data):
         with one_line():
             dataset = Dataset.open(folder / "data")
             dataset.tokenizer()
-            Windows(dataset.split("train"), 16, seed=0).batch(0, 2)
+            ShuffledWindows(dataset.split("train"), 16, seed=0).batch(0, 2)
 
 
 # Runs and checkpoints
@@ -525,7 +525,7 @@ def test_checkpoints(root, whole, data):
                 model=found.model,
                 tokens=10**9,
                 batch_tokens=found.model.context,
-                micro_batch=1,
+                micro_batch_size=1,
                 lr=0.1,
                 eval_every=1,
                 checkpoint_every=1,
@@ -620,7 +620,7 @@ def test_text(root, data):
     with case(root) as folder:
         put(folder / f"input{ending}", content, kind)
         (folder / "val.txt").write_text(TEXTS[0])
-        words = ["--val", folder / "val.txt"] if held_out else ["--val-fraction", "0.5"]
+        words = ["--val-inputs", folder / "val.txt"] if held_out else ["--val-fraction", "0.5"]
         command("prepare", folder / f"input{ending}", "--out", folder / "data", *words)
 
 
@@ -712,7 +712,7 @@ def test_exported_models(root, whole, data):
 @fuzz(st.data())
 def test_results(root, data):
     shape = {"budgets": (1000, 2000), "seeds": (1, 2)}
-    results = experiment(contender("gpt+", 1.0, **shape), contender("angpt", 1.2, **shape), **shape)
+    results = experiment(variant("gpt+", 1.0, **shape), variant("angpt", 1.2, **shape), **shape)
     with case(root) as folder:
         results.save(folder)
         whole = json.loads((folder / "results.json").read_text())
@@ -721,7 +721,7 @@ def test_results(root, data):
         patch.setattr(statistics, "RESAMPLES", 20)
         put(folder / "results.json", content, kind)
         with one_line():
-            verdict(Results.load(folder))
+            summary(Results.load(folder))
 
 
 ROWS = {
@@ -782,7 +782,7 @@ def test_scalars_that_belie_their_tag_are_not_valid(tmp_path, value):
 
 @pytest.mark.parametrize("key", ["lr", "tokens", "seed"])
 def test_a_number_too_long_to_be_spelled_is_refused(key):
-    message = refusal(resolve, {key: int("f" * 5000, 16)}, 300)
+    message = refusal(resolve_config, {key: int("f" * 5000, 16)}, 300)
     assert re.search(rf"\b{key}\b", message) and len(message) < 200
 
 
@@ -796,7 +796,7 @@ def test_a_number_too_long_to_be_spelled_is_refused(key):
     ],
 )
 def test_sizes_without_measure_are_refused_at_once(model, vocab_size, parts):
-    message = refusal(resolve, {"model": model}, vocab_size)
+    message = refusal(resolve_config, {"model": model}, vocab_size)
     assert all(re.search(rf"\b{part}\b", message) for part in parts), message
 
 
@@ -883,13 +883,13 @@ def test_a_checkpoint_that_says_nothing_of_its_run_is_not_resumed(whole, tmp_pat
 
 def test_results_without_a_run_are_refused(tmp_path):
     shape = {"budgets": (1000, 2000), "seeds": (1, 2)}
-    experiment(contender("gpt+", 1.0, **shape), contender("angpt", 1.2, **shape), **shape).save(tmp_path)
+    experiment(variant("gpt+", 1.0, **shape), variant("angpt", 1.2, **shape), **shape).save(tmp_path)
     content = json.loads((tmp_path / "results.json").read_text())
     for key, value in (
         ("seeds", [1, 3]),
         ("budgets", []),
         ("budgets", ["x"]),
-        ("contenders", content["contenders"][:1]),
+        ("variants", content["variants"][:1]),
     ):
         (tmp_path / "results.json").write_text(json.dumps({**content, key: value}))
         assert str(tmp_path / "results.json") in refusal(Results.load, tmp_path)

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from antransformer.analysis.observations import read_observations
-from antransformer.analysis.results import Results
 from antransformer.cli import main
+from antransformer.results.comparison import Results
+from antransformer.results.observations import read_observations
 from helpers.golden import ARCHITECTURES, GOLDEN, compare, logits_of, losses, processor_probe
 
 EXPECTED = json.loads((GOLDEN / "golden.json").read_text())
@@ -50,7 +50,7 @@ def test_an_old_run_resumes(old):
 
 
 def test_an_old_run_generates_and_is_exported(old, capsys):
-    assert main(["generate", "--checkpoint", "run", "--max-tokens", "5"]) == 0
+    assert main(["generate", "--checkpoint", "run", "--max-new-tokens", "5"]) == 0
     assert main(["export", "--checkpoint", "run", "--out", "again"]) == 0
     assert_equal(logits_of(Path("again")), EXPECTED["logits"], 1e-5)
 
@@ -71,13 +71,13 @@ def test_an_old_comparison_reports_and_runs_nothing_again(old, capfd):
     compare(Path("data"), "comparison")
     assert capfd.readouterr().out.count("(done before)") == 8
     after = Results.load(Path("comparison"))
-    assert after.contenders == before.contenders and (Path("comparison") / "report.html").stat().st_size > 10_000
+    assert after.variants == before.variants and (Path("comparison") / "report.html").stat().st_size > 10_000
 
 
 def test_a_comparison_measures_what_it_measured(old):
     compare(Path("data"), "again")
     again, before = (Results.load(Path(folder)) for folder in ("again", "comparison"))
-    for new, old_one in zip(again.contenders, before.contenders, strict=True):
+    for new, old_one in zip(again.variants, before.variants, strict=True):
         assert new.name == old_one.name and new.settings == old_one.settings
         losses_of = [item.losses(before.budgets, before.seeds).ravel().tolist() for item in (new, old_one)]
         assert_equal(*losses_of, 1e-5)

@@ -6,9 +6,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import antransformer
-from antransformer.bounds import norms, of
+from antransformer.bounds import collect_bounds, norms
 from antransformer.models import ModelConfig, build
-from conftest import Watch
+from helpers.small import Watch
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -53,7 +53,7 @@ def test_outputs_keep_every_bit_and_steps_keep_the_rows_bounded(make):
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)  # made before, and none the worse for it
     assert antransformer.normalize_(model) is model
     assert torch.equal(model(**batch).logits, expected)
-    bounds = of(model)
+    bounds = collect_bounds(model)
     assert len({bound.parameter for bound in bounds}) == count and len(bounds) == weights
     assert all(0.5 < norms(bound).max() <= 1 for bound in bounds)
     watch = Watch(model, optimizer)
@@ -99,7 +99,7 @@ def test_other_dtypes_and_rows_of_zeros(dtype):
     antransformer.normalize_(model)
     assert torch.equal(model(tokens), expected[0])
     assert torch.equal(model[0].weight, expected[1]) and torch.equal(model[1].weight, expected[2])
-    assert all(bound.parameter.dtype == dtype for bound in of(model))
+    assert all(bound.parameter.dtype == dtype for bound in collect_bounds(model))
 
 
 def test_what_is_not_covered_is_left_alone():
@@ -125,7 +125,7 @@ def test_what_can_not_be_normalized_is_named_and_not_changed():
     with pytest.raises(TypeError, match=r"nn\.Linear") as error:
         antransformer.normalize_(nn.LayerNorm(4))
     assert "LayerNorm" in str(error.value)
-    sizes = {"vocab_size": 50, "width": 64, "layers": 1, "context": 16, "head_width": 32}
+    sizes = {"vocab_size": 50, "width": 64, "layers": 1, "context": 16, "head_dim": 32}
     with pytest.raises(TypeError, match="GPTPlus"):
         antransformer.normalize_(build(ModelConfig(architecture="gpt+", **sizes)))
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))

@@ -1,3 +1,5 @@
+"""How the package is laid out: imports go only downwards, models do not branch on their name, nothing is unpickled."""
+
 import ast
 import re
 from pathlib import Path
@@ -7,42 +9,78 @@ import pytest
 import antransformer
 
 PACKAGE = Path(antransformer.__file__).parent
+# From the bottom to the top: a file imports only from its own floor and from floors before it.
 FLOORS = [
+    "version",
     "errors",
+    "extras",
     "files",
+    "renamed",
     "factors",
     "kernels",
     "functional",
     "nn",
     "blocks",
+    "derive",
     "bounds",
     "models",
     "data",
     "inference",
     "training",
     "interop",
-    "analysis",
+    "reporting",
+    "bootstrap",
+    "diagnostics",
+    "benchmarks",
+    "runs",
+    "results",
+    "scaling",
+    "comparison",
+    "sweeps",
     "cli",
+    "__main__",
 ]
-FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem in FLOORS)
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 
-def floor(parts):
-    return FLOORS.index(parts[0])
+def imported_modules(path):
+    """Full names of what a file imports, also inside functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{name.name}" for name in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+
+
+def floor(name):
+    return FLOORS.index(name.split(".")[0])
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_a_file_imports_only_from_floors_below_or_its_own(path):
-    own = floor(path.relative_to(PACKAGE).with_suffix("").parts)
-    for node in ast.walk(ast.parse(path.read_text())):
-        modules = []
-        if isinstance(node, ast.ImportFrom):
-            modules = [f"{node.module}.{name.name}" for name in node.names]
-        modules += [name.name for name in node.names] if isinstance(node, ast.Import) else []
-        for module in modules:
-            package, *rest = module.split(".")
-            if package == "antransformer" and rest[0] != "__version__":
-                assert floor(rest) <= own, f"{path.name} imports {module}"
+    own = floor(".".join(path.relative_to(PACKAGE).with_suffix("").parts))
+    for module in imported_modules(path):
+        package, _, rest = module.partition(".")
+        if package == "antransformer":
+            assert floor(rest) <= own, f"{path.name} imports {module}"
+
+
+def test_no_two_files_of_a_floor_import_each_other():
+    edges = {}
+    for path in FILES:
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+        found = {module.removeprefix("antransformer.") for module in imported_modules(path)}
+        edges[name] = found | {module.rpartition(".")[0] for module in found}
+    edges = {name: {module for module in found if module in edges and module != name} for name, found in edges.items()}
+
+    def reachable(name, seen):
+        for module in edges[name] - seen:
+            seen.add(module)
+            reachable(module, seen)
+        return seen
+
+    circles = {name for name in edges if name in reachable(name, set())}
+    assert not circles
 
 
 def test_models_do_not_branch_on_the_architecture():

@@ -4,15 +4,16 @@ The approximately normalized transformer (arXiv:2505.22014), as a library and as
 """
 
 from antransformer import blocks, bounds, factors, functional, nn
-from antransformer.analysis.derive import derive
 from antransformer.bounds import Bound, bind, normalize_
+from antransformer.derive import derive
 from antransformer.interop.register import register_when_imported
 from antransformer.models import ModelConfig, build
+from antransformer.version import __version__
 
-__version__ = "0.1.0"
 __all__ = [
     "Bound",
     "ModelConfig",
+    "__version__",
     "bind",
     "blocks",
     "bounds",

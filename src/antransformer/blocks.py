@@ -19,10 +19,10 @@ class EncoderBlock(nn.Module):
         mlp: of the same width; any module that maps (B, T, d) to (B, T, d) will do.
 
     >>> import torch
-    >>> from antransformer.functional import norm
+    >>> from antransformer.functional import normalize
     >>> from antransformer.nn import MLP
     >>> block = EncoderBlock(Attention(256, heads=4, rotary=1.0), MLP(256))
-    >>> round(block(norm(torch.randn(8, 20, 256))).norm(dim=-1).mean().item(), 1)
+    >>> round(block(normalize(torch.randn(8, 20, 256))).norm(dim=-1).mean().item(), 1)
     1.0
     """
 
@@ -47,10 +47,10 @@ class DecoderBlock(EncoderBlock):
         mlp: as in ``EncoderBlock``.
 
     >>> import torch
-    >>> from antransformer.functional import norm
+    >>> from antransformer.functional import normalize
     >>> from antransformer.nn import MLP
     >>> block = DecoderBlock(Attention(256, heads=4, causal=True), Attention(256, heads=4), MLP(256))
-    >>> x, memory = norm(torch.randn(8, 20, 256)), norm(torch.randn(8, 30, 256))
+    >>> x, memory = normalize(torch.randn(8, 20, 256)), normalize(torch.randn(8, 30, 256))
     >>> round(block(x, memory).norm(dim=-1).mean().item(), 1)
     1.0
     """
@@ -77,11 +77,11 @@ class EncoderDecoder(nn.Module):
         decoder: the same.
 
     >>> import torch
-    >>> from antransformer.functional import norm
+    >>> from antransformer.functional import normalize
     >>> from antransformer.nn import MLP
     >>> encoder = [EncoderBlock(Attention(256, 4, rotary=0.5), MLP(256)) for _ in range(2)]
     >>> decoder = [DecoderBlock(Attention(256, 4, causal=True, rotary=0.5), Attention(256, 4), MLP(256))]
-    >>> source, target = norm(torch.randn(8, 30, 256)), norm(torch.randn(8, 20, 256))
+    >>> source, target = normalize(torch.randn(8, 30, 256)), normalize(torch.randn(8, 20, 256))
     >>> EncoderDecoder(encoder, decoder)(source, target).shape
     torch.Size([8, 20, 256])
     """

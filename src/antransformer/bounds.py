@@ -42,14 +42,14 @@ class Bound:
     strict: bool = False
 
 
-def of(module: nn.Module) -> list[Bound]:
+def collect_bounds(module: nn.Module) -> list[Bound]:
     """The bounds of a module: those that its method ``bounds()`` lists, or else those of the modules in it.
 
     The rows of every ``antransformer.nn.Linear``, ``Embedding`` and ``Head`` are bounded, and a bias as one vector, and
     so are the rows of what ``normalize_`` has scaled.
 
     >>> model = nn.Sequential(Embedding(50, 64), nn.LayerNorm(64), Linear(64, 2, bias=True))
-    >>> [(bound.name, bound.axis) for bound in of(model)]
+    >>> [(bound.name, bound.axis) for bound in collect_bounds(model)]
     [('0.weight', 1), ('2.weight', 1), ('2.bias', 0)]
     """
     declared = getattr(module, "bounds", None)
@@ -63,7 +63,7 @@ def of(module: nn.Module) -> list[Bound]:
     if isinstance(module, parametrize.ParametrizationList) and isinstance(module[0], Scale):
         assert isinstance(module.original, Tensor)
         return [Bound("original", module.original)]
-    parts = [(name, bound) for name, child in module.named_children() for bound in of(child)]
+    parts = [(name, bound) for name, child in module.named_children() for bound in collect_bounds(child)]
     return [replace(bound, name=f"{name}.{bound.name}") for name, bound in parts]
 
 
@@ -98,7 +98,7 @@ def project_(bounds: Iterable[Bound]) -> None:
     """
     for bound in bounds:
         rows = whole_rows(bound)
-        if rows is not None and kernels.wanted(rows):
+        if rows is not None and kernels.use_triton(rows):
             from antransformer.kernels.bound import project_rows_
 
             project_rows_(rows, bound.strict)
@@ -120,7 +120,7 @@ def bind(model: nn.Module, optimizer: Optimizer) -> RemovableHandle:
         TypeError: the model has no bounds.
         ValueError: none of its bounded parameters is in the optimizer.
     """
-    listed = of(model)
+    listed = collect_bounds(model)
     if not listed and not hasattr(model, "bounds"):
         raise TypeError(
             f"{type(model).__name__} lists no bounds: build it from antransformer.nn, or give it a method "
@@ -180,7 +180,7 @@ def normalize_(module: nn.Module) -> nn.Module:
         ValueError: a weight is not finite; nothing is changed then.
 
     >>> model = nn.Sequential(nn.Embedding(50, 64), nn.LayerNorm(64), nn.Linear(64, 2))
-    >>> [bound.name for bound in of(normalize_(model))]
+    >>> [bound.name for bound in collect_bounds(normalize_(model))]
     ['0.parametrizations.weight.original', '2.parametrizations.weight.original']
     """
     if hasattr(module, "bounds"):
@@ -196,7 +196,7 @@ def normalize_(module: nn.Module) -> nn.Module:
                 raise ValueError(f"{name}.weight is not finite")
             found.setdefault(weight, []).append(part)
             factors[weight] = 2.0 ** math.ceil(math.log2(largest)) if largest else 1.0
-    if not found and not of(module):
+    if not found and not collect_bounds(module):
         raise TypeError(f"{type(module).__name__} has no nn.Linear and no nn.Embedding to normalize")
     for weight, parts in found.items():
         scale = Scale(weight)

@@ -20,7 +20,7 @@ from antransformer import factors, kernels
 NORM_EPS = 1e-12  # only keeps a zero vector from becoming NaN; unit-norm activations never come near it
 
 
-def norm(x: Tensor) -> Tensor:
+def normalize(x: Tensor) -> Tensor:
     """Exact L2 normalization over the last axis: x / ||x||, in x's shape and dtype (arXiv:2410.01131, eq. 1)."""
     precision = torch.promote_types(x.dtype, torch.float32)
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=precision)
@@ -39,7 +39,7 @@ def linear(x: Tensor, weight: Tensor, scale: float | Tensor = 1.0, bias: Tensor 
     Returns:
         (..., fan_out), of about unit norm for x of unit norm, rows of unit norm, ``factors.linear`` and no bias.
 
-    >>> x, weight = norm(torch.randn(100, 256)), norm(torch.randn(1024, 256))
+    >>> x, weight = normalize(torch.randn(100, 256)), normalize(torch.randn(1024, 256))
     >>> round(linear(x, weight, factors.linear(256, 1024)).norm(dim=-1).mean().item(), 1)
     1.0
     """
@@ -109,7 +109,8 @@ def mlp(
     Raises:
         ValueError: see ``factors.activation``.
 
-    >>> x, up, down = norm(torch.randn(100, 256)), norm(torch.randn(1024, 256)), norm(torch.randn(256, 1024))
+    >>> x = normalize(torch.randn(100, 256))
+    >>> up, down = normalize(torch.randn(1024, 256)), normalize(torch.randn(256, 1024))
     >>> round(mlp(x, up, down, activation=torch.tanh, std=2.0).norm(dim=-1).mean().item(), 1)
     1.0
     """
@@ -151,7 +152,7 @@ def interpolate(x: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
     Returns:
         (..., d), of about unit norm where x and y are uncorrelated.
 
-    >>> x, y = norm(torch.randn(100, 256)), norm(torch.randn(100, 256))
+    >>> x, y = normalize(torch.randn(100, 256)), normalize(torch.randn(100, 256))
     >>> round(interpolate(x, y, torch.full((256,), 0.3)).norm(dim=-1).mean().item(), 1)
     1.0
     """
@@ -172,8 +173,8 @@ def interpolate_norm(x: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
     Returns:
         (..., d), in x's dtype.
 
-    >>> x, y, alpha = norm(torch.randn(100, 256)), torch.randn(100, 256), torch.full((256,), 0.3)
-    >>> bool(interpolate_norm(x, y, alpha).isclose(interpolate(x, norm(y), alpha), atol=1e-6).all())
+    >>> x, y, alpha = normalize(torch.randn(100, 256)), torch.randn(100, 256), torch.full((256,), 0.3)
+    >>> bool(interpolate_norm(x, y, alpha).isclose(interpolate(x, normalize(y), alpha), atol=1e-6).all())
     True
     """
     z: Tensor = _InterpolateNorm.apply(x, y, alpha)
@@ -195,7 +196,7 @@ class _InterpolateNorm(torch.autograd.Function):
 
 def interpolate_norm_forward(x: Tensor, y: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
     """``interpolate_norm`` and 1 / ||y||, (..., 1)."""
-    if kernels.wanted(x):
+    if kernels.use_triton(x):
         from antransformer.kernels import interpolate_norm as kernel
 
         return kernel.forward(x, y, alpha)
@@ -209,7 +210,7 @@ def interpolate_norm_backward(
     gradient: Tensor, x: Tensor, y: Tensor, alpha: Tensor, inverse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, y and alpha, each in its dtype."""
-    if kernels.wanted(x):
+    if kernels.use_triton(x):
         from antransformer.kernels import interpolate_norm as kernel
 
         return kernel.backward(gradient, x, y, alpha, inverse)
@@ -231,28 +232,28 @@ def _shares(alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def interpolate_exact(x: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
     """Residual update of nGPT: norm(x + alpha (y - x)), elementwise alpha of shape (d,) (arXiv:2410.01131, eq. 10)."""
-    return norm(torch.lerp(x, y.to(x.dtype), alpha.to(x.dtype)))
+    return normalize(torch.lerp(x, y.to(x.dtype), alpha.to(x.dtype)))
 
 
 class Rotary(NamedTuple):
-    """Cosines and sines of the rotated part of each head, each (T, rotated / 2) or (B, T, rotated / 2)."""
+    """Cosines and sines of the rotated part of each head, each (T, rotary_dim / 2) or (B, T, rotary_dim / 2)."""
 
     cos: Tensor
     sin: Tensor
 
 
-def rotary_tables(positions: Tensor, rotated: int, base: float) -> Rotary:
-    """Angles position * base^(-2i / rotated) for the ``rotated`` (even) leading coordinates of each head.
+def rotary_tables(positions: Tensor, rotary_dim: int, base: float) -> Rotary:
+    """Angles position * base^(-2i / rotary_dim) for the ``rotary_dim`` (even) leading coordinates of each head.
 
     Args:
-        positions: integer positions (T,), or (B, T) where sequences of a batch begin at different places.
-        rotated: how many coordinates of a head are rotated; the rest pass unchanged.
+        positions: integer positions (T,), or (B, T) where sequences of a batch start at different positions.
+        rotary_dim: how many coordinates of a head are rotated; the rest pass unchanged.
         base: wavelength base, 10,000 as a rule.
 
     Returns:
         Tables in float32.
     """
-    exponent = torch.arange(0, rotated, 2, device=positions.device, dtype=torch.float32) / rotated
+    exponent = torch.arange(0, rotary_dim, 2, device=positions.device, dtype=torch.float32) / rotary_dim
     angles = positions.to(torch.float32).unsqueeze(-1) * base**-exponent
     return Rotary(angles.cos(), angles.sin())
 
@@ -271,12 +272,12 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     return torch.cat([*turned, rest], dim=-1)
 
 
-def split_heads(qkv: Tensor, head_width: int) -> tuple[Tensor, Tensor, Tensor]:
+def split_heads(qkv: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """Split a fused projection (B, T, n * 3 * h) into q, k, v of shape (B, T, n, h) each.
 
     The rows of the fused weight are ordered head by head, so that a block of its rows holds whole heads.
     """
-    q, k, v = qkv.unflatten(-1, (-1, 3, head_width)).unbind(-2)
+    q, k, v = qkv.unflatten(-1, (-1, 3, head_dim)).unbind(-2)
     return q, k, v
 
 
@@ -295,18 +296,18 @@ class LayerCache(NamedTuple):
         return self.k.narrow(1, 0, self.length + steps), self.v.narrow(1, 0, self.length + steps)
 
 
-class Places(NamedTuple):
+class AttentionContext(NamedTuple):
     """Where the tokens of a batch stand, and what they may look at.
 
     Attributes:
         rotary: tables of their positions.
         mask: (B, 1, T, S), true where a token may look; None for a causal batch without padding.
-        cache: keys and values of the tokens before them, in generation.
+        kv_cache: keys and values of the tokens before them, in generation.
     """
 
     rotary: Rotary
     mask: Tensor | None = None
-    cache: LayerCache | None = None
+    kv_cache: LayerCache | None = None
 
 
 def attention(
@@ -339,7 +340,7 @@ def attention(
     Raises:
         ValueError: the window is not positive.
 
-    >>> x = norm(torch.randn(2, 10, 4, 64))
+    >>> x = normalize(torch.randn(2, 10, 4, 64))
     >>> y = attention(x, x, x, score_scale=8.0, causal=True)
     >>> y.shape, bool((y[:, 0].unflatten(-1, (4, 64)).norm(dim=-1) - 1 < 1e-6).all())  # the first sees only itself
     (torch.Size([2, 10, 256]), True)
@@ -350,7 +351,7 @@ def attention(
         near = visible(q.shape[1], k.shape[1], causal, window, q.device)
         mask, causal = (near if mask is None else mask & near), False
     scale = score_scale.to(q.dtype) if isinstance(score_scale, Tensor) else score_scale
-    return softmax_attention(norm(q) * scale, norm(k), v, mask, causal)
+    return softmax_attention(normalize(q) * scale, normalize(k), v, mask, causal)
 
 
 def visible(queries: int, keys: int, causal: bool, window: int | None, device: torch.device) -> Tensor:
@@ -380,21 +381,21 @@ def softmax_attention(
     return y.transpose(1, 2).flatten(2)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, places: Places, scale: float = 1.0) -> Tensor:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext, scale: float = 1.0) -> Tensor:
     """Causal softmax attention: softmax(scale * q k^T) v.
 
     Args:
         q, k, v: (B, T, n, h).
-        places: mask and cache.
+        ctx: mask and cache.
         scale: constant on the scores; a learnable one is multiplied into q by the caller, which keeps the fused kernel.
 
     Returns:
         (B, T, n * h), heads concatenated.
     """
-    if places.cache is not None:
-        k, v = places.cache.extend(k, v)
+    if ctx.kv_cache is not None:
+        k, v = ctx.kv_cache.extend(k, v)
     # One new token sees all before it.
-    return softmax_attention(q, k, v, places.mask, causal=places.mask is None and q.shape[1] > 1, scale=scale)
+    return softmax_attention(q, k, v, ctx.mask, causal=ctx.mask is None and q.shape[1] > 1, scale=scale)
 
 
 def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ class Linear(nn.Module):
             ``factors.linear(fan_in, fan_out)``.
         bias: whether there is one.
 
-    >>> y = Linear(256, 1024)(functional.norm(torch.randn(100, 256)))
+    >>> y = Linear(256, 1024)(functional.normalize(torch.randn(100, 256)))
     >>> y.shape, round(y.norm(dim=-1).mean().item(), 1)
     (torch.Size([100, 1024]), 1.0)
     """
@@ -130,7 +130,7 @@ class Head(Linear):
         outputs: number of classes or values.
         scale: see ``ScaledParameter``; s starts at 1.
 
-    >>> Head(256, 10)(functional.norm(torch.randn(32, 256))).shape
+    >>> Head(256, 10)(functional.normalize(torch.randn(32, 256))).shape
     torch.Size([32, 10])
     """
 
@@ -153,7 +153,7 @@ class Residual(nn.Module):
         alpha: its initial value.
         scale: see ``ScaledParameter``.
 
-    >>> x, y = functional.norm(torch.randn(100, 256)), torch.randn(100, 256)
+    >>> x, y = functional.normalize(torch.randn(100, 256)), torch.randn(100, 256)
     >>> round(Residual(256, alpha=0.3)(x, y).norm(dim=-1).mean().item(), 1)
     1.0
     """
@@ -170,14 +170,14 @@ class Residual(nn.Module):
 class ExactResidual(Residual):
     """nGPT's residual update: the same interpolation, normalized exactly; arguments as for ``Residual``.
 
-    >>> x, y = functional.norm(torch.randn(2, 100, 256))
+    >>> x, y = functional.normalize(torch.randn(2, 100, 256))
     >>> round(ExactResidual(256, alpha=0.3)(x, x).norm(dim=-1).max().item(), 4)
     1.0
     """
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Residual stream x and sublayer output y, of any norm, both (..., width)."""
-        return functional.interpolate_exact(x, functional.norm(y), self.alpha())
+        return functional.interpolate_exact(x, functional.normalize(y), self.alpha())
 
 
 class MLP(nn.Module):
@@ -190,7 +190,7 @@ class MLP(nn.Module):
         activation: elementwise, a function or a module without parameters.
         std: standard deviation of what the activation gets: the larger, the less linear it is.
 
-    >>> y = MLP(256, gated=False, activation=F.gelu)(functional.norm(torch.randn(100, 256)))
+    >>> y = MLP(256, gated=False, activation=F.gelu)(functional.normalize(torch.randn(100, 256)))
     >>> round(y.norm(dim=-1).mean().item(), 1)
     1.0
     """
@@ -239,7 +239,7 @@ class Attention(nn.Module):
         ConfigError: heads do not divide the width, or kv_heads the heads; the rotary part is no even width; the window
             is not positive.
 
-    >>> x, memory = functional.norm(torch.randn(2, 10, 256)), functional.norm(torch.randn(2, 7, 256))
+    >>> x, memory = functional.normalize(torch.randn(2, 10, 256)), functional.normalize(torch.randn(2, 7, 256))
     >>> Attention(256, heads=8, kv_heads=2, causal=True, rotary=0.5)(x).shape
     torch.Size([2, 10, 256])
     >>> Attention(256, heads=8)(x, memory).shape  # cross-attention
@@ -265,10 +265,10 @@ class Attention(nn.Module):
         if window is not None and window < 1:
             raise ConfigError(f"window must be at least 1, a token itself, got {window}")
         head = width // heads
-        self.rotated = round(rotary * head)
-        if not 0 <= rotary <= 1 or self.rotated % 2:
+        self.rotary_dim = round(rotary * head)
+        if not 0 <= rotary <= 1 or self.rotary_dim % 2:
             raise ConfigError(f"rotary must be in [0, 1] and an even part of a head of width {head}, got {rotary}")
-        self.width, self.head_width, self.causal, self.window = width, head, causal, window
+        self.width, self.head_dim, self.causal, self.window = width, head, causal, window
         to_heads = factors.linear(width, head)  # each head has unit norm
         self.q_proj = Linear(width, width, to_heads)
         self.k_proj = Linear(width, kv_heads * head, to_heads)
@@ -279,7 +279,7 @@ class Attention(nn.Module):
 
     def reset_parameters(self) -> None:
         """Scores of random unit vectors get unit variance."""
-        nn.init.constant_(self.score_scale, math.sqrt(self.head_width))
+        nn.init.constant_(self.score_scale, math.sqrt(self.head_dim))
 
     def forward(self, x: Tensor, memory: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """(B, T, d) to (B, T, d).
@@ -290,23 +290,23 @@ class Attention(nn.Module):
             mask: boolean, broadcast to (B, heads, T, S), true where a token may look; for padding (B, 1, 1, S).
         """
         memory = x if memory is None else memory
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_width))
-        k, v = (proj(memory).unflatten(-1, (-1, self.head_width)) for proj in (self.k_proj, self.v_proj))
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))
+        k, v = (proj(memory).unflatten(-1, (-1, self.head_dim)) for proj in (self.k_proj, self.v_proj))
         rotary = None
-        if self.rotated:
+        if self.rotary_dim:
             positions = torch.arange(max(q.shape[1], k.shape[1]), device=x.device)
-            rotary = functional.rotary_tables(positions, self.rotated, base=10_000.0)
+            rotary = functional.rotary_tables(positions, self.rotary_dim, base=10_000.0)
         y = functional.attention(q, k, v, self.score_scale, rotary, self.causal, self.window, mask)
         return self.out_proj(y)
 
     def extra_repr(self) -> str:
         """Heads and what they see, for ``print(model)``."""
-        heads, kv_heads = (len(proj.weight) // self.head_width for proj in (self.q_proj, self.k_proj))
-        rotary = f"{self.rotated} of {self.head_width}"
+        heads, kv_heads = (len(proj.weight) // self.head_dim for proj in (self.q_proj, self.k_proj))
+        rotary = f"{self.rotary_dim} of {self.head_dim}"
         return f"heads={heads}, kv_heads={kv_heads}, causal={self.causal}, window={self.window}, rotary={rotary}"
 
 
 @torch.no_grad()
 def unit_rows_(weight: Tensor) -> Tensor:
     """Fill with rows drawn uniformly from the unit sphere, in place."""
-    return weight.normal_().copy_(functional.norm(weight))
+    return weight.normal_().copy_(functional.normalize(weight))

@@ -18,7 +18,7 @@ from antransformer.interop.register import register_when_imported
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 ARCHITECTURES = ("angpt", "ngpt", "gpt+", "gpt", "ln-scaling", "dyt")
-MODEL = ["--preset=pico", "--model.width=32", "--model.head-width=16", "--model.context=32"]
+MODEL = ["--preset=pico", "--model.width=32", "--model.head-dim=16", "--model.context=32"]
 RUN = ["--batch-tokens=128", "--eval-tokens=512", *MODEL]
 
 
@@ -66,7 +66,7 @@ def logits_of(exported: Path) -> list[float]:
 
 def compare(data: Path, out: str) -> None:
     """A comparison of two budgets and two seeds."""
-    effort = ["--seeds=2", "--budgets", 1280, 2560, "--lr-trials=1", "--knob-trials=1", "--workers=1"]
+    effort = ["--seeds=2", "--budgets", 1280, 2560, "--lr-trials=1", "--tuning-trials=1", "--workers=1"]
     run("compare", "--data", data, "--out", out, *effort, *RUN)
 
 
@@ -100,7 +100,7 @@ def write() -> None:
     golden["logits"] = logits_of(GOLDEN / "exported")
     compare(data, "comparison")
     grid = ["--sizes", "pico", "--widths", 32, "--lrs", "1e-3", "1e-2", "2e-2", "--tokens", 1280, "--batch-tokens", 128]
-    fixed = ["--eval-tokens=512", "--model.head-width=16", "--model.context=32", "--workers=1"]
+    fixed = ["--eval-tokens=512", "--model.head-dim=16", "--model.context=32", "--workers=1"]
     run("sweep", "--data", data, "--out", "sweep", *grid, *fixed)
     for path in list(GOLDEN.rglob("*")):  # what the tests do not read
         if path.suffix in (".png", ".html") or path.name == ".lock":

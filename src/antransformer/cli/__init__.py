@@ -4,7 +4,6 @@ import io
 import sys
 from collections.abc import Sequence
 
-from antransformer import __version__
 from antransformer.cli import (
     ablate,
     bench,
@@ -25,6 +24,7 @@ from antransformer.cli.options import Parser
 from antransformer.cli.progress import silence
 from antransformer.errors import AntransformerError, RunStoppedError, UsageError
 from antransformer.training.device import is_out_of_memory
+from antransformer.version import __version__
 
 VERBS = {
     "prepare": prepare,
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        return _say("error: not enough memory: lower --micro-batch or --batch-size, or choose a smaller model", 1)
+        return _say("error: not enough memory: lower --micro-batch-size or --batch-size, or choose a smaller model", 1)
     except (AntransformerError, OSError, MemoryError) as error:
         return _say(f"error: {error or type(error).__name__}", 1)
     except KeyboardInterrupt:

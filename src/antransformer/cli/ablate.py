@@ -13,12 +13,12 @@ examples:
 import argparse
 from pathlib import Path
 
-from antransformer.analysis.ablate import plan, suite
-from antransformer.analysis.compare import QUICK, budgets_of
 from antransformer.cli.compare import add_experiment_arguments, effort, execute
 from antransformer.cli.options import Parser, settings_of
+from antransformer.comparison.ablate import plan, suite
+from antransformer.comparison.compare import QUICK, budgets_of
 from antransformer.models.config import preset_sizes
-from antransformer.training.config import Count, convert, normalise
+from antransformer.training.config import Count, convert, normalize_settings
 
 USAGE = "antransformer ablate [options]"
 
@@ -37,7 +37,7 @@ def run(parsed: argparse.Namespace) -> None:
     if parsed.list:
         print("\n".join(suite(preset_sizes("nano")["width"])))
         return
-    given = normalise(settings_of(parsed), "command line")
+    given = normalize_settings(settings_of(parsed), "command line")
     tokens = convert(parsed.tokens or ("500K" if parsed.quick else "1M"), Count, "--tokens")
     planned = plan(
         {**QUICK, **given} if parsed.quick else given,

@@ -18,11 +18,11 @@ and of transformers' Qwen3 in the same shape, with random weights.
 With --sweep: the exponent p of size^p by which time and memory grow, beside the one that the count of operations, or
 the model of memory, asks for; "at the end" is over the last doubling.
 
-The ratio is that to the speed of the first contender (of generate: the folded anGPT) in the same round.
+The ratio is that to the speed of the first variant (of generate: the folded anGPT) in the same round.
 
 examples:
   antransformer bench --what step --mode both
-  antransformer bench --what step --preset 32m --model.context 256 --contenders gpt+ angpt --profile traces
+  antransformer bench --what step --preset 32m --model.context 256 --variants gpt+ angpt --profile traces
   antransformer bench --what data --text 'corpus/*.jsonl' --tokenizer path/to/tokenizer.json
   antransformer bench --what generate --preset 125m --mode both --dtype bfloat16 --json speed.json
 """
@@ -39,15 +39,19 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from antransformer.analysis import bench_data, bench_generate, bench_parts, bench_step, bench_sweep
-from antransformer.analysis.bench import Mode, Quartiles, Row, machine
-from antransformer.analysis.bench_models import SHAPE, TRAINEES, versions
+from antransformer.benchmarks import data as bench_data
+from antransformer.benchmarks import generate as bench_generate
+from antransformer.benchmarks import growth as bench_sweep
+from antransformer.benchmarks import loss_and_optimizer as bench_parts
+from antransformer.benchmarks import train_step as bench_step
+from antransformer.benchmarks.models import SHAPE, TRAINEES, versions
+from antransformer.benchmarks.timing import Mode, Quartiles, Row, machine
 from antransformer.cli.common import check_target, new_table
 from antransformer.cli.options import Parser, add_config, settings_of
 from antransformer.errors import ConfigError
 from antransformer.models import ModelConfig
 from antransformer.models.config import PAPER_VOCABULARY, preset_sizes
-from antransformer.training.config import normalise
+from antransformer.training.config import normalize_settings
 from antransformer.training.device import choose_device, choose_precision
 
 USAGE = "antransformer bench --what NAME [options]"
@@ -60,7 +64,7 @@ WIDEST = 200  # columns of a table
 VOCABULARIES = [512, PAPER_VOCABULARY]
 # Of what is measured, the options that it has of those that not all have, with their defaults.
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "step": {"batch": [8], "contenders": list(TRAINEES), "mode": "eager", "profile": None, "sweep": None},
+    "step": {"batch": [8], "variants": list(TRAINEES), "mode": "eager", "profile": None, "sweep": None},
     "loss": {"batch": [8]},
     "data": {"batch": [8], "text": [], "tokenizer": []},
     "optimizer": {},
@@ -75,7 +79,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--batch", type=int, nargs="+", metavar="N", help="sequences at once (default 8; generate: 1 16)"
     )
-    parser.add_argument("--contenders", nargs="+", metavar="NAME", help=f"step: of {', '.join(TRAINEES)} (default all)")
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help=f"step: of {', '.join(TRAINEES)} (default all)")
     parser.add_argument(
         "--text", nargs="+", metavar="INPUT", help="data: as of prepare (default 16 MiB of Python's standard library)"
     )
@@ -85,7 +89,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--prompt", type=int, metavar="N", help="generate: tokens of a prompt (default 512)")
     parser.add_argument("--new", type=int, metavar="N", help="generate: tokens to make (default 128)")
     parser.add_argument("--mode", choices=MODES, help="through torch.compile or not (default eager)")
-    parser.add_argument("--rounds", type=int, default=15, metavar="N", help="turns of each contender (default 15)")
+    parser.add_argument("--rounds", type=int, default=15, metavar="N", help="turns of each variant (default 15)")
     parser.add_argument("--threads", type=int, metavar="N", help="of the CPU (default: as torch chooses)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default auto)")
     parser.add_argument(
@@ -98,14 +102,14 @@ def add_arguments(parser: Parser) -> None:
         "--profile",
         type=Path,
         metavar="FOLDER",
-        help="step: write a trace of one step of each contender there, and print its ten dearest operations",
+        help="step: write a trace of one step of each variant there, and print its ten dearest operations",
     )
     parser.add_argument(
         "--sweep",
         type=Path,
         metavar="FOLDER",
         help="step: at one, two, four and eight times each of width, layers, context and batch, with exponents and a "
-        "picture there (contenders by default gpt+ and angpt)",
+        "picture there (variants by default gpt+ and angpt)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures of every round there too")
     group = parser.add_argument_group("model settings", "to change what the preset says")
@@ -114,10 +118,10 @@ def add_arguments(parser: Parser) -> None:
 
 def run(parsed: argparse.Namespace) -> None:
     """Measure and print."""
-    some = parsed.contenders is None
+    some = parsed.variants is None
     complete(parsed)
     if parsed.sweep and some:
-        parsed.contenders = ["gpt+", "angpt"]
+        parsed.variants = ["gpt+", "angpt"]
     for name, value in (("rounds", parsed.rounds), ("batch", min(parsed.batch or [1]))):
         if value < 1:
             raise ConfigError(f"{name} must be at least 1, got {value}")
@@ -161,7 +165,7 @@ def steps(parsed: argparse.Namespace) -> tuple[dict[str, Any], list[Row]]:
     device = choose_device(parsed.device)
     settings = bench_step.Settings(
         model=shape(parsed),
-        contenders=tuple(parsed.contenders),
+        variants=tuple(parsed.variants),
         batch=one(parsed.batch),
         modes=MODES[parsed.mode],
         rounds=parsed.rounds,
@@ -179,7 +183,7 @@ def steps(parsed: argparse.Namespace) -> tuple[dict[str, Any], list[Row]]:
         "model": settings.model.mapping(),
         "batch": settings.batch,
         "dtype": str(settings.precision),
-        "reference": rows[0].contender,
+        "baseline": rows[0].variant,
     }
     if parsed.sweep:
         facts["growth"] = [asdict(it) for it in bench_sweep.growths(settings, rows)]
@@ -235,14 +239,14 @@ def generation(parsed: argparse.Namespace) -> tuple[dict[str, Any], list[Row]]:
         "prompt": settings.prompt,
         "new": settings.new,
         "dtype": str(settings.dtype),
-        "reference": bench_generate.REFERENCE,
+        "baseline": bench_generate.BASELINE,
     }
     return facts, rows
 
 
 def shape(parsed: argparse.Namespace, **sizes: int) -> ModelConfig:
     """The preset with these sizes, and those given on the command line."""
-    given = normalise({"preset": parsed.preset, **settings_of(parsed)}, "command line").get("model", {})
+    given = normalize_settings({"preset": parsed.preset, **settings_of(parsed)}, "command line").get("model", {})
     return ModelConfig(**{**preset_sizes(parsed.preset), "vocab_size": PAPER_VOCABULARY, **sizes, **given})
 
 
@@ -285,7 +289,7 @@ BENCHES: dict[str, Callable[[argparse.Namespace], tuple[dict[str, Any], list[Row
 
 def table(rows: Sequence[Row]) -> Table:
     """Medians and quartiles, and what else was measured."""
-    names = [*rows[0].task, "contender"]
+    names = [*rows[0].task, "variant"]
     more = [name for name in EXTRA if any(extra(row, name) for row in rows)]
     unit = "parameters/s" if "architecture" in rows[0].task else "tokens/s"
     shown = new_table(*names, unit, "quartiles", "ratio", "quartiles", *more)
@@ -297,7 +301,7 @@ def table(rows: Sequence[Row]) -> Table:
         cells = [*spread(row.speed, ",.0f"), *spread(row.ratio, ".2f"), *(extra(row, name) for name in more)]
         shown.add_row(
             *(f"{value:,}" if isinstance(value, int) else value for value in row.task.values()),
-            row.contender,
+            row.variant,
             *cells,
             end_section=last,
         )
@@ -306,7 +310,7 @@ def table(rows: Sequence[Row]) -> Table:
 
 def growth_table(growths: Sequence[dict[str, Any]]) -> Table:
     """Exponents, measured and asked for: of the time over all sizes and over the last doubling, and of the memory."""
-    shown = new_table("mode", "axis", "contender", "time", "asked", "at the end", "asked", "memory", "asked")
+    shown = new_table("mode", "axis", "variant", "time", "asked", "at the end", "asked", "memory", "asked")
     for column in shown.columns[1:3]:
         column.justify = "left"
     for it in growths:

@@ -1,9 +1,8 @@
 """Compare architectures fairly: the same effort of tuning, seeds, speedup with an interval, and a report.
 
-Each architecture first searches its learning rate (--lr-trials) and one setting of its own (--knob-trials) on the same
-grid of factors around its default; then every budget is run to its end with every seed. The first architecture is the
-reference. The same command goes on where a killed comparison was, and with more --seeds or --budgets it adds the runs
-that are missing.
+Each architecture first searches its learning rate (--lr-trials) and one setting of its own (--tuning-trials) on the
+same grid of factors around its default; then every budget is run to its end with every seed. The first architecture
+is the baseline. If interrupted, run the same command again to continue; more --seeds or --budgets add the missing runs.
 
 examples:
   antransformer compare --quick
@@ -14,18 +13,18 @@ examples:
 import argparse
 from pathlib import Path
 
-from antransformer.analysis import report
-from antransformer.analysis.compare import QUICK, QUICK_BUDGETS, budgets_of, plan
-from antransformer.analysis.experiment import Experiment, Plan
-from antransformer.analysis.jobs import Queue, default_devices
-from antransformer.analysis.results import Results
-from antransformer.analysis.statistics import require_scipy
-from antransformer.analysis.verdict import verdict
 from antransformer.cli.common import check_folder, open_data
 from antransformer.cli.options import Parser, add_config, number, settings_of
 from antransformer.cli.progress import ExperimentProgress
+from antransformer.comparison import report
+from antransformer.comparison.compare import QUICK, QUICK_BUDGETS, budgets_of, plan
+from antransformer.comparison.experiment import Experiment, Plan
+from antransformer.comparison.summary import summary
+from antransformer.extras import require
 from antransformer.models import OPTIONS, ModelConfig
-from antransformer.training.config import Count, TrainConfig, convert, normalise
+from antransformer.results.comparison import Results
+from antransformer.runs.queue import RunQueue, default_devices
+from antransformer.training.config import Count, TrainConfig, convert, normalize_settings
 from antransformer.training.device import choose_device
 from antransformer.training.lock import lock
 
@@ -36,19 +35,19 @@ COMMON = (
     "data",
     "preset",
     "batch_tokens",
-    "micro_batch",
+    "micro_batch_size",
     "optimizer",
     "lr_width",
-    "lr_final",
+    "min_lr_ratio",
     "beta1",
     "beta2",
-    "eps",
-    "clip",
+    "adam_eps",
+    "grad_clip",
     "eval_tokens",
     "precision",
     "compile",
 )
-SIZES = ("width", "layers", "context", "head_width", "mlp_ratio", "vocab_size", "rotary_fraction", "rotary_base")
+SIZES = ("width", "layers", "context", "head_dim", "mlp_ratio", "vocab_size", "rotary_fraction", "rope_theta")
 
 
 def add_arguments(parser: Parser) -> None:
@@ -58,7 +57,7 @@ def add_arguments(parser: Parser) -> None:
         nargs="+",
         metavar="NAME",
         help=f"two or more of {', '.join(OPTIONS)}, or one of them with -muon behind it, such as angpt-muon, trained "
-        "with Muon; the first is the reference (default gpt+ angpt)",
+        "with Muon; the first is the baseline (default gpt+ angpt)",
     )
     parser.add_argument(
         "--tokens", metavar="TOKENS", help="the longest budget; a quarter and a half of it are run too (default 8M)"
@@ -66,7 +65,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--budgets", nargs="+", metavar="TOKENS", help="the budgets, in place of --tokens")
     parser.add_argument("--quick", action="store_true", help="a size and budgets for 18 minutes on two CPU cores")
     parser.add_argument(
-        "--knob-trials",
+        "--tuning-trials",
         metavar="N",
         help="the same for one more setting of each: weight decay of gpt+, gpt and ln-scaling, or with Muon their "
         "init_std, s_scale of angpt and ngpt, dyt_alpha_init of dyt, each 3 times the one before (default 3; with "
@@ -88,7 +87,7 @@ def add_experiment_arguments(parser: Parser, lr_trials: int) -> None:
     parser.add_argument("--trial-tokens", metavar="TOKENS", help="budget of the trials (default: the middle budget)")
     add_queue_arguments(parser)
     add_config(parser, TrainConfig, only=COMMON)
-    group = parser.add_argument_group("sizes", "to change what the preset says, for all contenders")
+    group = parser.add_argument_group("sizes", "to change what the preset says, for all variants")
     add_config(group, ModelConfig, prefix="model.", only=SIZES)
 
 
@@ -101,7 +100,7 @@ def add_queue_arguments(parser: Parser) -> None:
 
 def run(parsed: argparse.Namespace) -> None:
     """Plan, run, report."""
-    given = normalise(settings_of(parsed), "command line")
+    given = normalize_settings(settings_of(parsed), "command line")
     settings = {**QUICK, **given} if parsed.quick else given
     tokens = convert(parsed.tokens or "8M", Count, "--tokens")
     budgets = budgets_of(tokens, parsed.budgets or (QUICK_BUDGETS if parsed.quick and not parsed.tokens else ()))
@@ -109,7 +108,7 @@ def run(parsed: argparse.Namespace) -> None:
         settings,
         parsed.architectures or ["gpt+", "angpt"],
         budgets,
-        **effort(parsed, lr_trials=3, knob_trials=1 if parsed.quick else 3),
+        **effort(parsed, lr_trials=3, tuning_trials=1 if parsed.quick else 3),
     )
     name = "quick" if parsed.quick else planned.common.get("preset", "nano")
     execute(planned, parsed, parsed.out or Path("runs") / f"compare-{name}")
@@ -117,18 +116,18 @@ def run(parsed: argparse.Namespace) -> None:
 
 def execute(planned: Plan, parsed: argparse.Namespace, folder: Path) -> Results:
     """Run a plan with its progress on the terminal, and write its report."""
-    require_scipy()
+    require("scipy", "analysis")
     check_folder(folder)
     devices = devices_of(parsed)
     dataset = open_data(planned.common.get("data", "python-stdlib"))
     progress = ExperimentProgress()
-    experiment = Experiment(planned, dataset, Queue(folder / "runs", dataset, devices, progress), progress.stage)
+    experiment = Experiment(planned, dataset, RunQueue(folder / "runs", dataset, devices, progress), progress.stage)
     with lock(folder):
         with progress:
             results = experiment.run()
         results.save(folder)
         written = report.write(results, folder)
-    print(f"\n{verdict(results)}\n")
+    print(f"\n{summary(results)}\n")
     print(f"report: {written[0]}")
     return results
 

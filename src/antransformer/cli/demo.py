@@ -8,13 +8,13 @@ import argparse
 import gzip
 from pathlib import Path
 
-from antransformer.analysis.plots import loss_curve
 from antransformer.cli.common import open_data
 from antransformer.cli.generate import write_sample
 from antransformer.cli.options import Parser
 from antransformer.cli.train import read_config, train
 from antransformer.data import Dataset
-from antransformer.training.config import merge, normalise
+from antransformer.reporting.loss_curve import loss_curve
+from antransformer.training.config import merge, normalize_settings
 
 USAGE = "antransformer demo [options]"
 PROMPT = "def "
@@ -30,9 +30,9 @@ def add_arguments(parser: Parser) -> None:
 
 def run(parsed: argparse.Namespace) -> None:
     """The whole way from text to text."""
-    settings = normalise(read_config("demo"), "demo")
+    settings = normalize_settings(read_config("demo"), "demo")
     if parsed.tokens:
-        settings = merge(settings, normalise({"tokens": parsed.tokens}, "command line"))
+        settings = merge(settings, normalize_settings({"tokens": parsed.tokens}, "command line"))
     folder, result = train(settings, parsed.out)
     dataset = open_data(settings["data"])
     print(

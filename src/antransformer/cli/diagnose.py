@@ -17,7 +17,9 @@ from statistics import mean
 from rich.console import Console
 from rich.table import Table
 
-from antransformer.analysis.diagnose import (
+from antransformer.cli.common import DEFAULT_DATA, check_target, new_table, open_data
+from antransformer.cli.options import Parser
+from antransformer.diagnostics.diagnose import (
     LEGEND,
     Diagnosis,
     FactorError,
@@ -28,14 +30,13 @@ from antransformer.analysis.diagnose import (
     number,
     text_tokens,
 )
-from antransformer.analysis.plots import PICTURES, diagnosis_picture
-from antransformer.cli.common import DEFAULT_DATA, check_target, new_table, open_data
-from antransformer.cli.options import Parser
+from antransformer.diagnostics.figure import diagnosis_figure
 from antransformer.errors import MissingExtraError
-from antransformer.training.checkpoint import restore
+from antransformer.reporting.loss_curve import FIGURE_FORMATS
+from antransformer.training.checkpointing.checkpoint import restore
 from antransformer.training.config import Count, convert
 from antransformer.training.device import choose_device
-from antransformer.training.run import open_checkpoint, saved_settings
+from antransformer.training.run_folder import open_checkpoint, saved_settings
 
 USAGE = "antransformer diagnose --checkpoint RUN [options]"
 TOKENS = 16_384
@@ -60,7 +61,7 @@ def run(parsed: argparse.Namespace) -> None:
     found, tokenizer = open_checkpoint(parsed.checkpoint, notify=lambda text: print(text, file=sys.stderr))
     folder = found.path.parent.parent
     picture = parsed.out or folder / "diagnose.png"
-    check_target("--out", picture, PICTURES)
+    check_target("--out", picture, FIGURE_FORMATS)
     if parsed.json:
         check_target("--json", parsed.json)
     device = choose_device(parsed.device)
@@ -78,7 +79,7 @@ def run(parsed: argparse.Namespace) -> None:
         )
         print(f"figures: {parsed.json}")
     try:
-        diagnosis_picture(diagnosis, title, picture)
+        diagnosis_figure(diagnosis, title, picture)
         print(f"picture: {picture}")
     except MissingExtraError as error:
         print(f"no picture: {error}")

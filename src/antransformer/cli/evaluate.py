@@ -30,10 +30,10 @@ from rich.console import Console
 from antransformer.cli.common import check_target, new_table
 from antransformer.cli.options import Parser, number
 from antransformer.cli.progress import EvaluationProgress
-from antransformer.interop.card import EVALUATION_FILE
 from antransformer.interop.evaluate import BATCH_SIZE, Result, evaluate
+from antransformer.interop.model_card import EVALUATION_FILE
 from antransformer.training.device import choose_device
-from antransformer.training.run import open_checkpoint, run_of
+from antransformer.training.run_folder import open_checkpoint, run_folder_of
 
 USAGE = "antransformer evaluate --checkpoint RUN (--tasks NAMES | --text FILE ...) [options]"
 
@@ -57,7 +57,7 @@ def add_arguments(parser: Parser) -> None:
 def run(parsed: argparse.Namespace) -> None:
     """Score, print, write."""
     found, tokenizer = open_checkpoint(parsed.checkpoint, notify=lambda text: print(text, file=sys.stderr))
-    out = parsed.out or run_of(found) / EVALUATION_FILE
+    out = parsed.out or run_folder_of(found) / EVALUATION_FILE
     check_target("--out", out)
     batch_size, limit = number(parsed, "batch_size", BATCH_SIZE), number(parsed, "limit", None)
     tasks = [name.strip() for name in parsed.tasks.split(",") if name.strip()]
@@ -73,7 +73,7 @@ def run(parsed: argparse.Namespace) -> None:
             choose_device(parsed.device),
             progress,
         )
-    print(f"{run_of(found).name} ({found.model.architecture}), step {found.step:,}\n")
+    print(f"{run_folder_of(found).name} ({found.model.architecture}), step {found.step:,}\n")
     show(results, found.model.context)
     settings = {"checkpoint": str(found.path), "step": found.step, "batch_size": batch_size, "limit": limit}
     content = {**settings, "results": [asdict(result) for result in results]}

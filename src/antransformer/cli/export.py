@@ -12,11 +12,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from antransformer.analysis import page, results
-from antransformer.analysis.verdict import verdict
 from antransformer.cli.options import Parser
+from antransformer.comparison.summary import summary
 from antransformer.interop.export import DTYPES, SHARD_SIZE, export
-from antransformer.training.run import open_checkpoint, run_of
+from antransformer.reporting import html as page
+from antransformer.results import comparison as results
+from antransformer.training.run_folder import open_checkpoint, run_folder_of
 
 USAGE = "antransformer export --checkpoint RUN --out DIR [options]"
 PICTURES = ("loss-tokens.png", "speedup-tokens.png")  # of a report, for the card of a run that belongs to it
@@ -35,9 +36,9 @@ def add_arguments(parser: Parser) -> None:
 def run(parsed: argparse.Namespace) -> None:
     """Write the folder."""
     found, tokenizer = open_checkpoint(parsed.checkpoint, notify=lambda text: print(text, file=sys.stderr))
-    experiment = run_of(found).parent.parent
+    experiment = run_folder_of(found).parent.parent
     reported = all((experiment / name).is_file() for name in (page.FILE, results.FILE))
-    words = verdict(results.Results.load(experiment)) if reported else None
+    words = summary(results.Results.load(experiment)) if reported else None
     pictures = [experiment / name for name in PICTURES if (experiment / name).is_file()] if reported else []
     export(found, tokenizer, parsed.out, parsed.dtype, parsed.max_shard_size, words, pictures)
     print(f"{parsed.out}: {found.model.architecture} of step {found.step:,}, {parsed.dtype}")

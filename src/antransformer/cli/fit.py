@@ -25,15 +25,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from antransformer.analysis.drawing import count, look
-from antransformer.analysis.fits import LAWS, Fit, fit, fit_optima
-from antransformer.analysis.observations import BestSettings, Observations, read_observations, read_table
-from antransformer.analysis.scaling import Interval, Surface
-from antransformer.analysis.scaling_charts import charts
-from antransformer.analysis.statistics import require_scipy
 from antransformer.cli.common import check_folder, check_target, new_table
 from antransformer.cli.options import Parser, number
 from antransformer.errors import ConfigError, MissingExtraError
+from antransformer.extras import require
+from antransformer.reporting.labels import format_count, style_of
+from antransformer.results.observations import BestSettings, Observations, read_observations, read_table
+from antransformer.scaling.charts import charts
+from antransformer.scaling.fits import LAWS, Fit, fit, fit_optima
+from antransformer.scaling.fitting import Interval, Surface
 
 USAGE = "antransformer fit RESULTS... [options]\n       antransformer fit --optima FILE.csv [options]"
 SURFACE = ("E", "A", "B", "alpha", "beta")
@@ -59,7 +59,7 @@ def run(parsed: argparse.Namespace) -> None:
     if parsed.json:
         check_target("--json", parsed.json)
     bins = number(parsed, "bins", None)
-    require_scipy()
+    require("scipy", "analysis")
     if parsed.optima:
         observed = Observations((), ())
         fits = fit_optima(read_table(parsed.optima, BestSettings))
@@ -83,7 +83,7 @@ def run(parsed: argparse.Namespace) -> None:
 def show(it: Fit) -> None:
     """Tables of one architecture, and what is to be known of them."""
     console = Console(highlight=False)
-    console.print(look(it.name).label, style="bold")
+    console.print(style_of(it.name).label, style="bold")
     if any(math.isfinite(place.best.loss) for place in it.optima):  # found here, not given
         console.print(optima_table(it))
     if it.laws:
@@ -102,9 +102,9 @@ def optima_table(it: Fit) -> Table:
         best = place.best
         edges = {"batch": best.batch_bracketed or best.batches == 1, "LR": best.lr_bracketed}
         table.add_row(
-            count(place.parameters),
-            count(place.tokens),
-            count(float(f"{best.batch:.3g}")),
+            format_count(place.parameters),
+            format_count(place.tokens),
+            format_count(float(f"{best.batch:.3g}")),
             f"{best.lr:.2e}",
             f"{best.loss:.3f}",
             ", ".join(name for name, inside in edges.items() if not inside),

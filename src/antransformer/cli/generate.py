@@ -15,9 +15,9 @@ from antransformer.errors import ConfigError
 from antransformer.inference import generate
 from antransformer.inference.folding import folded_where_possible
 from antransformer.inference.sampling import stream_text
-from antransformer.training.checkpoint import restore
+from antransformer.training.checkpointing.checkpoint import restore
 from antransformer.training.device import choose_device
-from antransformer.training.run import open_checkpoint
+from antransformer.training.run_folder import open_checkpoint
 
 USAGE = "antransformer generate --checkpoint RUN [options]"
 
@@ -26,7 +26,9 @@ def add_arguments(parser: Parser) -> None:
     """Options of the verb."""
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="RUN", help="run folder, or one checkpoint")
     parser.add_argument("--prompt", default="", help="text to go on from (default: the start of a document)")
-    parser.add_argument("--max-tokens", type=int, default=200, metavar="N", help="most tokens to write (default 200)")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=200, metavar="N", help="most tokens to write (default 200)"
+    )
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default 0.8)")
     parser.add_argument("--top-k", type=int, metavar="K", help="sample among the K likeliest tokens only")
     parser.add_argument("--top-p", type=float, default=0.95, metavar="P", help="nucleus sampling (default 0.95)")
@@ -40,7 +42,7 @@ def run(parsed: argparse.Namespace) -> None:
         parsed.checkpoint,
         parsed.prompt,
         device=parsed.device,
-        max_tokens=parsed.max_tokens,
+        max_tokens=parsed.max_new_tokens,
         temperature=parsed.temperature,
         top_k=parsed.top_k,
         top_p=parsed.top_p,

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from antransformer.cli.options import Parser
-from antransformer.interop.folder import import_folder
+from antransformer.interop.import_hf import import_folder
 
 USAGE = "antransformer import DIR --out RUN"
 

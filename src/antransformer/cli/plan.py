@@ -20,19 +20,19 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from antransformer.analysis import plan as plans
-from antransformer.analysis.drawing import look
-from antransformer.analysis.laws import LawFile, nearest_shipped, predict, read_laws, shown
-from antransformer.analysis.plan import Cluster, Plan
 from antransformer.cli.common import check_target, new_table
 from antransformer.cli.options import Parser, number
 from antransformer.errors import ConfigError
 from antransformer.files import replace_text
 from antransformer.models import ModelConfig
 from antransformer.models.config import OPTIONS, PAPER_VOCABULARY, PRESETS
+from antransformer.reporting.labels import style_of
+from antransformer.scaling import planner as plans
+from antransformer.scaling.law_files import LawFile, nearest_shipped, predict, read_laws, shown
+from antransformer.scaling.planner import Cluster, Plan
 from antransformer.training.config import Count, convert, nearest
+from antransformer.training.cost_model.throughput import GPUS
 from antransformer.training.defaults import parameter_count
-from antransformer.training.throughput import GPUS
 
 USAGE = "antransformer plan (--flops X | --gpus N --hours X | --tokens TOKENS --size SIZE) [options]"
 BUDGETS = "give one budget: --flops, or --hours with --gpus, or --tokens with --size"
@@ -162,7 +162,7 @@ def show(plan: Plan, file: LawFile | None) -> None:
         where = f"measured {file.measured}" if file.measured else "your own"
         console.print(f"Laws: {file.name}, {where}.", soft_wrap=True)
     else:
-        said = [f"no loss law measured for {look(plan.config.architecture).label}: give --fits"]
+        said = [f"no loss law measured for {style_of(plan.config.architecture).label}: give --fits"]
     for note in (*plan.sources, *plan.notes, *said):
         console.print(f"- {note}", soft_wrap=True)
     console.print(
@@ -176,7 +176,7 @@ def run_table(plan: Plan) -> Table:
     config, layout, context = plan.config, plan.layout, plan.config.context
     table = new_table("run", "")
     rows = {
-        "architecture": look(config.architecture).label,
+        "architecture": style_of(config.architecture).label,
         "parameters": f"{shown(plan.parameters)} (width {config.width:,}, {config.layers} layers)",
         "tokens": f"{shown(plan.tokens)} ({plan.tokens / plan.parameters:.3g} a parameter)",
         "compute": f"{plan.compute:.3g} FLOPs (6 N D)",
@@ -185,7 +185,7 @@ def run_table(plan: Plan) -> Table:
         "learning rate": f"{plan.lr:g}" + (f" (for width {plan.lr_width:,})" if plan.lr_width else ""),
         "devices": f"{plan.cluster.devices:,} {plan.cluster.name}",
         "sharing": sharing(plan),
-        "micro batch": f"{layout.micro_batch} sequences, {layout.passes} a step",
+        "micro batch": f"{layout.micro_batch_size} sequences, {layout.passes} a step",
         "expected MFU": f"{plan.mfu:.1%}",
         "expected time": f"{plan.hours:,.3g} hours",
     }
@@ -218,10 +218,10 @@ def loss_table(plan: Plan, file: LawFile) -> tuple[Table, list[str]]:
     for name in dict.fromkeys((plan.config.architecture, *COMPARED)):
         found = predict(file.of[name], plan.parameters, plan.tokens) if name in file.of else None
         if found is None:
-            said.append(f"no loss law measured for {look(name).label}: give --fits")
+            said.append(f"no loss law measured for {style_of(name).label}: give --fits")
             continue
         known = math.isfinite(found.high)
         band = f"{found.low:.3f} to {found.high:.3f} ({found.band})" if known else "unknown"
-        table.add_row(look(name).label, f"{found.loss:.3f}", band, found.law)
-        said += [f"loss of {look(name).label}, outside of what was measured: {line}" for line in found.outside]
+        table.add_row(style_of(name).label, f"{found.loss:.3f}", band, found.law)
+        said += [f"loss of {style_of(name).label}, outside of what was measured: {line}" for line in found.outside]
     return table, said

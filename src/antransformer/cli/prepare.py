@@ -5,7 +5,7 @@ with a "text" field, .parquet with a "text" column. In plain text <|endoftext|> 
 
 examples:
   antransformer prepare book.txt --out data/book --val-fraction 0.1
-  antransformer prepare 'corpus/*.jsonl.zst' --out data/corpus --train-bpe 32768
+  antransformer prepare 'corpus/*.jsonl.zst' --out data/corpus --bpe-vocab-size 32768
   antransformer prepare corpus --out data/corpus --tokenizer path/to/tokenizer.json
 """
 
@@ -28,12 +28,12 @@ def add_arguments(parser: Parser) -> None:
         "--tokenizer", default="byte", metavar="NAME", help="byte, or the path of a tokenizer.json (default byte)"
     )
     tokenizers.add_argument(
-        "--train-bpe", type=int, metavar="SIZE", help="train a byte-level BPE of this many ids on the input"
+        "--bpe-vocab-size", type=int, metavar="SIZE", help="train a byte-level BPE of this many ids on the input"
     )
     parser.add_argument(
         "--val-fraction", type=float, default=0.01, metavar="SHARE", help="documents to hold out (default 0.01)"
     )
-    parser.add_argument("--val", nargs="+", default=(), metavar="INPUT", help="text to hold out instead")
+    parser.add_argument("--val-inputs", nargs="+", default=(), metavar="INPUT", help="text to hold out instead")
 
 
 def run(parsed: argparse.Namespace) -> None:
@@ -43,9 +43,9 @@ def run(parsed: argparse.Namespace) -> None:
             parsed.inputs,
             parsed.out,
             tokenizer=parsed.tokenizer,
-            bpe_vocab=parsed.train_bpe,
+            bpe_vocab_size=parsed.bpe_vocab_size,
             val_fraction=parsed.val_fraction,
-            val_inputs=parsed.val,
+            val_inputs=parsed.val_inputs,
             progress=progress,
         )
     print(f"{parsed.out}: {dataset.tokenizer_name} tokenizer, {dataset.vocab_size:,} ids")

@@ -10,7 +10,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from antransformer.analysis.jobs import Outcome
+from antransformer.runs.queue import RunResult
 
 
 def new_bar(text: str, console: Console, transient: bool = False) -> Progress:
@@ -27,7 +27,7 @@ def new_bar(text: str, console: Console, transient: bool = False) -> Progress:
     )
 
 
-class Shown:
+class LiveDisplay:
     """Something with a bar that is on the terminal while it is entered."""
 
     bar: Progress
@@ -42,7 +42,7 @@ class Shown:
         self.bar.stop()
 
 
-class TrainingProgress(Shown):
+class TrainingProgress(LiveDisplay):
     """Shows a run: a bar with loss, tokens/s, MFU and time left, or a plain line at each metrics line.
 
     Args:
@@ -80,7 +80,7 @@ class TrainingProgress(Shown):
             self.bar.update(self.task, numbers=numbers)
         else:
             left = (self.steps - line["step"]) * line["tokens"] / line["step"] / line["tokens_per_second"]
-            say(f"step {line['step']}/{self.steps}  {numbers}  {_duration(left)} left")
+            log(f"step {line['step']}/{self.steps}  {numbers}  {_duration(left)} left")
 
     def note(self, text: str) -> None:
         """A line of its own."""
@@ -89,10 +89,10 @@ class TrainingProgress(Shown):
         if self.console.is_terminal:
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
         else:
-            say(text)
+            log(text)
 
 
-class ExperimentProgress(Shown):
+class ExperimentProgress(LiveDisplay):
     """Shows an experiment: a bar over the tokens of a stage's runs, and a line for each run that ends."""
 
     def __init__(self) -> None:
@@ -119,7 +119,7 @@ class ExperimentProgress(Shown):
         self.trained += tokens
         self.bar.update(self.task, completed=self.trained, numbers=f"{self.ended}/{self.runs} runs")
 
-    def done(self, outcome: Outcome, found: bool) -> None:
+    def done(self, outcome: RunResult, found: bool) -> None:
         """One run ended."""
         self.ended += 1
         loss = "diverged" if math.isinf(outcome.loss) else f"loss {outcome.loss:.4f}"
@@ -130,10 +130,10 @@ class ExperimentProgress(Shown):
         if self.console.is_terminal:
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
         else:
-            say(f"[{_duration(time.monotonic() - self.started)}] {text}")
+            log(f"[{_duration(time.monotonic() - self.started)}] {text}")
 
 
-class EvaluationProgress(Shown):
+class EvaluationProgress(LiveDisplay):
     """Shows an evaluation: a bar over the texts of a task, or a plain line when all of them are read."""
 
     def __init__(self) -> None:
@@ -152,7 +152,7 @@ class EvaluationProgress(Shown):
             self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-class PrepareProgress(Shown):
+class PrepareProgress(LiveDisplay):
     """Shows the preparation of data; pass it as ``progress`` to ``data.prepare``."""
 
     def __init__(self, label: str) -> None:
@@ -170,7 +170,7 @@ class PrepareProgress(Shown):
             print(f"{self.label}: {numbers}", file=sys.stderr, flush=True)
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     """Print a line. Where nobody reads any more (``| head``, a closed terminal) the work goes on in silence."""
     try:
         print(text, flush=True)

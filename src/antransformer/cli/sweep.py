@@ -21,20 +21,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from antransformer.analysis import results, sweep_report, sweep_results
-from antransformer.analysis.jobs import Queue
-from antransformer.analysis.statistics import require_scipy
-from antransformer.analysis.sweep import Sweeper, SweepPlan, plan
-from antransformer.analysis.sweep_estimate import Estimate, estimate
 from antransformer.cli.common import DEFAULT_DATA, check_folder, open_data
 from antransformer.cli.compare import COMMON, SIZES, add_queue_arguments, devices_of
 from antransformer.cli.options import Parser, add_config, number, settings_of
-from antransformer.cli.progress import ExperimentProgress, say
+from antransformer.cli.progress import ExperimentProgress, log
 from antransformer.data import Dataset
 from antransformer.errors import ConfigError
+from antransformer.extras import require
 from antransformer.models import OPTIONS, PRESETS, ModelConfig
 from antransformer.models.config import preset_sizes
-from antransformer.training.config import Count, TrainConfig, convert, normalise
+from antransformer.results import comparison as results
+from antransformer.results import sweep as sweep_results
+from antransformer.runs.queue import RunQueue
+from antransformer.sweeps import report as sweep_report
+from antransformer.sweeps.estimate import Estimate, estimate
+from antransformer.sweeps.sweep import Sweeper, SweepPlan, plan
+from antransformer.training.config import Count, TrainConfig, convert, normalize_settings
 from antransformer.training.defaults import TOKENS_PER_PARAMETER
 from antransformer.training.lock import lock
 
@@ -99,8 +101,8 @@ def add_arguments(parser: Parser) -> None:
 
 def run(parsed: argparse.Namespace) -> None:
     """Plan, estimate, run, report."""
-    require_scipy()
-    settings = normalise(settings_of(parsed), "command line")
+    require("scipy", "analysis")
+    settings = normalize_settings(settings_of(parsed), "command line")
     folder = parsed.out or Path("runs") / ("sweep-widths" if parsed.widths else "sweep")
     check_folder(folder)
     check_no_comparison(folder)
@@ -110,10 +112,10 @@ def run(parsed: argparse.Namespace) -> None:
     planned = plan(settings, dataset.vocab_size, parsed.architectures, parsed.sizes, **choices)
     earlier = begun_before(folder, dataset, planned)
     progress = ExperimentProgress()
-    sweeper = Sweeper(planned, dataset, Queue(folder / "runs", dataset, devices, progress), progress.stage)
-    expected = estimate(sweeper, say)
+    sweeper = Sweeper(planned, dataset, RunQueue(folder / "runs", dataset, devices, progress), progress.stage)
+    expected = estimate(sweeper, log)
     if expected.runs[1]:
-        say(f"to do: {in_words(expected)}")
+        log(f"to do: {in_words(expected)}")
     if expected.hours[1] > UNASKED_HOURS and not parsed.yes:
         raise ConfigError(f"this takes up to {expected.hours[1]:.1f} hours on this machine: add --yes to start it")
     with lock(folder):

@@ -9,9 +9,9 @@ examples:
   antransformer train --out runs/angpt-nano --resume
   antransformer train --preset 32m --tokens 20K --batch-tokens 2048 --profile
   antransformer train --init runs/angpt-nano --data data/other --tokens 1M --lr 1e-3
-  torchrun --nproc-per-node 8 -m antransformer train --data data/mine --preset 0.5b --parallel shard
-  torchrun --nproc-per-node 8 -m antransformer train --data data/mine --preset 0.5b --parallel shard --tensor-parallel 2
-  torchrun --nproc-per-node 8 --max-restarts 9 -m antransformer train --data data/mine --parallel shard --out runs/mine
+  torchrun --nproc-per-node 8 -m antransformer train --data data/mine --preset 0.5b --parallel fsdp
+  torchrun --nproc-per-node 8 -m antransformer train --data data/mine --preset 0.5b --parallel fsdp --tensor-parallel 2
+  torchrun --nproc-per-node 8 --max-restarts 9 -m antransformer train --data data/mine --parallel fsdp --out runs/mine
 
 Started again by torchrun --max-restarts, when a process was lost, a run goes on from its newest checkpoint.
 """
@@ -29,19 +29,19 @@ from antransformer.data import Dataset
 from antransformer.errors import CheckpointError, ConfigError, DivergedError, RunStoppedError, WriteError
 from antransformer.models import ModelConfig
 from antransformer.models.config import PAPER_VOCABULARY
-from antransformer.training import run as runs
+from antransformer.training import run_folder as runs
 from antransformer.training.config import (
     ALIASES,
     TrainConfig,
     merge,
     nearest,
-    normalise,
+    normalize_settings,
     read_yaml,
-    resolve,
+    resolve_config,
     shipped_configs,
 )
+from antransformer.training.distributed.parallel import DistributedContext, join
 from antransformer.training.lock import lock
-from antransformer.training.parallel import World, join
 from antransformer.training.profiling import FIRST, LAST, of_steps
 from antransformer.training.trainer import Result, Trainer
 
@@ -67,9 +67,9 @@ def add_arguments(parser: Parser) -> None:
 
 def run(parsed: argparse.Namespace) -> None:
     """Train, from the start or from a checkpoint."""
-    settings = normalise(settings_of(parsed), "command line")
+    settings = normalize_settings(settings_of(parsed), "command line")
     if parsed.config is not None:
-        settings = merge(normalise(read_config(parsed.config), parsed.config), settings)
+        settings = merge(normalize_settings(read_config(parsed.config), parsed.config), settings)
     train(settings, parsed.out, parsed.resume or begun_before(parsed.out), parsed.profile)
 
 
@@ -103,7 +103,7 @@ def train(
             with lock(folder) if world.rank == 0 else contextlib.nullcontext():
                 with world.rank_0_first():
                     if not resume and world.rank == 0:
-                        runs.create(folder, config, dataset)
+                        runs.create_run_folder(folder, config, dataset)
                 muon = "" if config.muon_lr is None else f" and Muon's {config.muon_lr:g}"
                 progress.note(
                     f"{config.model.architecture}, {trainer.model.parameter_count() / 1e6:.2f}M parameters, "
@@ -126,7 +126,7 @@ def train(
     return folder, result
 
 
-def shared(config: TrainConfig, world: World) -> str:
+def shared(config: TrainConfig, world: DistributedContext) -> str:
     """In words, how many processes share the model."""
     split = f", tensor parallel {config.tensor_parallel}" if config.tensor_parallel > 1 else ""
     return f" and {world.size - 1} more, {config.parallel}{split}" if world.size > 1 else ""
@@ -145,11 +145,11 @@ def read_config(name: str) -> dict[str, Any]:
 def _new(settings: dict[str, Any], folder: Path | None) -> tuple[Dataset, TrainConfig, Path]:
     settings = runs.with_initial_model(settings, print)
     # Settings are checked before the data is prepared or verified: a misspelt option should not cost a minute.
-    data = resolve(settings, vocab_size=PAPER_VOCABULARY).data
+    data = resolve_config(settings, vocab_size=PAPER_VOCABULARY).data
     if folder is not None:
         runs.require_empty(folder)
     dataset = open_data(data)
-    config = resolve(settings, dataset.vocab_size)
+    config = resolve_config(settings, dataset.vocab_size)
     return dataset, config, folder or runs.default_folder(config)
 
 

@@ -4,24 +4,24 @@
 ``sequential`` make batches of it for training and evaluation, ``Ahead`` makes them before they are needed.
 """
 
-from antransformer.data.batches import Ahead, Windows, sequential
+from antransformer.data.batches import Prefetcher, ShuffledWindows, eval_batches
 from antransformer.data.dataset import Dataset, Shard, Split
 from antransformer.data.prepare import prepare
 from antransformer.data.stdlib import ensure_default, stdlib_files
-from antransformer.data.tokenizers import Tokenizer, byte_tokenizer, resolve, train_bpe
+from antransformer.data.tokenizers import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 
 __all__ = [
-    "Ahead",
     "Dataset",
+    "Prefetcher",
     "Shard",
+    "ShuffledWindows",
     "Split",
     "Tokenizer",
-    "Windows",
     "byte_tokenizer",
     "ensure_default",
+    "eval_batches",
+    "load_tokenizer",
     "prepare",
-    "resolve",
-    "sequential",
     "stdlib_files",
     "train_bpe",
 ]

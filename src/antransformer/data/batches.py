@@ -15,7 +15,7 @@ from antransformer.errors import ConfigError, DataError
 Batch = tuple[Tensor, Tensor]
 
 
-class Windows:
+class ShuffledWindows:
     """The windows of a split: context + 1 tokens at every multiple of ``context`` inside a shard, never across two.
 
     Every token but the first of a shard is a target in exactly one window; the few after a shard's last whole window
@@ -88,22 +88,22 @@ class Windows:
         return self._order[1]
 
 
-class Ahead:
+class Prefetcher:
     """The batches of one rank, the next of which a thread reads while the last one is used: a disk may be slow.
 
     Args:
         windows: what they are made of.
-        global_batch, rank, world_size: as in ``Windows.batch``.
+        global_batch, rank, world_size: as in ``ShuffledWindows.batch``.
     """
 
-    def __init__(self, windows: Windows, global_batch: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, windows: ShuffledWindows, global_batch: int, rank: int = 0, world_size: int = 1) -> None:
         self.windows = windows
         self._read = partial(windows.batch, global_batch=global_batch, rank=rank, world_size=world_size)
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._coming: tuple[int, Future[Batch]] | None = None
 
     def batch(self, step: int) -> Batch:
-        """The batch of a step, which has been read if the call before was for the one before; raises as ``Windows``."""
+        """The batch of a step, read ahead if the last call was for the step before; raises as ``ShuffledWindows``."""
         known, coming = self._coming or (None, None)
         if coming is None or known != step:
             coming = self._thread.submit(self._read, step)
@@ -111,7 +111,7 @@ class Ahead:
         return coming.result()
 
 
-def sequential(split: Split, context: int, batch_size: int, max_tokens: int | None = None) -> Iterator[Batch]:
+def eval_batches(split: Split, context: int, batch_size: int, max_tokens: int | None = None) -> Iterator[Batch]:
     """Windows of a split in order, for evaluation: tokens and targets, int64 [at most batch_size, context] each.
 
     With ``max_tokens`` only so many targets (at least one window), spread evenly over the split.
@@ -122,7 +122,7 @@ def sequential(split: Split, context: int, batch_size: int, max_tokens: int | No
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size}: it must be at least 1 window")
-    windows = Windows(split, context, seed=0)
+    windows = ShuffledWindows(split, context, seed=0)
     count = len(windows) if max_tokens is None else min(len(windows), max(1, max_tokens // context))
     numbers = np.arange(count) * len(windows) // count
     return (windows.take(numbers[at : at + batch_size]) for at in range(0, count, batch_size))

@@ -28,8 +28,8 @@ class Document(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Division:
-    """The documents of a corpus, each given to a split; ``Division.find`` makes one.
+class TrainValSplit:
+    """The documents of a corpus, each given to a split; ``TrainValSplit.find`` makes one.
 
     Documents placed below ``val_fraction`` are for validation, unless ``held_out`` is there for it.
     """
@@ -39,7 +39,7 @@ class Division:
     val_fraction: float
 
     @classmethod
-    def find(cls, inputs: Inputs, val_inputs: Inputs, val_fraction: float) -> "Division":
+    def find(cls, inputs: Inputs, val_inputs: Inputs, val_fraction: float) -> "TrainValSplit":
         """Look up the inputs, and those for validation if there are any.
 
         Raises:

@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from antransformer.data.dataset import Dataset
-from antransformer.data.holdout import Division, Document, Inputs
+from antransformer.data.holdout import Document, Inputs, TrainValSplit
 from antransformer.data.readers import MAX_CHARACTERS
 from antransformer.data.shards import SHARD_TOKENS, ShardWriter, dtype_for, write_meta
-from antransformer.data.tokenizers import LARGEST_BPE, SAMPLE_BYTES, SMALLEST_BPE, Tokenizer, resolve, train_bpe
+from antransformer.data.tokenizers import LARGEST_BPE, SAMPLE_BYTES, SMALLEST_BPE, Tokenizer, load_tokenizer, train_bpe
 from antransformer.errors import DataError
 
 # Enough to keep the cores busy, for each of which there are two documents or more of the longest, and little enough for
@@ -31,7 +31,7 @@ def prepare(
     out: str | Path,
     *,
     tokenizer: str | Path = "byte",
-    bpe_vocab: int | None = None,
+    bpe_vocab_size: int | None = None,
     val_fraction: float = 0.01,
     val_inputs: Inputs = (),
     shard_tokens: int = SHARD_TOKENS,
@@ -46,7 +46,7 @@ def prepare(
         inputs: files, folders or globs; see ``Corpus.find``.
         out: the folder to make; if it exists it must be empty.
         tokenizer: "byte", or the path of a tokenizer.json or of a folder with one.
-        bpe_vocab: in place of ``tokenizer``, train a byte-pair encoding of so many ids on the training text first.
+        bpe_vocab_size: in place of ``tokenizer``, train a byte-pair encoding of so many ids on the training text first.
         val_fraction: share of the documents that go to validation, chosen by a hash of their content: it does not
             depend on their order, and equal documents stay together.
         val_inputs: what to validate on instead, in the form of ``inputs``.
@@ -63,14 +63,16 @@ def prepare(
     _refuse_in_use(out)
     if shard_tokens < 1:
         raise DataError(f"shard_tokens is {shard_tokens}: it must be at least 1")
-    if bpe_vocab is not None and not SMALLEST_BPE <= bpe_vocab <= LARGEST_BPE:
+    if bpe_vocab_size is not None and not SMALLEST_BPE <= bpe_vocab_size <= LARGEST_BPE:
         raise DataError(
-            f"bpe_vocab is {bpe_vocab}: it must be at least {SMALLEST_BPE}, to hold every byte, and at most "
+            f"bpe_vocab_size is {bpe_vocab_size}: it must be at least {SMALLEST_BPE}, to hold every byte, and at most "
             f"{LARGEST_BPE:,}"
         )
-    if bpe_vocab is not None and tokenizer != "byte":
-        raise DataError(f"bpe_vocab trains a tokenizer, and tokenizer {tokenizer} is another: give only one of them")
-    division = Division.find(inputs, val_inputs, val_fraction)
+    if bpe_vocab_size is not None and tokenizer != "byte":
+        raise DataError(
+            f"bpe_vocab_size trains a tokenizer, and tokenizer {tokenizer} is another: give only one of them"
+        )
+    division = TrainValSplit.find(inputs, val_inputs, val_fraction)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -78,10 +80,10 @@ def prepare(
     except OSError as error:
         raise DataError(f"{out}: can not be made ({error.strerror}); choose another folder") from error
     try:
-        if bpe_vocab is None:
-            words = resolve(tokenizer)
+        if bpe_vocab_size is None:
+            words = load_tokenizer(tokenizer)
         else:
-            words = train_bpe(division.training_sample(SAMPLE_BYTES), bpe_vocab)
+            words = train_bpe(division.training_sample(SAMPLE_BYTES), bpe_vocab_size)
         _write(partial, words, division, shard_tokens, progress)
         _refuse_in_use(out)
         if out.exists():
@@ -101,7 +103,9 @@ def _refuse_in_use(out: Path) -> None:
         raise DataError(f"{out}: is no folder; choose the name of a new one")
 
 
-def _write(folder: Path, words: Tokenizer, division: Division, shard_tokens: int, progress: Progress | None) -> None:
+def _write(
+    folder: Path, words: Tokenizer, division: TrainValSplit, shard_tokens: int, progress: Progress | None
+) -> None:
     dtype = dtype_for(words.vocab_size)
     end = np.array([words.end_of_text], dtype=np.uint32)
     with (

@@ -45,7 +45,7 @@ def ensure_default(root: str | Path, progress: Progress | None = None) -> Path:
         scratch = Path(tempfile.mkdtemp(prefix=f".{NAME}-", dir=root))
         try:
             made = prepare(
-                stdlib_files(), scratch / NAME, bpe_vocab=VOCABULARY, val_fraction=VAL_FRACTION, progress=progress
+                stdlib_files(), scratch / NAME, bpe_vocab_size=VOCABULARY, val_fraction=VAL_FRACTION, progress=progress
             )
             made.path.rename(folder)
         except OSError:

@@ -162,7 +162,7 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     return Tokenizer(library, f"bpe-{library.get_vocab_size()}")
 
 
-def resolve(spec: str | Path) -> Tokenizer:
+def load_tokenizer(spec: str | Path) -> Tokenizer:
     """The tokenizer that a person asked for: "byte", or the path of a tokenizer.json or of a folder with one.
 
     Raises:

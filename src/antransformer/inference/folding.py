@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from antransformer import factors
 from antransformer.bounds import Bound
-from antransformer.functional import Places, causal_attention, norm, rotate, split_heads
+from antransformer.functional import AttentionContext, causal_attention, normalize, rotate, split_heads
 from antransformer.models import AnGPT, Decoder
 from antransformer.models.angpt import MLP, Attention, Block
 from antransformer.models.config import ModelConfig
@@ -28,8 +28,8 @@ class FoldedBlock(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        width, hidden = config.width, config.mlp_width
-        self.head_width = config.head_width
+        width, hidden = config.width, config.mlp_hidden
+        self.head_dim = config.head_dim
         self.qkv_proj = nn.Linear(width, 3 * width, bias=False)
         self.out_proj = nn.Linear(width, width, bias=False)
         self.score_scale = 1.0
@@ -39,11 +39,11 @@ class FoldedBlock(nn.Module):
         self.down_proj = nn.Linear(hidden, width, bias=False)
         self.mlp_gain = nn.Parameter(torch.empty(width))
 
-    def forward(self, x: Tensor, places: Places) -> Tensor:
+    def forward(self, x: Tensor, ctx: AttentionContext) -> Tensor:
         """Stream (B, T, d) to the same."""
-        q, k, v = split_heads(self.qkv_proj(x), self.head_width)
-        q, k = norm(rotate(q, places.rotary)), norm(rotate(k, places.rotary))
-        y = self.out_proj(causal_attention(q, k, v, places, self.score_scale))
+        q, k, v = split_heads(self.qkv_proj(x), self.head_dim)
+        q, k = normalize(rotate(q, ctx.rotary)), normalize(rotate(k, ctx.rotary))
+        y = self.out_proj(causal_attention(q, k, v, ctx, self.score_scale))
         x = x + F.rms_norm(y, x.shape[-1:], self.attention_gain, TINY)
         y = self.down_proj(self.up_proj(x) * F.silu(self.gate_proj(x)))
         return x + F.rms_norm(y, x.shape[-1:], self.mlp_gain, TINY)

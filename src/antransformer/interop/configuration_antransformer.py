@@ -12,11 +12,13 @@ class AntransformerConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ["cache", "past_key_values"]
     attribute_map = {
         "hidden_size": "width",
-        "intermediate_size": "mlp_width",
+        "intermediate_size": "mlp_hidden",
         "num_hidden_layers": "layers",
         "num_attention_heads": "heads",
-        "head_dim": "head_width",
         "max_position_embeddings": "context",
+        # Names in folders that version 1 exported.
+        "head_width": "head_dim",
+        "rotary_base": "rope_theta",
     }
 
     architecture: str = "angpt"
@@ -24,10 +26,10 @@ class AntransformerConfig(PreTrainedConfig):
     width: int = 128
     layers: int = 4
     context: int = 2048
-    head_width: int = 64
+    head_dim: int = 64
     mlp_ratio: int = 4
     rotary_fraction: float = 0.5
-    rotary_base: float = 10_000.0
+    rope_theta: float = 10_000.0
     # Options of some architectures; None in the others.
     alpha_init: Any = 0.05
     s_scale: Any = 0.03
@@ -44,14 +46,14 @@ class AntransformerConfig(PreTrainedConfig):
     @property
     def heads(self) -> int:
         """Number of attention heads."""
-        return self.width // self.head_width
+        return self.width // self.head_dim
 
     @property
-    def mlp_width(self) -> int:
+    def mlp_hidden(self) -> int:
         """Width of the MLP's hidden activations."""
         return self.width * self.mlp_ratio
 
     @property
-    def rotated(self) -> int:
+    def rotary_dim(self) -> int:
         """How many coordinates of each head are rotated, an even number."""
-        return round(self.head_width * self.rotary_fraction)
+        return round(self.head_dim * self.rotary_fraction)

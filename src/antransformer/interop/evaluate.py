@@ -12,7 +12,7 @@ import torch
 from antransformer.data import Tokenizer
 from antransformer.errors import ConfigError, DataError, MissingExtraError
 from antransformer.interop.export import transformers_model, transformers_tokenizer
-from antransformer.training.checkpoint import Checkpoint
+from antransformer.training.checkpointing.checkpoint import Checkpoint
 
 BATCH_SIZE = 16
 
@@ -94,7 +94,7 @@ def evaluate(
     if not tasks and not texts:
         raise ConfigError("nothing to evaluate: give --tasks, or --text")
     try:
-        from antransformer.interop import scorer
+        from antransformer.interop import lm_eval_adapter as scorer
     except ImportError as error:
         raise MissingExtraError((error.name or "lm_eval").partition(".")[0], "eval") from error
 

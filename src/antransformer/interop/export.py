@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 
 from antransformer.data import Tokenizer
 from antransformer.errors import CheckpointError, ConfigError, MachineError, MissingExtraError
-from antransformer.interop.card import card
+from antransformer.interop.model_card import card
 from antransformer.interop.register import register
-from antransformer.training.checkpoint import Checkpoint, restore
+from antransformer.training.checkpointing.checkpoint import Checkpoint, restore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

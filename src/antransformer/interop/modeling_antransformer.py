@@ -41,8 +41,8 @@ def norm(x: Tensor) -> Tensor:
 
 def rotary_tables(positions: Tensor, config: AntransformerConfig) -> Rotary:
     """Cosines and sines of positions (B, T), each (B, T, rotated / 2), in float32."""
-    exponent = torch.arange(0, config.rotated, 2, device=positions.device, dtype=torch.float32) / config.rotated
-    angles = positions.to(torch.float32).unsqueeze(-1) * config.rotary_base**-exponent
+    exponent = torch.arange(0, config.rotary_dim, 2, device=positions.device, dtype=torch.float32) / config.rotary_dim
+    angles = positions.to(torch.float32).unsqueeze(-1) * config.rope_theta**-exponent
     return angles.cos(), angles.sin()
 
 
@@ -115,7 +115,7 @@ class Attention(nn.Module):
     def __init__(self, config: AntransformerConfig, layer_idx: int) -> None:
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
-        self.scaling = config.head_width**-0.5
+        self.scaling = config.head_dim**-0.5
         self.qkv_proj = Linear(config.width, 3 * config.width)
         self.out_proj = Linear(config.width, config.width)
 
@@ -127,7 +127,7 @@ class Attention(nn.Module):
         self, x: Tensor, rotary: Rotary, mask: Tensor | None, cache: Cache | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """(B, T, d) to the same, and the attention's weights where they are kept."""
-        q, k, v = self.qkv_proj(x).unflatten(-1, (-1, 3, self.config.head_width)).unbind(-2)
+        q, k, v = self.qkv_proj(x).unflatten(-1, (-1, 3, self.config.head_dim)).unbind(-2)
         q, k = self.scaled(rotate(q, rotary), rotate(k, rotary))
         q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
         if cache is not None:
@@ -147,7 +147,7 @@ class UnitAttention(Attention):
 
     def reset_parameters(self) -> None:
         """Scores of random unit vectors get unit variance."""
-        nn.init.constant_(self.score_scale, math.sqrt(self.config.head_width))
+        nn.init.constant_(self.score_scale, math.sqrt(self.config.head_dim))
 
     def scaled(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Unit norm; the scalar on q."""
@@ -159,8 +159,8 @@ class FactoredAttention(UnitAttention):
 
     def __init__(self, config: AntransformerConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        self.qkv_proj.factor = math.sqrt(config.width / config.head_width)
-        self.out_proj.factor = math.sqrt(config.head_width / config.width) if config.nu_p == "heads" else 1.0
+        self.qkv_proj.factor = math.sqrt(config.width / config.head_dim)
+        self.out_proj.factor = math.sqrt(config.head_dim / config.width) if config.nu_p == "heads" else 1.0
 
 
 class SphereAttention(Attention):
@@ -168,12 +168,12 @@ class SphereAttention(Attention):
 
     def __init__(self, config: AntransformerConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        self.scaling = math.sqrt(config.head_width)
+        self.scaling = math.sqrt(config.head_dim)
         self.qk_scale = ScaledParameter(config.width, 1.0, config.s_scale)
 
     def scaled(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Unit norm times the vector, head by head."""
-        scale = self.qk_scale().to(q.dtype).unflatten(0, (-1, self.config.head_width))
+        scale = self.qk_scale().to(q.dtype).unflatten(0, (-1, self.config.head_dim))
         return norm(q) * scale, norm(k) * scale
 
 
@@ -182,9 +182,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: AntransformerConfig) -> None:
         super().__init__()
-        self.up_proj = Linear(config.width, config.mlp_width)
-        self.gate_proj = Linear(config.width, config.mlp_width)
-        self.down_proj = Linear(config.mlp_width, config.width)
+        self.up_proj = Linear(config.width, config.mlp_hidden)
+        self.gate_proj = Linear(config.width, config.mlp_hidden)
+        self.down_proj = Linear(config.mlp_hidden, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, d) to the same."""
@@ -196,11 +196,11 @@ class FactoredMLP(MLP):
 
     def __init__(self, config: AntransformerConfig) -> None:
         super().__init__(config)
-        scales = {"none": 1.0, "sqrt_width": math.sqrt(config.width), "sqrt_mlp": math.sqrt(config.mlp_width)}
-        nu_uz = math.sqrt(config.width / config.mlp_width)
+        scales = {"none": 1.0, "sqrt_width": math.sqrt(config.width), "sqrt_mlp": math.sqrt(config.mlp_hidden)}
+        nu_uz = math.sqrt(config.width / config.mlp_hidden)
         self.gate_proj.factor = nu_uz * scales[config.gate_scale]
         self.up_proj.factor = nu_uz * silu_factor(self.gate_proj.factor / math.sqrt(config.width))
-        self.down_proj.factor = math.sqrt(config.mlp_width / config.width)
+        self.down_proj.factor = math.sqrt(config.mlp_hidden / config.width)
 
 
 class ScaledMLP(MLP):
@@ -208,8 +208,8 @@ class ScaledMLP(MLP):
 
     def __init__(self, config: AntransformerConfig) -> None:
         super().__init__(config)
-        self.up_scale = ScaledParameter(config.mlp_width, 1.0, config.s_scale)
-        self.gate_scale = ScaledParameter(config.mlp_width, 1.0, config.s_scale)
+        self.up_scale = ScaledParameter(config.mlp_hidden, 1.0, config.s_scale)
+        self.gate_scale = ScaledParameter(config.mlp_hidden, 1.0, config.s_scale)
         self.gate_factor = math.sqrt(config.width)
 
     def forward(self, x: Tensor) -> Tensor:

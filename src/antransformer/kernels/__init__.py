@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 
-def wanted(x: Tensor) -> bool:
+def use_triton(x: Tensor) -> bool:
     """Whether a kernel is to work on this tensor."""
     return x.is_cuda and not torch.compiler.is_compiling() and _has_triton()
 

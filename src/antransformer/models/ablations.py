@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from antransformer import factors
 from antransformer.bounds import Bound, project_
 from antransformer.errors import ConfigError
-from antransformer.functional import norm
+from antransformer.functional import normalize
 from antransformer.models.angpt import AnGPT, Block, gate_scale
 from antransformer.models.config import ModelConfig
 from antransformer.models.ngpt import model_axis
@@ -43,7 +43,7 @@ class BareResidual(Residual):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Residual stream x and sublayer output y, both (..., width)."""
-        return torch.lerp(x, norm(y).to(x.dtype), self.alpha().to(x.dtype))
+        return torch.lerp(x, normalize(y).to(x.dtype), self.alpha().to(x.dtype))
 
 
 class SumResidual(nn.Module):
@@ -51,7 +51,7 @@ class SumResidual(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Residual stream x and sublayer output y, both (..., width)."""
-        return (x + norm(y)) * factors.sum_residual()
+        return (x + normalize(y)) * factors.sum_residual()
 
 
 class ChangedAnGPT(AnGPT):
@@ -99,7 +99,7 @@ class TangentAnGPT(AnGPT):
         for bound in self.bounds():
             if type(bound.parameter) is not nn.Parameter:
                 raise ConfigError("ablation tangent trains in one process: start it without torchrun")
-            bound.parameter.register_hook(partial(turn, bound.parameter))
+            bound.parameter.register_hook(partial(tangent_component, bound.parameter))
 
 
 class ModelAxisAnGPT(AnGPT):
@@ -123,9 +123,9 @@ class StrictModelAxisAnGPT(ModelAxisAnGPT):
         return [replace(bound, strict=True) for bound in super().bounds()]
 
 
-def turn(weight: Tensor, gradient: Tensor) -> Tensor:
+def tangent_component(weight: Tensor, gradient: Tensor) -> Tensor:
     """The part of a gradient (fan_out, fan_in) that is orthogonal to the rows of the weight."""
-    rows = norm(weight.detach())
+    rows = normalize(weight.detach())
     return gradient - (gradient * rows).sum(dim=1, keepdim=True) * rows
 
 
@@ -138,7 +138,7 @@ def change_constants(block: nn.Module, config: ModelConfig, change: Change) -> N
     attention, mlp = block.attention, block.mlp
     for linear in (attention.qkv_proj, attention.out_proj, mlp.down_proj):
         linear.factor = change(linear.factor)
-    nu_uz = factors.linear(config.width, config.mlp_width)
+    nu_uz = factors.linear(config.width, config.mlp_hidden)
     nu_act = mlp.up_proj.factor / nu_uz
     mlp.up_proj.factor = change(nu_uz) * change(nu_act)
     mlp.gate_proj.factor = change(nu_uz) * gate_scale(config)

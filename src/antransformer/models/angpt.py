@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from antransformer import factors
 from antransformer.bounds import Bound
-from antransformer.functional import Places, causal_attention, norm, rotate, split_heads
+from antransformer.functional import AttentionContext, causal_attention, normalize, rotate, split_heads
 from antransformer.models.config import ModelConfig
 from antransformer.models.decoder import Decoder
 from antransformer.nn import Linear, Residual, ScaledParameter, unit_rows_
@@ -25,23 +25,23 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        width, head = config.width, config.head_width
+        width, head = config.width, config.head_dim
         nu_p = math.sqrt(head / width) if config.nu_p == "heads" else 1.0
-        self.head_width = head
+        self.head_dim = head
         self.qkv_proj = Linear(width, 3 * width, factor=factors.linear(width, head))
         self.out_proj = Linear(width, width, factor=nu_p)
         self.score_scale = nn.Parameter(torch.empty(1))
 
     def reset_parameters(self) -> None:
         """Scores of random unit vectors get unit variance."""
-        nn.init.constant_(self.score_scale, math.sqrt(self.head_width))
+        nn.init.constant_(self.score_scale, math.sqrt(self.head_dim))
 
-    def forward(self, x: Tensor, places: Places) -> Tensor:
+    def forward(self, x: Tensor, ctx: AttentionContext) -> Tensor:
         """(B, T, d) to (B, T, d)."""
-        q, k, v = split_heads(self.qkv_proj(x), self.head_width)
-        q = norm(rotate(q, places.rotary)) * self.score_scale.to(q.dtype)
-        k = norm(rotate(k, places.rotary))
-        return self.out_proj(causal_attention(q, k, v, places))
+        q, k, v = split_heads(self.qkv_proj(x), self.head_dim)
+        q = normalize(rotate(q, ctx.rotary)) * self.score_scale.to(q.dtype)
+        k = normalize(rotate(k, ctx.rotary))
+        return self.out_proj(causal_attention(q, k, v, ctx))
 
 
 class MLP(nn.Module):
@@ -49,7 +49,7 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        width, hidden = config.width, config.mlp_width
+        width, hidden = config.width, config.mlp_hidden
         nu_uz = factors.linear(width, hidden)
         gate_factor = nu_uz * gate_scale(config)
         # Coordinates of W_z x have variance 1 / d before the factor.
@@ -73,9 +73,9 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.mlp_residual = Residual(config.width, config.alpha_init, config.s_scale)
 
-    def forward(self, x: Tensor, places: Places) -> Tensor:
+    def forward(self, x: Tensor, ctx: AttentionContext) -> Tensor:
         """Residual stream (B, T, d) to the same."""
-        x = self.attention_residual(x, self.attention(x, places))
+        x = self.attention_residual(x, self.attention(x, ctx))
         return self.mlp_residual(x, self.mlp(x))
 
 
@@ -110,6 +110,6 @@ def gate_scale(config: ModelConfig) -> float:
     The printed form has none and leaves |z| <= 1/2, an almost linear gate; nGPT has sqrt(d), which the printed
     nu_act = 3.74 implies (z of standard deviation 1/2); sqrt(f) gives z unit variance.
     """
-    return {"none": 1.0, "sqrt_width": math.sqrt(config.width), "sqrt_mlp": math.sqrt(config.mlp_width)}[
+    return {"none": 1.0, "sqrt_width": math.sqrt(config.width), "sqrt_mlp": math.sqrt(config.mlp_hidden)}[
         config.gate_scale
     ]

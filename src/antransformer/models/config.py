@@ -56,7 +56,7 @@ PRESETS: dict[str, dict[str, int]] = {
 }
 
 
-def describe(text: str, default: Any) -> Any:
+def setting(text: str, default: Any) -> Any:
     """A config field with its default and the help text that the command line shows."""
     return field(default=default, metadata={"help": text})
 
@@ -70,55 +70,55 @@ class ModelConfig:
             architecture does not have.
     """
 
-    architecture: Literal["angpt", "ngpt", "gpt+", "gpt", "ln-scaling", "dyt"] = describe(
+    architecture: Literal["angpt", "ngpt", "gpt+", "gpt", "ln-scaling", "dyt"] = setting(
         "angpt; ngpt; gpt+, the baseline; gpt, gpt+ without QK norm; ln-scaling and dyt, gpt+ with other norms",
         "angpt",
     )
-    vocab_size: int = describe("rows of the embedding and of the head (default: the tokenizer's)", PAPER_VOCABULARY)
-    width: int = describe("model width d, a multiple of the head width (default: the preset's)", 128)
-    layers: int = describe("number of blocks (default: the preset's)", 4)
-    context: int = describe("longest sequence in tokens (default: the preset's)", 2048)
-    head_width: int = describe("head width h", 64)
-    mlp_ratio: int = describe("MLP width over model width", 4)
-    rotary_fraction: float = describe("share of each head's width with rotary embedding", 0.5)
-    rotary_base: float = describe("wavelength base of the rotary embedding", 10_000.0)
+    vocab_size: int = setting("rows of the embedding and of the head (default: the tokenizer's)", PAPER_VOCABULARY)
+    width: int = setting("model width d, a multiple of the head width (default: the preset's)", 128)
+    layers: int = setting("number of blocks (default: the preset's)", 4)
+    context: int = setting("longest sequence in tokens (default: the preset's)", 2048)
+    head_dim: int = setting("head width h", 64)
+    mlp_ratio: int = setting("MLP width over model width", 4)
+    rotary_fraction: float = setting("share of each head's width with rotary embedding", 0.5)
+    rope_theta: float = setting("wavelength base of the rotary embedding", 10_000.0)
     # Options of some architectures; None stands for the architecture's default, and where it has no such option.
-    alpha_init: float = describe("angpt, ngpt: initial residual step alpha", None)
-    s_scale: float = describe(
+    alpha_init: float = setting("angpt, ngpt: initial residual step alpha", None)
+    s_scale: float = setting(
         "angpt, ngpt: surrogate size of alpha and s_Z, in ngpt of s_qk, s_u and s_z too; the smaller, the faster "
         "these move",
         None,
     )
-    gate_scale: Literal["sqrt_mlp", "sqrt_width", "none"] = describe(
+    gate_scale: Literal["sqrt_mlp", "sqrt_width", "none"] = setting(
         "angpt: constant on the gate before SiLU: sqrt_width gives it standard deviation 1/2, sqrt_mlp 1, none is the "
         "printed form",
         None,
     )
-    nu_p: Literal["heads", "one"] = describe(
+    nu_p: Literal["heads", "one"] = setting(
         "angpt: factor of the attention output projection, heads for sqrt(h / d), one for 1; the exact norm behind it "
         "cancels it",
         None,
     )
-    ablation: Ablation = describe(
+    ablation: Ablation = setting(
         f"angpt: what is changed of the method or left out, to see what it is worth: {', '.join(get_args(Ablation))}",
         None,
     )
-    init_std: float = describe(
+    init_std: float = setting(
         "gpt+, gpt, ln-scaling, dyt: standard deviation of the initial weights (default: 1/sqrt(width), muon 0.02)",
         None,
     )
-    dyt_alpha_init: float = describe("dyt: initial alpha of tanh(alpha x)", None)
+    dyt_alpha_init: float = setting("dyt: initial alpha of tanh(alpha x)", None)
 
     def __post_init__(self) -> None:
         if self.architecture not in OPTIONS:
             raise ConfigError(f"unknown architecture {self.architecture!r}: choose from {', '.join(OPTIONS)}")
-        for name in ("vocab_size", "width", "layers", "context", "head_width", "mlp_ratio"):
+        for name in ("vocab_size", "width", "layers", "context", "head_dim", "mlp_ratio"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
                 raise ConfigError(f"{name} must be a positive integer below 2^31, got {value!r}")
         if self.layers > MOST_LAYERS:
             raise ConfigError(f"layers must be at most {MOST_LAYERS:,}, got {self.layers:,}")
-        for name, rows in (("vocab_size", self.vocab_size), ("mlp_ratio", self.mlp_width)):
+        for name, rows in (("vocab_size", self.vocab_size), ("mlp_ratio", self.mlp_hidden)):
             if rows * self.width >= 2**50:
                 raise ConfigError(f"width {self.width:,} and {name} {getattr(self, name):,} make a matrix too large")
         options = OPTIONS[self.architecture]
@@ -128,17 +128,17 @@ class ModelConfig:
                 object.__setattr__(self, name, default(self) if callable(default) else default)
             elif name not in options and getattr(self, name) is not None:
                 raise ConfigError(f"{name} is not an option of {self.architecture}: leave it out")
-        for name in ("rotary_base", "alpha_init", "s_scale", "init_std", "dyt_alpha_init"):
+        for name in ("rope_theta", "alpha_init", "s_scale", "init_std", "dyt_alpha_init"):
             value = getattr(self, name)
             if value is not None and not 1e-12 < value < 1e12:
                 raise ConfigError(f"{name} must be a positive number of ordinary size, got {value!r}")
-        if self.width % self.head_width:
-            near = max(1, round(self.width / self.head_width)) * self.head_width
-            raise ConfigError(f"width {self.width} is not a multiple of head_width {self.head_width}: {near} would be")
-        if not 0 <= self.rotary_fraction <= 1 or round(self.head_width * self.rotary_fraction) % 2:
+        if self.width % self.head_dim:
+            near = max(1, round(self.width / self.head_dim)) * self.head_dim
+            raise ConfigError(f"width {self.width} is not a multiple of head_dim {self.head_dim}: {near} would be")
+        if not 0 <= self.rotary_fraction <= 1 or round(self.head_dim * self.rotary_fraction) % 2:
             raise ConfigError(
                 f"rotary_fraction {self.rotary_fraction} must lie in [0, 1] and leave an even number of the head's "
-                f"{self.head_width} coordinates"
+                f"{self.head_dim} coordinates"
             )
         if self.gate_scale not in (None, "sqrt_mlp", "sqrt_width", "none"):
             raise ConfigError(f"gate_scale must be sqrt_mlp, sqrt_width or none, got {self.gate_scale!r}")
@@ -169,17 +169,17 @@ class ModelConfig:
     @property
     def heads(self) -> int:
         """Number of attention heads n = d / h."""
-        return self.width // self.head_width
+        return self.width // self.head_dim
 
     @property
-    def mlp_width(self) -> int:
+    def mlp_hidden(self) -> int:
         """MLP width f."""
         return self.width * self.mlp_ratio
 
     @property
-    def rotated(self) -> int:
+    def rotary_dim(self) -> int:
         """How many coordinates of each head are rotated, an even number."""
-        return round(self.head_width * self.rotary_fraction)
+        return round(self.head_dim * self.rotary_fraction)
 
 
 def preset_sizes(name: str) -> dict[str, int]:

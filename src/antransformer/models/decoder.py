@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from antransformer import functional
 from antransformer.bounds import Bound
-from antransformer.functional import LayerCache, Places, Rotary
+from antransformer.functional import AttentionContext, LayerCache, Rotary
 from antransformer.models.config import ModelConfig
 
 
@@ -18,7 +18,7 @@ class Decoder(nn.Module, ABC):
 
     Args:
         config: sizes and options.
-        block: makes one block; a block maps (hidden (B, T, d), places) to hidden.
+        block: makes one block; a block maps (hidden (B, T, d), ctx) to hidden.
     """
 
     def __init__(self, config: ModelConfig, block: Callable[[ModelConfig], nn.Module]) -> None:
@@ -54,19 +54,19 @@ class Decoder(nn.Module, ABC):
         """
         check_tokens(tokens, self.config, cache.length if cache else 0)
         x = self.embed(tokens)
-        places = self.places(tokens, cache)
+        ctx = self.attention_context(tokens, cache)
         for index, block in enumerate(self.blocks):
-            x = block(x, places if cache is None else places._replace(cache=cache.layer(index)))
+            x = block(x, ctx if cache is None else ctx._replace(kv_cache=cache.layer(index)))
         if cache is not None:
             cache.length += tokens.shape[1]
         return x
 
-    def places(self, tokens: Tensor, cache: "Cache | None") -> Places:
+    def attention_context(self, tokens: Tensor, cache: "Cache | None") -> AttentionContext:
         """Positions and visibility of new tokens (B, T), behind those of the cache."""
         if cache is not None:
-            return cache.places(tokens.shape[1])
+            return cache.attention_context(tokens.shape[1])
         positions = torch.arange(tokens.shape[1], device=tokens.device)
-        return Places(functional.rotary_tables(positions, self.config.rotated, self.config.rotary_base))
+        return AttentionContext(functional.rotary_tables(positions, self.config.rotary_dim, self.config.rope_theta))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Residual stream (..., d) to logits (..., V)."""
@@ -98,11 +98,11 @@ class Cache:
     def __init__(self, model: Decoder, batch: int, padding: Tensor | None = None) -> None:
         config, weight = model.config, model.embedding.weight
         # In memory the keys of a head lie together, position by position: so attention reads them fastest.
-        shape = (config.layers, 2, batch, config.heads, config.context, config.head_width)
+        shape = (config.layers, 2, batch, config.heads, config.context, config.head_dim)
         store = torch.empty(shape, dtype=weight.dtype, device=weight.device)
         self.layers = [layer.transpose(2, 3).unbind() for layer in store]
         self.positions = torch.arange(config.context, device=weight.device)
-        tables = functional.rotary_tables(self.positions, config.rotated, config.rotary_base)
+        tables = functional.rotary_tables(self.positions, config.rotary_dim, config.rope_theta)
         self.rotary = Rotary(*(table.to(weight.dtype) for table in tables))
         self.padding = padding
         self.length = 0
@@ -112,11 +112,11 @@ class Cache:
         k, v = self.layers[index]
         return LayerCache(k, v, self.length)
 
-    def places(self, steps: int) -> Places:
+    def attention_context(self, steps: int) -> AttentionContext:
         """Positions and visibility of so many tokens behind those that are there."""
         if self.padding is None and (steps == 1 or not self.length):
             cos, sin = self.rotary
-            return Places(Rotary(cos.narrow(0, self.length, steps), sin.narrow(0, self.length, steps)))
+            return AttentionContext(Rotary(cos.narrow(0, self.length, steps), sin.narrow(0, self.length, steps)))
         seen = self.positions[: self.length + steps]
         new = seen[self.length :]
         mask = (seen <= new.unsqueeze(-1))[None, None]
@@ -125,7 +125,7 @@ class Cache:
             begun = seen >= self.padding[:, None, None, None]
             mask = (mask & begun) | (seen == new.unsqueeze(-1))
             new = (new - self.padding.unsqueeze(-1)).clamp_min(0)
-        return Places(Rotary(self.rotary.cos[new], self.rotary.sin[new]), mask)
+        return AttentionContext(Rotary(self.rotary.cos[new], self.rotary.sin[new]), mask)
 
 
 def check_tokens(tokens: Tensor, config: ModelConfig, before: int = 0) -> None:

@@ -6,7 +6,7 @@ are those of arXiv:1706.03762, with no learnable scalar.
 
 from torch import Tensor, nn
 
-from antransformer.functional import Places, causal_attention, rotate, split_heads
+from antransformer.functional import AttentionContext, causal_attention, rotate, split_heads
 from antransformer.models.config import ModelConfig
 from antransformer.models.gpt_plus import GPTPlus
 
@@ -16,15 +16,15 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.head_width = config.head_width
+        self.head_dim = config.head_dim
         self.qkv_proj = nn.Linear(config.width, 3 * config.width, bias=False)
         self.out_proj = nn.Linear(config.width, config.width, bias=False)
 
-    def forward(self, x: Tensor, places: Places) -> Tensor:
+    def forward(self, x: Tensor, ctx: AttentionContext) -> Tensor:
         """(B, T, d) to (B, T, d)."""
-        q, k, v = split_heads(self.qkv_proj(x), self.head_width)
-        q, k = rotate(q, places.rotary), rotate(k, places.rotary)
-        return self.out_proj(causal_attention(q, k, v, places, scale=self.head_width**-0.5))
+        q, k, v = split_heads(self.qkv_proj(x), self.head_dim)
+        q, k = rotate(q, ctx.rotary), rotate(k, ctx.rotary)
+        return self.out_proj(causal_attention(q, k, v, ctx, scale=self.head_dim**-0.5))
 
 
 class GPT(GPTPlus):

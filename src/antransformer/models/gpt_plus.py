@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from antransformer.bounds import Bound
-from antransformer.functional import Places, causal_attention, norm, rotate, split_heads
+from antransformer.functional import AttentionContext, causal_attention, normalize, rotate, split_heads
 from antransformer.models.config import ModelConfig
 from antransformer.models.decoder import Decoder
 
@@ -23,17 +23,17 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.head_width = config.head_width
+        self.head_dim = config.head_dim
         self.qkv_proj = nn.Linear(config.width, 3 * config.width, bias=False)
         self.out_proj = nn.Linear(config.width, config.width, bias=False)
         self.score_scale = nn.Parameter(torch.empty(1))
 
-    def forward(self, x: Tensor, places: Places) -> Tensor:
+    def forward(self, x: Tensor, ctx: AttentionContext) -> Tensor:
         """(B, T, d) to (B, T, d)."""
-        q, k, v = split_heads(self.qkv_proj(x), self.head_width)
-        q = norm(rotate(q, places.rotary)) * self.score_scale.to(q.dtype)
-        k = norm(rotate(k, places.rotary))
-        return self.out_proj(causal_attention(q, k, v, places))
+        q, k, v = split_heads(self.qkv_proj(x), self.head_dim)
+        q = normalize(rotate(q, ctx.rotary)) * self.score_scale.to(q.dtype)
+        k = normalize(rotate(k, ctx.rotary))
+        return self.out_proj(causal_attention(q, k, v, ctx))
 
 
 class MLP(nn.Module):
@@ -41,9 +41,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.up_proj = nn.Linear(config.width, config.mlp_width, bias=False)
-        self.gate_proj = nn.Linear(config.width, config.mlp_width, bias=False)
-        self.down_proj = nn.Linear(config.mlp_width, config.width, bias=False)
+        self.up_proj = nn.Linear(config.width, config.mlp_hidden, bias=False)
+        self.gate_proj = nn.Linear(config.width, config.mlp_hidden, bias=False)
+        self.down_proj = nn.Linear(config.mlp_hidden, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, d) to (B, T, d)."""
@@ -60,9 +60,9 @@ class Block(nn.Module):
         self.mlp_norm = nn.RMSNorm(config.width, eps=RMS_EPS)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, places: Places) -> Tensor:
+    def forward(self, x: Tensor, ctx: AttentionContext) -> Tensor:
         """Residual stream (B, T, d) to the same."""
-        x = x + self.attention(self.attention_norm(x), places)
+        x = x + self.attention(self.attention_norm(x), ctx)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -88,7 +88,7 @@ class GPTPlus(Decoder):
             if name.endswith("norm.weight"):
                 nn.init.ones_(weight)
             elif name.endswith("score_scale"):
-                nn.init.constant_(weight, math.sqrt(self.config.head_width))
+                nn.init.constant_(weight, math.sqrt(self.config.head_dim))
             elif name.endswith(("out_proj.weight", "down_proj.weight")):
                 nn.init.normal_(weight, std=self.output_std())
             else:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from antransformer.bounds import Bound, project_
-from antransformer.functional import Places, causal_attention, norm, rotate, split_heads
+from antransformer.functional import AttentionContext, causal_attention, normalize, rotate, split_heads
 from antransformer.models.config import ModelConfig
 from antransformer.models.decoder import Decoder
 from antransformer.nn import ExactResidual, Linear, ScaledParameter, unit_rows_
@@ -21,17 +21,17 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.head_width = config.head_width
+        self.head_dim = config.head_dim
         self.qkv_proj = Linear(config.width, 3 * config.width, factor=1.0)
         self.out_proj = Linear(config.width, config.width, factor=1.0)
         self.qk_scale = ScaledParameter(config.width, 1.0, config.s_scale)
 
-    def forward(self, x: Tensor, places: Places) -> Tensor:
+    def forward(self, x: Tensor, ctx: AttentionContext) -> Tensor:
         """(B, T, d) to (B, T, d)."""
-        q, k, v = split_heads(self.qkv_proj(x), self.head_width)
-        s_qk = self.qk_scale().to(q.dtype).unflatten(0, (-1, self.head_width))
-        q, k = norm(rotate(q, places.rotary)) * s_qk, norm(rotate(k, places.rotary)) * s_qk
-        return self.out_proj(causal_attention(q, k, v, places, scale=math.sqrt(self.head_width)))
+        q, k, v = split_heads(self.qkv_proj(x), self.head_dim)
+        s_qk = self.qk_scale().to(q.dtype).unflatten(0, (-1, self.head_dim))
+        q, k = normalize(rotate(q, ctx.rotary)) * s_qk, normalize(rotate(k, ctx.rotary)) * s_qk
+        return self.out_proj(causal_attention(q, k, v, ctx, scale=math.sqrt(self.head_dim)))
 
 
 class MLP(nn.Module):
@@ -39,11 +39,11 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.up_proj = Linear(config.width, config.mlp_width, factor=1.0)
-        self.gate_proj = Linear(config.width, config.mlp_width, factor=math.sqrt(config.width))
-        self.down_proj = Linear(config.mlp_width, config.width, factor=1.0)
-        self.up_scale = ScaledParameter(config.mlp_width, 1.0, config.s_scale)
-        self.gate_scale = ScaledParameter(config.mlp_width, 1.0, config.s_scale)
+        self.up_proj = Linear(config.width, config.mlp_hidden, factor=1.0)
+        self.gate_proj = Linear(config.width, config.mlp_hidden, factor=math.sqrt(config.width))
+        self.down_proj = Linear(config.mlp_hidden, config.width, factor=1.0)
+        self.up_scale = ScaledParameter(config.mlp_hidden, 1.0, config.s_scale)
+        self.gate_scale = ScaledParameter(config.mlp_hidden, 1.0, config.s_scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, d) to (B, T, d)."""
@@ -61,9 +61,9 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.mlp_residual = ExactResidual(config.width, config.alpha_init, config.s_scale)
 
-    def forward(self, x: Tensor, places: Places) -> Tensor:
+    def forward(self, x: Tensor, ctx: AttentionContext) -> Tensor:
         """Residual stream (B, T, d) to the same, of unit norm."""
-        x = self.attention_residual(x, self.attention(x, places))
+        x = self.attention_residual(x, self.attention(x, ctx))
         return self.mlp_residual(x, self.mlp(x))
 
 

@@ -20,7 +20,7 @@ import yaml
 from antransformer.errors import ConfigError
 from antransformer.files import read_text
 from antransformer.models import ModelConfig
-from antransformer.models.config import OPTIONS, describe, preset_sizes
+from antransformer.models.config import OPTIONS, preset_sizes, setting
 from antransformer.training import defaults
 
 COUNT_SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
@@ -42,62 +42,66 @@ class TrainConfig:
     """
 
     model: ModelConfig
-    data: str = describe("prepared data folder, or python-stdlib for the built-in corpus", "python-stdlib")
-    init: str | None = describe(
+    data: str = setting("prepared data folder, or python-stdlib for the built-in corpus", "python-stdlib")
+    init: str | None = setting(
         "run folder or checkpoint whose model and weights the run starts from (default: drawn with the seed)", None
     )
-    preset: str = describe("size: pico, nano, 32m, 62m, 125m, 250m, 0.5b, 1b", "nano")
-    tokens: Count = describe("tokens to train on, such as 60K or 2.5B (default: by the size)", 0)
-    batch_tokens: Count = describe("tokens of one step (default: by architecture and size)", 0)
-    micro_batch: int = describe("sequences in one forward pass; a step accumulates over them (default: by memory)", 0)
-    optimizer: Literal["adam", "muon"] = describe(
+    preset: str = setting("size: pico, nano, 32m, 62m, 125m, 250m, 0.5b, 1b", "nano")
+    tokens: Count = setting("tokens to train on, such as 60K or 2.5B (default: by the size)", 0)
+    batch_tokens: Count = setting("tokens of one step (default: by architecture and size)", 0)
+    micro_batch_size: int = setting(
+        "sequences in one forward pass; a step accumulates over them (default: by memory)", 0
+    )
+    optimizer: Literal["adam", "muon"] = setting(
         "adam; or muon for the blocks' matrices, and adam for embedding, head and vectors", "adam"
     )
-    lr: float = describe("peak learning rate of adam (default: by architecture and size)", 0.0)
-    lr_width: int = describe(
+    lr: float = setting("peak learning rate of adam (default: by architecture and size)", 0.0)
+    lr_width: int = setting(
         "width that lr is for: at another adam's rate for embedding and head is lr * sqrt(lr_width / width), for the "
         "blocks' matrices lr * lr_width / width; 0: lr is for this width (default: 128 below 30M parameters, else 0)",
         0,
     )
-    muon_lr: float | None = describe("peak learning rate of muon (default: by architecture)", None)
-    lr_final: float = describe("learning rate of the last step as a share of the peak", 0.01)
-    warmup: float = describe("share of the run with a rising learning rate (default: angpt, ngpt 0; others 0.1)", 0.0)
-    weight_decay: float = describe("decay of the weight matrices (default: angpt, ngpt 0; others 0.1)", 0.0)
-    beta1: float = describe("Adam's first-moment decay", 0.9)
-    beta2: float = describe("Adam's second-moment decay", 0.95)
-    eps: float = describe("Adam's epsilon", 1e-9)
-    clip: float = describe("largest gradient norm", 1.0)
-    skip_nonfinite: int = describe(
+    muon_lr: float | None = setting("peak learning rate of muon (default: by architecture)", None)
+    min_lr_ratio: float = setting("learning rate of the last step as a share of the peak", 0.01)
+    warmup_fraction: float = setting(
+        "share of the run with a rising learning rate (default: angpt, ngpt 0; others 0.1)", 0.0
+    )
+    weight_decay: float = setting("decay of the weight matrices (default: angpt, ngpt 0; others 0.1)", 0.0)
+    beta1: float = setting("Adam's first-moment decay", 0.9)
+    beta2: float = setting("Adam's second-moment decay", 0.95)
+    adam_eps: float = setting("Adam's epsilon", 1e-9)
+    grad_clip: float = setting("largest gradient norm", 1.0)
+    max_skipped_steps: int = setting(
         "steps of the run to leave out, instead of stopping, when a loss or gradient is not finite", 0
     )
-    seed: int = describe("seed of the initial weights and of the data order", 0)
-    log_every: int = describe("steps between two metrics lines", 10)
-    eval_every: int = describe("steps between two validations (default: a tenth of the run)", 0)
-    eval_tokens: Count = describe("tokens of one validation, evenly spaced over the split", 131_072)
-    checkpoint_every: int = describe("steps between two checkpoints (default: a tenth of the run)", 0)
-    keep_checkpoints: int = describe("how many of the newest checkpoints stay on disk", 3)
-    keep_every: int | None = describe("steps between two checkpoints that stay for good (default: none do)", None)
-    device: str = describe("auto, cpu, cuda, cuda:1, mps", "auto")
-    precision: Literal["auto", "float32", "bfloat16", "fp8"] = describe(
+    seed: int = setting("seed of the initial weights and of the data order", 0)
+    log_every: int = setting("steps between two metrics lines", 10)
+    eval_every: int = setting("steps between two validations (default: a tenth of the run)", 0)
+    eval_tokens: Count = setting("tokens of one validation, evenly spaced over the split", 131_072)
+    checkpoint_every: int = setting("steps between two checkpoints (default: a tenth of the run)", 0)
+    keep_checkpoints: int = setting("how many of the newest checkpoints stay on disk", 3)
+    keep_every: int | None = setting("steps between two checkpoints that stay for good (default: none do)", None)
+    device: str = setting("auto, cpu, cuda, cuda:1, mps", "auto")
+    precision: Literal["auto", "float32", "bfloat16", "fp8"] = setting(
         "auto: bfloat16 on a GPU, float32 on a CPU; fp8: bfloat16, and 8 bits in the blocks' linear maps", "auto"
     )
-    compile: bool = describe("compile the model with torch.compile", False)
-    parallel: Literal["replicate", "shard", "hybrid"] = describe(
+    compile: bool = setting("compile the model with torch.compile", False)
+    parallel: Literal["ddp", "fsdp", "hsdp"] = setting(
         "under torchrun: each process has the whole model, or a part of it (FSDP), or a part of that of its machine",
-        "replicate",
+        "ddp",
     )
-    tensor_parallel: int = describe(
+    tensor_parallel: int = setting(
         "under torchrun: how many neighbouring processes split each layer of the model (angpt, gpt+)", 1
     )
-    timeout: int = describe("under torchrun: seconds to wait for a process before it is named and the run ends", 600)
-    activation_checkpointing: bool = describe("compute each block again in the backward pass, to save memory", False)
-    tensorboard: bool = describe("write TensorBoard events too", False)
+    timeout: int = setting("under torchrun: seconds to wait for a process before it is named and the run ends", 600)
+    activation_checkpointing: bool = setting("compute each block again in the backward pass, to save memory", False)
+    tensorboard: bool = setting("write TensorBoard events too", False)
 
     def __post_init__(self) -> None:
         for name in (
             "tokens",
             "batch_tokens",
-            "micro_batch",
+            "micro_batch_size",
             "log_every",
             "eval_every",
             "eval_tokens",
@@ -107,16 +111,16 @@ class TrainConfig:
             "tensor_parallel",
         ):
             _check(name, getattr(self, name), getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
-        for name in ("lr", "eps", "clip", "muon_lr"):
+        for name in ("lr", "adam_eps", "grad_clip", "muon_lr"):
             _check(name, getattr(self, name), getattr(self, name) is None or getattr(self, name) > 0, "positive")
         if (self.muon_lr is None) != (self.optimizer == "adam"):
             raise ConfigError("muon_lr is the learning rate of optimizer muon: set both, or leave muon_lr out")
-        for name in ("beta1", "beta2", "warmup"):
+        for name in ("beta1", "beta2", "warmup_fraction"):
             _check(name, getattr(self, name), 0 <= getattr(self, name) < 1, "at least 0 and below 1")
-        _check("lr_final", self.lr_final, 0 <= self.lr_final <= 1, "between 0 and 1")
+        _check("min_lr_ratio", self.min_lr_ratio, 0 <= self.min_lr_ratio <= 1, "between 0 and 1")
         _check("weight_decay", self.weight_decay, self.weight_decay >= 0, "at least 0")
         _check("lr_width", self.lr_width, self.lr_width >= 0, "at least 0")
-        _check("skip_nonfinite", self.skip_nonfinite, self.skip_nonfinite >= 0, "at least 0")
+        _check("max_skipped_steps", self.max_skipped_steps, self.max_skipped_steps >= 0, "at least 0")
         _check("timeout", self.timeout, 1 <= self.timeout <= 10**6, "between 1 and 1,000,000 seconds")
         _check("seed", self.seed, 0 <= self.seed < 2**63, "between 0 and 2^63 - 1")
         if self.batch_tokens % self.model.context:
@@ -167,9 +171,9 @@ class TrainConfig:
 
 # Settings that may differ when a run is resumed: they change what is written down or how fast, not what is computed,
 # or whether it goes on at all.
-OPERATIONAL = frozenset(
+MUTABLE_ON_RESUME = frozenset(
     (
-        "skip_nonfinite",
+        "max_skipped_steps",
         "log_every",
         "eval_every",
         "eval_tokens",
@@ -188,10 +192,10 @@ OPERATIONAL = frozenset(
 )
 
 # Settings that came later than others, and what a run computed that was written down before.
-BEFORE: dict[str, Any] = {"optimizer": "adam", "lr_width": 0}
+LEGACY_DEFAULTS: dict[str, Any] = {"optimizer": "adam", "lr_width": 0}
 
 
-def resolve(settings: Mapping[str, Any], vocab_size: int, where: str = "settings") -> TrainConfig:
+def resolve_config(settings: Mapping[str, Any], vocab_size: int, where: str = "settings") -> TrainConfig:
     """Complete what the user set with the defaults of the preset, the architecture and the size.
 
     Args:
@@ -203,7 +207,7 @@ def resolve(settings: Mapping[str, Any], vocab_size: int, where: str = "settings
     Raises:
         ConfigError: unknown key (with the nearest right one), a value of the wrong type or out of range.
     """
-    given = normalise(settings, where)
+    given = normalize_settings(settings, where)
     preset = given.get("preset", "nano")
     model_given = given.pop("model", {})
     if given.get("optimizer") == "muon" and "init_std" in OPTIONS.get(model_given.get("architecture"), {}):
@@ -217,7 +221,7 @@ def resolve(settings: Mapping[str, Any], vocab_size: int, where: str = "settings
         given["batch_tokens"] = whole_sequences(given["batch_tokens"], model.context)
     values: dict[str, Any] = {
         "preset": preset,
-        "warmup": defaults.WARMUP[model.architecture],
+        "warmup_fraction": defaults.WARMUP[model.architecture],
         "weight_decay": defaults.WEIGHT_DECAY[model.architecture],
         "lr_width": defaults.lr_width(model),
         **given,
@@ -234,7 +238,7 @@ def resolve(settings: Mapping[str, Any], vocab_size: int, where: str = "settings
     tenth = max(10, values["tokens"] // max(1, values["batch_tokens"]) // 10)
     values.setdefault("eval_every", tenth)
     values.setdefault("checkpoint_every", tenth)
-    values.setdefault("micro_batch", defaults.micro_batch(model, batch_size))
+    values.setdefault("micro_batch_size", defaults.micro_batch_size(model, batch_size))
     return TrainConfig(model=model, **values)
 
 
@@ -243,7 +247,7 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     return {**below, **above, "model": {**below.get("model", {}), **above.get("model", {})}}
 
 
-def normalise(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+def normalize_settings(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Check keys and types of user settings, move aliases into ``model``, and convert values; see ``resolve``."""
     flat = dict(settings)
     model = flat.pop("model", None) or {}

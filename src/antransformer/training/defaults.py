@@ -102,7 +102,7 @@ def tokens(config: ModelConfig) -> int:
     return SMALL_TOKENS if is_small(config) else TOKENS_PER_PARAMETER * parameter_count(config)
 
 
-def micro_batch(config: ModelConfig, batch_size: int) -> int:
+def micro_batch_size(config: ModelConfig, batch_size: int) -> int:
     """Sequences in one forward pass: so many that the logits stay within 2^28 numbers, in passes of about equal size.
 
     Logits are the largest activation of a small model with a large vocabulary: 2^28 are 1 GiB in float32.

@@ -35,7 +35,7 @@ def check(config: ModelConfig, device: torch.device) -> None:
         raise ConfigError(f"precision fp8 needs a GPU of compute capability 8.9 or above, not {device}: use bfloat16")
     if device.type not in ("cuda", "cpu"):
         raise ConfigError(f"precision fp8 is for NVIDIA GPUs, and simulated on a CPU, not for {device}: use bfloat16")
-    for name in ("head_width", "context"):
+    for name in ("head_dim", "context"):
         if getattr(config, name) % BLOCK:
             raise ConfigError(f"precision fp8 needs a {name} that {BLOCK} divides, got {getattr(config, name)}")
 
@@ -55,15 +55,15 @@ def convert(model: Decoder, device: torch.device) -> None:
         for name, module in block.named_modules():
             if isinstance(module, bounded.Linear):
                 # Of unit norm is what they read; of attention each head is, of the width of a head.
-                fan_in = model.config.head_width if name.endswith("out_proj") else module.weight.shape[1]
+                fan_in = model.config.head_dim if name.endswith("out_proj") else module.weight.shape[1]
                 module.__class__ = StaticLinear
                 assert isinstance(module, StaticLinear)
-                module.sizes = unit_sizes(fan_in, *module.weight.shape)
+                module.sizes = unit_scales(fan_in, *module.weight.shape)
             elif isinstance(module, nn.Linear):
                 module.__class__ = DynamicLinear
 
 
-def unit_sizes(input_width: int, fan_out: int, fan_in: int) -> tuple[float, float, float]:
+def unit_scales(input_width: int, fan_out: int, fan_in: int) -> tuple[float, float, float]:
     """Sizes of inputs, weights and gradients of a bounded map, powers of two.
 
     A coordinate of a vector of unit norm has the standard deviation 1 / sqrt(width). The gradient is one token's share

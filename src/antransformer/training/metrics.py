@@ -13,7 +13,7 @@ from antransformer.errors import MachineError, MissingExtraError
 from antransformer.files import replace_text
 from antransformer.models import Decoder
 from antransformer.nn import Residual
-from antransformer.training.parallel import whole
+from antransformer.training.distributed.parallel import full_tensor
 
 
 class MetricsLog:
@@ -89,13 +89,13 @@ def weight_vectors(model: Decoder) -> list[Bound]:
 @torch.no_grad()
 def largest_row_norm(model: Decoder) -> Tensor:
     """Largest norm of a weight vector (see ``weight_vectors``); a 0-dim tensor."""
-    return torch.stack([whole(norms(bound)).amax() for bound in weight_vectors(model)]).amax()
+    return torch.stack([full_tensor(norms(bound)).amax() for bound in weight_vectors(model)]).amax()
 
 
 @torch.no_grad()
 def mean_alpha(model: Decoder) -> Tensor | None:
     """Mean residual step over all layers and coordinates; None for a model without."""
-    alphas = [whole(module.alpha()).mean() for module in model.modules() if isinstance(module, Residual)]
+    alphas = [full_tensor(module.alpha()).mean() for module in model.modules() if isinstance(module, Residual)]
     return torch.stack(alphas).mean() if alphas else None
 
 

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from antransformer.models import Decoder
 from antransformer.training.config import TrainConfig
-from antransformer.training.parallel import like, whole
+from antransformer.training.distributed.parallel import full_tensor, shard_like
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of Muon's authors, for five steps
 
@@ -27,7 +27,7 @@ class Muon(Optimizer):
     Together the three would share one set of directions, and the largest of them would take most of the step.
 
     Args:
-        params: matrices, or groups of them; in a group with a ``head_width`` the rows of each are head by head those of
+        params: matrices, or groups of them; in a group with a ``head_dim`` the rows of each are head by head those of
             q, k and v, as ``functional.split_heads`` has them.
         lr: learning rate.
         weight_decay: decoupled.
@@ -35,12 +35,12 @@ class Muon(Optimizer):
     """
 
     def __init__(self, params: Any, lr: float, weight_decay: float = 0.0, momentum: float = 0.95) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "head_width": None})
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "head_dim": None})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; a matrix that is shared by processes is gathered once."""
-        loss = loss_of(closure)
+        loss = run_closure(closure)
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
             for weight in group["params"]:
@@ -50,13 +50,15 @@ class Muon(Optimizer):
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(weight.grad)
                 state["momentum_buffer"].lerp_(weight.grad, 1 - momentum)
-                update = whole(weight.grad.lerp(state["momentum_buffer"], momentum))
-                turn = orthogonal(update) if group["head_width"] is None else by_part(update, group["head_width"])
-                weight.mul_(1 - lr * group["weight_decay"]).sub_(like(turn, weight), alpha=lr)
+                update = full_tensor(weight.grad.lerp(state["momentum_buffer"], momentum))
+                turn = (
+                    newton_schulz(update) if group["head_dim"] is None else orthogonalize_qkv(update, group["head_dim"])
+                )
+                weight.mul_(1 - lr * group["weight_decay"]).sub_(shard_like(turn, weight), alpha=lr)
         return loss
 
 
-def loss_of(closure: Callable[[], Any] | None) -> Any:
+def run_closure(closure: Callable[[], Any] | None) -> Any:
     """What a closure that was given to a step returns, with the gradients that it leaves."""
     if closure is None:
         return None
@@ -64,7 +66,7 @@ def loss_of(closure: Callable[[], Any] | None) -> Any:
         return closure()
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
+def newton_schulz(matrix: Tensor) -> Tensor:
     """The nearest (fan_out, fan_in) matrix with all singular values alike, roughly, and rows of about unit length.
 
     Five steps of Newton-Schulz in bfloat16 bring the singular values between 0.7 and 1.2, which is near enough.
@@ -79,14 +81,14 @@ def orthogonal(matrix: Tensor) -> Tensor:
     return (x if fan_out <= fan_in else x.T).to(matrix.dtype) * math.sqrt(max(1, fan_out / fan_in))
 
 
-def by_part(matrix: Tensor, head_width: int) -> Tensor:
-    """``orthogonal`` of q, k and v (heads * head_width, fan_in) each, whose rows lie head by head in one matrix."""
-    parts = matrix.unflatten(0, (-1, 3, head_width)).unbind(1)
-    turned = [orthogonal(part.flatten(0, 1)).unflatten(0, (-1, head_width)) for part in parts]
+def orthogonalize_qkv(matrix: Tensor, head_dim: int) -> Tensor:
+    """``orthogonal`` of q, k and v (heads * head_dim, fan_in) each, whose rows lie head by head in one matrix."""
+    parts = matrix.unflatten(0, (-1, 3, head_dim)).unbind(1)
+    turned = [newton_schulz(part.flatten(0, 1)).unflatten(0, (-1, head_dim)) for part in parts]
     return torch.stack(turned, dim=1).flatten(0, 2)
 
 
-class Together(Optimizer):
+class CombinedOptimizer(Optimizer):
     """Optimizers of different parameters as one: their groups in a row, and one state that they share."""
 
     def __init__(self, *parts: Optimizer) -> None:
@@ -108,13 +110,13 @@ class Together(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step each part, on the gradients that one call of the closure leaves."""
-        loss = loss_of(closure)
+        loss = run_closure(closure)
         for part in self.parts:
             part.step()
         return loss
 
 
-def moments_of(group: dict[str, Any]) -> tuple[str, ...]:
+def optimizer_state_keys(group: dict[str, Any]) -> tuple[str, ...]:
     """Names of what an optimizer keeps for each parameter of a group."""
     return ("step", "exp_avg", "exp_avg_sq") if "betas" in group else ("momentum_buffer",)
 
@@ -139,13 +141,13 @@ def make_optimizer(model: Decoder, config: TrainConfig) -> Optimizer:
         groups,
         lr=config.lr,
         betas=(config.beta1, config.beta2),
-        eps=config.eps,
+        eps=config.adam_eps,
         fused=outer[0].device.type in ("cpu", "cuda"),
     )
     if config.muon_lr is not None:
         fused = [blocks.pop(name) for name in list(blocks) if name.endswith("qkv_proj.weight")]
-        parts = [{"params": list(blocks.values())}, {"params": fused, "head_width": config.model.head_width}]
-        optimizer = Together(optimizer, Muon(parts, lr=config.muon_lr, weight_decay=config.weight_decay))
+        parts = [{"params": list(blocks.values())}, {"params": fused, "head_dim": config.model.head_dim}]
+        optimizer = CombinedOptimizer(optimizer, Muon(parts, lr=config.muon_lr, weight_decay=config.weight_decay))
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return optimizer

@@ -15,17 +15,27 @@ from torch import Tensor
 from torch.profiler import profile, record_function
 
 from antransformer.bounds import bind
-from antransformer.data import Ahead, Dataset, Windows, sequential
+from antransformer.data import Dataset, Prefetcher, ShuffledWindows, eval_batches
 from antransformer.errors import CheckpointError, DataError, DivergedError, RunStoppedError, WriteError
-from antransformer.training import checkpoint, metrics, throughput
-from antransformer.training.config import BEFORE, OPERATIONAL, TrainConfig, to_mapping
+from antransformer.training import metrics
+from antransformer.training.checkpointing import checkpoint
+from antransformer.training.config import LEGACY_DEFAULTS, MUTABLE_ON_RESUME, TrainConfig, to_mapping
+from antransformer.training.cost_model import throughput
 from antransformer.training.device import autocast, choose_device, choose_precision
+from antransformer.training.distributed.parallel import (
+    SINGLE_PROCESS,
+    DistributedContext,
+    full_tensor,
+    make_model,
+    share_gradients,
+)
 from antransformer.training.optimizer import make_optimizer
-from antransformer.training.parallel import ALONE, World, make_model, share_gradients, whole
-from antransformer.training.run import CHECKPOINTS, open_checkpoint, run_of
+from antransformer.training.run_folder import CHECKPOINTS, open_checkpoint, run_folder_of
 from antransformer.training.schedule import learning_rate
 
-LOST = signal.NSIG  # beyond all signals, which the processes tell each other of: a checkpoint could not be written
+CHECKPOINT_FAILED = (
+    signal.NSIG
+)  # beyond all signals, which the processes tell each other of: a checkpoint could not be written
 
 
 class Reporter(Protocol):
@@ -76,13 +86,13 @@ class Trainer:
         folder: Path,
         reporter: Reporter,
         resume: bool = False,
-        world: World = ALONE,
+        world: DistributedContext = SINGLE_PROCESS,
     ) -> None:
         check_data(config, dataset)
         self.world = world = replace(world, tensor=config.tensor_parallel, timeout=config.timeout)
         self.config, self.dataset, self.folder, self.reporter = config, dataset, folder, reporter
-        windows = Windows(dataset.split("train"), config.model.context, config.seed)
-        self.batches = Ahead(windows, config.batch_size, world.data_rank, world.data_size)
+        windows = ShuffledWindows(dataset.split("train"), config.model.context, config.seed)
+        self.batches = Prefetcher(windows, config.batch_size, world.data_rank, world.data_size)
         self.validation = dataset.split("val")
         self.device = choose_device(config.device, world.local_rank, world.local_size)
         self.precision = choose_precision(config.precision, self.device)
@@ -124,7 +134,7 @@ class Trainer:
             or (type(skipped) is not int or not 0 <= skipped <= found.step)
         ):
             raise CheckpointError(f"{found.path}: what the run wrote of itself into state.json is missing or damaged")
-        before = {**BEFORE, **settings}
+        before = {**LEGACY_DEFAULTS, **settings}
         changed = [name for name, value in self._identity().items() if before.get(name) != value]
         if changed or found.step > self.config.steps:
             raise CheckpointError(
@@ -144,7 +154,7 @@ class Trainer:
         if tokenizer.vocabulary() != self.dataset.tokenizer().vocabulary():
             raise DataError(
                 f"{self.config.data}: prepared with another tokenizer than {init} has: prepare it with "
-                f"--tokenizer {run_of(found)}"
+                f"--tokenizer {run_folder_of(found)}"
             )
         checkpoint.load_model(found, self.model)
         self.reporter.note(f"starting from the weights of {found.path}")
@@ -176,8 +186,12 @@ class Trainer:
                         profiler.step()
                     last = self.done == config.steps
                     # Read once, since a signal may come at any moment; every process stops at the same step.
-                    received = 0 if last else world.largest(LOST if self.writer.failed() else stop.received or 0)
-                    if received == LOST:
+                    received = (
+                        0
+                        if last
+                        else world.all_reduce_max(CHECKPOINT_FAILED if self.writer.failed() else stop.received or 0)
+                    )
+                    if received == CHECKPOINT_FAILED:
                         self.writer.wait()
                     stopping = signal.Signals(received) if received else None
                     evaluate = last or (self.done % config.eval_every == 0 and not stopping)
@@ -225,7 +239,7 @@ class Trainer:
         config = self.config
         with record_function("data"):
             batch = self.batches.batch(step - 1)
-        parts = list(zip(*(tokens.split(config.micro_batch) for tokens in batch), strict=True))
+        parts = list(zip(*(tokens.split(config.micro_batch_size) for tokens in batch), strict=True))
         total = torch.zeros((), device=self.device)
         for number, (part, target) in enumerate(parts, start=1):
             share_gradients(self.model, number == len(parts))
@@ -233,10 +247,10 @@ class Trainer:
                 loss = self.loss(self._to_device(part), self._to_device(target)) * (len(part) / len(batch[0]))
             loss.backward()
             total += loss.detach()
-        grad_norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip))
+        grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip))
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate(step, group["initial_lr"])
-        skip = config.skip_nonfinite > 0 and self._skips(step, total, grad_norm)
+        skip = config.max_skipped_steps > 0 and self._skips(step, total, grad_norm)
         if not skip:
             self.optimizer.step()
         self.optimizer.zero_grad()
@@ -244,7 +258,9 @@ class Trainer:
 
     def _rate(self, step: int, peak: float) -> float:
         config = self.config
-        return learning_rate(step, config.steps, peak, warmup=config.warmup, final=config.lr_final)
+        return learning_rate(
+            step, config.steps, peak, warmup_fraction=config.warmup_fraction, min_lr_ratio=config.min_lr_ratio
+        )
 
     def _skips(self, step: int, loss: Tensor, grad_norm: Tensor) -> bool:
         """Whether all processes leave this step out, because one of them found its loss or the gradients not finite.
@@ -252,9 +268,9 @@ class Trainer:
         They wait for the device to know that, as they do not where no step may be skipped.
         """
         finite = bool(torch.stack([loss, grad_norm]).isfinite().all())
-        if not self.world.largest(not finite):
+        if not self.world.all_reduce_max(not finite):
             return False
-        allowed = self.config.skip_nonfinite
+        allowed = self.config.max_skipped_steps
         if self.skipped == allowed:
             raise self._not_finite(f"a loss or gradient is not finite at step {step}, beyond the {allowed} to skip")
         self.skipped += 1
@@ -267,7 +283,7 @@ class Trainer:
         world, context = self.world, self.config.model.context
         rank, size = world.data_rank, world.data_size
         total, count = torch.zeros((), dtype=torch.float64), 0
-        batches = sequential(self.validation, context, self.config.micro_batch * size, self.config.eval_tokens)
+        batches = eval_batches(self.validation, context, self.config.micro_batch_size * size, self.config.eval_tokens)
         for tokens, targets in batches:
             mine = slice(rank, None, size) if rank < len(tokens) else slice(1)
             with autocast(self.device, self.precision):
@@ -292,7 +308,7 @@ class Trainer:
             "largest_row_norm": float(metrics.largest_row_norm(self.model)),
             "mean_alpha": None if alpha is None else float(alpha),
             "seconds": round(self.seconds, 3),
-            **({"skipped": self.skipped} if self.config.skip_nonfinite else {}),
+            **({"skipped": self.skipped} if self.config.max_skipped_steps else {}),
         }
 
     def _require_finite(self, pending: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
@@ -327,7 +343,7 @@ class Trainer:
     def _identity(self) -> dict[str, Any]:
         """The settings that a resumed run must share with this one; the model's are compared by themselves."""
         settings = to_mapping(self.config)
-        return {name: value for name, value in settings.items() if name not in (*OPERATIONAL, "model")}
+        return {name: value for name, value in settings.items() if name not in (*MUTABLE_ON_RESUME, "model")}
 
     def _save(self) -> Path:
         extra = {
@@ -377,7 +393,7 @@ def check_data(config: TrainConfig, dataset: Dataset) -> None:
         DataError: naming both sizes.
     """
     for split in ("train", "val"):
-        Windows(dataset.split(split), config.model.context, config.seed)
+        ShuffledWindows(dataset.split(split), config.model.context, config.seed)
     if dataset.max_token >= config.model.vocab_size:
         raise DataError(
             f"{config.data}: token id {dataset.max_token} is outside the model's vocabulary of "

@@ -1,0 +1,1 @@
+"""Benchmarks: variants timed in alternation within one process."""

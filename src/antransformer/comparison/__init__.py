@@ -1,0 +1,1 @@
+"""Comparisons and ablations: plan, runs, statistics, charts and report."""

@@ -1,0 +1,108 @@
+"""Pictures of runs; needs the extra ``plots``."""
+
+from pathlib import Path
+from typing import Any
+
+from antransformer.diagnostics.diagnose import Diagnosis, Spread
+from antransformer.extras import require
+
+
+def diagnosis_figure(diagnosis: Diagnosis, title: str, path: Path) -> None:
+    """Draw the figures into ``path``, in the format that its ending says.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    figure_type = require("matplotlib.figure", "plots").Figure
+    layout: list[Any] = [["residual", "ratio", "rows"]]
+    if diagnosis.factors:
+        layout.append(["factors", "factors", "alpha" if diagnosis.alpha else "factors"])
+    elif diagnosis.alpha:
+        layout = [["residual", "ratio"], ["alpha", "rows"]]
+    figure = figure_type(figsize=(4.4 * len(layout[0]), 3.4 * len(layout)), layout="constrained")
+    panels = figure.subplot_mosaic(layout)
+    _draw_residual(panels["residual"], diagnosis)
+    _draw_ratio(panels["ratio"], diagnosis)
+    _draw_rows(panels["rows"], diagnosis)
+    if diagnosis.factors:
+        _draw_factors(panels["factors"], diagnosis)
+    if diagnosis.alpha:
+        _draw_alpha(panels["alpha"], diagnosis)
+    for panel in panels.values():
+        panel.grid(alpha=0.3)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=150)
+
+
+def _draw_residual(panel: Any, diagnosis: Diagnosis) -> None:
+    labels = {"text": "text", "repeated": "one token repeated"}
+    for kind, spreads in diagnosis.residual_norm.items():
+        _draw_spreads(panel, range(len(spreads)), spreads, labels[kind])
+    panel.set(ylabel="norm", title="residual stream")
+    _count_blocks(panel, "after block (0: embedding)")
+    _readable(panel)
+
+
+def _draw_ratio(panel: Any, diagnosis: Diagnosis) -> None:
+    panel.axhline(1, color="gray", lw=1, ls="--")
+    for name, spreads in diagnosis.norm_ratio.items():
+        _draw_spreads(panel, range(1, len(spreads) + 1), spreads, name)
+    panel.set(ylabel="norm of output / norm of input", title="blocks and sublayers, on text")
+    _count_blocks(panel, "block")
+    _readable(panel)
+
+
+def _draw_rows(panel: Any, diagnosis: Diagnosis) -> None:
+    rows = diagnosis.row_norm
+    panel.stairs(rows["counts"], rows["edges"], fill=True, alpha=0.6)
+    if diagnosis.bound != "none":
+        panel.axvline(1, color="gray", lw=1, ls="--", label=f"bound: {diagnosis.bound}")
+        panel.legend(loc="upper left")
+    panel.set(xlabel="norm", ylabel="weight vectors", title="weight vectors", yscale="log", ylim=(0.5, None))
+
+
+def _draw_factors(panel: Any, diagnosis: Diagnosis) -> None:
+    panel.axhline(1, color="gray", lw=1, ls="--")
+    for shift, (kind, marker) in enumerate((("random", "o"), ("text", "s"))):
+        points = [
+            (place + 0.3 * shift - 0.15, 1 + layer.error)
+            for place, kinds in enumerate(diagnosis.factors.values())
+            for layer in kinds[kind]
+        ]
+        panel.scatter(*zip(*points, strict=True), s=22, marker=marker, alpha=0.6, label=f"{kind} inputs, by layer")
+    panel.set_xticks(range(len(diagnosis.factors)), diagnosis.factors)
+    panel.set(ylabel="factor in use / factor needed", title="factors")
+    _readable(panel)
+
+
+def _draw_alpha(panel: Any, diagnosis: Diagnosis) -> None:
+    assert diagnosis.alpha is not None
+    panel.axhline(diagnosis.alpha_start, color="gray", lw=1, ls="--", label="at the start")
+    for name, values in zip(("attention", "mlp"), zip(*diagnosis.alpha, strict=True), strict=True):
+        panel.plot(range(1, len(values) + 1), values, "o-", ms=4, label=name)
+    panel.set(ylabel="mean alpha", title="residual steps")
+    _count_blocks(panel, "block")
+    _readable(panel)
+
+
+def _draw_spreads(panel: Any, places: range, spreads: list[Spread], label: str) -> None:
+    """A line with a band of one standard deviation, which stays above zero for a logarithmic axis."""
+    means = [spread.mean for spread in spreads]
+    line = panel.plot(places, means, "o-", ms=4, label=label)[0]
+    low = [max(spread.mean - spread.std, spread.mean / 10) for spread in spreads]
+    panel.fill_between(places, low, [spread.mean + spread.std for spread in spreads], alpha=0.2, color=line.get_color())
+
+
+def _readable(panel: Any) -> None:
+    """A legend, and a logarithmic axis where the values span more than a decade, else one that begins at 0."""
+    low, high = panel.dataLim.intervaly
+    if high > 10 * low > 0:
+        panel.set_yscale("log")
+    else:
+        panel.set_ylim(0, 1.1 * high)
+    panel.legend()
+
+
+def _count_blocks(panel: Any, label: str) -> None:
+    panel.set_xlabel(label)
+    panel.locator_params(axis="x", integer=True)

@@ -1,0 +1,22 @@
+"""Optional dependencies: imported where they are used, with one clear error where they are missing."""
+
+import importlib
+from typing import Any
+
+from antransformer.errors import MissingExtraError
+
+
+def require(module: str, extra: str) -> Any:
+    """Import a module of an optional dependency.
+
+    Args:
+        module: full name, such as ``matplotlib.figure``.
+        extra: the extra of this package that installs it.
+
+    Raises:
+        MissingExtraError: the package is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingExtraError(module.partition(".")[0], extra) from error

@@ -1,0 +1,54 @@
+"""Names that changed: readers translate them in files of earlier releases, and errors name the new ones.
+
+Saved files carry a version number. A file of version 1 has the names on the left; a user's own options and YAML files
+are not translated, since silently accepted old names would live forever.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+MODEL = {"head_width": "head_dim", "rotary_base": "rope_theta"}
+TRAINING = {
+    "micro_batch": "micro_batch_size",
+    "lr_final": "min_lr_ratio",
+    "warmup": "warmup_fraction",
+    "eps": "adam_eps",
+    "clip": "grad_clip",
+    "skip_nonfinite": "max_skipped_steps",
+}
+VALUES = {"parallel": {"replicate": "ddp", "shard": "fsdp", "hybrid": "hsdp"}}
+REMOVED_MODEL = ("nu_p",)  # the exact norm after the output projection cancelled it
+OPTIONS = {
+    "--contenders": "--variants",
+    "--knob-trials": "--tuning-trials",
+    "--max-tokens": "--max-new-tokens",
+    "--new": "--max-new-tokens",
+    "--prompt": "--prompt-tokens",
+    "--train-bpe": "--bpe-vocab-size",
+    "--val": "--val-inputs",
+    **{f"--{old.replace('_', '-')}": f"--{new.replace('_', '-')}" for old, new in TRAINING.items()},
+    **{f"--model.{old.replace('_', '-')}": f"--model.{new.replace('_', '-')}" for old, new in MODEL.items()},
+}
+
+
+def upgrade_model(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a ``ModelConfig`` of version 1 under their present names."""
+    return {MODEL.get(name, name): value for name, value in fields.items() if name not in REMOVED_MODEL}
+
+
+def upgrade_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a run of version 1, with ``model`` nested or absent, under their present names."""
+    upgraded = {TRAINING.get(name, name): _value(name, value) for name, value in settings.items()}
+    if isinstance(upgraded.get("model"), Mapping):
+        upgraded["model"] = upgrade_model(upgraded["model"])
+    return upgraded
+
+
+def upgrade_flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of version 1 with dotted names, such as ``model.head_width``, under their present names."""
+    names = TRAINING | {f"model.{old}": f"model.{new}" for old, new in MODEL.items()}
+    return {names.get(name, name): _value(name, value) for name, value in settings.items()}
+
+
+def _value(name: str, value: Any) -> Any:
+    return VALUES.get(name, {}).get(value, value) if isinstance(value, str) else value

@@ -1,0 +1,1 @@
+"""Shared by all reports: labels, figures, HTML pages, the loss curve of a run."""

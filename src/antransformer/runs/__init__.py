@@ -1,0 +1,1 @@
+"""Many training runs: the queue, its worker process, the grid search."""

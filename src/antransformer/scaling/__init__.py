@@ -1,0 +1,1 @@
+"""Scaling laws: fitting, files of laws, charts, and the planner that uses them."""

@@ -1,0 +1,1 @@
+"""Grid searches over learning rate, batch, size and width."""

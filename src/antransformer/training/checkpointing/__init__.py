@@ -1,0 +1,1 @@
+"""Checkpoints: folders of safetensors and a JSON state."""

@@ -1,0 +1,117 @@
+"""compare and ablate from the command line, end to end with real runs."""
+
+import json
+import re
+from collections import Counter
+
+import pytest
+
+from antransformer.cli import main
+from antransformer.results.comparison import Results
+from antransformer.results.observations import read_observations
+from helpers.messages import mentions
+from helpers.small import SMALL_OPTIONS
+
+SHORT = ["--batch-tokens=256", "--eval-tokens=1024", "--workers=2", *SMALL_OPTIONS]
+
+
+def compare(corpus, out, *more):
+    effort = ["--seeds=2", "--lr-trials=1", "--tuning-trials=1", "--budgets", "2560", "5120"]
+    return ["compare", "--data", str(corpus), "--out", str(out), *effort, *SHORT, *more]
+
+
+@pytest.fixture(scope="module")
+def compared(corpus, tmp_path_factory):
+    """The folder of a small comparison."""
+    folder = tmp_path_factory.mktemp("compare") / "out"
+    assert main(compare(corpus, folder)) == 0
+    return folder
+
+
+def test_compare_leaves_runs_results_and_a_report(compared):
+    results = Results.load(compared)
+    assert [variant.name for variant in results.variants] == ["gpt+", "angpt"]
+    assert results.budgets == (2560, 5120) and results.seeds == (1, 2)
+    for variant in results.variants:
+        assert len(variant.runs) == 4
+        for run in variant.runs:
+            result = json.loads((compared / "runs" / run.folder / "result.json").read_text())
+            assert result["loss"] == run.loss and 0 < run.loss < 6
+    page = (compared / "report.html").read_text()
+    assert "anGPT" in page and "GPT+" in page and len(list(compared.glob("*.png"))) >= 4
+
+
+def test_fit_reads_a_comparison(compared, capsys):
+    rows = read_observations([compared]).runs
+    assert {(row.architecture, row.batch, row.tokens) for row in rows} == {
+        (name, 256, tokens) for name in ("gpt+", "angpt") for tokens in (2560, 5120)
+    }
+    assert len(rows) == 8 and all(row.lr > 0 and row.parameters > 1000 for row in rows)
+    assert main(["fit", str(compared)]) == 2
+    assert mentions(capsys.readouterr().err, *["gpt+", "angpt"])
+
+
+def marks_of_runs(out):
+    """Counts the lines of completed runs: those found on disk have a remark after the loss, new ones do not."""
+    return Counter("found" if mark.strip() else "new" for mark in re.findall(r" \d+/\d+ .* \d+\.\d{4}\b(.*)", out))
+
+
+def test_the_same_command_again_runs_nothing_and_more_seeds_only_what_is_missing(compared, corpus, capfd):
+    before = {path: path.stat().st_mtime_ns for path in compared.glob("runs/*/result.json")}
+    assert main(compare(corpus, compared)) == 0
+    out = capfd.readouterr().out
+    assert marks_of_runs(out) == Counter(found=8) and str(compared / "report.html") in out
+    assert main(compare(corpus, compared, "--seeds=3", "--budgets", "2560")) == 0
+    out = capfd.readouterr().out
+    assert marks_of_runs(out) == Counter(found=4, new=2)
+    after = {path: path.stat().st_mtime_ns for path in compared.glob("runs/*/result.json")}
+    assert len(after) == 10 and before.items() <= after.items()
+
+
+def test_ablate_names_what_differs(corpus, tmp_path, capfd):
+    words = ["ablate", "--data", str(corpus), "--out", str(tmp_path), "--only", "all-x2", "--tokens=2560", "--seeds=2"]
+    assert main([*words, *SHORT]) == 0
+    out = capfd.readouterr().out
+    assert "default-2560" in out and "all-x2-2560" in out
+    results = Results.load(tmp_path)
+    assert [variant.name for variant in results.variants] == ["default", "all-x2"]
+    assert results.variants[1].settings["model.ablation"] == "all-x2"
+    assert "all-x2" in (tmp_path / "report.html").read_text()
+
+
+def test_the_list_of_ablations(capsys):
+    assert main(["ablate", "--list"]) == 0
+    names = capsys.readouterr().out.split()
+    assert names[0] == "default" and {"no-lerp", "strict", "error-5", "warm-up"} < set(names)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "facts"),
+    [
+        (["compare", "--seeds=0"], "--seeds 1 0"),
+        (["compare", "--seeds=many"], "--seeds many"),
+        (["compare", "--architectures", "gpt+", "angtp"], "architecture angtp angpt"),
+        (["compare", "--architectures", "angpt"], "--architectures angpt"),
+        (["compare", "--budgets", "100", "5120"], "100 256 --budgets --batch-tokens"),
+        (["compare", "--budgets", "5K", "5K"], "--budgets 5K"),
+        (["compare", "--trial-tokens", "few"], "--trial-tokens few"),
+        (["compare", "--workers=0"], "--workers 1 0"),
+        (["compare", "--devices", "tpu"], "device tpu cpu"),
+        (["compare", "--model.vocab-size=20"], "256 20 model.vocab_size 257"),
+        (["compare", "--lr=1"], "--lr"),
+        (["compare", "--data", "nowhere"], "nowhere"),
+        (["ablate", "--only", "no-lrep"], "no-lrep no-lerp"),
+        (["ablate", "--tokens", "10"], "10 256 --tokens --batch-tokens"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_status_2(arguments, facts, corpus, capsys, tmp_path):
+    verb, *rest = arguments
+    assert main([verb, "--data", str(corpus), "--out", str(tmp_path / "out"), *SHORT, *rest]) == 2
+    captured = capsys.readouterr()
+    assert mentions(captured.err, *facts.split()) and captured.err.count("\n") == 1 and captured.out == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_comparison_of_other_settings_is_not_mixed_with_this_one(compared, corpus, capsys):
+    assert main(compare(corpus, compared, "--batch-tokens=512")) == 2
+    assert mentions(capsys.readouterr().err, *["batch_tokens", "256", "512", "--out"])

@@ -1,0 +1,546 @@
+import base64
+import html
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from antransformer.comparison import report, statistics
+from antransformer.comparison.charts import loss_by_tokens
+from antransformer.comparison.summary import summary
+from antransformer.errors import MissingExtraError
+from antransformer.reporting import figure as drawing
+from antransformer.results.comparison import Run, Trial, Variant
+from helpers.experiments import BUDGETS, SEEDS, experiment, loss_at, variant
+
+SPEEDS = {"gpt+": 1.0, "ngpt": 1.25, "angpt": 1.6}
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+    monkeypatch.setattr(statistics, "RESAMPLES", 200)
+
+
+def search(name, best=0.004):
+    rates = [best * 2.0**power for power in (-2, -1, 0, 1, 2)]
+    losses = [2.1 + 0.02 * math.log(rate / best) ** 2 for rate in rates[:-1]] + [math.inf]
+    return [Trial("lr", rate, loss, f"{name}-{rate}") for rate, loss in zip(rates, losses, strict=True)]
+
+
+def pair(speed, **options):
+    shape = {key: options[key] for key in ("budgets", "seeds") if key in options}
+    return experiment(variant("gpt+", 1.0, **shape), variant("angpt", speed, **options), **shape)
+
+
+def write_logs(folder, results):
+    for item in results.variants:
+        run = next(run for run in item.runs if (run.tokens, run.seed) == (results.budgets[-1], results.seeds[0]))
+        path = folder / "runs" / run.folder
+        path.mkdir(parents=True)
+        metrics, probes = [], []
+        for step in range(1, 21):
+            place = {"step": step, "tokens": step * results.budgets[-1] // 20}
+            metrics.append({**place, "loss": loss_at(place["tokens"])})
+            bounded = item.name != "gpt+"
+            growth = 1 if bounded else 400
+            probes.append(
+                {
+                    **place,
+                    "residual_norm": [1.0, 1 + growth * step / 20, 1 + 2 * growth * step / 20],
+                    "row_norm": {"mean": 1.0, "min": 0.9, "max": 1.0 if bounded else 3.0},
+                    "alpha": [[0.05 + step / 200, 0.06], [0.07, 0.08 + step / 200]] if bounded else None,
+                    "moment_variance": None if step == 1 else 1 / step,
+                }
+            )
+        for name, lines in (("metrics", metrics), ("probes", probes)):
+            (path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text outside of styles."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.styles, self.words, self.open = [], [], [], []
+        self.feed(text)
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        while self.open and self.open.pop() != tag:
+            pass
+
+    def handle_data(self, data):
+        (self.styles if "style" in self.open else self.words).append(data)
+
+    def images(self):
+        return [attributes for tag, attributes in self.tags if tag == "img"]
+
+    def shows(self, *numbers):
+        """Whether these appear next to each other, with at most a short word between them."""
+        return re.search(r"[^\d+]{1,5}?".join(map(re.escape, numbers)), self.text) is not None
+
+
+def sections_of(file):
+    """The HTML of each section of a page."""
+    return file.read_text(encoding="utf-8").split("<section>")[1:]
+
+
+def notes_of(file):
+    return re.findall(r'<p class="note">(.*?)</p>', file.read_text(encoding="utf-8"))
+
+
+def figures_of(text):
+    """The numbers in a text, with what is written against them: 1.63x, 95%, 500K."""
+    return re.findall(r"[-+]?\d+(?:[.,]\d+)*[A-Za-z%]*", text)
+
+
+def shape_of(text):
+    """A text without its numbers and names, to be compared with another."""
+    text = re.sub(r"[<=] (?=\d)", "", text)
+    for figure in sorted(figures_of(text), key=len, reverse=True):
+        text = text.replace(figure, "#")
+    return re.sub(r"anGPT|nGPT|DyT|GPT\+", "NAME", text)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A whole comparison: its results, its folder, and the files of its report."""
+    folder = tmp_path_factory.mktemp("comparison")
+    results = experiment(*(variant(name, speed, trials=search(name)) for name, speed in SPEEDS.items()))
+    write_logs(folder, results)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(statistics, "RESAMPLES", 200)
+        return results, folder, report.write(results, folder)
+
+
+@pytest.fixture
+def page(written):
+    return Page(written[2][0].read_text(encoding="utf-8"))
+
+
+# The verdict
+
+
+def test_verdict_of_a_faster_method():
+    results = pair(1.6)
+    text, (baseline, method) = summary(results), results.variants
+    losses = [item.losses(BUDGETS, SEEDS) for item in results.variants]
+    exact = statistics.speedups(BUDGETS, *losses)[1]  # with 1.0M tokens no run of the baseline reaches the loss
+    assert exact.low < exact.ratio < exact.high and exact.ratio == pytest.approx(1.6, rel=0.08)
+    found = figures_of(text)
+    assert [figure for figure in found if re.fullmatch(r"[\d.]+x", figure)] == [
+        f"{value:.2f}x" for value in (exact.ratio, exact.low, exact.high)
+    ]
+    difference = statistics.paired_difference(losses[0][-1], losses[1][-1])
+    assert f"{-difference.mean:.3f}" in found and f"{difference.p:.2g}" in found
+    assert {"95%", "500K", "1.0M", "3", "2.1M"} <= set(found)
+    assert all(drawing.style_of(item.name).label in text for item in (baseline, method))
+
+
+TWIN = variant("gpt+", 1.0)
+TWINS = experiment(TWIN, Variant("angpt", {}, 2_100_000, (), TWIN.runs))
+ONE_BUDGET, ONE_SEED = {"budgets": BUDGETS[:1]}, {"seeds": (1,)}
+LOST_ONE, LOST_ALL = [(1_000_000, 2)], [(budget, 1) for budget in BUDGETS]
+
+
+@pytest.mark.parametrize(
+    ("results", "scope", "speedup", "loss"),
+    [
+        (pair(20), {"250K", "1.0M", "3"}, ["4.00x"], ["0.374", "0.001"]),
+        (pair(0.1), {"250K", "1.0M", "3"}, ["0.25x"], ["0.578", "0.001"]),
+        (pair(0.6), {"95%", "1.0M", "3"}, ["0.60x", "0.55x", "0.64x"], ["0.098", "0.0026"]),
+        (pair(1.0, noise=0.02), {"95%", "1.0M", "3"}, ["0.98x", "0.82x", "1.00x"], ["0.003", "0.74"]),
+        (pair(1.6, **ONE_SEED), {"500K", "1", "1.0M"}, ["1.53x"], ["0.084"]),
+        (pair(1.6, **ONE_BUDGET), {"250K", "3"}, [], ["0.119", "0.0021"]),
+        (pair(1.6, diverged=LOST_ONE), {"95%", "500K", "1.0M", "3", "1", "9"}, ["1.63x", "1.49x", "1.80x"], []),
+        (pair(1.6, diverged=LOST_ALL), {"1.0M", "3", "9"}, [], []),
+        (TWINS, {"95%", "1.0M", "3"}, ["1.00x", "0.92x", "1.00x"], []),
+    ],
+)
+def test_verdict_in_every_case(results, scope, speedup, loss):
+    """The speedup with its interval, and the difference of the losses with its p value, where there are such."""
+    text = summary(results)
+    found = figures_of(text)
+    assert scope | {"2.1M"} <= set(found)
+    assert [figure for figure in found if figure.endswith("x")] == speedup
+    assert [figure for figure in found if re.fullmatch(r"0\.\d+", figure)] == loss
+    assert not re.search(r"\bnan\b|\binf\b", text)
+
+
+@pytest.mark.parametrize(
+    ("results", "names", "ratio"),
+    [
+        (experiment(variant("gpt+", 1), variant("angpt", 2), variant("dyt", 0.5)), {"anGPT", "GPT+"}, "2.00x"),
+        (experiment(variant("gpt+", 1), variant("ngpt", 2)), {"nGPT", "GPT+"}, "2.01x"),
+        (experiment(variant("angpt", 1), variant("gpt+", 0.5)), {"GPT+", "anGPT"}, "0.49x"),
+    ],
+)
+def test_verdict_is_about_the_method_or_the_last_against_the_reference(results, names, ratio):
+    text = summary(results)
+    assert set(re.findall(r"anGPT|nGPT|DyT|GPT\+", text)) == names and ratio in text
+
+
+def test_verdicts_of_different_cases_read_differently():
+    cases = [pair(1.6), pair(20), pair(0.1), pair(0.6), pair(1.0, noise=0.02), pair(1.6, **ONE_SEED)]
+    cases += [pair(1.6, diverged=LOST_ONE), pair(1.6, diverged=LOST_ALL), TWINS]
+    # With one budget the verdict is about the loss alone: lower, higher, no difference.
+    cases += [pair(speed, **ONE_BUDGET) for speed in (1.6, 0.6)]
+    cases += [pair(1.0, noise=0.02, **ONE_BUDGET), pair(1.6, **ONE_BUDGET, **ONE_SEED)]
+    shapes = [shape_of(summary(results)) for results in cases]
+    assert len(set(shapes)) == len(shapes)
+    assert shapes[0] == shape_of(summary(experiment(variant("gpt+", 1), variant("ngpt", 2))))
+    assert shapes[3] == shape_of(summary(experiment(variant("angpt", 1), variant("gpt+", 0.5))))
+    assert "lower" in shapes[-4] and "higher" in shapes[-3]  # which is the sign of the difference
+
+
+@pytest.mark.parametrize(
+    ("lost", "speed", "figures"),
+    [
+        ([(1_000_000, seed) for seed in SEEDS], 20, {"2.00x", "250K", "500K"}),
+        ([(250_000, 1)], 0.1, {"0.50x", "1.0M", "500K"}),
+        (LOST_ALL, 2, {"3", "9"}),
+    ],
+)
+def test_verdict_claims_no_more_than_the_finished_runs_of_the_reference_show(lost, speed, figures):
+    text = summary(experiment(variant("gpt+", 1, diverged=lost), variant("angpt", speed)))
+    assert figures <= set(figures_of(text))
+    assert set(re.findall(r"[\d.]+x", text)) == {figure for figure in figures if figure.endswith("x")}
+
+
+def test_verdict_where_there_are_bounds_only():
+    runs = [Run(budget, 1, loss, 1.0, 0.1, "r") for budget, loss in zip(BUDGETS[:2], (3.0, 1.0), strict=True)]
+    shape = {"budgets": BUDGETS[:2], "seeds": (1,)}
+    results = experiment(variant("gpt+", 1, **shape), Variant("angpt", {}, 2_100_000, (), tuple(runs)), **shape)
+    text = summary(results)
+    assert text.index("< 1.00x") < text.index("> 1.00x") and text.index("250K") < text.index("500K")
+
+
+# The page of a comparison
+
+
+def test_page_needs_nothing_beside_it(written, page):
+    text = written[2][0].read_text(encoding="utf-8")
+    assert len(text) < 2_000_000
+    assert not {"script", "link", "iframe", "object", "embed", "base"} & {tag for tag, _ in page.tags}
+    assert "http" not in text and "url(" not in "".join(page.styles) and "@import" not in text
+    for _, attributes in page.tags:
+        assert not any(name.startswith("on") for name in attributes)
+        assert attributes.get("src", "data:").startswith("data:") and "href" not in attributes
+    for image in page.images():
+        drawn = base64.b64decode(image["src"].partition("base64,")[2]).decode()
+        assert drawn.startswith("<svg") and drawn.count("<svg") == 1 and "<script" not in drawn
+        assert not re.findall(r'(?:href="|url\()(?!#)', drawn)
+
+
+def test_page_has_every_section_and_chart(written, page):
+    results, _, files = written
+    sections = sections_of(files[0])
+    assert [section.count("<img") for section in sections] == [2, 2, 1, 1, 6, 0, 0]
+    assert len(set(re.findall(r"<h2>(.*?)</h2>", "".join(sections)))) == len(sections)
+    assert summary(results) in page.text
+    names = {path.stem for path in files[1:]}
+    assert names == {
+        *(
+            "loss-tokens",
+            "loss-seconds",
+            "speedup-tokens",
+            "speedup-seconds",
+            "search-learning-rate",
+            "training-curves",
+        ),
+        *("residual-by-layer", "residual-by-time", "row-norms", "moment-variance", "alpha-ngpt", "alpha-angpt"),
+    }
+    assert len(page.images()) == len(names) == len({image["src"] for image in page.images()})
+    made = Page(sections[-1]).text
+    assert all(word in made for word in (results.setup["command"], "500K", "GPT+ 5, nGPT 5, anGPT 5", "2.13"))
+
+
+def test_alternative_texts_say_what_the_charts_show(written, page):
+    results, _, _ = written
+    texts = [image["alt"] for image in page.images()]
+    assert all(len(text) > 20 and re.search(r"\d", text) for text in texts) and len(set(texts)) == len(texts)
+    for item in results.variants:
+        assert f"{item.losses([1_000_000], SEEDS).mean():.3f}" in texts[0]
+    assert any(re.search(r"GPT\+ 1\D{1,5}801\b", text) for text in texts)
+
+
+def test_numbers_on_the_page_are_those_of_the_statistics(written, page):
+    results, _, _ = written
+    baseline = results.baseline
+    for item in results.variants:
+        for losses in item.losses(BUDGETS, SEEDS):
+            assert f"{losses.mean():.4f} ± {losses.std(ddof=1):.4f}" in page.text
+        assert f"{item.parameters:,}" in page.text
+        for over in results.variants:
+            if item is over:
+                continue
+            theirs, own = over.losses(BUDGETS, SEEDS), item.losses(BUDGETS, SEEDS)
+            speed = over.seconds_per_step / item.seconds_per_step
+            for point in statistics.speedups(BUDGETS, theirs, own):
+                if 0 < point.ratio < math.inf and point.low > 0 and point.high < math.inf:
+                    for scale in (1, speed):
+                        ends = (point.ratio, point.low, point.high)
+                        assert page.shows(*(f"{end * scale:.2f}x" for end in ends))
+        if item is not baseline:
+            found = statistics.paired_difference(baseline.losses(BUDGETS, SEEDS)[-1], item.losses(BUDGETS, SEEDS)[-1])
+            assert page.shows(f"{found.mean:+.4f}", f"{found.low:+.4f}", f"{found.high:+.4f}", f"{found.p:.2g}")
+        small, _ = statistics.sensitivity(*zip(*((t.value, t.loss) for t in item.trials), strict=True))
+        assert page.shows("5", "0.004", f"{small:+.3f}")
+
+
+def test_pictures_are_not_blank(written):
+    for path in written[2][1:]:
+        pixels = imread(path)[..., :3]
+        assert pixels.shape[0] > 400 and pixels.shape[1] > 800
+        assert (pixels < 0.9).any(-1).mean() > 0.01  # letters and lines, on white
+        red, green, blue = np.moveaxis(pixels, -1, 0)
+        assert (np.maximum(abs(red - green), abs(green - blue)) > 0.3).sum() > 300, path  # the variants' colours
+
+
+def test_the_same_results_give_the_same_chart(written):
+    assert loss_by_tokens(written[0]).svg() == loss_by_tokens(written[0]).svg()
+
+
+@pytest.mark.parametrize("module", ["matplotlib", "scipy"])
+def test_a_missing_extra_is_named(module, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingExtraError) as error:
+        report.write(pair(1.5), tmp_path)
+    assert module in str(error.value) and "antransformer[analysis]" in str(error.value)
+
+
+def test_hostile_names_and_settings_are_text(tmp_path):
+    hostile = "<script>alert('$x^{$ & \"q\"')</script>-->"
+    variants = variant("gpt+", 1), variant(hostile, 1.5, trials=[Trial(hostile, 1.0, 2.0, "t")])
+    results = experiment(*variants, command=f"antransformer {hostile}", **{hostile: [hostile, 1]})
+    files = report.write(results, tmp_path)
+    text = files[0].read_text(encoding="utf-8")
+    assert "<script" not in text and html.escape(hostile) in text
+    page = Page(text)
+    assert {tag for tag, _ in page.tags} == {tag for tag, _ in Page(text.replace("alert", "")).tags}
+    assert page.text.count("alert('$x^{$ & \"q\"')") > 5
+    assert all(path.parent == tmp_path for path in files)
+    for image in page.images():
+        assert "<script" not in base64.b64decode(image["src"].partition("base64,")[2]).decode()
+
+
+def test_report_without_logs_says_what_is_left_out(tmp_path):
+    files = report.write(pair(1.5), tmp_path)
+    for name, note in zip(("metrics", "probes"), notes_of(files[0]), strict=True):
+        assert f"{name}.jsonl" in note and "GPT+, anGPT" in note
+    sections = sections_of(files[0])
+    assert [section.count("<img") for section in sections] == [2, 2, 0, 0, 0, 0, 0] and "<table" not in sections[2]
+    assert {path.stem for path in files} == {
+        *("report", "loss-tokens", "loss-seconds", "speedup-tokens", "speedup-seconds")
+    }
+
+
+def test_logs_of_some_contenders_only(tmp_path):
+    results = pair(1.5)
+    write_logs(tmp_path, results)
+    next(tmp_path.glob("runs/gpt+*/probes.jsonl")).unlink()
+    files = report.write(results, tmp_path)
+    (note,) = notes_of(files[0])
+    assert "probes.jsonl" in note and "GPT+" in note and "anGPT" not in note
+    assert (tmp_path / "residual-by-layer.png") in files
+
+
+@pytest.mark.parametrize(
+    "shape", [{"budgets": BUDGETS[:1]}, {"seeds": (1,)}, {"budgets": BUDGETS[:1], "seeds": (1,)}], ids=str
+)
+def test_report_of_few_runs(shape, tmp_path):
+    results = pair(1.5, **shape)
+    text = Page(report.write(results, tmp_path)[0].read_text(encoding="utf-8")).text
+    assert summary(results) in text and not re.search(r"\bnan\b|\binf\b", text)
+
+
+def test_report_of_diverged_runs(tmp_path):
+    every = [(budget, seed) for budget in BUDGETS for seed in SEEDS]
+    results = experiment(
+        variant("gpt+", 1, diverged=every[:1]),
+        variant("dyt", 1, diverged=every),
+        variant("angpt", 1.5, diverged=every[-1:]),
+    )
+    text = Page(report.write(results, tmp_path)[0].read_text(encoding="utf-8")).text
+    for name, number in (("GPT+", 1), ("DyT", 9), ("anGPT", 1)):
+        assert re.search(rf"\b{re.escape(name)} {number}\D{{1,4}}9\b", summary(results))
+    assert summary(results) in text and len(re.findall(r"\b3\D{1,4}3 diverged", text)) == len(BUDGETS)
+    assert not re.search(r"\bnan\b|\binf\b", text)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(250_000, "250K"), (1e6, "1.0M"), (1_250_000, "1.25M"), (999_999, "1.0M"), (12, "12"), (2.5e9, "2.5B")],
+)
+def test_counts_are_short(number, text):
+    assert drawing.format_count(number) == text
+
+
+# Ablation
+
+
+def ablated(name, difference, seeds=SEEDS):
+    generator = np.random.default_rng(sum(name.encode()))
+    losses = [2.2 + 0.01 * seed + difference + 0.0005 * generator.normal() * (difference != 0) for seed in seeds]
+    runs = tuple(
+        Run(500_000, seed, loss, 1.4, 0.05, f"{name}-{seed}") for seed, loss in zip(seeds, losses, strict=True)
+    )
+    return Variant(name, {"lr": 0.004, "model.ablation": name}, 2_100_000, (), runs)
+
+
+def ablation(*variants, seeds=SEEDS):
+    return experiment(ablated("default", 0, seeds), *variants, kind="ablate", budgets=(500_000,), seeds=seeds)
+
+
+SUITE = {"no-lerp": 0.05, "<b>-x2": math.inf, "strict": -0.04, "warm-up": 0.0001, "all-x0.5": 5.3}
+
+
+def test_verdict_of_an_ablation():
+    more = {"no-bound": 0.06, "no-norm": 0.07, "stricter": -0.05} | dict.fromkeys("abcd", 0.0)
+    several = summary(ablation(*(ablated(name, difference) for name, difference in (SUITE | more).items())))
+    counts = {"12", "4", "2", "5", "1"}  # all; worse, better, neither, diverged
+    assert counts | {"3", "500K", "2.1M", "+5.300"} <= set(figures_of(several))
+    assert re.search(r"\b4\D*worse\b", several) and re.search(r"\b2\D*better\b", several)
+    assert re.search(r"\b1\D*diverged\b", several) and "all-x0.5" in several
+
+    variants = ablated("a", 0.1, (1,)), ablated("b", -0.1, (1,)), ablated("c", 0.2, (1,))
+    one_seed = summary(ablation(*variants, seeds=(1,)))
+    assert {"3", "2", "1", "0", "500K", "2.1M", "+0.200"} <= set(figures_of(one_seed))
+
+    lost = ablated("default", math.inf), ablated("a", 0.1)
+    nothing = summary(experiment(*lost, kind="ablate", budgets=(500_000,)))
+    assert set(figures_of(nothing)) == {"3", "500K", "2.1M"}
+
+    all_lost = summary(ablation(ablated("a", math.inf)))
+    assert not [figure for figure in figures_of(all_lost) if figure.startswith("+")]
+    assert re.search(r"\b1\D*diverged\b", all_lost)
+    assert len({shape_of(text) for text in (several, one_seed, nothing, all_lost)}) == 4
+
+
+def test_holm_corrects_for_the_number_of_tests():
+    assert statistics.holm([0.01, 0.04, math.nan, 0.03, 0.005]) == pytest.approx(
+        [0.03, 0.06, math.nan, 0.06, 0.02], nan_ok=True
+    )
+    assert statistics.holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+def test_page_of_an_ablation(tmp_path):
+    results = ablation(*(ablated(name, difference) for name, difference in SUITE.items()))
+    files = report.write(results, tmp_path)
+    assert [path.name for path in files] == ["report.html", "ablation.png"]
+    page, sections = Page(files[0].read_text(encoding="utf-8")), sections_of(files[0])
+    assert [section.count("<img") for section in sections] == [1, 0, 0] and "<b>-x2" in page.text
+    assert results.setup["command"] in Page(sections[-1]).text
+    default = results.baseline.losses([500_000], SEEDS)[0]
+    others = [item.losses([500_000], SEEDS)[0] for item in results.variants[1:]]
+    differences = statistics.pooled_differences(default, others)
+    for found, p in zip(differences, statistics.holm([found.p for found in differences]), strict=True):
+        if math.isfinite(found.mean):
+            shown = "< 0.001" if p < 0.001 else f"= {p:.2g}"
+            assert page.shows(f"{found.mean:+.4f}", f"{found.low:+.4f}", f"{found.high:+.4f}", shown)
+    for said in ("no-lerp +0.050", "<b>-x2 diverged", "strict -0.040"):
+        assert said in page.images()[0]["alt"]
+    rows = re.findall(r'<th scope="row">(.*?)</th>(.*?)</tr>', sections[1])
+    cells = {html.unescape(name): re.findall(r'<td class="text">(.*?)</td>', row) for name, row in rows}
+    assert all(html.unescape(cells[name][1]) == f"ablation {name}" for name in SUITE)
+    outcomes = {name: cells[name][0] for name in SUITE}
+    unclear = outcomes.pop("warm-up")
+    assert outcomes == {"no-lerp": "worse", "<b>-x2": "diverged", "strict": "better", "all-x0.5": "worse"}
+    assert unclear and unclear not in outcomes.values()
+
+
+# In a browser
+
+WIDTHS, CHART = (390, 1280), 400
+MEASURE = """
+window.onload = () => {
+  document.body.dataset.found = JSON.stringify([...document.querySelectorAll("iframe")].map(frame => {
+    const page = frame.contentDocument;
+    page.querySelectorAll("details").forEach(part => part.open = true);
+    return {
+      overflow: page.documentElement.scrollWidth - page.documentElement.clientWidth,
+      images: [...page.images].map(image => image.naturalWidth > 0 && image.getBoundingClientRect().width),
+      columns: new Set([...page.images].map(image => image.getBoundingClientRect().left)).size,
+    };
+  }));
+};
+"""
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """Path of a Chromium or Chrome; the gate must have one."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    found = next(filter(None, map(shutil.which, names)), None)
+    if found is None:
+        assert not os.environ.get("ANTRANSFORMER_REQUIRE_CHROMIUM"), f"none of {', '.join(names)} is installed"
+        pytest.skip(f"none of {', '.join(names)} is installed")
+    return found
+
+
+def browse(chromium, folder, document, *options):
+    wrapper = folder / "wrapper.html"
+    wrapper.write_text(document, encoding="utf-8")
+    fixed = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"]
+    command = [chromium, *fixed, f"--user-data-dir={folder / 'profile'}", *options, wrapper.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+def framed(page, script=""):
+    """The page at each width side by side, and its first chart."""
+    text = page.read_text(encoding="utf-8")
+    frames = "".join(f'<iframe width={width} height=3000 srcdoc="{html.escape(text)}"></iframe>' for width in WIDTHS)
+    chart = f'<img width={CHART} src="{Page(text).images()[0]["src"]}">'
+    head = '<!DOCTYPE html><meta charset="utf-8"><meta name="color-scheme" content="light dark">'
+    style = "<style>body{margin:0;display:flex;align-items:start}iframe{border:0;flex:none}</style>"
+    return f"{head}{style}<script>{script}</script><body>{frames}{chart}</body>"
+
+
+def test_page_fits_a_phone_and_a_wide_screen(chromium, written, tmp_path):
+    shown = browse(chromium, tmp_path, framed(written[2][0], MEASURE), "--window-size=1700,3000", "--dump-dom")
+    phone, wide = json.loads(html.unescape(re.search(r'data-found="(.*?)"', shown)[1]))
+    for found in (phone, wide):
+        assert found["overflow"] == 0
+        assert len(found["images"]) == len(written[2]) - 1 and all(found["images"])
+    assert phone["columns"] == 1 and min(phone["images"]) > 330
+    assert wide["columns"] == 2 and min(wide["images"]) > 500
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_page_is_drawn(chromium, written, tmp_path, scheme):
+    picture, size = tmp_path / "page.png", (sum(WIDTHS) + CHART, 3000)
+    setting = f"--blink-settings=preferredColorScheme={int(scheme == 'light')}"
+    window = "--window-size={},{}".format(*size)
+    browse(chromium, tmp_path, framed(written[2][0]), window, setting, f"--screenshot={picture}")
+    pixels = np.round(imread(picture)[..., :3] * 255).astype(int)
+    assert pixels.shape[:2] == size[::-1]
+    ink = drawing.INK if scheme == "light" else drawing.DARK[drawing.INK]
+    for part in np.split(pixels, np.cumsum(WIDTHS), axis=1):
+        assert (part.mean() > 200) if scheme == "light" else (part.mean() < 60)
+        assert drawn_in(part, ink) > 60
+        for name in SPEEDS:
+            assert drawn_in(part, drawing.style_of(name).colour) > 60, name
+
+
+def test_contenders_are_told_apart_also_where_both_are_trained_with_muon():
+    names = ("gpt+", "gpt+-muon", "ngpt", "ngpt-muon", "angpt", "angpt-muon", "gpt-muon")
+    looks = [drawing.style_of(name) for name in names]
+    for seen in ("label", "colour", "marker"):
+        assert len({getattr(look, seen) for look in looks}) == len(names)
+
+
+def drawn_in(pixels, colour):
+    """Number of pixels that have a colour."""
+    return (abs(pixels - [int(colour[at : at + 2], 16) for at in (1, 3, 5)]).max(-1) < 12).sum()

@@ -1,0 +1,135 @@
+"""Opening a prepared folder: whatever was changed in it is found, and named in one line."""
+
+import errno
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from antransformer.data import Dataset, byte_tokenizer, prepare, train_bpe
+from antransformer.errors import DataError
+from helpers.messages import mentions
+
+Meta = dict[str, Any]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "a.txt").write_text("some text " * 100)
+    (tmp_path / "b.txt").write_text("other text")
+    return prepare(tmp_path / "a.txt", tmp_path / "out", val_inputs=tmp_path / "b.txt", shard_tokens=400).path
+
+
+def refusal(folder: Path, verify: bool = True) -> str:
+    with pytest.raises(DataError) as caught:
+        Dataset.open(folder, verify=verify)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def change(folder: Path, edit: Callable[[Meta], object]) -> None:
+    meta = json.loads((folder / "meta.json").read_text())
+    edit(meta)
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+def test_arrays_are_read_only_maps(folder: Path) -> None:
+    arrays = Dataset.open(folder).split("train").arrays
+    assert [len(array) for array in arrays] == [400, 400, 201]
+    assert all(isinstance(array, np.memmap) and array.dtype == np.uint16 for array in arrays)
+    assert not any(array.flags.writeable for array in arrays)
+
+
+def test_changed_content_is_found(folder: Path) -> None:
+    shard = folder / "train-00001.bin"
+    data = bytearray(shard.read_bytes())
+    data[100] ^= 1
+    shard.write_bytes(data)
+    assert mentions(refusal(folder), *f"{shard} SHA-256".split())
+    assert Dataset.open(folder, verify=False).split("train").tokens == 1001
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_wrong_size_and_missing_shard_are_found_even_unverified(folder: Path, verify: bool) -> None:
+    shard = folder / "val-00000.bin"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert mentions(refusal(folder, verify), *f"{shard} 21 22".split())
+    shard.unlink()
+    assert mentions(refusal(folder, verify), *f"{shard} {os.strerror(errno.ENOENT)}".split())
+
+
+def test_token_past_the_maximum_is_found(folder: Path) -> None:
+    change(folder, lambda meta: meta.update(max_token=200))
+    assert mentions(refusal(folder), *["256", "max_token", "200"])
+
+
+def test_what_is_no_data_folder(folder: Path, tmp_path: Path) -> None:
+    assert mentions(refusal(tmp_path / "absent"), *f"{tmp_path / 'absent'}".split())
+    assert mentions(refusal(tmp_path), *f"{tmp_path} meta.json".split())
+    meta = folder / "meta.json"
+    right = json.loads(meta.read_text())["format"]
+    for content, fact in ((b"{", "JSON"), (b"\xff", "JSON"), (b"[1]", right), (b"{}", right)):
+        meta.write_bytes(content)
+        assert mentions(refusal(folder), *f"{meta} {fact}".split())
+
+
+def test_newer_format_says_so(folder: Path) -> None:
+    change(folder, lambda meta: meta.update(version=2, splits="unheard of"))
+    assert mentions(refusal(folder), *f"{folder / 'meta.json'} version 2 1".split())
+
+
+@pytest.mark.parametrize("key", ["version", "dtype", "vocab_size", "end_of_text", "max_token", "tokenizer", "splits"])
+def test_missing_or_mistyped_keys_are_named(folder: Path, key: str) -> None:
+    kind = {"dtype": "str", "tokenizer": "str", "splits": "dict"}.get(key, "int")
+    change(folder, lambda meta: meta.update({key: 1.5}))
+    assert mentions(refusal(folder), *f"{key!r} {kind} float".split())
+    change(folder, lambda meta: meta.update({key: True}))
+    assert mentions(refusal(folder), *f"{key!r} {kind} bool".split())
+    change(folder, lambda meta: meta.pop(key))
+    assert mentions(refusal(folder), *f"{folder / 'meta.json'} {key!r}".split())
+
+
+@pytest.mark.parametrize(
+    ("edit", "facts"),
+    [
+        (lambda meta: meta.update(dtype="float32"), "dtype float32 uint16 uint32"),
+        (lambda meta: meta.update(end_of_text=-1), "'end_of_text'"),
+        (lambda meta: meta.update(vocab_size=256), "max_token end_of_text vocab_size"),
+        (lambda meta: meta["splits"].pop("val"), "'val'"),
+        (lambda meta: meta["splits"]["val"].pop("bytes"), "val 'bytes'"),
+        (lambda meta: meta["splits"]["val"].update(shards=[]), "val shards 11"),
+        (lambda meta: meta["splits"]["val"].update(tokens=10), "val shards 10"),
+        (lambda meta: meta["splits"]["val"].update(shards=["x"]), "val 'file'"),
+        (lambda meta: meta["splits"]["val"]["shards"][0].update(sha256=None), "val 'sha256' str NoneType"),
+    ],
+)
+def test_contradictory_meta(folder: Path, edit: Callable[[Meta], object], facts: str) -> None:
+    change(folder, edit)
+    assert mentions(refusal(folder), *f"{folder / 'meta.json'} {facts}".split())
+
+
+@pytest.mark.parametrize(
+    "name", ["../val-00000.bin", "/etc/passwd", "val-0/../x.bin", "train-00000.bin", "meta.json", ""]
+)
+def test_shard_names_stay_inside_the_folder(folder: Path, name: str) -> None:
+    change(folder, lambda meta: meta["splits"]["val"]["shards"][0].update(file=name))
+    assert mentions(refusal(folder), *f"{folder / 'meta.json'} val {name!r}".split())
+
+
+def test_tokenizer_must_be_the_one_described(folder: Path) -> None:
+    dataset = Dataset.open(folder)
+    assert dataset.tokenizer().name == "byte"
+    train_bpe(["a"], 257).save(folder / "tokenizer.json")
+    with pytest.raises(DataError) as error:
+        dataset.tokenizer()
+    assert mentions(str(error.value), *f"{folder / 'tokenizer.json'} meta.json".split())
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(DataError) as error:
+        dataset.tokenizer()
+    assert mentions(str(error.value), *f"{folder / 'tokenizer.json'} {os.strerror(errno.ENOENT)}".split())
+    byte_tokenizer().save(folder / "tokenizer.json")
+    assert dataset.tokenizer().end_of_text == 256

@@ -1,0 +1,312 @@
+"""Preparing data: splits, shards, verification, and that an interrupted run leaves nothing that looks finished."""
+
+import errno
+import gzip
+import importlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tokenizers
+
+from antransformer.data import Dataset, Split, prepare, readers
+from antransformer.data.holdout import TrainValSplit
+from antransformer.data.shards import ShardWriter, dtype_for
+from antransformer.errors import DataError
+from helpers.messages import mentions
+
+prepare_module = importlib.import_module("antransformer.data.prepare")  # the package exports a function of this name
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """Two hundred short documents, five of them twice, in two files."""
+    documents = [f"Document {i}: " + "ö word " * (i % 7) for i in range(200)] + [
+        f"Document {i}: " for i in range(0, 35, 7)
+    ]
+    folder = tmp_path / "text"
+    folder.mkdir()
+    (folder / "a.txt").write_text("<|endoftext|>".join(documents[:90]), encoding="utf-8")
+    (folder / "b.txt").write_text("<|endoftext|>".join(documents[90:]), encoding="utf-8")
+    return folder
+
+
+def tokens(split: Split) -> np.ndarray[Any, Any]:
+    return np.concatenate(split.arrays)
+
+
+def documents(dataset: Dataset, name: str) -> list[str]:
+    *texts, rest = dataset.tokenizer().decode(tokens(dataset.split(name))).split("<|endoftext|>")
+    assert rest == ""
+    return texts
+
+
+def refusal(*args: Any, **options: Any) -> str:
+    with pytest.raises(DataError) as caught:
+        prepare(*args, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_round_trip_and_counts(corpus: Path, tmp_path: Path) -> None:
+    dataset = prepare([corpus], tmp_path / "out", val_fraction=0.2)
+    train, val = documents(dataset, "train"), documents(dataset, "val")
+    expected = [text for name in "ab" for text in (corpus / f"{name}.txt").read_text("utf-8").split("<|endoftext|>")]
+    assert sorted(train + val) == sorted(expected)
+    assert 20 <= len(val) <= 62  # 0.2 of 205, within 3.5 standard deviations
+    for name, texts in (("train", train), ("val", val)):
+        split = dataset.split(name)
+        size = sum(len(text.encode()) for text in texts)
+        assert (split.documents, split.bytes, split.tokens) == (len(texts), size, size + len(texts))
+    assert (dataset.vocab_size, dataset.end_of_text, dataset.max_token) == (257, 256, 256)
+    meta = json.loads((tmp_path / "out" / "meta.json").read_text())
+    assert meta["sources"] == [
+        {"input": str(corpus), "files": 2, "bytes": sum(len(data) for data in files(corpus).values()), "skipped": 0}
+    ]
+    assert meta["val_fraction"] == 0.2
+
+
+def test_split_depends_on_content_alone(corpus: Path, tmp_path: Path) -> None:
+    one = prepare([corpus / "a.txt", corpus / "b.txt"], tmp_path / "one", val_fraction=0.2)
+    two = prepare([corpus / "b.txt", corpus / "a.txt"], tmp_path / "two", val_fraction=0.2)
+    for name in ("train", "val"):
+        assert sorted(documents(one, name)) == sorted(documents(two, name))
+    # Five documents are there twice; were they split by position, some pair would likely be torn.
+    assert not set(documents(one, "train")) & set(documents(one, "val"))
+    again = prepare([corpus / "a.txt", corpus / "b.txt"], tmp_path / "again", val_fraction=0.2)
+    assert files(one.path) == files(again.path)
+
+
+def test_larger_fraction_keeps_what_was_held_out(corpus: Path, tmp_path: Path) -> None:
+    small = prepare([corpus], tmp_path / "small", val_fraction=0.1)
+    large = prepare([corpus], tmp_path / "large", val_fraction=0.3)
+    assert set(documents(small, "val")) < set(documents(large, "val"))
+
+
+def test_validation_files_of_their_own(corpus: Path, tmp_path: Path) -> None:
+    dataset = prepare([corpus / "a.txt"], tmp_path / "out", val_inputs=[corpus / "b.txt"])
+    assert documents(dataset, "train") == (corpus / "a.txt").read_text("utf-8").split("<|endoftext|>")
+    assert documents(dataset, "val") == (corpus / "b.txt").read_text("utf-8").split("<|endoftext|>")
+    assert mentions(refusal([corpus], tmp_path / "no", val_inputs=[corpus / "b.txt"]), *f"{corpus / 'b.txt'}".split())
+
+
+def test_shards_roll_over_without_changing_the_tokens(corpus: Path, tmp_path: Path) -> None:
+    whole = prepare([corpus], tmp_path / "whole", val_fraction=0.2).split("train")
+    parts = prepare([corpus], tmp_path / "parts", val_fraction=0.2, shard_tokens=1000).split("train")
+    assert [shard.tokens for shard in parts.shards[:-1]] == [1000] * (whole.tokens // 1000)
+    assert [shard.path.name for shard in parts.shards[:2]] == ["train-00000.bin", "train-00001.bin"]
+    assert np.array_equal(tokens(whole), tokens(parts))
+    assert Dataset.open(tmp_path / "parts").split("train").tokens == whole.tokens
+
+
+def test_progress_counts_up(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare_module, "BATCH_CHARACTERS", 500)
+    calls: list[tuple[int, int, int, int]] = []
+    dataset = prepare([corpus], tmp_path / "out", val_fraction=0.2, progress=lambda *call: calls.append(call))
+    size = sum(len(data) for data in files(corpus).values())
+    assert len(calls) > 5
+    assert calls == sorted(calls)
+    assert calls[-1] == (size, size, 205, dataset.split("train").tokens + dataset.split("val").tokens)
+
+
+def test_bpe_is_trained_on_the_training_text(corpus: Path, tmp_path: Path) -> None:
+    (corpus / "c.txt").write_text("<|endoftext|>".join(f"{i} quixotic" for i in range(40)))
+    dataset = prepare([corpus / "a.txt"], tmp_path / "out", bpe_vocab_size=270, val_inputs=[corpus / "c.txt"])
+    tokenizer = dataset.tokenizer()
+    assert (tokenizer.name, dataset.vocab_size, dataset.end_of_text) == ("bpe-270", 270, 0)
+    assert len(tokenizer.encode(" word")) == 1
+    assert len(tokenizer.encode(" quixotic")) > 3
+    assert documents(dataset, "val")[3] == "3 quixotic"
+
+
+def test_tokenizer_sample_is_spread_over_the_training_documents(corpus: Path) -> None:
+    division = TrainValSplit.find([corpus], (), 0.2)
+    train = [document.text for document in division.documents() if document.split == "train"]
+    assert division.training_sample(10**9) == train
+    limit = sum(len(text.encode()) for text in train) // 2
+    half = division.training_sample(limit)
+    assert set(half) < set(train)
+    assert 0 <= sum(len(text.encode()) for text in half) - limit < max(len(text.encode()) for text in train)
+    assert 0.35 < len(half) / len(train) < 0.65
+    places = [train.index(text) for text in half]
+    assert min(places) < len(train) // 10 and max(places) > len(train) * 9 // 10
+
+
+def test_tokenizer_sample_of_compressed_files_is_spread_too(tmp_path: Path) -> None:
+    texts = [f"{i} " + "word " * 100 for i in range(500)]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    sample = TrainValSplit.find([tmp_path / "a.jsonl.gz"], (), 0.01).training_sample(len(lines) // 5)
+    places = [texts.index(text) for text in sample]
+    assert places == sorted(places) and 80 < len(places) < 120
+    assert places[0] < 50 and places[-1] > 450
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc to name an open file")
+def test_everything_is_on_the_disk_before_the_folder_is_there(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    opened = "/proc/self/fd/{}".format
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append(Path(opened(number)).readlink().name))
+    dataset = prepare([corpus], tmp_path / "out", val_fraction=0.2, shard_tokens=2000)
+    assert sorted(name.removesuffix(".partial") for name in synced) == sorted(files(dataset.path))
+    assert synced[-1] == "meta.json"
+
+
+def test_more_ids_than_uint16_holds(tmp_path: Path) -> None:
+    words = {f"w{i}": i for i in range(70_000)} | {"<|endoftext|>": 70_000}
+    library = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    library.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "a.txt").write_text("w69999 w1")
+    (tmp_path / "b.txt").write_text("w65536")
+    options = {"tokenizer": tmp_path / "tokenizer.json", "val_inputs": tmp_path / "b.txt"}
+    dataset = prepare(tmp_path / "a.txt", tmp_path / "out", **options)
+    assert dataset.split("train").dtype == "uint32"
+    assert tokens(dataset.split("train")).tolist() == [69_999, 1, 70_000]
+    assert (tmp_path / "out" / "val-00000.bin").read_bytes() == bytes([0, 0, 1, 0, 0x70, 0x11, 1, 0])
+    assert Dataset.open(tmp_path / "out").max_token == 70_000
+
+
+def test_dtype_and_its_limit(tmp_path: Path) -> None:
+    assert (dtype_for(65_536), dtype_for(65_537)) == ("uint16", "uint32")
+    with ShardWriter(tmp_path, "train", "uint16") as writer, pytest.raises(ValueError) as error:
+        writer.write(np.array([65_536]), 1)
+    assert mentions(str(error.value), *["65536", "uint16"])
+
+
+def test_unusable_options(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for fraction in (0, 1, -0.1, 1.5, float("nan")):
+        assert mentions(refusal([corpus], out, val_fraction=fraction), *f"val_fraction {fraction}".split())
+    assert mentions(refusal([corpus], out, bpe_vocab_size=256), *["bpe_vocab_size", "256", "257"])
+    assert mentions(
+        refusal([corpus], out, bpe_vocab_size=300, tokenizer="own.json"), *["bpe_vocab_size", "tokenizer", "own.json"]
+    )
+    assert mentions(refusal([corpus], out, tokenizer="gpt2"), *["gpt2", "byte", "tokenizer.json"])
+    assert mentions(refusal([corpus], out, shard_tokens=0), *["shard_tokens", "0", "1"])
+    assert mentions(refusal([tmp_path / "absent"], out), *f"{tmp_path / 'absent'}".split())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["text"]
+
+
+def test_folder_in_use_is_left_alone(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    prepare([corpus], tmp_path / "out", val_fraction=0.2)  # an empty folder will do
+    before = files(tmp_path / "out")
+    assert mentions(refusal([corpus], tmp_path / "out", val_fraction=0.2), *f"{tmp_path / 'out'}".split())
+    assert files(tmp_path / "out") == before
+    assert mentions(refusal([corpus], corpus / "a.txt"), *f"{corpus / 'a.txt'}".split())
+
+
+def test_folder_that_can_not_be_made(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare_module, "train_bpe", None)  # this is said before anything is learnt
+    (tmp_path / "loop").symlink_to("loop")
+    for out, code in ((corpus / "a.txt" / "out", errno.ENOTDIR), (tmp_path / "loop" / "out", errno.ELOOP)):
+        for options in ({"bpe_vocab_size": 300}, {}):
+            assert mentions(refusal([corpus], out, **options), *f"{out} {os.strerror(code)}".split())
+    assert mentions(refusal([corpus], tmp_path / "loop"), *f"{tmp_path / 'loop'}".split())
+
+
+def fractions(message: str) -> list[float]:
+    """The values of val_fraction that a message names."""
+    return [float(number) for number in re.findall(r"val_fraction\W*([\d.e-]+)", message)]
+
+
+def test_empty_validation_names_a_fraction_that_works(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("<|endoftext|>".join("abcde"))
+    for fraction, split in ((1e-6, "val"), (1 - 1e-6, "train")):
+        message = refusal([path], tmp_path / "out", val_fraction=fraction)
+        assert mentions(message, *["5", "<|endoftext|>"]) and re.search(
+            rf"\b{split}[a-z]*\b", message
+        )  # training, validation
+        given, suggested = fractions(message)
+        assert given == fraction
+        dataset = prepare([path], tmp_path / split, val_fraction=suggested)
+        assert dataset.split("val").documents >= 1
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_one_document_can_not_be_divided(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("one document")
+    assert fractions(refusal([path], tmp_path / "out", val_fraction=0.0001)) == [0.0001]  # and none that would do
+
+
+def test_exception_in_the_middle_leaves_nothing(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare_module, "BATCH_CHARACTERS", 500)
+
+    def stop(done: int, total: int, documents: int, tokens: int) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare([corpus], tmp_path / "out", val_fraction=0.2, progress=stop)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_full_disk_leaves_nothing(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError) as error:
+        prepare([corpus], tmp_path / "out", val_fraction=0.2)
+    assert error.value.errno == errno.ENOSPC
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_killed_run_looks_unfinished_and_the_next_completes(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = {"val_fraction": 0.2, "shard_tokens": 500}
+    script = (
+        "import importlib, os, signal, sys\n"
+        "module = importlib.import_module('antransformer.data.prepare')\n"
+        "module.BATCH_CHARACTERS = 500\n"
+        "kill = lambda done, total, *_: done > total // 2 and os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"module.prepare([sys.argv[1]], sys.argv[2], progress=kill, **{options})\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", script, str(corpus), str(out)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    partial = tmp_path / "out.partial"
+    assert (partial / "train-00001.bin").exists()
+    assert not out.exists()
+    for folder in (out, partial):
+        with pytest.raises(DataError):
+            Dataset.open(folder)
+    (partial / "train-00099.bin").write_bytes(b"stale")
+    prepare([corpus], out, **options)
+    assert not partial.exists()
+    undisturbed = prepare([corpus], tmp_path / "undisturbed", **options)
+    assert files(out) == files(undisturbed.path)
+
+
+def test_memory_does_not_grow_with_the_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare_module, "BATCH_CHARACTERS", 100_000)
+    monkeypatch.setattr(readers, "BLOCK_BYTES", 1 << 16)
+    path = tmp_path / "a.txt"
+    with path.open("w") as file:
+        for i in range(1500):
+            file.write(f"{i} " * 1000 + "<|endoftext|>")
+    tracemalloc.start()
+    try:
+        dataset = prepare([path], tmp_path / "out")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert dataset.split("train").bytes > 6_000_000
+    assert peak < 3_000_000

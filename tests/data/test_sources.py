@@ -1,0 +1,258 @@
+"""Inputs become documents: what is found, how text is cut, and what a bad input says."""
+
+import errno
+import gzip
+import json
+import os
+import sys
+import tracemalloc
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from antransformer.data import readers
+from antransformer.data.sources import Corpus
+from antransformer.errors import DataError, MissingExtraError
+from helpers.messages import mentions
+
+MAX = readers.MAX_CHARACTERS
+
+
+def texts(*inputs: str | Path) -> list[str]:
+    return [text for text, _ in Corpus.find(inputs).documents()]
+
+
+def refusal(*inputs: str | Path, error: type[Exception] = DataError) -> str:
+    with pytest.raises(error) as caught:
+        texts(*inputs)
+    message = str(caught.value)
+    assert message and "\n" not in message
+    return message
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def test_separator_divides_plain_text_and_blank_documents_are_dropped(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", "one<|endoftext|>  \n<|endoftext|>two\r\n<|endoftext|>")
+    assert texts(path) == ["one", "two\r\n"]
+
+
+def test_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    assert texts(write(tmp_path / "a.txt", b"\xef\xbb\xbfhello")) == ["hello"]
+
+
+@pytest.mark.parametrize("block", [1, 7, 64, 1 << 20])
+def test_documents_do_not_depend_on_the_block_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    monkeypatch.setattr(readers, "MAX_CHARACTERS", 40)
+    text = "ä" * 39 + "<|endoftext|>" + "word " * 30 + "\n\n" + "x" * 41 + "<|endoftext|>" + "é\n" * 50
+    path = write(tmp_path / "a.txt", text)
+    whole = texts(path)
+    monkeypatch.setattr(readers, "BLOCK_BYTES", block)
+    assert texts(path) == whole
+    assert "".join(whole) == text.replace("<|endoftext|>", "")
+    assert max(map(len, whole)) <= 40
+
+
+@pytest.mark.parametrize(
+    ("mark", "first"),
+    [("\n\n", MAX - 98), ("\n", MAX - 99), ("", MAX)],
+)
+def test_long_documents_are_cut_at_a_blank_line_or_line_or_anywhere(tmp_path: Path, mark: str, first: int) -> None:
+    line = "a" * (MAX - 100) + mark
+    sections = texts(write(tmp_path / "a.txt", line + "b" * MAX))
+    assert len(sections[0]) == first
+    assert "".join(sections) == line + "b" * MAX
+
+
+def test_an_early_blank_line_makes_no_tiny_section(tmp_path: Path) -> None:
+    sections = texts(write(tmp_path / "a.txt", "Title\n\n" + "a" * MAX))
+    assert [len(section) for section in sections] == [MAX, 7]
+
+
+def test_folder_is_searched_in_order_without_hidden_files(tmp_path: Path) -> None:
+    write(tmp_path / "b.md", "b")
+    write(tmp_path / "a" / "z.PY", "z")
+    write(tmp_path / "a" / "data.jsonl", '{"text": "j"}\n')
+    write(tmp_path / ".git" / "c.txt", "hidden")
+    write(tmp_path / ".d.txt", "hidden")
+    write(tmp_path / "weights.bin", "other ending")
+    assert texts(tmp_path) == ["j", "z", "b"]
+
+
+def test_pipes_and_broken_links_in_a_folder_are_passed_over(tmp_path: Path) -> None:
+    write(tmp_path / "a.txt", "a")
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "link.txt").symlink_to(tmp_path / "absent")
+    assert texts(tmp_path) == ["a"]
+
+
+def test_a_folder_that_can_not_be_read_is_not_left_out_in_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "a.txt", "a")
+    locked, scan = write(tmp_path / "locked" / "b.txt", "b").parent, os.scandir
+
+    def scandir(path: str) -> Any:
+        if Path(path) == locked:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert mentions(refusal(tmp_path), *f"{locked} {os.strerror(errno.EACCES)}".split())
+
+
+def test_glob_takes_any_ending_and_a_file_counts_once(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.notes", "a")
+    write(tmp_path / "sub" / "b.notes", "b")
+    corpus = Corpus.find([tmp_path / "**" / "*.notes", path])
+    assert [text for text, _ in corpus.documents()] == ["a", "b"]
+    assert [(source.files, source.bytes) for source in corpus.sources] == [(2, 2), (0, 0)]
+
+
+def test_undecodable_files_of_a_folder_are_skipped_and_counted(tmp_path: Path) -> None:
+    write(tmp_path / "a.txt", "good")
+    write(tmp_path / "b.txt", b"\xff\xfe\x00")
+    write(tmp_path / "c.txt", "x\0y")
+    corpus = Corpus.find([tmp_path])
+    assert [text for text, _ in corpus.documents()] == ["good"]
+    assert corpus.sources[0].skipped == 2
+
+
+def test_json_lines_plain_and_compressed(tmp_path: Path) -> None:
+    lines = b'{"text": "one", "id": 1}\n\n{"text": " "}\n{"text": "<|endoftext|>\\ud800"}'
+    write(tmp_path / "a.jsonl", lines)
+    write(tmp_path / "b.jsonl.gz", gzip.compress(lines))
+    two_frames = b"".join(zstandard.ZstdCompressor().compress(part) for part in (lines[:20], lines[20:]))
+    write(tmp_path / "c.jsonl.zst", two_frames)
+    for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst"):
+        # In JSON lines the separator is plain text, and half a surrogate pair is replaced.
+        assert texts(tmp_path / name) == ["one", "<|endoftext|>?"], name
+
+
+def test_parquet(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["one", None, "two"], "id": [1, 2, 3]}), tmp_path / "a.parquet")
+    assert texts(tmp_path / "a.parquet") == ["one", "two"]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "b.jsonl", "c.jsonl.gz", "d.parquet"])
+def test_progress_grows_to_the_size_of_the_files(tmp_path: Path, name: str) -> None:
+    records = [f"document {i}" for i in range(1000)]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in records).encode()
+    write(tmp_path / "a.txt", "<|endoftext|>".join(records))
+    write(tmp_path / "b.jsonl", lines)
+    write(tmp_path / "c.jsonl.gz", gzip.compress(lines))
+    pq.write_table(pa.table({"text": records}), tmp_path / "d.parquet")
+    corpus = Corpus.find([tmp_path / name, write(tmp_path / "last.txt", "last")])
+    done = [position for _, position in corpus.documents()]
+    assert len(done) == 1001
+    assert done == sorted(done)
+    assert done[-2:] == [corpus.bytes - 4, corpus.bytes]
+
+
+def test_named_inputs_that_are_no_text(tmp_path: Path) -> None:
+    for name in ("absent.txt", "*.txt"):
+        assert mentions(refusal(tmp_path / name), *f"{tmp_path / name}".split())
+    assert mentions(refusal(tmp_path), *f"{tmp_path} .txt .md .py .jsonl .parquet".split())
+    assert refusal() != refusal("")  # no input, and one without a name
+    for binary in (write(tmp_path / "model.bin", bytes(range(256))), write(tmp_path / "nul.txt", "a\0b")):
+        assert mentions(refusal(binary), *f"{binary} UTF-8".split())
+    folder = write(tmp_path / "folder" / "latin.txt", "é".encode("latin-1")).parent
+    assert mentions(refusal(folder), *f"{folder} 1 UTF-8 latin.txt".split())
+    assert mentions(refusal("/dev/null"), "/dev/null")
+
+
+def test_empty_inputs(tmp_path: Path) -> None:
+    for name, content in (("empty.txt", ""), ("blank.txt", " \n<|endoftext|>\n"), ("blank.jsonl", "\n\n")):
+        path = write(tmp_path / name, content)
+        assert mentions(refusal(path), *f"{path}".split())
+
+
+@pytest.mark.parametrize(
+    ("line", "facts"),
+    [
+        ('{"text": "cut', "JSON 14"),  # the column
+        ("[1, 2]", "list 'text'"),
+        ('{"content": "x", "id": 3}', "'text' ['content', 'id']"),
+        ('{"text": 5}', "'text' int"),
+        ("[" * 100_000, "JSON"),
+    ],
+)
+def test_broken_json_lines_name_file_and_line(tmp_path: Path, line: str, facts: str) -> None:
+    path = write(tmp_path / "a.jsonl", '{"text": "fine"}\n\n' + line + "\n")
+    assert mentions(refusal(path), *f"{path} 3 {facts}".split())
+
+
+def test_undecodable_json_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", b'{"text": "\xff"}\n')
+    assert mentions(refusal(path), *f"{path} 1 JSON".split())
+
+
+def check_broken(path: Path, cause: type[Exception]) -> None:
+    with pytest.raises(DataError) as error:
+        texts(path)
+    assert mentions(str(error.value), *f"{path}".split()) and "\n" not in str(error.value)
+    assert isinstance(error.value.__cause__, cause)
+
+
+def test_broken_compressed_files(tmp_path: Path) -> None:
+    packed = gzip.compress(b'{"text": "one"}\n' * 1000)
+    check_broken(write(tmp_path / "cut.jsonl.gz", packed[:-20]), EOFError)
+    check_broken(write(tmp_path / "no.jsonl.gz", b"plain"), gzip.BadGzipFile)
+    # Lines of 128 bytes end where zstd's blocks of 128 KiB do: nothing is wrong with what is left of them.
+    noise = Random(0).randbytes(4096 * 57).hex()
+    lines = "".join(f'{{"text":  "{noise[at : at + 114]}"}}\n' for at in range(0, len(noise), 114))
+    packed = zstandard.compress(lines.encode())
+    for size in (len(packed) * 3 // 4, len(packed) - 1):
+        check_broken(write(tmp_path / "cut.jsonl.zst", packed[:size]), EOFError)
+    check_broken(write(tmp_path / "no.jsonl.zst", b"plain text"), zstandard.ZstdError)
+    check_broken(write(tmp_path / "no.parquet", b"plain text" * 10), pa.ArrowInvalid)
+
+
+def test_parquet_without_text_names_its_columns(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"body": ["one"]}), tmp_path / "a.parquet")
+    assert mentions(refusal(tmp_path / "a.parquet"), *["'text'", "['body']"])
+    pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "b.parquet")
+    assert mentions(refusal(tmp_path / "b.parquet"), *["'text'", "int64"])
+
+
+def test_missing_extras_say_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    for name, module in (("a.jsonl.zst", "zstandard"), ("b.parquet", "pyarrow")):
+        path = write(tmp_path / name, b"never read")
+        with pytest.raises(MissingExtraError, match=rf"{module}.*antransformer\[data\]"):
+            Corpus.find([path])
+
+
+def test_file_that_vanishes_or_changes_meanwhile(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    for change, fact in ((lambda: path.write_bytes(b"\xff"), "UTF-8"), (path.unlink, os.strerror(errno.ENOENT))):
+        corpus = Corpus.find([write(path, "a")])
+        change()
+        with pytest.raises(DataError) as error:
+            list(corpus.documents())
+        assert mentions(str(error.value), *f"{path} {fact}".split())
+
+
+def test_large_file_is_streamed(tmp_path: Path) -> None:
+    path = tmp_path / "one_line.txt"
+    with path.open("wb") as file:
+        for _ in range(60):
+            file.write(b"x" * 1_000_000)
+    tracemalloc.start()
+    try:
+        size = sum(len(text) for text, _ in Corpus.find([path]).documents())
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert size == 60_000_000
+    assert peak < 12_000_000

@@ -1,0 +1,125 @@
+"""Tokenizers: exact round trips, ids, and what is refused."""
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from antransformer.data import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
+from antransformer.data import tokenizers as module
+from antransformer.errors import DataError
+from helpers.messages import mentions
+
+BYTE = byte_tokenizer()
+WORDS = ["the cat sat on the mat. 12 cats; <|endoftext|> and the dog's hat\n"] * 20
+BPE = train_bpe(WORDS, 280)
+
+
+@given(st.text(max_size=200))
+@settings(max_examples=150, deadline=None)
+def test_byte_ids_are_the_bytes(text: str) -> None:
+    library = BYTE._library.encode(text, add_special_tokens=False).ids  # which is there for those who load its file
+    assert BYTE.encode(text) == list(text.encode()) == library
+    assert BYTE.decode(BYTE.encode(text)) == text
+
+
+@given(st.text(max_size=200))
+@settings(max_examples=150, deadline=None)
+def test_bpe_round_trips_any_text(text: str) -> None:
+    assert BPE.decode(BPE.encode(text)) == text
+
+
+def test_byte_tokenizer_describes_itself() -> None:
+    assert (BYTE.name, BYTE.vocab_size, BYTE.end_of_text) == ("byte", 257, 256)
+    assert BYTE.decode([104, 105, 256]) == "hi<|endoftext|>"
+
+
+@pytest.mark.parametrize("tokenizer", [BYTE, BPE], ids=["byte", "bpe"])
+def test_text_that_spells_a_special_token_is_plain(tokenizer: Tokenizer) -> None:
+    text = "a<|endoftext|>b"
+    for ids in (tokenizer.encode(text), next(tokenizer.encode_batch([text])).tolist()):
+        assert tokenizer.end_of_text not in ids
+        assert tokenizer.decode(ids) == text
+
+
+def test_batches_equal_single_texts() -> None:
+    texts = ["", "one", "zwei — 二", *WORDS]
+    for tokenizer in (BYTE, BPE):
+        assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] == [tokenizer.encode(text) for text in texts]
+
+
+def test_bpe_is_deterministic_and_smaller_than_bytes() -> None:
+    again = train_bpe(iter(WORDS), 280)
+    assert again._library.to_str() == BPE._library.to_str()
+    assert (BPE.vocab_size, BPE.end_of_text, BPE.name) == (280, 0, "bpe-280")
+    assert len(BPE.encode(WORDS[0])) < len(WORDS[0]) / 2
+
+
+def test_bpe_of_too_little_text_has_a_smaller_vocabulary() -> None:
+    small = train_bpe(["abab abab"], 5000)
+    assert 257 < small.vocab_size < 265
+    assert small.name == f"bpe-{small.vocab_size}"
+
+
+def test_bpe_reads_no_more_than_its_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SAMPLE_BYTES", 1000)
+    taken = []
+    train_bpe((taken.append(text) or text for text in ["é" * 100] * 50), 300)  # type: ignore[func-returns-value]
+    assert len(taken) == 5
+
+
+def test_bpe_vocabulary_must_hold_every_byte() -> None:
+    assert train_bpe(["a"], 257).vocab_size == 257
+    with pytest.raises(DataError) as error:
+        train_bpe(["a"], 256)
+    assert mentions(str(error.value), *["256", "257"])
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    BPE.save(tmp_path / "tokenizer.json")
+    for spec in (tmp_path, tmp_path / "tokenizer.json", str(tmp_path)):
+        loaded = load_tokenizer(spec)
+        assert loaded.name == tmp_path.name
+        assert loaded.encode(WORDS[0]) == BPE.encode(WORDS[0])
+        assert loaded.end_of_text not in loaded.encode("<|endoftext|>")
+    assert tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")).get_vocab_size() == 280
+    BPE.save(tmp_path / "mine.json")
+    assert Tokenizer.load(tmp_path / "mine.json").name == "mine"
+
+
+def test_padding_and_truncation_of_a_file_are_ignored(tmp_path: Path) -> None:
+    library = tokenizers.Tokenizer.from_str(BYTE._library.to_str())
+    library.enable_truncation(3)
+    library.enable_padding(length=8)
+    library.save(str(tmp_path / "tokenizer.json"))
+    assert Tokenizer.load(tmp_path).encode("abcdef") == list(b"abcdef")
+
+
+def test_vocab_size_is_the_largest_id_plus_one(tmp_path: Path) -> None:
+    library = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "</s>": 41}, unk_token="a"))
+    library.save(str(tmp_path / "tokenizer.json"))
+    loaded = Tokenizer.load(tmp_path)
+    assert (loaded.vocab_size, loaded.end_of_text) == (42, 41)
+
+
+def test_what_is_no_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"hidden": 3}))
+    (tmp_path / "binary.json").write_bytes(b"\xff\x00")
+    library = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
+    library.save(str(tmp_path / "endless.json"))
+    for spec, facts in (
+        (tmp_path / "config.json", f"{tmp_path / 'config.json'} tokenizer.json"),
+        (tmp_path / "binary.json", f"{tmp_path / 'binary.json'} tokenizer.json"),
+        (tmp_path, f"{tmp_path / 'tokenizer.json'} {os.strerror(errno.ENOENT)}"),
+        (tmp_path / "endless.json", "endless <|endoftext|> <|end_of_text|> </s>"),
+        ("gpt2", "gpt2 byte tokenizer.json"),
+    ):
+        with pytest.raises(DataError) as caught:
+            load_tokenizer(spec)
+        assert mentions(str(caught.value), *facts.split())
+        assert "\n" not in str(caught.value)

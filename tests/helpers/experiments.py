@@ -1,0 +1,36 @@
+"""Results of comparisons, made by a formula."""
+
+import math
+
+import numpy as np
+
+from antransformer.results.comparison import Results, Run, Variant
+
+BUDGETS = (250_000, 500_000, 1_000_000)
+
+
+SEEDS = (1, 2, 3)
+
+
+def loss_at(tokens, speed=1.0):
+    return 1.35 + 28 * (tokens * speed) ** -0.27
+
+
+def variant(name, speed, budgets=BUDGETS, seeds=SEEDS, noise=0.004, diverged=(), trials=()):
+    """Whose loss is that of the baseline with ``speed`` times the tokens, but for noise."""
+    generator = np.random.default_rng(sum(name.encode()))
+    runs = []
+    for budget in budgets:
+        for seed in seeds:
+            loss = loss_at(budget, speed) + 0.01 * math.sin(seed) + noise * generator.normal()
+            loss = math.inf if (budget, seed) in diverged else loss
+            seconds = 0.05 + 0.002 * len(name) if math.isfinite(loss) else math.inf
+            runs.append(Run(budget, seed, loss, loss / 2, seconds, f"{name[:5]}-{budget}-{seed}"))
+    settings = {"lr": 0.004, "warmup_fraction": 0.0, "architecture": name}
+    return Variant(name, settings, 2_100_000 + len(name), tuple(trials), tuple(runs))
+
+
+def experiment(*variants, budgets=BUDGETS, seeds=SEEDS, kind="compare", **setup):
+    trials = any(item.trials for item in variants)
+    setup = {"command": "antransformer compare --quick", "batch_tokens": 2048, "torch": "2.13", **setup}
+    return Results(kind, setup, budgets, seeds, 500_000 if trials else 0, variants)

@@ -1,0 +1,41 @@
+"""Run folders to export and to evaluate."""
+
+import json
+
+import torch
+
+import antransformer
+from antransformer.data import byte_tokenizer
+from antransformer.models import ModelConfig, build
+from antransformer.training import run_folder as runs
+from antransformer.training.checkpointing import checkpoint
+from antransformer.training.config import resolve_config, to_mapping
+
+SIZES = {"vocab_size": 257, "width": 64, "layers": 3, "context": 48, "head_dim": 16}
+
+
+LINES = [
+    {"step": 10, "loss": 3.25, "val_loss": 3.125, "bits_per_byte": 4.5},
+    {"step": 20, "loss": 2.75, "val_loss": 2.875, "bits_per_byte": 4.25},
+    {"step": 30, "loss": 1.0, "val_loss": 1.0, "bits_per_byte": 1.0},
+]
+
+
+def make_run(folder, architecture="angpt", tokenizer=None, **options):
+    """A run folder with a model whose parameters are all away from their initial values, broken off at step 20."""
+    torch.manual_seed(0)
+    model = build(ModelConfig(architecture=architecture, **{**SIZES, **options})).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.mul_(1 + 0.3 * torch.randn_like(parameter)).add_(0.01 * torch.randn_like(parameter))
+            if name.startswith(("lm_head", "logit_scale")):
+                parameter.mul_(5)  # clear preferences
+    antransformer.bounds.project_(model.bounds())
+    config = resolve_config(
+        {"data": "data/mine", "tokens": 9_600, "batch_tokens": 192, "model": model.config.mapping()}, 257
+    )
+    runs.write_run_folder(folder, to_mapping(config), tokenizer or byte_tokenizer())
+    optimizer = torch.optim.Adam(model.parameters())
+    checkpoint.save(folder / runs.CHECKPOINTS, 20, model, optimizer, {"seconds": 1.0}, keep=1)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    return model

@@ -1,0 +1,139 @@
+"""Kernels against their twins in float64, on a GPU, or else through Triton's interpreter on a CPU."""
+
+import importlib
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from antransformer import functional, kernels
+from antransformer.bounds import Bound, project_
+
+pytest.importorskip("triton", reason="Triton is not installed: it comes with the extra [dev] on Linux")
+kernel, bound = (importlib.import_module(f"antransformer.kernels.{name}") for name in ("interpolate_norm", "bound"))
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)]
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """What is made empty is full of NaN, which must not be read, and must all be written over."""
+    for name in ("empty", "empty_like"):
+        make = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *args, make=make, **kw: make(*args, **kw).fill_(torch.nan))
+    new = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kw: new(*args, **kw).fill_(torch.nan))
+
+
+def random(*shape, seed):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(DEVICE)
+
+
+def assert_near(found, expected, tolerance):
+    for one, other in zip(found, expected, strict=True):
+        scale = other.abs().max().item()
+        torch.testing.assert_close(one.double(), other, rtol=tolerance, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (3, 7), (2, 5, 64), (13, 3), (2, 3, 2, 130), (0, 8)])
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+@pytest.mark.parametrize("wide", [True, False])
+def test_interpolate_norm_is_its_twin_both_ways(shape, dtype, tolerance, wide, monkeypatch):
+    monkeypatch.setattr(kernel, "PROGRAMS", 5)
+    x = F.normalize(random(*shape, seed=0), dim=-1).to(dtype)
+    y, gradient = random(*shape, seed=1).to(dtype) * 3, random(*shape, seed=2).to(dtype)
+    alpha = (0.3 * random(shape[-1] if wide else 1, seed=3)).to(dtype)
+    z, inverse = kernel.forward(x, y, alpha)
+    exact = [value.double() for value in (x, y, alpha)]
+    twin, twin_inverse = functional.interpolate_norm_forward(*exact)
+    assert (z.dtype, z.shape, inverse.shape) == (dtype, x.shape, (*shape[:-1], 1))
+    if not x.numel():
+        assert kernel.backward(gradient, x, y, alpha, inverse)[2].tolist() == [0] * alpha.numel()
+        return
+    assert_near((z, inverse), (twin, twin_inverse), tolerance)
+    found = kernel.backward(gradient, x, y, alpha, inverse)
+    assert [part.dtype for part in found] == [dtype] * 3
+    assert_near(found, functional.interpolate_norm_backward(gradient.double(), *exact, twin_inverse), tolerance)
+
+
+def test_interpolate_norm_takes_what_does_not_lie_together_and_two_dtypes():
+    x, y, gradient = (random(6, 2, 33, seed=seed).transpose(0, 1).float() for seed in range(3))
+    alpha = random(33, seed=3).float()
+    z, inverse = kernel.forward(x, y.bfloat16(), alpha)
+    exact = x.double(), y.bfloat16().double(), alpha.double()
+    twin, twin_inverse = functional.interpolate_norm_forward(*exact)
+    assert z.dtype == torch.float32
+    assert_near((z,), (twin,), 1e-5)
+    found = kernel.backward(gradient, x, y.bfloat16(), alpha, inverse)
+    assert [part.dtype for part in found] == [torch.float32, torch.bfloat16, torch.float32]
+    assert_near(found, functional.interpolate_norm_backward(gradient.double(), *exact, twin_inverse), 1e-2)
+
+
+def test_interpolate_norm_has_derivatives_with_its_kernels(monkeypatch):
+    monkeypatch.setattr(kernels, "use_triton", lambda x: True)
+    inputs = random(2, 6, seed=0), random(2, 6, seed=1), random(6, seed=2) * 0.1 + 0.2
+    assert torch.autograd.gradcheck(functional.interpolate_norm, [value.requires_grad_() for value in inputs])
+
+
+def test_zero_stays_zero():
+    x, zero, alpha = random(2, 5, seed=0), torch.zeros(2, 5, device=DEVICE).double(), random(5, seed=1)
+    torch.testing.assert_close(
+        kernel.forward(x, zero, alpha)[0], functional.interpolate_norm_forward(x, zero, alpha)[0]
+    )
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 3), (40, 130), (0, 4)])
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+@pytest.mark.parametrize("strict", [True, False])
+def test_the_bound_is_its_twin_and_leaves_every_bit_inside(shape, dtype, tolerance, strict):
+    before = (F.normalize(random(*shape, seed=0), dim=-1) * random(shape[0], 1, seed=1).exp()).to(dtype)
+    before[shape[0] // 2 :][:1] = 0
+    weight, twin = before.clone(), before.double()
+    bound.project_rows_(weight, strict)
+    project_([Bound("weight", twin, strict=strict)])
+    torch.testing.assert_close(weight.double(), twin, rtol=tolerance, atol=0)
+    inside = before.double().norm(dim=1) <= (0 if strict else 1 - tolerance)
+    assert torch.equal(weight[inside], before[inside])
+
+
+def test_project_takes_the_kernel_for_whole_rows_only(monkeypatch):
+    monkeypatch.setattr(kernels, "use_triton", lambda x: True)
+    monkeypatch.setattr(bound, "project_rows_", lambda weight, strict: weight.fill_(7))
+    rows, columns, vector = (torch.ones(3, 4), torch.ones(3, 4), torch.ones(4))
+    project_([Bound("rows", rows), Bound("columns", columns, axis=0), Bound("vector", vector, axis=0)])
+    assert (rows == 7).all()
+    torch.testing.assert_close(columns, torch.full((3, 4), 3**-0.5))
+    torch.testing.assert_close(vector, torch.full((4,), 0.5))
+    turned = torch.ones(4, 3).T
+    project_([Bound("turned", turned)])
+    torch.testing.assert_close(turned, torch.full((3, 4), 0.5))
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from antransformer.kernels import bound, interpolate_norm
+
+for kernel in (interpolate_norm._forward, interpolate_norm._backward, bound._project):
+    constants = {"BLOCK": 1024, "LEAST": 1.0, "PRECISION": triton.language.float32}
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    numbers = dict.fromkeys(("rows", "width", "programs"), "i32") | dict.fromkeys(constants, "constexpr")
+    signature = {name: numbers.get(name, "*fp32") for name in kernel.arg_names}
+    source = ASTSource(kernel, signature, constexprs=constants)
+    print(len(triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]))
+"""
+
+
+def test_kernels_compile_for_a_gpu_that_is_not_there():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert len(result.stdout.split()) == 3
+
+
+def test_kernels_are_for_gpus_and_not_for_the_compiler():
+    assert kernels.use_triton(torch.zeros(1, device=DEVICE)) == (DEVICE == "cuda")

@@ -1,0 +1,296 @@
+import dataclasses
+import errno
+import itertools
+import os
+import re
+
+import hypothesis
+import pytest
+import yaml
+from hypothesis import HealthCheck, given
+from hypothesis import strategies as st
+
+from antransformer.errors import ConfigError
+from antransformer.models import ARCHITECTURES, PRESETS, ModelConfig
+from antransformer.training import defaults
+from antransformer.training.config import (
+    TrainConfig,
+    merge,
+    normalize_settings,
+    read_count,
+    read_yaml,
+    resolve_config,
+    shipped_configs,
+    to_mapping,
+)
+from antransformer.training.cost_model.throughput import flops_per_token
+from antransformer.training.schedule import learning_rate
+from helpers.messages import mentions
+
+
+@pytest.mark.parametrize("name", shipped_configs())
+def test_every_shipped_config_resolves(name):
+    config = resolve_config(read_yaml(shipped_configs()[name]), vocab_size=4096)
+    assert config.steps > 0
+
+
+def test_there_are_shipped_configs():
+    assert "demo" in shipped_configs()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_resolves_and_survives_yaml(preset, architecture):
+    config = resolve_config({"preset": preset, "architecture": architecture}, vocab_size=5000)
+    assert config.model.architecture == architecture
+    again = resolve_config(yaml.safe_load(yaml.safe_dump(to_mapping(config))), vocab_size=1)
+    assert again == config
+
+
+# arXiv:2505.22014, interpolated optima at 20 tokens a parameter: (learning rate, batch in sequences of 2,048). The
+# fits are rough (R2 0.66 to 0.97), so they need only be near.
+OPTIMA = {
+    ("angpt", "32m"): (3.4e-3, 31),
+    ("angpt", "0.5b"): (1.9e-3, 394),
+    ("angpt", "1b"): (1.6e-3, 846),
+    ("gpt+", "32m"): (1.1e-2, 25),
+    ("gpt+", "0.5b"): (2.8e-3, 158),
+    ("gpt+", "1b"): (1.9e-3, 345),
+}
+
+
+@pytest.mark.parametrize(("architecture", "preset"), OPTIMA)
+@pytest.mark.parametrize("vocab_size", [257, 50_304])
+def test_defaults_in_the_fitted_range_are_near_the_papers_optima(architecture, preset, vocab_size):
+    lr, sequences = OPTIMA[architecture, preset]
+    config = resolve_config({"preset": preset, "architecture": architecture}, vocab_size)
+    assert config.lr == pytest.approx(lr, rel=0.3)
+    assert config.batch_size == pytest.approx(sequences, rel=0.45)
+    assert config.tokens == pytest.approx(20 * defaults.parameter_count(config.model), rel=1e-6)
+
+
+def test_defaults_below_the_fitted_range_are_the_measured_ones():
+    for architecture in ARCHITECTURES:
+        config = resolve_config({"architecture": architecture}, vocab_size=4096)
+        assert config.lr == defaults.SMALL_LR[architecture] < 0.05
+        assert config.batch_tokens == defaults.SMALL_BATCH_TOKENS == 2048
+        expected = 0 if architecture in ("angpt", "ngpt") else 0.1
+        assert config.warmup_fraction == config.weight_decay == expected
+
+
+def test_the_default_rate_of_matrices_follows_the_width_of_a_small_model():
+    def rates(**given):
+        config = resolve_config(given, vocab_size=4096)
+        return config.lr, *config.matrix_lrs
+
+    root, wide = pytest.approx(1e-3 / 2**0.5), {"model": {"width": 256, "layers": 2}}
+    for architecture in ARCHITECTURES:
+        lr = defaults.SMALL_LR[architecture]
+        assert rates(architecture=architecture) == (lr, lr, lr)  # nano is 128 wide
+        assert rates(architecture=architecture, **wide, lr=1e-3) == (1e-3, root, 5e-4)
+        assert len(set(rates(architecture=architecture, preset="32m"))) == 1
+    assert rates(**wide) == (1.2e-2, pytest.approx(1.2e-2 / 2**0.5), 6e-3)
+    assert rates(**wide, lr=1e-3, lr_width=0) == (1e-3, 1e-3, 1e-3)
+    assert rates(**wide, lr=1e-3, lr_width=1024) == (1e-3, 2e-3, 4e-3)
+    with pytest.raises(ConfigError) as error:
+        resolve_config({"lr_width": -1}, vocab_size=4096)
+    assert mentions(str(error.value), *["lr_width", "0", "-1"])
+
+
+def test_rates_as_text():
+    def rates(**given):
+        return re.findall(r"[\d.]+", resolve_config({"lr": 1e-3, **given}, 4096).lr_text)
+
+    assert rates() == rates(lr_width=0) == ["0.001"]
+    assert rates(lr_width=512) == ["0.001", "0.002", "0.004"]  # peak; embedding and head; matrices of the blocks
+    assert rates(lr_width=512, optimizer="muon") == ["0.001", "0.002"]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "relative"), [("ngpt", "angpt"), ("gpt", "gpt+"), ("ln-scaling", "gpt+"), ("dyt", "gpt+")]
+)
+def test_an_architecture_without_fits_takes_its_relatives(architecture, relative):
+    for preset in ("nano", "125m"):
+        settings = {"preset": preset, "tokens": "1B"}
+        mine, theirs = (resolve_config({**settings, "architecture": name}, 50_304) for name in (architecture, relative))
+        assert mine.batch_tokens == theirs.batch_tokens
+        if (architecture, preset) == ("ngpt", "nano"):
+            assert mine.lr == 6e-3 != theirs.lr  # measured for itself
+        else:
+            assert mine.lr == pytest.approx(theirs.lr, rel=2e-3)  # a few parameters more or less
+
+
+def test_above_the_fitted_range_the_user_decides():
+    sizes = {"preset": "1b", "model": {"width": 2048}}
+    with pytest.raises(ConfigError) as error:
+        resolve_config(sizes, 50_304)
+    assert mentions(str(error.value), *["--lr", "--batch-tokens", "1.1B"]) and re.search(
+        r"\b2\.\dB\b", str(error.value)
+    )
+    assert resolve_config({**sizes, "lr": "1e-3", "batch_tokens": "1M"}, 50_304).lr == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("60K", 60_000),
+        ("2.5B", 2_500_000_000),
+        ("1e6", 10**6),
+        ("4_096", 4096),
+        (17, 17),
+        ("1t", 10**12),
+        ("0.5m", 500_000),
+    ],
+)
+def test_counts(text, count):
+    assert read_count(text) == count
+
+
+@given(st.integers(0, 2**63 - 1))
+def test_any_whole_number_is_a_count(number):
+    assert read_count(str(number)) == read_count(number) == number
+
+
+@given(st.integers(1, 9999), st.sampled_from([1, 2, 3]), st.sampled_from("KMBT"))
+def test_any_decimal_that_comes_out_whole_is_a_count(digits, places, suffix):
+    count = digits * {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}[suffix] // 10**places
+    text = f"{digits // 10**places}.{digits % 10**places:0{places}}{suffix}"
+    assert read_count(text) == count
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("vocab_size", [4096, 50_304])
+def test_default_micro_batches_are_even_and_fit(preset, vocab_size):
+    for architecture in ("angpt", "gpt+"):
+        config = resolve_config({"preset": preset, "architecture": architecture}, vocab_size)
+        most = max(1, 2**28 // (vocab_size * config.model.context))
+        passes = -(-config.batch_size // config.micro_batch_size)
+        assert config.micro_batch_size <= most and passes == -(-config.batch_size // most)
+
+
+def test_batches_are_whole_sequences():
+    assert resolve_config({"preset": "125m", "batch_tokens": "0.5M", "lr": "2e-3"}, 300).batch_tokens == 244 * 2048
+
+
+@pytest.mark.parametrize(
+    ("settings", "facts"),
+    [
+        ({"lrr": 1}, "config.yaml lrr lr"),
+        ({"learning_rate": 1}, "config.yaml learning_rate"),
+        ({"model": {"widht": 64}}, "config.yaml model.widht model.width"),
+        ({"lr": "fast"}, "config.yaml lr fast"),
+        ({"lr": [1]}, "config.yaml lr [1]"),
+        ({"lr": "nan"}, "config.yaml lr nan"),
+        ({"lr": -1}, "lr -1.0"),
+        ({"seed": 1.5}, "config.yaml seed 1.5"),
+        ({"seed": True}, "config.yaml seed True"),
+        ({"tokens": "many"}, "config.yaml tokens many"),
+        ({"tokens": "-5K"}, "tokens 1 -5000"),
+        ({"tokens": 1000}, "tokens 1,000 2,048 batch_tokens"),
+        ({"compile": "perhaps"}, "config.yaml compile true false perhaps"),
+        ({"precision": "fp4"}, "config.yaml precision auto float32 bfloat16 fp8 fp4"),
+        ({"data": 5}, "config.yaml data 5"),
+        ({"model": 5}, "config.yaml model 5"),
+        ({"model": {"layers": "two"}}, "config.yaml model.layers two"),
+        ({"preset": "huge"}, "preset huge pico nano 32m"),
+        ({"architecture": "gpt2"}, "architecture angpt ngpt gpt+ gpt ln-scaling dyt gpt2"),
+        ({"model": {"ablation": "no"}}, "config.yaml model.ablation none constant-x0.5 no"),
+        ({"context": 64, "model": {"context": 32}}, "config.yaml context model.context"),
+        ({"model": {"width": 100}}, "width 100 head_dim 64 128"),
+        ({"micro_batch_size": 0}, "micro_batch_size 1 0"),
+        ({"batch_tokens": 100}, "batch_tokens 100 256"),
+        ({"tokens": "1e30"}, "config.yaml tokens 1e30"),
+        ({"width": 64}, "config.yaml width model.width"),
+        ({"model": {"width": 2**40}}, "width 2^31 1099511627776"),
+        ({"model": {"s_scale": 1e300}}, "s_scale 1e+300"),
+        ({"muon_lr": 0.02}, "muon_lr optimizer muon"),
+        ({"optimizer": "muon", "muon_lr": 0}, "muon_lr 0.0"),
+        ({"optimizer": "sgd"}, "config.yaml optimizer adam muon sgd"),
+        ({"warmup_fraction": 1}, "warmup_fraction 0 1 1.0"),
+        ({"log_every": 0}, "log_every 1 0"),
+        ({"max_skipped_steps": -1}, "max_skipped_steps 0 -1"),
+        ({"timeout": 0}, "timeout 1 1,000,000 0"),
+        ({"tensor_parallel": 0}, "tensor_parallel 1 0"),
+        ({"tensor_parallel": 2, "architecture": "ngpt"}, "tensor_parallel angpt gpt+ ngpt"),
+        ({"tensor_parallel": 4}, "tensor_parallel 4 2"),
+    ],
+)
+def test_wrong_settings_are_named(settings, facts):
+    with pytest.raises(ConfigError) as error:
+        resolve_config(settings, 4096, "config.yaml")
+    assert mentions(str(error.value), *facts.split())
+    assert "\n" not in str(error.value)
+
+
+def test_weights_that_muon_steps_begin_smaller_where_they_are_not_of_unit_norm():
+    def initial(architecture, **settings):
+        return resolve_config({"architecture": architecture, **settings}, 4096).model.init_std
+
+    assert initial("gpt+", optimizer="muon") == initial("ln-scaling", optimizer="muon") == 0.02
+    assert initial("gpt+", optimizer="muon", model={"init_std": 0.05}) == 0.05
+    assert initial("gpt+") == initial("gpt+", optimizer="adam") == 128**-0.5
+    assert initial("angpt", optimizer="muon") is None
+
+
+@pytest.mark.parametrize(
+    ("content", "facts"),
+    [
+        ("a: [1", "YAML 1"),  # the line
+        ("- 1", ""),
+        ("1: 2", ""),
+        ("[" * 20_000, "YAML"),
+        ("a: !!timestamp x", "YAML"),
+        ("!!python/object/apply:os.getcwd []", "YAML"),
+    ],
+)
+def test_broken_yaml_is_named_and_never_executed(tmp_path, content, facts):
+    (tmp_path / "x.yaml").write_text(content)
+    with pytest.raises(ConfigError) as error:
+        read_yaml(tmp_path / "x.yaml")
+    assert mentions(str(error.value), *f"{tmp_path / 'x.yaml'} {facts}".split())
+    with pytest.raises(ConfigError) as error:
+        read_yaml(tmp_path / "none.yaml")
+    assert mentions(str(error.value), *f"{tmp_path / 'none.yaml'} {os.strerror(errno.ENOENT)}".split())
+
+
+def test_later_settings_win_key_by_key():
+    below = normalize_settings({"lr": 1e-3, "context": 64, "model": {"layers": 2}}, "file")
+    above = normalize_settings({"lr": "2e-3", "model": {"context": 32}}, "command line")
+    assert merge(below, above) == {"lr": 2e-3, "model": {"layers": 2, "context": 32}}
+
+
+json_like = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=5,
+)
+train_names = [item.name for item in dataclasses.fields(TrainConfig)]
+model_names = [item.name for item in dataclasses.fields(ModelConfig)]
+
+
+@hypothesis.settings(suppress_health_check=[HealthCheck.too_slow])  # of a busy machine
+@given(
+    st.dictionaries(st.sampled_from(train_names), json_like, max_size=3),
+    st.dictionaries(st.sampled_from(model_names), json_like, max_size=2),
+)
+def test_whatever_the_settings_only_a_config_error_comes_out(settings, model):
+    try:
+        normalize_settings({**settings, "model": model}, "fuzz")
+    except ConfigError as error:
+        assert "\n" not in str(error)
+
+
+def test_learning_rate_schedule():
+    rates = [learning_rate(step, 100, 2.0, warmup_fraction=0.1, min_lr_ratio=0.01) for step in range(1, 101)]
+    assert rates[:10] == pytest.approx([0.2 * step for step in range(1, 11)])
+    assert max(rates) == rates[9] == 2.0
+    assert rates[54] == pytest.approx(2 * (0.01 + 0.99 / 2))
+    assert rates[-1] == pytest.approx(0.02)
+    assert all(a > b for a, b in itertools.pairwise(rates[9:]))
+    assert learning_rate(1, 1000, 1.0) == pytest.approx(1.0, rel=1e-4)
+
+
+def test_flops_count_matrix_products_and_causal_attention():
+    config = ModelConfig(vocab_size=100, width=64, layers=2, context=32)
+    weights = 2 * (4 * 64 * 64 + 3 * 64 * 256) + 100 * 64
+    assert flops_per_token(config) == 6 * weights + 2 * 6 * 64 * 32

@@ -1,0 +1,161 @@
+"""Products in 8 bits: the rounding, the sizes, and models that train with it."""
+
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from antransformer import functional
+from antransformer.errors import ConfigError
+from antransformer.models import ModelConfig, build
+from antransformer.nn import Linear
+from antransformer.training import float8
+from antransformer.training.device import choose_precision
+
+SIZES = {"vocab_size": 50, "width": 64, "layers": 2, "context": 16, "head_dim": 32}
+ARCHITECTURES = ["angpt", "ngpt", "gpt+", "gpt", "ln-scaling", "dyt"]
+
+
+def random(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def rounded(x, size, bits, largest):
+    """x / size to so many bits of mantissa, as a float64, times size; of what is no subnormal."""
+    step = torch.exp2(torch.floor(torch.log2((x.double() / size).abs())) - bits)
+    return ((x.double() / size / step).round() * step).clamp(-largest, largest) * size
+
+
+def test_numbers_are_rounded_to_the_format_and_do_not_leave_its_range():
+    x = random(1000) * 0.25
+    x = x[x.abs() > 0.25 * 2**-6]  # the least normal number of e4m3 is 2^-6
+    compressed, size = float8.compress(x, torch.float8_e4m3fn, 0.25)
+    torch.testing.assert_close(compressed.double() * size, rounded(x, 0.25, 3, 448))
+    compressed, size = float8.compress(x, torch.float8_e5m2, 0.25)
+    torch.testing.assert_close(compressed.double() * size, rounded(x, 0.25, 2, 57344))
+    far = torch.tensor([-1e9, 1e9])
+    assert float8.compress(far, torch.float8_e4m3fn, 1.0)[0].tolist() == [-448, 448]
+    assert float8.compress(far, torch.float8_e5m2, 1.0)[0].tolist() == [-57344, 57344]
+
+
+def test_a_size_that_is_found_uses_the_whole_range():
+    x = random(7, 9) * 1e-12
+    compressed, size = float8.compress(x, torch.float8_e4m3fn, None)
+    assert compressed.double().abs().max() == 448
+    torch.testing.assert_close(compressed.double() * size, x.double(), rtol=0.07, atol=1e-16)
+    zero, size = float8.compress(torch.zeros(3), torch.float8_e4m3fn, None)
+    assert (zero.float() * size).tolist() == [0, 0, 0]
+
+
+def model_of(architecture, **sizes):
+    torch.manual_seed(0)
+    return build(ModelConfig(architecture=architecture, **{**SIZES, **sizes}))
+
+
+def converted(architecture, **sizes):
+    model = model_of(architecture, **sizes)
+    float8.convert(model, torch.device("cpu"))
+    return model
+
+
+def tokens(batch=4, length=17):
+    return torch.randint(50, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+def loss_and_gradients(model):
+    data = tokens()
+    loss = model.loss(data[:, :-1], data[:, 1:])
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    return loss, dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.3])
+def test_a_product_is_that_of_rounded_numbers_both_ways(factor):
+    module = Linear(64, 48, factor)
+    module.__class__, module.sizes = float8.StaticLinear, float8.unit_scales(64, *module.weight.shape)
+    assert module.sizes == (1 / 2, 1 / 8, 1 / 8)  # of gradients for one token
+    x, gradient = (
+        functional.normalize(random(5, 3, 64)).requires_grad_(),
+        functional.normalize(random(5, 3, 48, seed=1)) / 15,
+    )
+    y = module(x)
+    y.backward(gradient)
+
+    def compressed(value, dtype, size):
+        return float8.compress(value.detach(), dtype, size)[0].double() * size
+
+    x8 = compressed(x, torch.float8_e4m3fn, 1 / 2)
+    w8 = compressed(module.weight, torch.float8_e4m3fn, 1 / 8)
+    g8 = compressed(gradient, torch.float8_e5m2, 1 / 8 / 15)
+    torch.testing.assert_close(y.double(), factor * x8 @ w8.T, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(x.grad.double(), factor * g8 @ w8, rtol=1e-5, atol=1e-7)
+    expected = factor * g8.flatten(0, 1).T @ x8.flatten(0, 1)
+    torch.testing.assert_close(module.weight.grad.double(), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_simulation_is_torchs_product_of_8_bits(dtype):
+    a = float8.compress(random(48, 32), torch.float8_e5m2, 1.0)[0]
+    b = float8.compress(random(64, 32, seed=1), torch.float8_e4m3fn, 1.0)[0]
+    for first, second in ((a, b.T), (b, a.T)):  # transposed or not, as forward and backward have them
+        found, expected = float8.scaled_product(first, second, 0.3, dtype), float8.multiply(first, second, 0.3, dtype)
+        assert found.dtype == expected.dtype == dtype
+        torch.testing.assert_close(found, expected)
+
+
+def test_sizes_are_those_of_real_activations_weights_and_gradients(monkeypatch):
+    ratios = []
+
+    def compress(x, dtype, size):
+        ratios.append(x.double().square().mean().sqrt().item() / size)
+        return original(x, dtype, size)
+
+    original = float8.compress
+    monkeypatch.setattr(float8, "compress", compress)
+    loss_and_gradients(converted("angpt", width=128, context=64))
+    inputs, weights, gradients = ratios[:20:2], ratios[1:20:2], ratios[20:]
+    assert len(gradients) == 2 * 5
+    assert all(0.7 < ratio < 1.5 for ratio in weights)  # but for the power of two
+    assert all(2**-6 < ratio < 1 for ratio in inputs)  # e4m3 has room for 2^8 times that and precision down to 2^-6
+    assert all(2**-8 < ratio < 2 for ratio in gradients)  # e5m2 for 2^15, and down to 2^-14
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_has_its_loss_and_gradients_but_for_rounding(architecture):
+    (loss, gradients), (plain_loss, plain) = (loss_and_gradients(make(architecture)) for make in (converted, model_of))
+    assert loss.item() == pytest.approx(plain_loss.item(), rel=0.01) and loss != plain_loss
+    for name, gradient in plain.items():
+        if gradient.numel() > 1:
+            assert F.cosine_similarity(gradients[name].flatten(), gradient.flatten(), 0) > 0.9, name
+
+
+def test_only_linear_maps_of_blocks_are_converted():
+    for architecture in ARCHITECTURES:
+        plain, model = model_of(architecture), converted(architecture)
+        changed = {name for name, module in model.named_modules() if hasattr(module, "sizes")}
+        changed |= {name for name, module in model.named_modules() if isinstance(module, float8.DynamicLinear)}
+        parts = ("attention.qkv_proj", "attention.out_proj", "mlp.up_proj", "mlp.gate_proj", "mlp.down_proj")
+        assert changed == {f"blocks.{index}.{part}" for index in range(2) for part in parts}
+        for (name, value), (same, other) in zip(plain.state_dict().items(), model.state_dict().items(), strict=True):
+            assert name == same and torch.equal(value, other)
+        model.reset_parameters()
+
+
+def assert_refused(config, device, *parts):
+    with pytest.raises(ConfigError) as error:
+        float8.check(config, torch.device(device))
+    for part in parts:
+        assert re.search(rf"\b{re.escape(part)}\b", str(error.value)), part
+
+
+def test_what_can_not_be_converted_is_refused(monkeypatch):
+    config = ModelConfig(architecture="angpt", **SIZES)
+    assert_refused(config, "mps", "fp8", "mps", "bfloat16")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    assert_refused(config, "cuda:1", "fp8", "8.9", "cuda:1", "bfloat16")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    float8.check(config, torch.device("cuda"))
+    for name, size in (("head_dim", 8), ("context", 20)):
+        assert_refused(ModelConfig(architecture="angpt", **{**SIZES, name: size}), "cpu", "fp8", name, "16", str(size))
+    assert choose_precision("fp8", torch.device("cpu")) == torch.bfloat16
