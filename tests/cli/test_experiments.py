@@ -82,7 +82,7 @@ def test_ablate_names_what_differs(corpus, tmp_path, capfd):
 def test_the_list_of_ablations(capsys):
     assert main(["ablate", "--list"]) == 0
     names = capsys.readouterr().out.split()
-    assert names[0] == "default" and {"no-lerp", "strict", "error-5", "warm-up"} < set(names)
+    assert names[0] == "default" and {"no-lerp", "strict", "all-x2", "warm-up"} < set(names)
 
 
 @pytest.mark.parametrize(

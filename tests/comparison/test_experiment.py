@@ -228,7 +228,7 @@ def test_the_suite_of_ablations_is_one_default_and_what_differs_from_it(corpus):
         configs[state.spec.name] = made.config(state, 2560, 1)
     assert next(iter(configs)) == ablate.DEFAULT
     default = configs.pop(ablate.DEFAULT)
-    assert len(configs) >= 24 and len(set(map(repr, configs.values()))) == len(configs)
+    assert len(configs) >= 19 and len(set(map(repr, configs.values()))) == len(configs)
     assert all(config != default for config in configs.values())
     assert configs["s-scale-sqrt-width"].model.s_scale == pytest.approx(64**-0.5)
     assert configs["warm-up-and-decay"].warmup_fraction == 0.1 and configs["warm-up-and-decay"].weight_decay == 0.1
@@ -237,8 +237,8 @@ def test_the_suite_of_ablations_is_one_default_and_what_differs_from_it(corpus):
 
 
 def test_a_part_of_the_suite():
-    names = [spec.name for spec in ablate.variant_specs(64, ["error-*", "no-lerp"])]
-    assert names == ["default", "no-lerp", "error-1", "error-2", "error-5"]
+    names = [spec.name for spec in ablate.variant_specs(64, ["all-*", "no-lerp"])]
+    assert names == ["default", "all-x0.5", "all-x2", "all-none", "no-lerp"]
     for only, parts in (("no-lrep", ("no-lrep", "no-lerp")), ("default", ("--only", "default"))):
         with pytest.raises(ConfigError) as error:
             ablate.variant_specs(64, [only])

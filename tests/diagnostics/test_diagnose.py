@@ -13,7 +13,9 @@ from antransformer.cli.diagnose import show
 from antransformer.data import Dataset
 from antransformer.diagnostics.diagnose import COMPACT, FactorError, Spread, diagnose, meaning, number, record
 from antransformer.errors import CheckpointError
-from antransformer.models import ABLATIONS, OPTIONS, ModelConfig, build
+from antransformer.models import ModelConfig, build
+from antransformer.models.ablations import ABLATIONS
+from antransformer.models.registry import BUILT_IN
 from antransformer.nn import Linear
 from helpers.small import SMALL_OPTIONS
 
@@ -25,7 +27,7 @@ LOOK = ["--tokens=2K", "--device=cpu"]
 def runs(corpus, tmp_path_factory):
     """A short run of each architecture, by name."""
     folder = tmp_path_factory.mktemp("runs")
-    for architecture in OPTIONS:
+    for architecture in BUILT_IN:
         out = str(folder / architecture)
         assert main(["train", "--data", str(corpus), "--out", out, "--architecture", architecture, *QUICK]) == 0
     return folder
@@ -50,7 +52,7 @@ def stirred(model):
     return model
 
 
-@pytest.mark.parametrize("architecture", OPTIONS)
+@pytest.mark.parametrize("architecture", BUILT_IN)
 def test_tables_words_and_picture_of_a_run(runs, corpus, architecture, tmp_path, capsys):
     run, figures = runs / architecture, tmp_path / "figures.json"
     assert main(["diagnose", "--checkpoint", str(run), *LOOK, "--json", str(figures)]) == 0
@@ -117,7 +119,7 @@ def test_without_matplotlib_the_tables_are_printed(runs, monkeypatch, capsys, tm
     assert not picture.exists()
 
 
-@pytest.mark.parametrize("architecture", OPTIONS)
+@pytest.mark.parametrize("architecture", BUILT_IN)
 def test_norms_and_ratios_against_a_forward_pass_by_hand(architecture):
     model, tokens = stirred(model_of(architecture)), some_tokens()
     found = diagnose(model, tokens)
@@ -143,7 +145,7 @@ def test_norms_and_ratios_against_a_forward_pass_by_hand(architecture):
         assert all(spread.mean == pytest.approx(1, abs=1e-5) for spread in found.residual_norm["text"][1:])
 
 
-@pytest.mark.parametrize("options", [{}, {"nu_p": "one", "gate_scale": "none"}, {"gate_scale": "sqrt_mlp"}])
+@pytest.mark.parametrize("options", [{}, {"gate_scale": "none"}, {"gate_scale": "sqrt_mlp"}])
 @pytest.mark.parametrize("width", [128, 512])
 def test_factors_are_right_at_initialisation_on_random_inputs(width, options):
     model = model_of(width=width, head_dim=64, **options)
@@ -242,7 +244,7 @@ def test_ablations_show_what_they_changed(ablation, capsys):
     assert all(re.search(rf"^ *{name} +\d", out, re.MULTILINE) for name in found.factors)
 
 
-@pytest.mark.parametrize("architecture", OPTIONS)
+@pytest.mark.parametrize("architecture", BUILT_IN)
 def test_nothing_is_left_behind(architecture):
     model = model_of(architecture).train()
     random_state = torch.get_rng_state()

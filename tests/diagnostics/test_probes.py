@@ -7,7 +7,9 @@ from torch import nn
 
 from antransformer.bounds import bind
 from antransformer.diagnostics.probes import layer_alphas, moment_variance, probe
-from antransformer.models import ABLATIONS, OPTIONS, ModelConfig, build
+from antransformer.models import ModelConfig, build
+from antransformer.models.ablations import ABLATIONS
+from antransformer.models.registry import BUILT_IN
 
 SIZES = {"vocab_size": 50, "width": 64, "layers": 2, "context": 16, "head_dim": 32}
 
@@ -34,7 +36,7 @@ def train(model, optimizer, steps=3):
         optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("architecture", OPTIONS)
+@pytest.mark.parametrize("architecture", BUILT_IN)
 def test_norms_are_those_of_a_forward_pass_by_hand(architecture):
     model, tokens = model_of(architecture), some_tokens()
     optimizer = adam(model)
@@ -76,7 +78,7 @@ def test_ablations_can_be_probed(ablation):
     assert found["alpha"] == alpha
 
 
-@pytest.mark.parametrize("architecture", OPTIONS)
+@pytest.mark.parametrize("architecture", BUILT_IN)
 def test_a_probe_leaves_no_trace(architecture):
     model = model_of(architecture)
     optimizer = adam(model)

@@ -9,12 +9,13 @@ from antransformer.data import Tokenizer, byte_tokenizer
 from antransformer.errors import CheckpointError, ConfigError
 from antransformer.inference import generate
 from antransformer.inference.sampling import sample, stream_text
-from antransformer.models import ARCHITECTURES, Cache, ModelConfig, build
+from antransformer.models import Cache, ModelConfig, build
+from antransformer.models.registry import BUILT_IN
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11]]
 
 
-@pytest.fixture(params=ARCHITECTURES)
+@pytest.fixture(params=BUILT_IN)
 def model(request):
     torch.manual_seed(0)
     config = ModelConfig(

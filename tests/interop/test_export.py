@@ -23,7 +23,8 @@ from antransformer.inference import generate
 from antransformer.interop.export import export
 from antransformer.interop.import_hf import import_folder
 from antransformer.interop.model_card import card
-from antransformer.models import ARCHITECTURES, ModelConfig
+from antransformer.models import ModelConfig
+from antransformer.models.registry import BUILT_IN
 from antransformer.results.comparison import Results, Run, Variant
 from antransformer.training import run_folder as runs
 from antransformer.training.checkpointing import checkpoint
@@ -46,7 +47,7 @@ def exported(folder, architecture="angpt", tokenizer=None, model=(), **options):
     return ours, folder / "hf"
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+@pytest.fixture(scope="module", params=BUILT_IN)
 def pair(request, tmp_path_factory):
     """Our model, and the same loaded by transformers."""
     ours, folder = exported(tmp_path_factory.mktemp("pair"), request.param)
@@ -196,7 +197,7 @@ def test_gradient_checkpointing_changes_no_gradient(pair):
     assert all(torch.equal(*gradients) for gradients in zip(*found, strict=True))
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", BUILT_IN)
 def test_a_model_from_a_configuration_alone_starts_with_scales_that_fit(architecture):
     from antransformer.interop.modeling_antransformer import AntransformerConfig, AntransformerForCausalLM
 
@@ -498,7 +499,7 @@ def test_a_transformers_that_is_too_old_is_left_alone(tmp_path):
 
 
 def test_an_imported_run_is_the_exported_one(tmp_path):
-    for architecture in ARCHITECTURES:
+    for architecture in BUILT_IN:
         ours, folder = exported(tmp_path / architecture, architecture)
         import_folder(folder, tmp_path / architecture / "back")
         found, tokenizer = runs.open_checkpoint(tmp_path / architecture / "back")

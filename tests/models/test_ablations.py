@@ -8,7 +8,8 @@ from antransformer import bind, factors
 from antransformer.bounds import norms
 from antransformer.errors import ConfigError
 from antransformer.functional import normalize
-from antransformer.models import ABLATIONS, ModelConfig, build
+from antransformer.models import ModelConfig, build
+from antransformer.models.ablations import ABLATIONS
 from antransformer.models.config import Ablation
 from antransformer.nn import Linear, Residual
 from antransformer.training.checkpointing import checkpoint
@@ -20,12 +21,9 @@ TIMES = {
     "constant-x2": 2,
     "all-x0.5": 0.5,
     "all-x2": 2,
-    "error-1": 1.01,
-    "error-2": 1.02,
-    "error-5": 1.05,
 }
 LEFT_OUT = ["constant-none", "all-none"]
-TRAINING = ("strict", "model-axis", "strict-model-axis", "tangent")  # those that leave the function as it is
+TRAINING = ("strict", "model-axis")  # those that leave the function as it is
 FORWARD = [name for name in ABLATIONS if name not in TRAINING]
 
 
@@ -99,9 +97,9 @@ def test_constant_factors(ablation):
 
 def test_a_left_out_factor_leaves_the_gates_scale_whatever_it_is():
     for gate_scale, expected in (("none", 1), ("sqrt_mlp", 16)):
-        block = small("constant-none", gate_scale=gate_scale, nu_p="one").blocks[0]
+        block = small("constant-none", gate_scale=gate_scale).blocks[0]
         assert block.mlp.gate_proj.factor == expected
-        assert small("constant-x2", gate_scale=gate_scale, nu_p="one").blocks[0].attention.out_proj.factor == 2
+        assert small("constant-x2", gate_scale=gate_scale).blocks[0].attention.out_proj.factor == 1
 
 
 @pytest.mark.parametrize("ablation", ["none", *ABLATIONS])
@@ -152,7 +150,7 @@ def test_the_stream_has_the_norm_that_the_factors_predict(ablation):
     with torch.no_grad():
         model(torch.randint(0, 4096, (2000, 1)))
     assert seen == pytest.approx(expected, rel=0.05)
-    predicted = {"none": 1, "residual-none": 0.68, "all-x0.5": 0.0306, "all-x2": 256, "error-5": 1.05**8}
+    predicted = {"none": 1, "residual-none": 0.68, "all-x0.5": 0.0306, "all-x2": 256}
     assert expected[-1] == pytest.approx(predicted.get(ablation, expected[-1]), rel=0.01)
 
 
@@ -185,8 +183,6 @@ def test_every_other_ablation_is_a_function_of_its_own(weights):
         for second in found:
             if first < second:
                 assert (found[first] - found[second]).norm() > 1e-3 * found["none"].norm(), (first, second)
-    error = [(found[f"error-{percent}"] - found["none"]).norm().item() for percent in (1, 2, 5)]
-    assert error[0] < error[1] < error[2] < 0.6 * found["none"].norm()
 
 
 def test_scalar_alpha_is_the_same_function_until_alphas_differ():
@@ -273,19 +269,3 @@ def test_a_checkpoint_brings_it_back(ablation, tmp_path):
     assert restored.config.ablation == ablation
     with torch.no_grad():
         assert torch.equal(restored(some_tokens()), model(some_tokens()))
-
-
-def test_tangent_gradients_only_turn():
-    default, model = small(), small("tangent")
-    for each in (default, model):
-        for part in range(2):  # accumulated
-            tokens = some_tokens(length=25, seed=part)
-            each.loss(tokens[:, :-1], tokens[:, 1:]).backward()
-    for name, weight in model.named_parameters():
-        expected = dict(default.named_parameters())[name].grad
-        if weight.ndim == 2:
-            unit = weight.detach() / weight.detach().norm(dim=1, keepdim=True)
-            radial = (expected * unit).sum(dim=1, keepdim=True) * unit
-            assert radial.norm() > 1e-4 * expected.norm()
-            expected = expected - radial
-        torch.testing.assert_close(weight.grad, expected, rtol=1e-4, atol=1e-7)

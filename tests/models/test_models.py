@@ -207,7 +207,7 @@ VARIANTS = [
     ("ngpt", {"s_scale": 0.3, "alpha_init": 0.2}),
     ("angpt", {}),
     ("angpt", {"gate_scale": "none", "s_scale": 0.3}),
-    ("angpt", {"gate_scale": "sqrt_mlp", "nu_p": "one", "alpha_init": 0.2}),
+    ("angpt", {"gate_scale": "sqrt_mlp", "alpha_init": 0.2}),
 ]
 
 
@@ -449,7 +449,6 @@ def test_tokens_out_of_range_are_named(architecture):
         ({"head_dim": 2, "rotary_fraction": 0.5}, ("rotary_fraction", 0.5, 2)),
         ({"alpha_init": -0.1}, ("alpha_init", -0.1)),
         ({"gate_scale": "sqrt"}, ("gate_scale", "sqrt", "sqrt_mlp", "sqrt_width", "none")),
-        ({"nu_p": "half"}, ("nu_p", "half", "heads", "one")),
         ({"architecture": "gpt+", "gate_scale": "none"}, ("gate_scale", "gpt+")),
         ({"init_std": 0.1}, ("init_std", "angpt")),
         ({"architecture": "gpt", "dyt_alpha_init": 1.0}, ("dyt_alpha_init", "gpt")),

@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from antransformer.errors import ConfigError
-from antransformer.models import ARCHITECTURES, PRESETS, ModelConfig
+from antransformer.models import PRESETS, ModelConfig
+from antransformer.models.registry import BUILT_IN
 from antransformer.training import defaults
 from antransformer.training.config import (
     TrainConfig,
@@ -38,7 +39,7 @@ def test_there_are_shipped_configs():
     assert "demo" in shipped_configs()
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", BUILT_IN)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_resolves_and_survives_yaml(preset, architecture):
     config = resolve_config({"preset": preset, "architecture": architecture}, vocab_size=5000)
@@ -70,7 +71,7 @@ def test_defaults_in_the_fitted_range_are_near_the_papers_optima(architecture, p
 
 
 def test_defaults_below_the_fitted_range_are_the_measured_ones():
-    for architecture in ARCHITECTURES:
+    for architecture in BUILT_IN:
         config = resolve_config({"architecture": architecture}, vocab_size=4096)
         assert config.lr == defaults.SMALL_LR[architecture] < 0.05
         assert config.batch_tokens == defaults.SMALL_BATCH_TOKENS == 2048
@@ -84,7 +85,7 @@ def test_the_default_rate_of_matrices_follows_the_width_of_a_small_model():
         return config.lr, *config.matrix_lrs
 
     root, wide = pytest.approx(1e-3 / 2**0.5), {"model": {"width": 256, "layers": 2}}
-    for architecture in ARCHITECTURES:
+    for architecture in BUILT_IN:
         lr = defaults.SMALL_LR[architecture]
         assert rates(architecture=architecture) == (lr, lr, lr)  # nano is 128 wide
         assert rates(architecture=architecture, **wide, lr=1e-3) == (1e-3, root, 5e-4)

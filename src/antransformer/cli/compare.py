@@ -21,7 +21,7 @@ from antransformer.comparison.compare import QUICK, QUICK_BUDGETS, budgets_of, p
 from antransformer.comparison.experiment import Experiment, Plan
 from antransformer.comparison.summary import summary
 from antransformer.extras import require
-from antransformer.models import OPTIONS, ModelConfig
+from antransformer.models import ModelConfig, registry
 from antransformer.results.comparison import Results
 from antransformer.runs.queue import RunQueue, default_devices
 from antransformer.training.config import Count, TrainConfig, convert, normalize_settings
@@ -56,8 +56,8 @@ def add_arguments(parser: Parser) -> None:
         "--architectures",
         nargs="+",
         metavar="NAME",
-        help=f"two or more of {', '.join(OPTIONS)}, or one of them with -muon behind it, such as angpt-muon, trained "
-        "with Muon; the first is the baseline (default gpt+ angpt)",
+        help=f"two or more of {', '.join(registry.names())}, or one with the suffix -muon, such as angpt-muon, "
+        "trained with Muon; the first is the baseline (default gpt+ angpt)",
     )
     parser.add_argument(
         "--tokens", metavar="TOKENS", help="the longest budget; a quarter and a half of it are run too (default 8M)"

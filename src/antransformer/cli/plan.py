@@ -24,8 +24,8 @@ from antransformer.cli.common import check_target, new_table
 from antransformer.cli.options import Parser, number
 from antransformer.errors import ConfigError
 from antransformer.files import replace_text
-from antransformer.models import ModelConfig
-from antransformer.models.config import OPTIONS, PAPER_VOCABULARY, PRESETS
+from antransformer.models import ModelConfig, registry
+from antransformer.models.config import PAPER_VOCABULARY, PRESETS
 from antransformer.reporting.labels import style_of
 from antransformer.scaling import planner as plans
 from antransformer.scaling.law_files import LawFile, nearest_shipped, predict, read_laws, shown
@@ -53,7 +53,9 @@ def add_arguments(parser: Parser) -> None:
     group.add_argument("--network", metavar="X", help="Gbit/s between machines for each GPU (default 400)")
     group.add_argument("--mfu", metavar="X", help="share of the peak that you measured (default: by the model)")
     group = parser.add_argument_group("model and laws")
-    group.add_argument("--architecture", metavar="NAME", default="angpt", help=f"{', '.join(OPTIONS)} (default angpt)")
+    group.add_argument(
+        "--architecture", metavar="NAME", default="angpt", help=f"{', '.join(registry.names())} (default angpt)"
+    )
     group.add_argument("--context", metavar="N", help="longest sequence in tokens (default 2048)")
     group.add_argument("--vocab-size", metavar="N", help=f"of your tokenizer (default {PAPER_VOCABULARY})")
     group.add_argument("--fits", type=Path, metavar="FILE", help="laws of your own, by antransformer fit --json FILE")
@@ -68,7 +70,7 @@ def run(parsed: argparse.Namespace) -> None:
             raise ConfigError(f"--out {parsed.out}: exists, and is not overwritten: choose another name")
     template = ModelConfig.preset(
         "32m",
-        _one_of(parsed, "architecture", OPTIONS),
+        _one_of(parsed, "architecture", registry.names()),
         number(parsed, "vocab_size", PAPER_VOCABULARY),
         context=number(parsed, "context", 2048),
     )

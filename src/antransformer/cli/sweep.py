@@ -28,7 +28,7 @@ from antransformer.cli.progress import ExperimentProgress, log
 from antransformer.data import Dataset
 from antransformer.errors import ConfigError
 from antransformer.extras import require
-from antransformer.models import OPTIONS, PRESETS, ModelConfig
+from antransformer.models import PRESETS, ModelConfig, registry
 from antransformer.models.config import preset_sizes
 from antransformer.results import comparison as results
 from antransformer.results import sweep as sweep_results
@@ -53,7 +53,7 @@ def add_arguments(parser: Parser) -> None:
         nargs="+",
         default=["angpt"],
         metavar="NAME",
-        help=f"one or more of {', '.join(OPTIONS)} (default angpt)",
+        help=f"one or more of {', '.join(registry.names())} (default angpt)",
     )
     parser.add_argument(
         "--sizes",

@@ -7,11 +7,12 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from antransformer.comparison.compare import TUNED_HYPERPARAMETER, common_settings, whole_batches
+from antransformer.comparison.compare import common_settings, whole_batches
 from antransformer.comparison.experiment import Plan, VariantSpec
 from antransformer.errors import ConfigError
 from antransformer.models.ablations import ABLATIONS
 from antransformer.models.config import PAPER_VOCABULARY
+from antransformer.models.registry import get
 from antransformer.training.config import nearest, resolve_config
 
 DEFAULT = "default"
@@ -52,7 +53,7 @@ def variant_specs(width: int, only: Sequence[str] = ()) -> list[VariantSpec]:
     chosen = [name for name in variants if not only or any(fnmatch.fnmatch(name, pattern) for pattern in only)]
     if set(chosen) == {DEFAULT}:
         raise ConfigError(f"--only {' '.join(only)} leaves nothing to compare with the default")
-    names, hyperparameter = dict.fromkeys([DEFAULT, *chosen]), TUNED_HYPERPARAMETER["angpt"]
+    names, hyperparameter = dict.fromkeys([DEFAULT, *chosen]), get("angpt").hyperparameter("adam")
     return [VariantSpec(name, {"architecture": "angpt", **variants[name]}, hyperparameter) for name in names]
 
 

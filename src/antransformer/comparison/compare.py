@@ -5,21 +5,9 @@ from typing import Any
 
 from antransformer.comparison.experiment import Plan, VariantSpec
 from antransformer.errors import ConfigError
-from antransformer.models import OPTIONS
+from antransformer.models import registry
 from antransformer.models.config import PAPER_VOCABULARY
 from antransformer.training.config import nearest, read_count, resolve_config
-
-# The setting beside the learning rate that each may search: what its authors or its users tune first.
-TUNED_HYPERPARAMETER = {
-    "angpt": "model.s_scale",
-    "ngpt": "model.s_scale",
-    "gpt+": "weight_decay",
-    "gpt": "weight_decay",
-    "ln-scaling": "weight_decay",
-    "dyt": "model.dyt_alpha_init",
-}
-# Muon's step has one size whatever that of the weights: how large these begin counts for more than their decay.
-MUON_TUNED_HYPERPARAMETER = TUNED_HYPERPARAMETER | dict.fromkeys(("gpt+", "gpt", "ln-scaling"), "model.init_std")
 
 MUON = "-muon"  # behind an architecture's name
 
@@ -38,10 +26,11 @@ def variant_specs(names: Sequence[str], optimizer: str = "adam") -> list[Variant
     Raises:
         ConfigError: unknown, named twice, or fewer than two.
     """
+    known = registry.names()
     for name in names:
-        if name.removesuffix(MUON) not in OPTIONS:
+        if name.removesuffix(MUON) not in known:
             raise ConfigError(
-                f"unknown architecture {name!r}{nearest(name, OPTIONS) or ': choose from ' + ', '.join(OPTIONS)}"
+                f"unknown architecture {name!r}{nearest(name, known) or ': choose from ' + ', '.join(known)}"
             )
     if len(set(names)) != len(names) or len(names) < 2:
         raise ConfigError(f"--architectures needs two or more different ones, got {' '.join(names) or 'none'}")
@@ -49,10 +38,8 @@ def variant_specs(names: Sequence[str], optimizer: str = "adam") -> list[Variant
     for name in names:
         architecture = name.removesuffix(MUON)
         settings = {"architecture": architecture, **({"optimizer": "muon"} if name != architecture else {})}
-        hyperparameters = (
-            MUON_TUNED_HYPERPARAMETER if settings.get("optimizer", optimizer) == "muon" else TUNED_HYPERPARAMETER
-        )
-        made.append(VariantSpec(name, settings, hyperparameters[architecture]))
+        hyperparameter = registry.get(architecture).hyperparameter(settings.get("optimizer", optimizer))
+        made.append(VariantSpec(name, settings, hyperparameter))
     return made
 
 

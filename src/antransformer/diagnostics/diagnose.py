@@ -20,8 +20,8 @@ from antransformer.data import Dataset, Tokenizer, eval_batches
 from antransformer.diagnostics.probes import layer_alphas, length, row_norms, stream
 from antransformer.errors import CheckpointError, ConfigError, DataError
 from antransformer.functional import normalize, split_heads
-from antransformer.models import AnGPT, Decoder, ModelConfig
-from antransformer.models.angpt import Block, gate_scale
+from antransformer.models import Decoder, ModelConfig
+from antransformer.models.angpt import AnGPT, Block, gate_scale
 from antransformer.nn import Residual
 
 REPEATS = 512  # as the paper's table O.1
@@ -276,13 +276,13 @@ def wanted_gains(config: ModelConfig) -> dict[str, float]:
     """||output|| / ||input|| that the theory wants of each map of anGPT with its factor.
 
     It is 1, unit norm in and unit norm out, but for what a constant is meant to change: nu_p, since the heads that come
-    in have unit norm each (or 1, by ``nu_p``), the gate's scale before SiLU, and nu_act, which rides on u and makes up
+    in have unit norm each, the gate's scale before SiLU, and nu_act, which rides on u and makes up
     for SiLU.
     """
     z = gate_scale(config)
     std = factors.linear(config.width, config.mlp_hidden) * z / math.sqrt(config.width)
     nu_act = factors.activation(F.silu, std=std)
-    nu_p = math.sqrt(config.head_dim / config.width) if config.nu_p == "heads" else 1.0
+    nu_p = math.sqrt(config.head_dim / config.width)
     return {"q": 1.0, "k": 1.0, "v": 1.0, "p": nu_p, "u": nu_act, "z": z, "act": 1 / nu_act, "d": 1.0}
 
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from antransformer import factors
 from antransformer.bounds import Bound
 from antransformer.functional import AttentionContext, causal_attention, normalize, rotate, split_heads
-from antransformer.models import AnGPT, Decoder
-from antransformer.models.angpt import MLP, Attention, Block
+from antransformer.models import Decoder
+from antransformer.models.angpt import MLP, AnGPT, Attention, Block
 from antransformer.models.config import ModelConfig
 
 TINY = 1e-30  # added to a mean square; keeps a zero vector zero
@@ -93,10 +93,10 @@ def fold(model: Decoder) -> FoldedAnGPT:
         ValueError: alphas are so near 1 that the folded stream would leave the dtype's range, or the model is an
             ablation.
     """
-    if not isinstance(model, AnGPT):
-        raise TypeError(f"only an anGPT can be folded, not {type(model).__name__}")
-    if model.config.ablation != "none":
+    if model.config.ablation not in (None, "none"):
         raise ValueError(f"only the unablated anGPT can be folded, not {model.config.ablation}")
+    if type(model) is not AnGPT:  # a subclass may compute another function
+        raise TypeError(f"only anGPT itself can be folded, not {type(model).__name__}")
     weight = model.embedding.weight
     with torch.device("meta"):
         folded = FoldedAnGPT(model.config)

@@ -34,7 +34,6 @@ class AntransformerConfig(PreTrainedConfig):
     alpha_init: Any = 0.05
     s_scale: Any = 0.03
     gate_scale: Any = "sqrt_width"
-    nu_p: Any = "heads"
     init_std: Any = None
     dyt_alpha_init: Any = None
     use_cache: bool = True

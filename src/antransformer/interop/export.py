@@ -17,6 +17,7 @@ from antransformer.data import Tokenizer
 from antransformer.errors import CheckpointError, ConfigError, MachineError, MissingExtraError
 from antransformer.interop.model_card import card
 from antransformer.interop.register import register
+from antransformer.models.registry import get
 from antransformer.training.checkpointing.checkpoint import Checkpoint, restore
 
 if TYPE_CHECKING:
@@ -98,8 +99,13 @@ def transformers_model(
 
     Raises:
         MissingExtraError: transformers is not installed, or too old.
-        CheckpointError: the model is an ablation.
+        CheckpointError: the model is an ablation, or its architecture has no code for transformers.
     """
+    if not get(found.model.architecture).hf_export:
+        raise CheckpointError(
+            f"{found.path}: architecture {found.model.architecture} cannot be exported: "
+            "modeling_antransformer.py does not implement it"
+        )
     ablation = found.model.ablation
     if ablation not in (None, "none"):
         raise CheckpointError(

@@ -5,9 +5,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from antransformer.data import Tokenizer
 from antransformer.errors import CheckpointError
-from antransformer.models import ModelConfig
+from antransformer.models import ModelConfig, build
+from antransformer.models.registry import get
 from antransformer.training.checkpointing.checkpoint import Checkpoint
 from antransformer.training.config import TrainConfig
 from antransformer.training.defaults import parameter_count
@@ -17,16 +20,6 @@ from antransformer.training.run_folder import run_folder_of, saved_config, saved
 Fact = tuple[str, str]
 
 EVALUATION_FILE = "evaluation.json"  # in a run folder; written by the verb evaluate
-
-ARCHITECTURES = {
-    "angpt": "anGPT, the approximately normalized transformer (arXiv:2505.22014)",
-    "ngpt": "nGPT, the normalized transformer (arXiv:2410.01131)",
-    "gpt+": "GPT+: pre-norm RMSNorm, rotary embedding, gated MLP, QK norm",
-    "gpt": "GPT+ without QK norm",
-    "ln-scaling": "GPT+ with LayerNorm scaling (arXiv:2502.05795)",
-    "dyt": "GPT+ with dynamic tanh in place of its norms (arXiv:2503.10622)",
-}
-BOUNDED = ("angpt", "ngpt")
 
 PAGE = """---
 library_name: transformers
@@ -100,7 +93,9 @@ def card(
     """The text of README.md; verdict and pictures are those of the experiment that the run belongs to."""
     config, folder = found.model, run_folder_of(found)
     facts = [*model_facts(config, tokenizer, dtype), *training_facts(found, folder)]
-    norm = "norm 1" if config.architecture == "ngpt" else "a norm of at most 1"
+    with torch.device("meta"):
+        bounds = build(config).bounds()
+    norm = "norm 1" if all(bound.strict for bound in bounds) else "a norm of at most 1"
     rows = list(evaluation_rows(folder, found.step))
     shown = "".join(f"\n![{Path(picture).stem}]({picture})\n" for picture in pictures)
     return PAGE.format(
@@ -110,7 +105,7 @@ def card(
         context=config.context,
         end=tokenizer.decode([tokenizer.end_of_text]),
         end_id=tokenizer.end_of_text,
-        bounds=BOUNDS.format(norm=norm) if config.architecture in BOUNDED else "",
+        bounds=BOUNDS.format(norm=norm) if bounds else "",
         facts="\n".join(f"| {label} | {text} |" for label, text in facts),
         evaluation=EVALUATION.format(rows="\n".join(rows)) if rows else "",
         experiment=EXPERIMENT.format(verdict=verdict, pictures=shown) if verdict else "",
@@ -119,7 +114,9 @@ def card(
 
 def model_facts(config: ModelConfig, tokenizer: Tokenizer, dtype: str) -> Iterator[Fact]:
     """What the model is."""
-    yield "architecture", ARCHITECTURES[config.architecture]
+    architecture = get(config.architecture)
+    source = f" (arXiv:{architecture.arxiv})" if architecture.arxiv else ""
+    yield "architecture", architecture.description + source
     heads = f"{config.heads} heads of width {config.head_dim}"
     yield "size", f"width {config.width}, {config.layers} layers, {heads}, context {config.context:,}"
     yield "weights", dtype

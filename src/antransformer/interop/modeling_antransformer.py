@@ -160,7 +160,7 @@ class FactoredAttention(UnitAttention):
     def __init__(self, config: AntransformerConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         self.qkv_proj.factor = math.sqrt(config.width / config.head_dim)
-        self.out_proj.factor = math.sqrt(config.head_dim / config.width) if config.nu_p == "heads" else 1.0
+        self.out_proj.factor = math.sqrt(config.head_dim / config.width)
 
 
 class SphereAttention(Attention):

@@ -1,55 +1,26 @@
-"""The architectures and how to build one."""
+"""Architectures, their configuration and their registry; ``config`` and ``registry`` are importable without torch."""
 
-import torch
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from antransformer.models.ablations import ABLATIONS
-from antransformer.models.angpt import AnGPT
-from antransformer.models.config import OPTIONS, PRESETS, ModelConfig
-from antransformer.models.decoder import Cache, Decoder
-from antransformer.models.dyt import DyT
-from antransformer.models.gpt import GPT
-from antransformer.models.gpt_plus import GPTPlus
-from antransformer.models.ln_scaling import LNScaling
-from antransformer.models.ngpt import NGPT
+if TYPE_CHECKING:
+    from antransformer.models.config import PRESETS, ModelConfig
+    from antransformer.models.decoder import Cache, Decoder
+    from antransformer.models.factory import build
 
-ARCHITECTURES: dict[str, type[AnGPT] | type[NGPT] | type[GPTPlus]] = {
-    "angpt": AnGPT,
-    "ngpt": NGPT,
-    "gpt+": GPTPlus,
-    "gpt": GPT,
-    "ln-scaling": LNScaling,
-    "dyt": DyT,
+__all__ = ["PRESETS", "Cache", "Decoder", "ModelConfig", "build"]
+
+_MODULES = {
+    "Cache": "decoder",
+    "Decoder": "decoder",
+    "ModelConfig": "config",
+    "PRESETS": "config",
+    "build": "factory",
 }
 
 
-def build(config: ModelConfig) -> Decoder:
-    """The model of a config, initialised from torch's global generator, in float32 on the current default device.
-
-    Under ``torch.device("meta")`` nothing is allocated; ``model.to_empty(device=...)`` and
-    ``model.reset_parameters()`` then make it real, with the same weights.
-    """
-    device = torch.get_default_device()
-    with torch.device("meta"):  # torch's modules would draw weights of their own, to be drawn again
-        model = ABLATIONS.get(config.ablation, ARCHITECTURES[config.architecture])(config)
-    if device.type != "meta":
-        model.to_empty(device=device)
-        model.reset_parameters()
-    return model
-
-
-__all__ = [
-    "ABLATIONS",
-    "ARCHITECTURES",
-    "GPT",
-    "NGPT",
-    "OPTIONS",
-    "PRESETS",
-    "AnGPT",
-    "Cache",
-    "Decoder",
-    "DyT",
-    "GPTPlus",
-    "LNScaling",
-    "ModelConfig",
-    "build",
-]
+def __getattr__(name: str) -> Any:
+    """Import the module of a public name when the name is first used."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

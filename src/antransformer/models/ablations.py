@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from antransformer import factors
 from antransformer.bounds import Bound, project_
-from antransformer.errors import ConfigError
 from antransformer.functional import normalize
 from antransformer.models.angpt import AnGPT, Block, gate_scale
 from antransformer.models.config import ModelConfig
@@ -83,25 +82,6 @@ class StrictAnGPT(AnGPT):
         return [replace(bound, strict=True) for bound in super().bounds()]
 
 
-class TangentAnGPT(AnGPT):
-    """anGPT whose optimizer gets the gradients without what would only change the length of a bounded vector.
-
-    So its momentum is of turns alone, also where Muon orthogonalizes it: projected before the step, where the bound
-    projects after it.
-
-    Raises:
-        ConfigError: shared by several processes, whose gradients come by other ways.
-    """
-
-    def reset_parameters(self) -> None:
-        """anGPT's, and a hook on the gradient of every matrix."""
-        super().reset_parameters()
-        for bound in self.bounds():
-            if type(bound.parameter) is not nn.Parameter:
-                raise ConfigError("ablation tangent trains in one process: start it without torchrun")
-            bound.parameter.register_hook(partial(tangent_component, bound.parameter))
-
-
 class ModelAxisAnGPT(AnGPT):
     """anGPT bounded along the model axis: columns of the projections into the residual stream, as in nGPT."""
 
@@ -113,20 +93,6 @@ class ModelAxisAnGPT(AnGPT):
         """Unit norm along the axis of each bound."""
         super().reset_parameters()
         project_(replace(bound, strict=True) for bound in self.bounds())
-
-
-class StrictModelAxisAnGPT(ModelAxisAnGPT):
-    """anGPT bounded as nGPT is, strictly and along the model axis."""
-
-    def bounds(self) -> list[Bound]:
-        """nGPT's."""
-        return [replace(bound, strict=True) for bound in super().bounds()]
-
-
-def tangent_component(weight: Tensor, gradient: Tensor) -> Tensor:
-    """The part of a gradient (fan_out, fan_in) that is orthogonal to the rows of the weight."""
-    rows = normalize(weight.detach())
-    return gradient - (gradient * rows).sum(dim=1, keepdim=True) * rows
 
 
 def change_constants(block: nn.Module, config: ModelConfig, change: Change) -> None:
@@ -176,9 +142,4 @@ ABLATIONS: dict[str, Callable[[ModelConfig], AnGPT]] = {
     "scalar-alpha": partial(ChangedAnGPT, residual=scalar_alpha),
     "strict": StrictAnGPT,
     "model-axis": ModelAxisAnGPT,
-    "strict-model-axis": StrictModelAxisAnGPT,
-    "tangent": TangentAnGPT,
-    "error-1": all_times(1.01),
-    "error-2": all_times(1.02),
-    "error-5": all_times(1.05),
 }

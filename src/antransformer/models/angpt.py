@@ -16,7 +16,8 @@ from antransformer import factors
 from antransformer.bounds import Bound
 from antransformer.functional import AttentionContext, causal_attention, normalize, rotate, split_heads
 from antransformer.models.config import ModelConfig
-from antransformer.models.decoder import Decoder
+from antransformer.models.decoder import TENSOR_PARALLEL, Decoder
+from antransformer.models.registry import Architecture
 from antransformer.nn import Linear, Residual, ScaledParameter, unit_rows_
 
 
@@ -26,10 +27,9 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width, head = config.width, config.head_dim
-        nu_p = math.sqrt(head / width) if config.nu_p == "heads" else 1.0
         self.head_dim = head
         self.qkv_proj = Linear(width, 3 * width, factor=factors.linear(width, head))
-        self.out_proj = Linear(width, width, factor=nu_p)
+        self.out_proj = Linear(width, width, factor=math.sqrt(head / width))
         self.score_scale = nn.Parameter(torch.empty(1))
 
     def reset_parameters(self) -> None:
@@ -113,3 +113,18 @@ def gate_scale(config: ModelConfig) -> float:
     return {"none": 1.0, "sqrt_width": math.sqrt(config.width), "sqrt_mlp": math.sqrt(config.mlp_hidden)}[
         config.gate_scale
     ]
+
+
+ARCHITECTURE = Architecture(
+    name="angpt",
+    label="anGPT",
+    description="anGPT, the approximately normalized transformer",
+    arxiv="2505.22014",
+    cls=AnGPT,
+    # How the defaults were chosen: docs/log.md, "Defaults of the first models".
+    options={"alpha_init": 0.05, "s_scale": 0.03, "gate_scale": "sqrt_width", "ablation": "none"},
+    defaults_like="angpt",
+    tuned_hyperparameter="model.s_scale",
+    tensor_parallel={**TENSOR_PARALLEL, "logit_scale": 0},
+    hf_export=True,
+)

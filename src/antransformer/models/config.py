@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from antransformer.errors import ConfigError
+from antransformer.models.registry import BUILT_IN, get
 
 PAPER_VOCABULARY = 50_304
 MOST_LAYERS = 10_000  # counting the parameters makes each of them, and more are a slip of the finger
@@ -22,26 +23,7 @@ Ablation = Literal[
     "scalar-alpha",
     "strict",
     "model-axis",
-    "strict-model-axis",
-    "tangent",
-    "error-1",
-    "error-2",
-    "error-5",
 ]
-
-# Options that only some architectures have, with the default of each that has them.
-# How these were chosen: docs/log.md, "Defaults of the first models".
-# A default that depends on the sizes is a function of the config.
-GPT_OPTIONS: dict[str, Any] = {"init_std": lambda config: config.width**-0.5}
-OPTIONS: dict[str, dict[str, Any]] = {
-    "angpt": {"alpha_init": 0.05, "s_scale": 0.03, "gate_scale": "sqrt_width", "nu_p": "heads", "ablation": "none"},
-    "ngpt": {"alpha_init": 0.05, "s_scale": 0.03},
-    "gpt+": GPT_OPTIONS,
-    "gpt": GPT_OPTIONS,
-    "ln-scaling": GPT_OPTIONS,
-    "dyt": {**GPT_OPTIONS, "dyt_alpha_init": 1.0},
-}
-OPTION_NAMES = sorted({name for options in OPTIONS.values() for name in options})
 
 # arXiv:2505.22014, table of model sizes; pico and nano are ours, for a laptop CPU.
 PRESETS: dict[str, dict[str, int]] = {
@@ -70,10 +52,7 @@ class ModelConfig:
             architecture does not have.
     """
 
-    architecture: Literal["angpt", "ngpt", "gpt+", "gpt", "ln-scaling", "dyt"] = setting(
-        "angpt; ngpt; gpt+, the baseline; gpt, gpt+ without QK norm; ln-scaling and dyt, gpt+ with other norms",
-        "angpt",
-    )
+    architecture: str = setting(f"{', '.join(BUILT_IN)}, or the name of one that an installed package adds", "angpt")
     vocab_size: int = setting("rows of the embedding and of the head (default: the tokenizer's)", PAPER_VOCABULARY)
     width: int = setting("model width d, a multiple of the head width (default: the preset's)", 128)
     layers: int = setting("number of blocks (default: the preset's)", 4)
@@ -82,7 +61,8 @@ class ModelConfig:
     mlp_ratio: int = setting("MLP width over model width", 4)
     rotary_fraction: float = setting("share of each head's width with rotary embedding", 0.5)
     rope_theta: float = setting("wavelength base of the rotary embedding", 10_000.0)
-    # Options of some architectures; None stands for the architecture's default, and where it has no such option.
+    # Options of some architectures. None stands for the default in the architecture's declaration (see ``registry``),
+    # and stays None where the architecture does not have the option.
     alpha_init: float = setting("angpt, ngpt: initial residual step alpha", None)
     s_scale: float = setting(
         "angpt, ngpt: surrogate size of alpha and s_Z, in ngpt of s_qk, s_u and s_z too; the smaller, the faster "
@@ -92,11 +72,6 @@ class ModelConfig:
     gate_scale: Literal["sqrt_mlp", "sqrt_width", "none"] = setting(
         "angpt: constant on the gate before SiLU: sqrt_width gives it standard deviation 1/2, sqrt_mlp 1, none is the "
         "printed form",
-        None,
-    )
-    nu_p: Literal["heads", "one"] = setting(
-        "angpt: factor of the attention output projection, heads for sqrt(h / d), one for 1; the exact norm behind it "
-        "cancels it",
         None,
     )
     ablation: Ablation = setting(
@@ -110,8 +85,7 @@ class ModelConfig:
     dyt_alpha_init: float = setting("dyt: initial alpha of tanh(alpha x)", None)
 
     def __post_init__(self) -> None:
-        if self.architecture not in OPTIONS:
-            raise ConfigError(f"unknown architecture {self.architecture!r}: choose from {', '.join(OPTIONS)}")
+        options = get(self.architecture).options
         for name in ("vocab_size", "width", "layers", "context", "head_dim", "mlp_ratio"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
@@ -121,7 +95,6 @@ class ModelConfig:
         for name, rows in (("vocab_size", self.vocab_size), ("mlp_ratio", self.mlp_hidden)):
             if rows * self.width >= 2**50:
                 raise ConfigError(f"width {self.width:,} and {name} {getattr(self, name):,} make a matrix too large")
-        options = OPTIONS[self.architecture]
         for name in OPTION_NAMES:
             if name in options and getattr(self, name) is None:
                 default = options[name]
@@ -142,8 +115,6 @@ class ModelConfig:
             )
         if self.gate_scale not in (None, "sqrt_mlp", "sqrt_width", "none"):
             raise ConfigError(f"gate_scale must be sqrt_mlp, sqrt_width or none, got {self.gate_scale!r}")
-        if self.nu_p not in (None, "heads", "one"):
-            raise ConfigError(f"nu_p must be heads or one, got {self.nu_p!r}")
         if self.ablation not in (None, *get_args(Ablation)):
             raise ConfigError(f"ablation must be one of {', '.join(get_args(Ablation))}, got {self.ablation!r}")
 
@@ -180,6 +151,10 @@ class ModelConfig:
     def rotary_dim(self) -> int:
         """How many coordinates of each head are rotated, an even number."""
         return round(self.head_dim * self.rotary_fraction)
+
+
+# Options of single architectures are the fields with the default None.
+OPTION_NAMES = sorted(item.name for item in fields(ModelConfig) if item.default is None)
 
 
 def preset_sizes(name: str) -> dict[str, int]:

@@ -12,6 +12,17 @@ from antransformer.bounds import Bound
 from antransformer.functional import AttentionContext, LayerCache, Rotary
 from antransformer.models.config import ModelConfig
 
+# Axis along which tensor parallelism splits the weights of a module, by the module's name. All others are replicated.
+TENSOR_PARALLEL = {
+    "embedding": 0,
+    "qkv_proj": 0,  # its rows are ordered head by head
+    "out_proj": 1,
+    "up_proj": 0,
+    "gate_proj": 0,
+    "down_proj": 1,
+    "lm_head": 0,
+}
+
 
 class Decoder(nn.Module, ABC):
     """Skeleton of a causal language model; a subclass adds its blocks, its head and its bounds.

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from antransformer.models.config import ModelConfig
-from antransformer.models.gpt_plus import GPTPlus
+from antransformer.models.gpt_plus import OPTIONS, GPTPlus
+from antransformer.models.registry import Architecture
 
 
 class DynamicTanh(nn.Module):
@@ -55,3 +56,15 @@ class DyT(GPTPlus):
         for module in self.modules():
             if isinstance(module, DynamicTanh):
                 module.reset_parameters()
+
+
+ARCHITECTURE = Architecture(
+    name="dyt",
+    label="DyT",
+    description="GPT+ with dynamic tanh in place of its norms",
+    arxiv="2503.10622",
+    cls=DyT,
+    options={**OPTIONS, "dyt_alpha_init": 1.0},
+    tuned_hyperparameter="model.dyt_alpha_init",
+    hf_export=True,
+)

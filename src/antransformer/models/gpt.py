@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from antransformer.functional import AttentionContext, causal_attention, rotate, split_heads
 from antransformer.models.config import ModelConfig
-from antransformer.models.gpt_plus import GPTPlus
+from antransformer.models.gpt_plus import OPTIONS, GPTPlus
+from antransformer.models.registry import Architecture
 
 
 class Attention(nn.Module):
@@ -34,3 +35,14 @@ class GPT(GPTPlus):
         super().__init__(config)
         for block in self.blocks:
             block.attention = Attention(config)
+
+
+ARCHITECTURE = Architecture(
+    name="gpt",
+    label="GPT",
+    description="GPT+ without QK norm",
+    cls=GPT,
+    options=OPTIONS,
+    muon_tuned_hyperparameter="model.init_std",
+    hf_export=True,
+)

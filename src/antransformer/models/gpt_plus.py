@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from antransformer.bounds import Bound
 from antransformer.functional import AttentionContext, causal_attention, normalize, rotate, split_heads
 from antransformer.models.config import ModelConfig
-from antransformer.models.decoder import Decoder
+from antransformer.models.decoder import TENSOR_PARALLEL, Decoder
+from antransformer.models.registry import Architecture
 
 RMS_EPS = 1e-6
 
@@ -97,3 +98,19 @@ class GPTPlus(Decoder):
     def output_std(self) -> float:
         """Standard deviation of the weights that write to the residual stream; it shrinks with depth (as in GPT-2)."""
         return self.config.init_std / math.sqrt(2 * self.config.layers)
+
+
+# Options of GPT+ and of the architectures made from it.
+OPTIONS = {"init_std": lambda config: config.width**-0.5}
+
+ARCHITECTURE = Architecture(
+    name="gpt+",
+    label="GPT+",
+    description="GPT+: pre-norm RMSNorm, rotary embedding, gated MLP, QK norm",
+    cls=GPTPlus,
+    options=OPTIONS,
+    # Muon's update has the same size whatever the weights', so their initial size matters more than their decay.
+    muon_tuned_hyperparameter="model.init_std",
+    tensor_parallel=TENSOR_PARALLEL,
+    hf_export=True,
+)

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from antransformer.models.config import ModelConfig
-from antransformer.models.gpt_plus import RMS_EPS, GPTPlus
+from antransformer.models.gpt_plus import OPTIONS, RMS_EPS, GPTPlus
+from antransformer.models.registry import Architecture
 
 
 class ScaledNorm(nn.RMSNorm):
@@ -36,3 +37,15 @@ class LNScaling(GPTPlus):
         """That of all other weights: its authors found that the scaling and an initialisation that shrinks with depth
         do not combine, since both damp the blocks."""
         return self.config.init_std
+
+
+ARCHITECTURE = Architecture(
+    name="ln-scaling",
+    label="LN scaling",
+    description="GPT+ with LayerNorm scaling",
+    arxiv="2502.05795",
+    cls=LNScaling,
+    options=OPTIONS,
+    muon_tuned_hyperparameter="model.init_std",
+    hf_export=True,
+)

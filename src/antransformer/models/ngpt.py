@@ -13,6 +13,7 @@ from antransformer.bounds import Bound, project_
 from antransformer.functional import AttentionContext, causal_attention, normalize, rotate, split_heads
 from antransformer.models.config import ModelConfig
 from antransformer.models.decoder import Decoder
+from antransformer.models.registry import Architecture
 from antransformer.nn import ExactResidual, Linear, ScaledParameter, unit_rows_
 
 
@@ -100,3 +101,16 @@ class NGPT(Decoder):
 def model_axis(name: str) -> int:
     """The axis of a matrix along which the model width lies: 0 for what writes to the residual stream, else 1."""
     return 0 if name.endswith(("out_proj.weight", "down_proj.weight")) else 1
+
+
+ARCHITECTURE = Architecture(
+    name="ngpt",
+    label="nGPT",
+    description="nGPT, the normalized transformer",
+    arxiv="2410.01131",
+    cls=NGPT,
+    options={"alpha_init": 0.05, "s_scale": 0.03},
+    defaults_like="angpt",
+    tuned_hyperparameter="model.s_scale",
+    hf_export=True,
+)

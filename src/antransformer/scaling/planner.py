@@ -13,6 +13,7 @@ import torch
 from antransformer.errors import ConfigError
 from antransformer.models import ModelConfig
 from antransformer.models.config import PRESETS
+from antransformer.models.registry import get
 from antransformer.reporting.labels import format_count
 from antransformer.scaling.fitting import FLOPS_PER_PARAMETER, Interval
 from antransformer.scaling.law_files import LawFile, Laws, nearest_shipped, outside, shown
@@ -25,7 +26,6 @@ WIDEST = 16_384
 PAPER_WIDTH = 1536  # beyond, depth grows with the root of the width, as in published models: 80 layers at 8,192
 USABLE = 0.9  # of a device's memory; the rest is the context's, the libraries' and lost between blocks
 BETTER = 0.97  # of the time of a step, for which a less simple way to share is worth it
-TENSOR_PARALLEL = ("angpt", "gpt+")
 
 
 @dataclass(frozen=True)
@@ -326,7 +326,7 @@ def candidates(config: ModelConfig, cluster: Cluster) -> Iterator[Layout]:
 
 def splits(config: ModelConfig, tensor: int) -> bool:
     """Whether so many devices can share the layers of a model."""
-    return config.architecture in TENSOR_PARALLEL and config.heads % tensor == 0
+    return bool(get(config.architecture).tensor_parallel) and config.heads % tensor == 0
 
 
 def passes_of(layout: Layout, batch: int) -> Iterator[Layout]:

@@ -16,7 +16,7 @@ from antransformer.comparison.experiment import fill_defaults, provenance
 from antransformer.data import Dataset
 from antransformer.diagnostics.coord_check import Coordinates, coord_check
 from antransformer.errors import ConfigError
-from antransformer.models import OPTIONS, ModelConfig
+from antransformer.models import ModelConfig, registry
 from antransformer.results.sweep import Sweep, SweepRun
 from antransformer.runs.queue import Job, RunQueue, RunResult, flatten
 from antransformer.runs.search import EXTENSIONS, extension, grid_powers, round_sig
@@ -101,8 +101,8 @@ def plan(
             batch.
     """
     for name in architectures:
-        if name not in OPTIONS:
-            known = nearest(name, OPTIONS) or f": choose from {', '.join(OPTIONS)}"
+        if name not in registry.names():
+            known = nearest(name, registry.names()) or f": choose from {', '.join(registry.names())}"
             raise ConfigError(f"unknown architecture {name!r}{known}")
     for option, values in {"--architectures": architectures, "--sizes": sizes, "--widths": widths}.items():
         _different(option, values, values)

@@ -20,7 +20,8 @@ import yaml
 from antransformer.errors import ConfigError
 from antransformer.files import read_text
 from antransformer.models import ModelConfig
-from antransformer.models.config import OPTIONS, preset_sizes, setting
+from antransformer.models.config import preset_sizes, setting
+from antransformer.models.registry import BUILT_IN, get
 from antransformer.training import defaults
 
 COUNT_SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
@@ -133,8 +134,9 @@ class TrainConfig:
                 "batch_tokens"
             )
         model, split = self.model, self.tensor_parallel
-        if split > 1 and model.architecture not in ("angpt", "gpt+"):
-            raise ConfigError(f"tensor_parallel is for angpt and gpt+, not {model.architecture}: leave it out")
+        if split > 1 and not get(model.architecture).tensor_parallel:
+            supported = " and ".join(name for name in BUILT_IN if get(name).tensor_parallel)
+            raise ConfigError(f"tensor_parallel is for {supported}, not {model.architecture}: leave it out")
         if model.heads % split:  # the MLP has a multiple of the heads' coordinates
             raise ConfigError(f"tensor_parallel {split} can not split {model.heads} heads evenly: choose a divisor")
 
@@ -210,7 +212,7 @@ def resolve_config(settings: Mapping[str, Any], vocab_size: int, where: str = "s
     given = normalize_settings(settings, where)
     preset = given.get("preset", "nano")
     model_given = given.pop("model", {})
-    if given.get("optimizer") == "muon" and "init_std" in OPTIONS.get(model_given.get("architecture"), {}):
+    if given.get("optimizer") == "muon" and "init_std" in get(model_given.get("architecture", "angpt")).options:
         model_given = {"init_std": defaults.MUON_INIT_STD, **model_given}
     model = ModelConfig(**{**preset_sizes(preset), "vocab_size": vocab_size, **model_given})
     if "batch_tokens" in given:

@@ -13,6 +13,7 @@ import torch
 from antransformer.errors import ConfigError
 from antransformer.models import ModelConfig, build
 from antransformer.models.config import PAPER_VOCABULARY
+from antransformer.models.registry import get
 
 Value = TypeVar("Value")
 
@@ -20,29 +21,34 @@ FITTED_PARAMETERS = (30e6, 1.1e9)  # the paper's sizes, 32m to 1b
 FITTED_SEQUENCE = 2048  # tokens in one of the paper's sequences, in which its batches are counted
 TOKENS_PER_PARAMETER = 20  # arXiv:2203.15556, and the paper's hyperparameter sweeps
 
-# The paper fits laws for anGPT and GPT+ only; any other architecture takes those of its nearest relative.
-RELATIVES = {"ngpt": "angpt", "gpt": "gpt+", "ln-scaling": "gpt+", "dyt": "gpt+"}
 
+class ByArchitecture(dict[str, Value]):
+    """Values by architecture; one without a value has that of the architecture that its ``defaults_like`` names.
 
-def with_relatives(known: dict[str, Value]) -> dict[str, Value]:
-    """A value for every architecture: the known one, else that of its relative."""
-    return {**{name: known[relative] for name, relative in RELATIVES.items()}, **known}
+    The paper fits laws for anGPT and GPT+ only, so all others follow one of these two.
+    """
+
+    def __missing__(self, name: str) -> Value:
+        relative = get(name).defaults_like
+        if relative == name:
+            raise ConfigError(f"architecture {name}: defaults_like must name another, such as {', '.join(self)}")
+        return self[relative]
 
 
 # (coefficient, exponent) of a power law in the number of parameters.
-BATCH_FITS = with_relatives({"angpt": (1.1e-6, 0.984), "gpt+": (9e-5, 0.729)})
-LR_FITS = with_relatives({"angpt": (0.065, -0.178), "gpt+": (42.0, -0.482)})
+BATCH_FITS = ByArchitecture({"angpt": (1.1e-6, 0.984), "gpt+": (9e-5, 0.729)})
+LR_FITS = ByArchitecture({"angpt": (0.065, -0.178), "gpt+": (42.0, -0.482)})
 
-SMALL_LR = with_relatives({"angpt": 1.2e-2, "ngpt": 6e-3, "gpt+": 8e-3})
+SMALL_LR = ByArchitecture({"angpt": 1.2e-2, "ngpt": 6e-3, "gpt+": 8e-3})
 SMALL_LR_WIDTH = 128  # what these were measured at
-MUON_LR = with_relatives({"angpt": 0.04, "gpt+": 0.02})
+MUON_LR = ByArchitecture({"angpt": 0.04, "gpt+": 0.02})
 MUON_INIT_STD = 0.02  # where weights are not of unit norm; Adam's of 1/sqrt(width) are too large for steps of one size
 SMALL_BATCH_TOKENS = 2048
 SMALL_TOKENS = 8_000_000  # under one epoch of the default corpus
 
 # Share of the run with a rising learning rate, and decay of the weight matrices.
-WARMUP = with_relatives({"angpt": 0.0, "gpt+": 0.1})
-WEIGHT_DECAY = with_relatives({"angpt": 0.0, "gpt+": 0.1})
+WARMUP = ByArchitecture({"angpt": 0.0, "gpt+": 0.1})
+WEIGHT_DECAY = ByArchitecture({"angpt": 0.0, "gpt+": 0.1})
 
 
 def parameter_count(config: ModelConfig) -> int:

@@ -9,8 +9,8 @@ the backward pass where it begins.
 
 import contextlib
 import logging
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Iterator, Mapping
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -20,18 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_module, distribute_tensor
 
 from antransformer.models import Decoder
-
-# Along which axis the weights of a module are split; those of all others are whole on every rank.
-SPLIT = {
-    "embedding": 0,
-    "qkv_proj": 0,  # its rows are ordered head by head
-    "out_proj": 1,
-    "up_proj": 0,
-    "gate_proj": 0,
-    "down_proj": 1,
-    "lm_head": 0,
-    "logit_scale": 0,
-}
+from antransformer.models.registry import get
 
 
 def split(model: Decoder, mesh: DeviceMesh) -> None:
@@ -41,7 +30,7 @@ def split(model: Decoder, mesh: DeviceMesh) -> None:
     """
     # It warns of gathering a weight from the ranks of two axes in two messages, which only a checkpoint does.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
-    distribute_module(model, mesh, _split_weights)
+    distribute_module(model, mesh, partial(_split_weights, get(model.config.architecture).tensor_parallel))
     # Of classes, as FSDP has them, and not of functions around each module: so all blocks are compiled as one.
     for block in model.blocks:
         _become(block, SplitBlock, mesh)
@@ -51,8 +40,8 @@ def split(model: Decoder, mesh: DeviceMesh) -> None:
     _become(model, SplitDecoder, mesh)
 
 
-def _split_weights(name: str, module: nn.Module, mesh: DeviceMesh) -> None:
-    axis = SPLIT.get(name.rpartition(".")[2])
+def _split_weights(axes: Mapping[str, int], name: str, module: nn.Module, mesh: DeviceMesh) -> None:
+    axis = axes.get(name.rpartition(".")[2])
     if axis is not None:
         for key, weight in module.named_parameters(recurse=False):
             module.register_parameter(key, nn.Parameter(distribute_tensor(weight, mesh, [Shard(axis)])))

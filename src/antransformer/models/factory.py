@@ -1,0 +1,25 @@
+"""Build the model of a config."""
+
+import torch
+
+from antransformer.models.ablations import ABLATIONS
+from antransformer.models.config import ModelConfig
+from antransformer.models.decoder import Decoder
+from antransformer.models.registry import get
+
+
+def build(config: ModelConfig) -> Decoder:
+    """Model of a config in float32 on the default device, with weights drawn from torch's global generator.
+
+    Under ``torch.device("meta")`` no memory is allocated. ``model.to_empty(device=...)`` and
+    ``model.reset_parameters()`` then give the same weights as a direct build.
+    """
+    device = torch.get_default_device()
+    make = ABLATIONS.get(config.ablation) or get(config.architecture).cls
+    # Built on meta first: torch's modules would draw weights that reset_parameters draws again.
+    with torch.device("meta"):
+        model: Decoder = make(config)
+    if device.type != "meta":
+        model.to_empty(device=device)
+        model.reset_parameters()
+    return model
