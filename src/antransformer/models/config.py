@@ -95,6 +95,8 @@ class ModelConfig:
         for name, rows in (("vocab_size", self.vocab_size), ("mlp_ratio", self.mlp_hidden)):
             if rows * self.width >= 2**50:
                 raise ConfigError(f"width {self.width:,} and {name} {getattr(self, name):,} make a matrix too large")
+        if unknown := sorted(set(options) - set(OPTION_NAMES)):
+            raise ConfigError(f"architecture {self.architecture}: ModelConfig has no option {unknown[0]}")
         for name in OPTION_NAMES:
             if name in options and getattr(self, name) is None:
                 default = options[name]

@@ -2,7 +2,11 @@
 
 import math
 import re
+import zlib
 from dataclasses import dataclass
+
+from antransformer.errors import ConfigError
+from antransformer.models.registry import get
 
 
 @dataclass(frozen=True)
@@ -14,23 +18,31 @@ class SeriesStyle:
     marker: str
 
 
-# Apart from each other for the colour-blind too, and against a light and a dark page; the baseline is grey.
-STYLES = {
-    "gpt+": SeriesStyle("GPT+", "#777371", "s"),
-    "ngpt": SeriesStyle("nGPT", "#2578d1", "^"),
-    "angpt": SeriesStyle("anGPT", "#d4320c", "o"),
-    "gpt": SeriesStyle("GPT", "#ca5ba9", "D"),
-    "ln-scaling": SeriesStyle("LN scaling", "#08ac7c", "v"),
-    "dyt": SeriesStyle("DyT", "#ca8605", "P"),
-    "gpt+-muon": SeriesStyle("GPT+ (Muon)", "#8168c8", "X"),
-    "ngpt-muon": SeriesStyle("nGPT (Muon)", "#6f9a1f", "<"),
-    "angpt-muon": SeriesStyle("anGPT (Muon)", "#17a2b8", "*"),
+# Colours distinct for colour-blind readers and on light and dark pages. The baseline is grey.
+COLOURS_AND_MARKERS = {
+    "gpt+": ("#777371", "s"),
+    "ngpt": ("#2578d1", "^"),
+    "angpt": ("#d4320c", "o"),
+    "gpt": ("#ca5ba9", "D"),
+    "ln-scaling": ("#08ac7c", "v"),
+    "dyt": ("#ca8605", "P"),
+    "gpt+-muon": ("#8168c8", "X"),
+    "ngpt-muon": ("#6f9a1f", "<"),
+    "angpt-muon": ("#17a2b8", "*"),
 }
+# For all other names, chosen by the name so that a variant looks the same in every chart.
+FALLBACK = (("#9a9f2b", "h"), ("#b5651d", "p"), ("#5f7a8a", "d"), ("#a23b72", ">"), ("#3f8f5f", "8"))
 
 
 def style_of(name: str) -> SeriesStyle:
-    """Label, colour and marker of a variant."""
-    return STYLES.get(name, SeriesStyle(name, "#9a9f2b", "h"))
+    """Label, colour and marker of a variant: an architecture, one with the suffix ``-muon``, or any other name."""
+    architecture = name.removesuffix("-muon")
+    try:
+        label = get(architecture).label + (" (Muon)" if architecture != name else "")
+    except ConfigError:  # an ablation, or an architecture that is not installed here
+        label = name
+    fallback = FALLBACK[zlib.crc32(name.encode()) % len(FALLBACK)]
+    return SeriesStyle(label, *COLOURS_AND_MARKERS.get(name, fallback))
 
 
 def format_count(number: float) -> str:

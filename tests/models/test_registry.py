@@ -1,0 +1,181 @@
+"""Architectures are found by name, and one of another package works in every verb."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import antransformer
+from antransformer.cli import main
+from antransformer.errors import ConfigError
+from antransformer.interop.modeling_antransformer import PARTS
+from antransformer.models import ModelConfig, build, registry
+from antransformer.models.decoder import Decoder
+from antransformer.models.registry import BUILT_IN, Architecture
+from antransformer.reporting.labels import style_of
+from antransformer.results.comparison import Results
+from antransformer.training import defaults
+from helpers.messages import mentions
+from helpers.small import SMALL_OPTIONS
+
+# GPT+ with one norm fewer in each block: another function, and other parameters.
+TOY = """
+from torch import nn
+
+from antransformer.models.gpt_plus import OPTIONS, GPTPlus
+from antransformer.models.registry import Architecture
+
+
+class Toy(GPTPlus):
+    def __init__(self, config):
+        super().__init__(config)
+        for block in self.blocks:
+            block.mlp_norm = nn.Identity()
+
+
+ARCHITECTURE = Architecture(name="toy", label="Toy GPT", description="a toy", cls=Toy, options=OPTIONS)
+"""
+
+
+def write_package(folder, name="toy", target="toy_package.toy:ARCHITECTURE"):
+    """A package with the toy and, next to it, the metadata that an installed package has."""
+    (folder / "toy_package").mkdir()
+    (folder / "toy_package" / "__init__.py").write_text("")
+    (folder / "toy_package" / "toy.py").write_text(TOY)
+    metadata = folder / "toy_package-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-package\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text(f"[{registry.ENTRY_POINTS}]\n{name} = {target}\n")
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """A registry that has read no entry points; what a test adds is gone afterwards."""
+    monkeypatch.setattr(registry, "_loaded", {})
+    registry._declared.cache_clear()
+    yield
+    registry._declared.cache_clear()
+
+
+@pytest.fixture
+def installed(fresh, tmp_path, monkeypatch):
+    """Installs the toy for this process and for those that it starts."""
+
+    def install(**entry_point):
+        write_package(tmp_path, **entry_point)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+        monkeypatch.chdir(tmp_path)
+
+    yield install
+    for name in [name for name in sys.modules if name.startswith("toy_package")]:
+        del sys.modules[name]
+
+
+def test_every_declaration_has_its_name_and_a_decoder():
+    for name in BUILT_IN:
+        architecture = registry.get(name)
+        assert architecture.name == name and issubclass(architecture.cls, Decoder)
+        assert type(build(ModelConfig.preset("pico", name, vocab_size=64))) is architecture.cls
+        assert architecture.defaults_like in defaults.LR_FITS
+        assert architecture.hf_export == (name in PARTS)
+        assert style_of(name).label == architecture.label
+
+
+def test_labels_of_other_names():
+    assert style_of("angpt-muon").label == "anGPT (Muon)" and style_of("no-lerp").label == "no-lerp"
+    assert style_of("no-lerp") == style_of("no-lerp")
+
+
+def test_hyperparameters_that_compare_tunes():
+    tuned = {
+        name: [registry.get(name).hyperparameter(optimizer) for optimizer in ("adam", "muon")] for name in BUILT_IN
+    }
+    assert tuned == {
+        "angpt": ["model.s_scale", "model.s_scale"],
+        "ngpt": ["model.s_scale", "model.s_scale"],
+        "gpt+": ["weight_decay", "model.init_std"],
+        "gpt": ["weight_decay", "model.init_std"],
+        "ln-scaling": ["weight_decay", "model.init_std"],
+        "dyt": ["model.dyt_alpha_init", "model.dyt_alpha_init"],
+    }
+
+
+def test_names_and_configs_need_no_torch():
+    code = (
+        "import importlib.machinery, sys, types\n"
+        "package = types.ModuleType('antransformer')\n"  # its __init__ offers the whole library, and so imports torch
+        f"package.__path__ = [{str(Path(antransformer.__file__).parent)!r}]\n"
+        "sys.modules['antransformer'] = package\n"
+        "from antransformer.models import PRESETS, config, registry\n"
+        "print(*registry.names())\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    names = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    assert set(BUILT_IN) <= set(names)
+
+
+def test_an_unknown_name_is_refused_with_the_known_ones():
+    with pytest.raises(ConfigError) as error:
+        registry.get("gpt5")
+    assert mentions(error.value, "gpt5", *BUILT_IN)
+
+
+def test_register_in_this_process(fresh):
+    plain = registry.get("gpt+")
+    toy = Architecture(name="toy", label="Toy", description="a toy", cls=plain.cls, options=plain.options)
+    assert registry.register(toy) is registry.get("toy") is toy and "toy" in registry.names()
+    assert isinstance(build(ModelConfig.preset("pico", "toy", vocab_size=64)), plain.cls)
+    for taken in (toy, plain):
+        with pytest.raises(ConfigError, match=taken.name.replace("+", r"\+")):
+            registry.register(taken)
+
+
+def test_defaults_follow_the_named_relative(fresh):
+    plain = registry.get("gpt+")
+    for name, relative in (("child", "ngpt"), ("orphan", "orphan")):
+        registry.register(Architecture(name=name, label="", description="", cls=plain.cls, defaults_like=relative))
+    assert defaults.SMALL_LR["child"] == defaults.SMALL_LR["ngpt"] != defaults.SMALL_LR["angpt"]
+    assert defaults.WARMUP["child"] == defaults.WARMUP["angpt"]
+    with pytest.raises(ConfigError) as error:
+        defaults.WARMUP["orphan"]
+    assert mentions(error.value, "orphan", "defaults_like", "angpt", "gpt+")
+
+
+def test_an_option_that_model_config_lacks_is_refused(fresh):
+    plain = registry.get("gpt+")
+    registry.register(Architecture(name="toy", label="", description="", cls=plain.cls, options={"beta_init": 1.0}))
+    with pytest.raises(ConfigError) as error:
+        ModelConfig(architecture="toy")
+    assert mentions(error.value, "toy", "beta_init")
+
+
+@pytest.mark.parametrize(
+    "entry_point",
+    [{"target": "toy_package.missing:ARCHITECTURE"}, {"target": "toy_package.toy:Toy"}, {"name": "other"}],
+)
+def test_a_wrong_entry_point_is_named(installed, entry_point):
+    installed(**entry_point)
+    name = entry_point.get("name", "toy")
+    assert name in registry.names()
+    with pytest.raises(ConfigError) as error:
+        registry.get(name)
+    assert mentions(error.value, name, entry_point.get("target", "toy_package.toy:ARCHITECTURE"))
+
+
+def test_a_toy_of_another_package_in_every_verb(installed, corpus, capfd):
+    installed()
+    run = ["--data", str(corpus), "--batch-tokens=256", "--eval-tokens=512", *SMALL_OPTIONS]
+    assert main(["train", "--architecture=toy", "--tokens=1280", "--out=run", *run]) == 0
+    assert main(["generate", "--checkpoint=run", "--prompt=def", "--max-new-tokens=5"]) == 0
+    effort = ["--seeds=2", "--lr-trials=1", "--tuning-trials=1", "--budgets", "512", "--workers=2"]
+    assert main(["compare", "--architectures", "angpt", "toy", "--out=compared", *effort, *run]) == 0
+    variants = Results.load(Path("compared")).variants
+    assert [item.name for item in variants] == ["angpt", "toy"] and variants[0].parameters != variants[1].parameters
+    assert "Toy GPT" in Path("compared/report.html").read_text()
+    capfd.readouterr()
+    assert main(["export", "--checkpoint=run", "--out=exported"]) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1 and mentions(lines[0], "toy", "modeling_antransformer.py") and not Path("exported").exists()
