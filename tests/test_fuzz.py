@@ -520,7 +520,7 @@ def test_checkpoints(root, whole, data):
             found, tokenizer = open_checkpoint(folder / "run", notify=lambda text: None)
             model = checkpoint.restore(found, torch.device("cpu"))
             if found.model.context <= 4096:
-                list(generate(model, [[tokenizer.end_of_text]], max_tokens=2))
+                list(generate(model, [[tokenizer.end_of_text]], max_new_tokens=2))
             config = TrainConfig(
                 model=found.model,
                 tokens=10**9,

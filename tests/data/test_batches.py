@@ -1,4 +1,4 @@
-"""Windows and batches: every window once an epoch, whatever the number of ranks, from (seed, step) alone."""
+"""Batches: each window once per epoch, independent of the number of ranks, from (seed, step) alone."""
 
 from collections import Counter
 from pathlib import Path
@@ -13,7 +13,7 @@ from helpers.messages import mentions
 
 
 def make_split(folder: Path, *lengths: int) -> Split:
-    """Shards of consecutive numbers; each begins at a multiple of 1000, so that a token tells where it is."""
+    """Shards of consecutive numbers. Shard i begins at 1000 * i, so a token identifies its position."""
     shards = []
     for number, length in enumerate(lengths):
         path = folder / f"train-{number:05d}.bin"
@@ -28,7 +28,7 @@ def split(tmp_path: Path) -> Split:
 
 
 def starts(windows: ShuffledWindows, steps: range, batch: int, world: int = 1) -> list[int]:
-    """First tokens of the windows of some steps, rank after rank."""
+    """First token of each window of the steps, rank after rank."""
     return [
         int(token)
         for step in steps
@@ -44,37 +44,35 @@ def test_targets_are_the_next_tokens(split: Split) -> None:
     tokens, targets = ShuffledWindows(split, 8, seed=0).batch(0, 14)
     assert tokens.dtype == targets.dtype == torch.int64
     assert tokens.shape == targets.shape == (14, 8)
-    assert torch.equal(targets, tokens + 1)  # consecutive numbers, also at the ends: no window crosses two shards
+    assert torch.equal(targets, tokens + 1)  # consecutive at the ends too: no window spans two shards
     assert tokens.is_contiguous() and targets.is_contiguous()
 
 
-def test_batches_read_ahead_are_the_same_in_any_order_of_steps(split: Split) -> None:
-    ahead = Prefetcher(ShuffledWindows(split, 8, seed=3), 4, rank=1, world_size=2)
-    for step in (0, 1, 2, 9, 10, 3, 3, 4, 0):  # across epochs, back, and the same again
-        for mine, expected in zip(
-            ahead.batch(step), ShuffledWindows(split, 8, seed=3).batch(step, 4, 1, 2), strict=True
-        ):
-            assert torch.equal(mine, expected)
+def test_prefetched_batches_are_equal_in_any_order_of_steps(split: Split) -> None:
+    prefetcher = Prefetcher(ShuffledWindows(split, 8, seed=3), 4, rank=1, world_size=2)
+    for step in (0, 1, 2, 9, 10, 3, 3, 4, 0):  # across epochs, backwards, and a repeated step
+        expected = ShuffledWindows(split, 8, seed=3).batch(step, 4, 1, 2)
+        assert all(map(torch.equal, prefetcher.batch(step), expected))
 
 
-def test_the_next_batch_is_there_before_it_is_asked_for(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
-    read, windows = [], ShuffledWindows(split, 8, seed=3)
-    real = windows.batch
-    monkeypatch.setattr(windows, "batch", lambda step, **more: read.append(step) or real(step, **more))
-    ahead = Prefetcher(windows, 2)
+def test_the_next_batch_is_read_before_it_is_requested(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps, windows = [], ShuffledWindows(split, 8, seed=3)
+    batch = windows.batch
+    monkeypatch.setattr(windows, "batch", lambda step, **options: steps.append(step) or batch(step, **options))
+    prefetcher = Prefetcher(windows, 2)
     for step in range(3):
-        ahead.batch(step)
-    ahead._coming[1].result()
-    assert read == [0, 1, 2, 3]
+        prefetcher.batch(step)
+    prefetcher._pending[1].result()
+    assert steps == [0, 1, 2, 3]
 
 
-def test_what_is_wrong_with_a_batch_read_ahead_is_said_when_it_is_asked_for(split: Split) -> None:
+def test_an_error_in_the_prefetch_thread_is_raised_to_the_caller(split: Split) -> None:
     with pytest.raises(ConfigError) as error:
         Prefetcher(ShuffledWindows(split, 8, seed=3), 3, world_size=2).batch(0)
     assert mentions(str(error.value), *["3", "2"])
 
 
-def test_every_window_once_an_epoch(split: Split) -> None:
+def test_every_window_occurs_once_per_epoch(split: Split) -> None:
     windows = ShuffledWindows(split, 8, seed=3)
     assert len(windows) == 14
     epochs = [starts(windows, range(7 * epoch, 7 * epoch + 7), 2) for epoch in range(3)]
@@ -109,14 +107,14 @@ def test_batches_are_a_pure_function_of_seed_and_step(split: Split) -> None:
 
 
 def test_order_never_changes(split: Split) -> None:
-    # Pinned: a run that is resumed relies on it, across versions of numpy and of this package. The numbers were made
-    # apart from the package: the windows of EVERY sorted by np.random.PCG64([seed, epoch]).random_raw(14).
+    # Resumed runs rely on this order across versions of numpy and of this package. The expected values were computed
+    # independently: the windows in EVERY sorted by np.random.PCG64([seed, epoch]).random_raw(14).
     first = [3016, 24, 3032, 16, 8, 2016, 2000, 0, 2008, 32, 3008, 3024, 1000, 3000]
     second = [2008, 3008, 32, 3016, 3024, 1000, 8, 3000, 2016, 3032, 2000, 16, 0, 24]
     assert starts(ShuffledWindows(split, 8, seed=0), range(2), 14) == first + second
 
 
-def test_numbers_out_of_range(split: Split) -> None:
+def test_numbers_out_of_range_are_refused(split: Split) -> None:
     windows = ShuffledWindows(split, 8, seed=0)
     for arguments in ((0, 5, 0, 2), (0, 0), (-1, 4), (0, 4, 2, 2), (0, 4, -1, 2), (0, 4, 0, 0)):
         with pytest.raises(ConfigError):
@@ -131,7 +129,7 @@ def test_numbers_out_of_range(split: Split) -> None:
         assert mentions(str(error.value), *facts.split())
 
 
-def test_context_longer_than_every_shard(split: Split) -> None:
+def test_a_context_longer_than_every_shard_is_refused(split: Split) -> None:
     assert len(ShuffledWindows(split, 41, seed=0)) == 1
     with pytest.raises(DataError):
         ShuffledWindows(split, 42, seed=0)
@@ -140,7 +138,7 @@ def test_context_longer_than_every_shard(split: Split) -> None:
     assert mentions(str(error.value), *["context", "43", "44", "train", "42"])
 
 
-def test_sequential_takes_all_in_order_with_a_partial_batch(split: Split) -> None:
+def test_eval_batches_are_in_order_and_the_last_may_be_smaller(split: Split) -> None:
     batches = list(eval_batches(split, 8, 4))
     assert [len(tokens) for tokens, _ in batches] == [4, 4, 4, 2]
     assert torch.cat([tokens[:, 0] for tokens, _ in batches]).tolist() == EVERY
@@ -148,9 +146,9 @@ def test_sequential_takes_all_in_order_with_a_partial_batch(split: Split) -> Non
 
 
 @pytest.mark.parametrize(("limit", "count"), [(1, 1), (8, 1), (39, 4), (56, 7), (10_000, 14)])
-def test_sequential_spreads_a_limited_number(split: Split, limit: int, count: int) -> None:
+def test_limited_eval_batches_are_spread_evenly(split: Split, limit: int, count: int) -> None:
     first = torch.cat([tokens[:, 0] for tokens, _ in eval_batches(split, 8, 3, max_tokens=limit)]).tolist()
-    places = [EVERY.index(start) for start in first]
-    assert len(places) == count
-    gaps = np.diff([*places, len(EVERY)])
+    positions = [EVERY.index(start) for start in first]
+    assert len(positions) == count
+    gaps = np.diff([*positions, len(EVERY)])
     assert gaps.min() >= len(EVERY) // count and gaps.max() <= -(-len(EVERY) // count)

@@ -1,4 +1,4 @@
-"""Opening a prepared folder: whatever was changed in it is found, and named in one line."""
+"""Prepared data folders: damage is detected, and a one-line error names the file."""
 
 import errno
 import json
@@ -62,12 +62,12 @@ def test_wrong_size_and_missing_shard_are_found_even_unverified(folder: Path, ve
     assert mentions(refusal(folder, verify), *f"{shard} {os.strerror(errno.ENOENT)}".split())
 
 
-def test_token_past_the_maximum_is_found(folder: Path) -> None:
+def test_a_token_above_max_token_is_found(folder: Path) -> None:
     change(folder, lambda meta: meta.update(max_token=200))
     assert mentions(refusal(folder), *["256", "max_token", "200"])
 
 
-def test_what_is_no_data_folder(folder: Path, tmp_path: Path) -> None:
+def test_other_folders_are_refused(folder: Path, tmp_path: Path) -> None:
     assert mentions(refusal(tmp_path / "absent"), *f"{tmp_path / 'absent'}".split())
     assert mentions(refusal(tmp_path), *f"{tmp_path} meta.json".split())
     meta = folder / "meta.json"
@@ -77,8 +77,8 @@ def test_what_is_no_data_folder(folder: Path, tmp_path: Path) -> None:
         assert mentions(refusal(folder), *f"{meta} {fact}".split())
 
 
-def test_newer_format_says_so(folder: Path) -> None:
-    change(folder, lambda meta: meta.update(version=2, splits="unheard of"))
+def test_a_newer_format_version_is_refused(folder: Path) -> None:
+    change(folder, lambda meta: meta.update(version=2, splits="of an unknown form"))
     assert mentions(refusal(folder), *f"{folder / 'meta.json'} version 2 1".split())
 
 
@@ -107,7 +107,7 @@ def test_missing_or_mistyped_keys_are_named(folder: Path, key: str) -> None:
         (lambda meta: meta["splits"]["val"]["shards"][0].update(sha256=None), "val 'sha256' str NoneType"),
     ],
 )
-def test_contradictory_meta(folder: Path, edit: Callable[[Meta], object], facts: str) -> None:
+def test_contradictory_meta_is_refused(folder: Path, edit: Callable[[Meta], object], facts: str) -> None:
     change(folder, edit)
     assert mentions(refusal(folder), *f"{folder / 'meta.json'} {facts}".split())
 

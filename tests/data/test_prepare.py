@@ -1,8 +1,7 @@
-"""Preparing data: splits, shards, verification, and that an interrupted run leaves nothing that looks finished."""
+"""Data preparation: splits, shards and checks; an interrupted run leaves no folder that looks complete."""
 
 import errno
 import gzip
-import importlib
 import json
 import os
 import re
@@ -17,18 +16,16 @@ import numpy as np
 import pytest
 import tokenizers
 
-from antransformer.data import Dataset, Split, prepare, readers
+from antransformer.data import Dataset, Split, preparation, prepare, readers
 from antransformer.data.holdout import TrainValSplit
 from antransformer.data.shards import ShardWriter, dtype_for
 from antransformer.errors import DataError
 from helpers.messages import mentions
 
-prepare_module = importlib.import_module("antransformer.data.prepare")  # the package exports a function of this name
-
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    """Two hundred short documents, five of them twice, in two files."""
+    """Two files with 205 short documents, five of which occur twice."""
     documents = [f"Document {i}: " + "ö word " * (i % 7) for i in range(200)] + [
         f"Document {i}: " for i in range(0, 35, 7)
     ]
@@ -84,19 +81,19 @@ def test_split_depends_on_content_alone(corpus: Path, tmp_path: Path) -> None:
     two = prepare([corpus / "b.txt", corpus / "a.txt"], tmp_path / "two", val_fraction=0.2)
     for name in ("train", "val"):
         assert sorted(documents(one, name)) == sorted(documents(two, name))
-    # Five documents are there twice; were they split by position, some pair would likely be torn.
+    # Five documents occur twice. A split by position would likely separate a pair.
     assert not set(documents(one, "train")) & set(documents(one, "val"))
     again = prepare([corpus / "a.txt", corpus / "b.txt"], tmp_path / "again", val_fraction=0.2)
     assert files(one.path) == files(again.path)
 
 
-def test_larger_fraction_keeps_what_was_held_out(corpus: Path, tmp_path: Path) -> None:
+def test_a_larger_fraction_keeps_the_validation_documents_of_a_smaller_one(corpus: Path, tmp_path: Path) -> None:
     small = prepare([corpus], tmp_path / "small", val_fraction=0.1)
     large = prepare([corpus], tmp_path / "large", val_fraction=0.3)
     assert set(documents(small, "val")) < set(documents(large, "val"))
 
 
-def test_validation_files_of_their_own(corpus: Path, tmp_path: Path) -> None:
+def test_separate_validation_files(corpus: Path, tmp_path: Path) -> None:
     dataset = prepare([corpus / "a.txt"], tmp_path / "out", val_inputs=[corpus / "b.txt"])
     assert documents(dataset, "train") == (corpus / "a.txt").read_text("utf-8").split("<|endoftext|>")
     assert documents(dataset, "val") == (corpus / "b.txt").read_text("utf-8").split("<|endoftext|>")
@@ -104,16 +101,16 @@ def test_validation_files_of_their_own(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_shards_roll_over_without_changing_the_tokens(corpus: Path, tmp_path: Path) -> None:
-    whole = prepare([corpus], tmp_path / "whole", val_fraction=0.2).split("train")
-    parts = prepare([corpus], tmp_path / "parts", val_fraction=0.2, shard_tokens=1000).split("train")
-    assert [shard.tokens for shard in parts.shards[:-1]] == [1000] * (whole.tokens // 1000)
-    assert [shard.path.name for shard in parts.shards[:2]] == ["train-00000.bin", "train-00001.bin"]
-    assert np.array_equal(tokens(whole), tokens(parts))
-    assert Dataset.open(tmp_path / "parts").split("train").tokens == whole.tokens
+    single = prepare([corpus], tmp_path / "single", val_fraction=0.2).split("train")
+    sharded = prepare([corpus], tmp_path / "sharded", val_fraction=0.2, shard_tokens=1000).split("train")
+    assert [shard.tokens for shard in sharded.shards[:-1]] == [1000] * (single.tokens // 1000)
+    assert [shard.path.name for shard in sharded.shards[:2]] == ["train-00000.bin", "train-00001.bin"]
+    assert np.array_equal(tokens(single), tokens(sharded))
+    assert Dataset.open(tmp_path / "sharded").split("train").tokens == single.tokens
 
 
 def test_progress_counts_up(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare_module, "BATCH_CHARACTERS", 500)
+    monkeypatch.setattr(preparation, "BATCH_CHARACTERS", 500)
     calls: list[tuple[int, int, int, int]] = []
     dataset = prepare([corpus], tmp_path / "out", val_fraction=0.2, progress=lambda *call: calls.append(call))
     size = sum(len(data) for data in files(corpus).values())
@@ -133,30 +130,30 @@ def test_bpe_is_trained_on_the_training_text(corpus: Path, tmp_path: Path) -> No
 
 
 def test_tokenizer_sample_is_spread_over_the_training_documents(corpus: Path) -> None:
-    division = TrainValSplit.find([corpus], (), 0.2)
-    train = [document.text for document in division.documents() if document.split == "train"]
-    assert division.training_sample(10**9) == train
+    split = TrainValSplit.find([corpus], (), 0.2)
+    train = [document.text for document in split.documents() if document.split == "train"]
+    assert split.training_sample(10**9) == train
     limit = sum(len(text.encode()) for text in train) // 2
-    half = division.training_sample(limit)
+    half = split.training_sample(limit)
     assert set(half) < set(train)
     assert 0 <= sum(len(text.encode()) for text in half) - limit < max(len(text.encode()) for text in train)
     assert 0.35 < len(half) / len(train) < 0.65
-    places = [train.index(text) for text in half]
-    assert min(places) < len(train) // 10 and max(places) > len(train) * 9 // 10
+    positions = [train.index(text) for text in half]
+    assert min(positions) < len(train) // 10 and max(positions) > len(train) * 9 // 10
 
 
-def test_tokenizer_sample_of_compressed_files_is_spread_too(tmp_path: Path) -> None:
+def test_tokenizer_sample_is_spread_over_compressed_files(tmp_path: Path) -> None:
     texts = [f"{i} " + "word " * 100 for i in range(500)]
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     sample = TrainValSplit.find([tmp_path / "a.jsonl.gz"], (), 0.01).training_sample(len(lines) // 5)
-    places = [texts.index(text) for text in sample]
-    assert places == sorted(places) and 80 < len(places) < 120
-    assert places[0] < 50 and places[-1] > 450
+    positions = [texts.index(text) for text in sample]
+    assert positions == sorted(positions) and 80 < len(positions) < 120
+    assert positions[0] < 50 and positions[-1] > 450
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc to name an open file")
-def test_everything_is_on_the_disk_before_the_folder_is_there(
+def test_all_files_are_flushed_to_disk_before_the_rename(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: list[str] = []
@@ -167,9 +164,9 @@ def test_everything_is_on_the_disk_before_the_folder_is_there(
     assert synced[-1] == "meta.json"
 
 
-def test_more_ids_than_uint16_holds(tmp_path: Path) -> None:
-    words = {f"w{i}": i for i in range(70_000)} | {"<|endoftext|>": 70_000}
-    library = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+def test_a_vocabulary_too_large_for_uint16(tmp_path: Path) -> None:
+    vocabulary = {f"w{i}": i for i in range(70_000)} | {"<|endoftext|>": 70_000}
+    library = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w0"))
     library.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     library.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "a.txt").write_text("w69999 w1")
@@ -189,7 +186,7 @@ def test_dtype_and_its_limit(tmp_path: Path) -> None:
     assert mentions(str(error.value), *["65536", "uint16"])
 
 
-def test_unusable_options(corpus: Path, tmp_path: Path) -> None:
+def test_unusable_options_are_refused(corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     for fraction in (0, 1, -0.1, 1.5, float("nan")):
         assert mentions(refusal([corpus], out, val_fraction=fraction), *f"val_fraction {fraction}".split())
@@ -203,17 +200,17 @@ def test_unusable_options(corpus: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["text"]
 
 
-def test_folder_in_use_is_left_alone(corpus: Path, tmp_path: Path) -> None:
+def test_a_folder_with_files_is_not_overwritten(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    prepare([corpus], tmp_path / "out", val_fraction=0.2)  # an empty folder will do
+    prepare([corpus], tmp_path / "out", val_fraction=0.2)  # an empty folder is accepted
     before = files(tmp_path / "out")
     assert mentions(refusal([corpus], tmp_path / "out", val_fraction=0.2), *f"{tmp_path / 'out'}".split())
     assert files(tmp_path / "out") == before
     assert mentions(refusal([corpus], corpus / "a.txt"), *f"{corpus / 'a.txt'}".split())
 
 
-def test_folder_that_can_not_be_made(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare_module, "train_bpe", None)  # this is said before anything is learnt
+def test_a_folder_that_cannot_be_created(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preparation, "train_bpe", None)  # the error must come before any training
     (tmp_path / "loop").symlink_to("loop")
     for out, code in ((corpus / "a.txt" / "out", errno.ENOTDIR), (tmp_path / "loop" / "out", errno.ELOOP)):
         for options in ({"bpe_vocab_size": 300}, {}):
@@ -222,7 +219,7 @@ def test_folder_that_can_not_be_made(corpus: Path, tmp_path: Path, monkeypatch: 
 
 
 def fractions(message: str) -> list[float]:
-    """The values of val_fraction that a message names."""
+    """Values of val_fraction in a message."""
     return [float(number) for number in re.findall(r"val_fraction\W*([\d.e-]+)", message)]
 
 
@@ -231,24 +228,23 @@ def test_empty_validation_names_a_fraction_that_works(tmp_path: Path) -> None:
     path.write_text("<|endoftext|>".join("abcde"))
     for fraction, split in ((1e-6, "val"), (1 - 1e-6, "train")):
         message = refusal([path], tmp_path / "out", val_fraction=fraction)
-        assert mentions(message, *["5", "<|endoftext|>"]) and re.search(
-            rf"\b{split}[a-z]*\b", message
-        )  # training, validation
-        given, suggested = fractions(message)
-        assert given == fraction
+        assert mentions(message, *["5", "<|endoftext|>"])
+        assert re.search(rf"\b{split}[a-z]*\b", message)  # training, validation
+        current, suggested = fractions(message)
+        assert current == fraction
         dataset = prepare([path], tmp_path / split, val_fraction=suggested)
         assert dataset.split("val").documents >= 1
     assert not list(tmp_path.glob("out*"))
 
 
-def test_one_document_can_not_be_divided(tmp_path: Path) -> None:
+def test_a_single_document_cannot_be_split(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("one document")
-    assert fractions(refusal([path], tmp_path / "out", val_fraction=0.0001)) == [0.0001]  # and none that would do
+    assert fractions(refusal([path], tmp_path / "out", val_fraction=0.0001)) == [0.0001]  # no other value would work
 
 
-def test_exception_in_the_middle_leaves_nothing(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare_module, "BATCH_CHARACTERS", 500)
+def test_an_exception_leaves_nothing(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preparation, "BATCH_CHARACTERS", 500)
 
     def stop(done: int, total: int, documents: int, tokens: int) -> None:
         if done > total // 2:
@@ -259,7 +255,7 @@ def test_exception_in_the_middle_leaves_nothing(corpus: Path, tmp_path: Path, mo
     assert not list(tmp_path.glob("out*"))
 
 
-def test_full_disk_leaves_nothing(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_nothing(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -270,15 +266,15 @@ def test_full_disk_leaves_nothing(corpus: Path, tmp_path: Path, monkeypatch: pyt
     assert not list(tmp_path.glob("out*"))
 
 
-def test_killed_run_looks_unfinished_and_the_next_completes(corpus: Path, tmp_path: Path) -> None:
+def test_a_killed_run_looks_incomplete_and_the_next_one_succeeds(corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = {"val_fraction": 0.2, "shard_tokens": 500}
     script = (
-        "import importlib, os, signal, sys\n"
-        "module = importlib.import_module('antransformer.data.prepare')\n"
-        "module.BATCH_CHARACTERS = 500\n"
+        "import os, signal, sys\n"
+        "from antransformer.data import preparation\n"
+        "preparation.BATCH_CHARACTERS = 500\n"
         "kill = lambda done, total, *_: done > total // 2 and os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"module.prepare([sys.argv[1]], sys.argv[2], progress=kill, **{options})\n"
+        f"preparation.prepare([sys.argv[1]], sys.argv[2], progress=kill, **{options})\n"
     )
     killed = subprocess.run([sys.executable, "-c", script, str(corpus), str(out)], check=False)
     assert killed.returncode == -signal.SIGKILL
@@ -291,12 +287,12 @@ def test_killed_run_looks_unfinished_and_the_next_completes(corpus: Path, tmp_pa
     (partial / "train-00099.bin").write_bytes(b"stale")
     prepare([corpus], out, **options)
     assert not partial.exists()
-    undisturbed = prepare([corpus], tmp_path / "undisturbed", **options)
-    assert files(out) == files(undisturbed.path)
+    uninterrupted = prepare([corpus], tmp_path / "uninterrupted", **options)
+    assert files(out) == files(uninterrupted.path)
 
 
 def test_memory_does_not_grow_with_the_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare_module, "BATCH_CHARACTERS", 100_000)
+    monkeypatch.setattr(preparation, "BATCH_CHARACTERS", 100_000)
     monkeypatch.setattr(readers, "BLOCK_BYTES", 1 << 16)
     path = tmp_path / "a.txt"
     with path.open("w") as file:

@@ -1,4 +1,4 @@
-"""Inputs become documents: what is found, how text is cut, and what a bad input says."""
+"""Inputs to documents: search for files, cuts of long text, and errors for broken files."""
 
 import errno
 import gzip
@@ -41,12 +41,12 @@ def write(path: Path, content: str | bytes) -> Path:
     return path
 
 
-def test_separator_divides_plain_text_and_blank_documents_are_dropped(tmp_path: Path) -> None:
+def test_separator_splits_plain_text_and_blank_documents_are_dropped(tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt", "one<|endoftext|>  \n<|endoftext|>two\r\n<|endoftext|>")
     assert texts(path) == ["one", "two\r\n"]
 
 
-def test_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+def test_byte_order_mark_is_removed(tmp_path: Path) -> None:
     assert texts(write(tmp_path / "a.txt", b"\xef\xbb\xbfhello")) == ["hello"]
 
 
@@ -55,18 +55,18 @@ def test_documents_do_not_depend_on_the_block_size(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(readers, "MAX_CHARACTERS", 40)
     text = "ä" * 39 + "<|endoftext|>" + "word " * 30 + "\n\n" + "x" * 41 + "<|endoftext|>" + "é\n" * 50
     path = write(tmp_path / "a.txt", text)
-    whole = texts(path)
+    documents = texts(path)
     monkeypatch.setattr(readers, "BLOCK_BYTES", block)
-    assert texts(path) == whole
-    assert "".join(whole) == text.replace("<|endoftext|>", "")
-    assert max(map(len, whole)) <= 40
+    assert texts(path) == documents
+    assert "".join(documents) == text.replace("<|endoftext|>", "")
+    assert max(map(len, documents)) <= 40
 
 
 @pytest.mark.parametrize(
     ("mark", "first"),
     [("\n\n", MAX - 98), ("\n", MAX - 99), ("", MAX)],
 )
-def test_long_documents_are_cut_at_a_blank_line_or_line_or_anywhere(tmp_path: Path, mark: str, first: int) -> None:
+def test_long_documents_are_cut_at_a_blank_line_or_line_if_possible(tmp_path: Path, mark: str, first: int) -> None:
     line = "a" * (MAX - 100) + mark
     sections = texts(write(tmp_path / "a.txt", line + "b" * MAX))
     assert len(sections[0]) == first
@@ -88,16 +88,14 @@ def test_folder_is_searched_in_order_without_hidden_files(tmp_path: Path) -> Non
     assert texts(tmp_path) == ["j", "z", "b"]
 
 
-def test_pipes_and_broken_links_in_a_folder_are_passed_over(tmp_path: Path) -> None:
+def test_pipes_and_broken_links_in_a_folder_are_skipped(tmp_path: Path) -> None:
     write(tmp_path / "a.txt", "a")
     os.mkfifo(tmp_path / "pipe.txt")
     (tmp_path / "link.txt").symlink_to(tmp_path / "absent")
     assert texts(tmp_path) == ["a"]
 
 
-def test_a_folder_that_can_not_be_read_is_not_left_out_in_silence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unreadable_folder_is_not_skipped_silently(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "a.txt", "a")
     locked, scan = write(tmp_path / "locked" / "b.txt", "b").parent, os.scandir
 
@@ -110,7 +108,7 @@ def test_a_folder_that_can_not_be_read_is_not_left_out_in_silence(
     assert mentions(refusal(tmp_path), *f"{locked} {os.strerror(errno.EACCES)}".split())
 
 
-def test_glob_takes_any_ending_and_a_file_counts_once(tmp_path: Path) -> None:
+def test_globs_match_any_ending_and_a_file_counts_once(tmp_path: Path) -> None:
     path = write(tmp_path / "a.notes", "a")
     write(tmp_path / "sub" / "b.notes", "b")
     corpus = Corpus.find([tmp_path / "**" / "*.notes", path])
@@ -134,7 +132,7 @@ def test_json_lines_plain_and_compressed(tmp_path: Path) -> None:
     two_frames = b"".join(zstandard.ZstdCompressor().compress(part) for part in (lines[:20], lines[20:]))
     write(tmp_path / "c.jsonl.zst", two_frames)
     for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst"):
-        # In JSON lines the separator is plain text, and half a surrogate pair is replaced.
+        # In JSON lines the separator is plain text. Half a surrogate pair is replaced.
         assert texts(tmp_path / name) == ["one", "<|endoftext|>?"], name
 
 
@@ -158,11 +156,11 @@ def test_progress_grows_to_the_size_of_the_files(tmp_path: Path, name: str) -> N
     assert done[-2:] == [corpus.bytes - 4, corpus.bytes]
 
 
-def test_named_inputs_that_are_no_text(tmp_path: Path) -> None:
+def test_inputs_that_are_not_text_are_refused(tmp_path: Path) -> None:
     for name in ("absent.txt", "*.txt"):
         assert mentions(refusal(tmp_path / name), *f"{tmp_path / name}".split())
     assert mentions(refusal(tmp_path), *f"{tmp_path} .txt .md .py .jsonl .parquet".split())
-    assert refusal() != refusal("")  # no input, and one without a name
+    assert refusal() != refusal("")  # no input, and an empty name
     for binary in (write(tmp_path / "model.bin", bytes(range(256))), write(tmp_path / "nul.txt", "a\0b")):
         assert mentions(refusal(binary), *f"{binary} UTF-8".split())
     folder = write(tmp_path / "folder" / "latin.txt", "é".encode("latin-1")).parent
@@ -170,7 +168,7 @@ def test_named_inputs_that_are_no_text(tmp_path: Path) -> None:
     assert mentions(refusal("/dev/null"), "/dev/null")
 
 
-def test_empty_inputs(tmp_path: Path) -> None:
+def test_empty_inputs_are_refused(tmp_path: Path) -> None:
     for name, content in (("empty.txt", ""), ("blank.txt", " \n<|endoftext|>\n"), ("blank.jsonl", "\n\n")):
         path = write(tmp_path / name, content)
         assert mentions(refusal(path), *f"{path}".split())
@@ -207,9 +205,9 @@ def test_broken_compressed_files(tmp_path: Path) -> None:
     packed = gzip.compress(b'{"text": "one"}\n' * 1000)
     check_broken(write(tmp_path / "cut.jsonl.gz", packed[:-20]), EOFError)
     check_broken(write(tmp_path / "no.jsonl.gz", b"plain"), gzip.BadGzipFile)
-    # Lines of 128 bytes end where zstd's blocks of 128 KiB do: nothing is wrong with what is left of them.
+    # Lines of 128 bytes end at zstd's block boundaries of 128 KiB, so a truncated file still has complete lines.
     noise = Random(0).randbytes(4096 * 57).hex()
-    lines = "".join(f'{{"text":  "{noise[at : at + 114]}"}}\n' for at in range(0, len(noise), 114))
+    lines = "".join(f'{{"text":  "{noise[start : start + 114]}"}}\n' for start in range(0, len(noise), 114))
     packed = zstandard.compress(lines.encode())
     for size in (len(packed) * 3 // 4, len(packed) - 1):
         check_broken(write(tmp_path / "cut.jsonl.zst", packed[:size]), EOFError)
@@ -224,7 +222,7 @@ def test_parquet_without_text_names_its_columns(tmp_path: Path) -> None:
     assert mentions(refusal(tmp_path / "b.parquet"), *["'text'", "int64"])
 
 
-def test_missing_extras_say_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "zstandard", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     for name, module in (("a.jsonl.zst", "zstandard"), ("b.parquet", "pyarrow")):
@@ -233,7 +231,7 @@ def test_missing_extras_say_what_to_install(tmp_path: Path, monkeypatch: pytest.
             Corpus.find([path])
 
 
-def test_file_that_vanishes_or_changes_meanwhile(tmp_path: Path) -> None:
+def test_a_file_that_changes_or_disappears_after_the_search(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     for change, fact in ((lambda: path.write_bytes(b"\xff"), "UTF-8"), (path.unlink, os.strerror(errno.ENOENT))):
         corpus = Corpus.find([write(path, "a")])
@@ -243,7 +241,7 @@ def test_file_that_vanishes_or_changes_meanwhile(tmp_path: Path) -> None:
         assert mentions(str(error.value), *f"{path} {fact}".split())
 
 
-def test_large_file_is_streamed(tmp_path: Path) -> None:
+def test_a_large_file_is_streamed(tmp_path: Path) -> None:
     path = tmp_path / "one_line.txt"
     with path.open("wb") as file:
         for _ in range(60):

@@ -1,7 +1,6 @@
-"""The corpus that every machine has: the standard library's own source."""
+"""Default corpus: the source code of the standard library."""
 
 import errno
-import importlib
 import os
 import re
 import shutil
@@ -10,13 +9,11 @@ from typing import Any
 
 import pytest
 
-from antransformer.data import Dataset, ensure_default, stdlib_files
+from antransformer.data import Dataset, ensure_default, stdlib, stdlib_files
 from antransformer.errors import DataError
 
-stdlib = importlib.import_module("antransformer.data.stdlib")
 
-
-def test_files_are_the_standard_library_alone() -> None:
+def test_installed_packages_are_excluded() -> None:
     files = stdlib_files()
     assert files == sorted(files)
     assert {"os.py", "argparse.py", "decoder.py"} <= {path.name for path in files}
@@ -37,7 +34,7 @@ def test_only_readable_source_counts(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.fixture
-def few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def small_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "source").mkdir()
     files = [tmp_path / "source" / f"{i}.py" for i in range(100)]
     for i, file in enumerate(files):
@@ -46,7 +43,7 @@ def few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stdlib, "VOCABULARY", 270)
 
 
-def test_prepared_once(few: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prepared_once(small_corpus: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = ensure_default(tmp_path / "data")
     assert folder == tmp_path / "data" / "python-stdlib"
     dataset = Dataset.open(folder)
@@ -57,14 +54,16 @@ def test_prepared_once(few: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert ensure_default(tmp_path / "data") == folder
 
 
-def test_damaged_folder_is_not_used(few: None, tmp_path: Path) -> None:
+def test_damaged_folder_is_not_used(small_corpus: None, tmp_path: Path) -> None:
     folder = ensure_default(tmp_path)
     (folder / "train-00000.bin").write_bytes(b"")
     with pytest.raises(DataError, match=r"train-00000\.bin"):
         ensure_default(tmp_path)
 
 
-def test_second_process_that_is_faster_wins(few: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_result_of_a_faster_process_is_used(
+    small_corpus: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prepare = stdlib.prepare
 
     def slow(inputs: Any, out: Path, **options: Any) -> Dataset:
@@ -79,7 +78,7 @@ def test_second_process_that_is_faster_wins(few: None, tmp_path: Path, monkeypat
     assert [path.name for path in folder.parent.iterdir()] == ["python-stdlib"]
 
 
-def test_failure_leaves_nothing(few: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_leaves_nothing(small_corpus: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(inputs: Any, out: Path, **options: Any) -> Dataset:
         out.mkdir()
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -1,4 +1,4 @@
-"""Tokenizers: exact round trips, ids, and what is refused."""
+"""Tokenizers: exact round trips, ids, and files that are refused."""
 
 import errno
 import json
@@ -23,7 +23,7 @@ BPE = train_bpe(WORDS, 280)
 @given(st.text(max_size=200))
 @settings(max_examples=150, deadline=None)
 def test_byte_ids_are_the_bytes(text: str) -> None:
-    library = BYTE._library.encode(text, add_special_tokens=False).ids  # which is there for those who load its file
+    library = BYTE._library.encode(text, add_special_tokens=False).ids  # for users of tokenizer.json
     assert BYTE.encode(text) == list(text.encode()) == library
     assert BYTE.decode(BYTE.encode(text)) == text
 
@@ -40,7 +40,7 @@ def test_byte_tokenizer_describes_itself() -> None:
 
 
 @pytest.mark.parametrize("tokenizer", [BYTE, BPE], ids=["byte", "bpe"])
-def test_text_that_spells_a_special_token_is_plain(tokenizer: Tokenizer) -> None:
+def test_special_tokens_in_a_text_are_plain_text(tokenizer: Tokenizer) -> None:
     text = "a<|endoftext|>b"
     for ids in (tokenizer.encode(text), next(tokenizer.encode_batch([text])).tolist()):
         assert tokenizer.end_of_text not in ids
@@ -66,11 +66,11 @@ def test_bpe_of_too_little_text_has_a_smaller_vocabulary() -> None:
     assert small.name == f"bpe-{small.vocab_size}"
 
 
-def test_bpe_reads_no_more_than_its_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bpe_stops_reading_at_the_sample_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SAMPLE_BYTES", 1000)
-    taken = []
-    train_bpe((taken.append(text) or text for text in ["é" * 100] * 50), 300)  # type: ignore[func-returns-value]
-    assert len(taken) == 5
+    read = []
+    train_bpe((read.append(text) or text for text in ["é" * 100] * 50), 300)  # type: ignore[func-returns-value]
+    assert len(read) == 5
 
 
 def test_bpe_vocabulary_must_hold_every_byte() -> None:
@@ -88,8 +88,8 @@ def test_save_and_load(tmp_path: Path) -> None:
         assert loaded.encode(WORDS[0]) == BPE.encode(WORDS[0])
         assert loaded.end_of_text not in loaded.encode("<|endoftext|>")
     assert tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")).get_vocab_size() == 280
-    BPE.save(tmp_path / "mine.json")
-    assert Tokenizer.load(tmp_path / "mine.json").name == "mine"
+    BPE.save(tmp_path / "own.json")
+    assert Tokenizer.load(tmp_path / "own.json").name == "own"
 
 
 def test_padding_and_truncation_of_a_file_are_ignored(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_vocab_size_is_the_largest_id_plus_one(tmp_path: Path) -> None:
     assert (loaded.vocab_size, loaded.end_of_text) == (42, 41)
 
 
-def test_what_is_no_tokenizer(tmp_path: Path) -> None:
+def test_other_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"hidden": 3}))
     (tmp_path / "binary.json").write_bytes(b"\xff\x00")
     library = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))

@@ -1,3 +1,5 @@
+"""Folding: the same function with fewer operations."""
+
 from collections import Counter
 from copy import deepcopy
 
@@ -16,7 +18,7 @@ def model_of(architecture="angpt", **options):
     torch.manual_seed(0)
     sizes = {"vocab_size": 300, "width": 64, "layers": 6, "context": 64, "head_dim": 32}
     model = build(ModelConfig(architecture=architecture, **sizes, **options))
-    with torch.no_grad():  # away from the initial values, where many scales are equal
+    with torch.no_grad():  # initial values have many equal scales
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.mul_(1 + 2 * torch.rand_like(parameter))
@@ -42,11 +44,11 @@ def test_folding_is_exact_in_double_precision():
         torch.testing.assert_close(fold(model)(some_tokens()), model(some_tokens()), rtol=1e-9, atol=1e-9)
 
 
-def test_a_folded_model_holds_no_factor_and_fewer_numbers_in_its_scales():
+def test_a_folded_model_has_no_factors_and_fewer_scales():
     model = model_of()
     folded = fold(model)
     scales = {name: value.numel() for name, value in folded.named_parameters() if value.ndim == 1}
-    # Two gains a block, as in GPT+; the score scale is a constant of the attention; no final norm, no s_Z.
+    # Two gains per block, as in GPT+. The score scale is a constant, and there is no final norm and no s_Z.
     assert sum(scales.values()) == 6 * 2 * 64
     assert {type(module).__name__ for module in folded.modules()} == {
         "FoldedAnGPT",
@@ -59,12 +61,12 @@ def test_a_folded_model_holds_no_factor_and_fewer_numbers_in_its_scales():
 
 def test_a_folded_model_generates_the_same_text():
     model = model_of()
-    options = {"max_tokens": 80, "temperature": 0}
+    options = {"max_new_tokens": 80, "temperature": 0}
     assert list(generate(fold(model), [[1, 2], [3]], **options)) == list(generate(model, [[1, 2], [3]], **options))
 
 
 class Operations(TorchDispatchMode):
-    """Counts what reaches torch's kernels, by name."""
+    """Counts the operations that reach torch's kernels, by name."""
 
     def __init__(self):
         super().__init__()
@@ -83,17 +85,17 @@ def operations(model):
     return operations.count
 
 
-def test_a_folded_model_does_nothing_that_gpt_plus_does_not():
+def test_a_folded_model_has_no_operation_that_gpt_plus_does_not_have():
     plain, folded, gpt_plus = operations(model_of()), operations(fold(model_of())), operations(model_of("gpt+"))
-    assert not folded - gpt_plus  # of no kind one more
-    # What GPT+ does beside it: the score scale on q in each of the 6 blocks, and its final norm.
-    beside = gpt_plus - folded
-    assert beside["mul"] >= 6 and sum(beside.values()) > beside["mul"]
+    assert not folded - gpt_plus  # no operation occurs more often
+    # GPT+ also applies the score scale to q in each of the 6 blocks, and a final norm.
+    extra = gpt_plus - folded
+    assert extra["mul"] >= 6 and sum(extra.values()) > extra["mul"]
     assert (plain - gpt_plus)["mul"] > 0
 
 
 @torch.no_grad()
-def test_a_folded_model_in_bfloat16_is_no_further_from_float32_than_an_unfolded_one():
+def test_folding_does_not_increase_the_error_of_bfloat16():
     model, tokens = model_of(), some_tokens(160)  # 10,240 tokens
     exact = model(tokens).flatten(0, 1)
     first, second = exact.topk(2).values.unbind(-1)
@@ -101,14 +103,14 @@ def test_a_folded_model_in_bfloat16_is_no_further_from_float32_than_an_unfolded_
     for half in (fold(model).bfloat16(), deepcopy(model).bfloat16()):
         logits = half(tokens).flatten(0, 1).float()
         differs = logits.argmax(-1) != exact.argmax(-1)
-        # Rounding to 8 bits exchanges only what lies so near.
+        # Rounding to 8 bits changes the argmax only where the two largest logits are close.
         assert (first - second)[differs].max() < 2**-5 * exact.abs().max()
         errors.append((logits - exact).square().mean())
         differing.append(differs.sum())
     assert errors[0] < errors[1] and differing[0] < differing[1] < 0.05 * tokens.numel()
 
 
-def test_folding_keeps_dtype_and_leaves_the_model_alone():
+def test_folding_keeps_the_dtype_and_does_not_change_the_model():
     model = model_of().bfloat16()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     folded = fold(model)
@@ -117,7 +119,7 @@ def test_folding_keeps_dtype_and_leaves_the_model_alone():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_what_can_not_be_folded_is_said():
+def test_models_that_cannot_be_folded_are_refused():
     for architecture in set(BUILT_IN) - {"angpt"}:
         other = model_of(architecture)
         with pytest.raises(TypeError, match=rf"\b{type(other).__name__}\b"):

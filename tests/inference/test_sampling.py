@@ -1,3 +1,5 @@
+"""Generation: sampling, cache, prompts of different lengths, and streamed text."""
+
 import re
 
 import pytest
@@ -29,101 +31,101 @@ def continued(model, prompts, **options):
     return [[step[row] for step in steps] for row in range(len(prompts))]
 
 
-def test_greedy_is_the_argmax_and_slides_past_the_context(model):
-    [tokens] = continued(model, [[1, 2, 3]], max_tokens=30, temperature=0)
-    everything = [1, 2, 3, *tokens]
+def test_greedy_is_the_argmax_also_beyond_the_context(model):
+    [tokens] = continued(model, [[1, 2, 3]], max_new_tokens=30, temperature=0)
+    sequence = [1, 2, 3, *tokens]
     for position in (3, 10, 16, 17, 32):
-        seen = torch.tensor([everything[max(0, position - 16) : position]])
-        assert everything[position] == model(seen)[0, -1].argmax().item()
+        visible = torch.tensor([sequence[max(0, position - 16) : position]])
+        assert sequence[position] == model(visible)[0, -1].argmax().item()
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_the_cache_changes_nothing(model, temperature):
-    options = {"max_tokens": 25, "temperature": temperature}
-    assert continued(model, PROMPTS, **options) == continued(model, PROMPTS, cache=False, **options)
+    options = {"max_new_tokens": 25, "temperature": temperature}
+    assert continued(model, PROMPTS, **options) == continued(model, PROMPTS, use_cache=False, **options)
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
-def test_prompts_of_unequal_length_do_not_disturb_each_other(model, temperature):
-    options = {"max_tokens": 25, "temperature": temperature}
-    together = continued(model, PROMPTS, seed=7, **options)
-    alone = [continued(model, [prompt], seed=7 + number, **options)[0] for number, prompt in enumerate(PROMPTS)]
-    assert together == alone
-    assert len({tuple(tokens) for tokens in together}) == 3
+def test_prompts_of_different_lengths_are_independent(model, temperature):
+    options = {"max_new_tokens": 25, "temperature": temperature}
+    batched = continued(model, PROMPTS, seed=7, **options)
+    single = [continued(model, [prompt], seed=7 + number, **options)[0] for number, prompt in enumerate(PROMPTS)]
+    assert batched == single
+    assert len({tuple(tokens) for tokens in batched}) == 3
 
 
 @torch.no_grad()
-def test_logits_with_a_cache_are_those_without_in_chunks_of_any_size(model):
+def test_logits_with_a_cache_are_equal_for_chunks_of_any_size(model):
     tokens = torch.randint(0, 50, (2, 16), generator=torch.Generator().manual_seed(1))
-    whole = model(tokens)
+    logits = model(tokens)
     cache, parts = Cache(model, 2), []
     for chunk in tokens.split([5, 1, 4, 1, 5], dim=1):
         parts.append(model.logits(model.hidden(chunk, cache)))
     assert cache.length == 16
-    torch.testing.assert_close(torch.cat(parts, dim=1), whole)
+    torch.testing.assert_close(torch.cat(parts, dim=1), logits)
     with pytest.raises(ValueError, match=r"\b17\b") as error:
         model.hidden(tokens[:, :1], cache)
     assert re.search(r"\b16\b", str(error.value))
 
 
-def test_a_sequence_ends_before_its_stop_token_and_the_others_go_on(model):
-    plain = continued(model, PROMPTS, max_tokens=20, temperature=1.0)
+def test_a_sequence_ends_before_its_stop_token_and_the_others_continue(model):
+    plain = continued(model, PROMPTS, max_new_tokens=20, temperature=1.0)
     stop = plain[0][5]
-    stopped = continued(model, PROMPTS, max_tokens=20, temperature=1.0, stop=[stop])
+    stopped = continued(model, PROMPTS, max_new_tokens=20, temperature=1.0, stop=[stop])
     for before, after in zip(plain, stopped, strict=True):
         end = before.index(stop) if stop in before else len(after)
         assert after == before[:end] + [None] * (len(after) - end)
     assert None in stopped[0] or len(stopped[0]) < 20
 
 
-def test_ids_past_the_tokenizer_are_never_sampled(model):
-    [tokens] = continued(model, [[1]], max_tokens=200, temperature=5.0, vocab_size=7)
+def test_ids_outside_the_tokenizer_are_never_sampled(model):
+    [tokens] = continued(model, [[1]], max_new_tokens=200, temperature=5.0, vocab_size=7)
     assert max(tokens) == 6
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("max_tokens", 0), ("temperature", float("nan")), ("top_k", 0), ("top_p", 1.5), ("seed", -1)],
+    [("max_new_tokens", 0), ("temperature", float("nan")), ("top_k", 0), ("top_p", 1.5), ("seed", -1)],
 )
-def test_options_out_of_range_are_refused_at_once(model, name, value):
+def test_options_out_of_range_are_refused_at_the_call(model, name, value):
     with pytest.raises(ConfigError, match=rf"\b{name}\b") as error:
-        generate(model, **{"prompts": [[1]], "max_tokens": 3, name: value})
+        generate(model, **{"prompts": [[1]], "max_new_tokens": 3, name: value})
     assert str(value) in str(error.value)
 
 
 @pytest.mark.parametrize("prompts", [[], [[1], []]])
-def test_a_missing_or_empty_prompt_is_refused_at_once(model, prompts):
+def test_a_missing_or_empty_prompt_is_refused_at_the_call(model, prompts):
     with pytest.raises(ConfigError, match=r"(?i)\bprompts?\b"):
-        generate(model, prompts, max_tokens=3)
+        generate(model, prompts, max_new_tokens=3)
 
 
-def test_broken_weights_are_said(model):
+def test_broken_weights_raise(model):
     with torch.no_grad():
         model.embedding.weight.fill_(float("nan"))
     with pytest.raises(CheckpointError, match="logits"):
-        continued(model, [[1]], max_tokens=1)
+        continued(model, [[1]], max_new_tokens=1)
 
 
-def test_sampling_follows_the_distribution_and_its_cuts():
+def test_sampling_follows_the_distribution_with_top_k_and_top_p():
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()[torch.tensor([2, 0, 3, 1])]  # ids 1, 3, 0, 2 by likelihood
     generator = torch.Generator().manual_seed(0)
 
-    def share(**options):
+    def frequencies(**options):
         settings = {"temperature": 1.0, "top_k": None, "top_p": 1.0, **options}
         drawn = sample(logits.expand(4000, 4), generators=[generator] * 4000, **settings)
         return [(drawn == token).double().mean().item() for token in (1, 3, 0, 2)]
 
-    assert share() == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.03)
-    assert share(top_k=2) == pytest.approx([0.625, 0.375, 0, 0], abs=0.03)
-    assert share(top_p=0.7) == pytest.approx([0.625, 0.375, 0, 0], abs=0.03)
-    assert share(top_p=0.01) == [1, 0, 0, 0]
+    assert frequencies() == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.03)
+    assert frequencies(top_k=2) == pytest.approx([0.625, 0.375, 0, 0], abs=0.03)
+    assert frequencies(top_p=0.7) == pytest.approx([0.625, 0.375, 0, 0], abs=0.03)
+    assert frequencies(top_p=0.01) == [1, 0, 0, 0]
     for temperature in (1e-35, 1e-40, 1e-50):
-        assert share(temperature=temperature) == [1, 0, 0, 0]
+        assert frequencies(temperature=temperature) == [1, 0, 0, 0]
     squared = [0.25, 0.09, 0.0225, 0.0025]
-    assert share(temperature=0.5) == pytest.approx([value / sum(squared) for value in squared], abs=0.03)
+    assert frequencies(temperature=0.5) == pytest.approx([value / sum(squared) for value in squared], abs=0.03)
 
 
-def test_text_streams_in_whole_characters():
+def test_text_streams_in_complete_characters():
     tokenizer = byte_tokenizer()
     text = "naïve 日本 🎉!"
     pieces = list(stream_text(tokenizer, tokenizer.encode(text)))
@@ -135,9 +137,9 @@ def test_text_streams_in_whole_characters():
     ("mark", "split", "decoder"),
     [("\u2581", pre_tokenizers.Metaspace(), decoders.Metaspace()), ("", pre_tokenizers.WhitespaceSplit(), None)],
 )
-def test_spaces_that_a_tokenizer_has_between_tokens_only_are_streamed(mark, split, decoder):
-    words = {mark + word: number for number, word in enumerate(["Once", "upon", "a", "time", "</s>"])}
-    library = tokenizers.Tokenizer(models.WordLevel(words, unk_token=mark + "a"))
+def test_spaces_between_tokens_are_streamed(mark, split, decoder):
+    vocabulary = {mark + word: number for number, word in enumerate(["Once", "upon", "a", "time", "</s>"])}
+    library = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=mark + "a"))
     library.pre_tokenizer = split
     if decoder:
         library.decoder = decoder
@@ -145,4 +147,4 @@ def test_spaces_that_a_tokenizer_has_between_tokens_only_are_streamed(mark, spli
     tokenizer = Tokenizer(library, "words")
     ids = tokenizer.encode("Once upon a time")
     assert "".join(stream_text(tokenizer, ids)) == "Once upon a time"
-    assert "".join(stream_text(tokenizer, ids[2:], before=ids[:2])) == " a time"
+    assert "".join(stream_text(tokenizer, ids[2:], prompt=ids[:2])) == " a time"

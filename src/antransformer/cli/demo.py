@@ -41,7 +41,7 @@ def run(parsed: argparse.Namespace) -> None:
     )
     print(f"loss curve:    {loss_curve(folder)}")
     print(f"\na sample after {PROMPT!r}:\n")
-    write_sample(folder, PROMPT, max_tokens=160, temperature=0.7, top_p=0.95)
+    write_sample(folder, PROMPT, max_new_tokens=160, temperature=0.7, top_p=0.95)
 
 
 def gzip_bits_per_byte(dataset: Dataset) -> float:

@@ -42,7 +42,7 @@ def run(parsed: argparse.Namespace) -> None:
         parsed.checkpoint,
         parsed.prompt,
         device=parsed.device,
-        max_tokens=parsed.max_new_tokens,
+        max_new_tokens=parsed.max_new_tokens,
         temperature=parsed.temperature,
         top_k=parsed.top_k,
         top_p=parsed.top_p,

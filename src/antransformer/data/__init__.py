@@ -1,14 +1,35 @@
 """Text to tokens to shards to batches.
 
-``prepare`` turns files into a folder of token shards, ``Dataset.open`` reads one back, and ``Windows`` and
-``sequential`` make batches of it for training and evaluation, ``Ahead`` makes them before they are needed.
+``prepare`` writes a folder of token shards and ``Dataset.open`` reads it. ``ShuffledWindows`` makes training batches,
+``Prefetcher`` reads them ahead of time, and ``eval_batches`` makes evaluation batches.
 """
 
-from antransformer.data.batches import Prefetcher, ShuffledWindows, eval_batches
-from antransformer.data.dataset import Dataset, Shard, Split
-from antransformer.data.prepare import prepare
-from antransformer.data.stdlib import ensure_default, stdlib_files
-from antransformer.data.tokenizers import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from antransformer.data.batches import Prefetcher, ShuffledWindows, eval_batches
+    from antransformer.data.dataset import Dataset, Shard, Split
+    from antransformer.data.preparation import prepare
+    from antransformer.data.stdlib import ensure_default, stdlib_files
+    from antransformer.data.tokenizers import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
+
+# Names are imported on first use (PEP 562), so that the help of the command line does not wait for torch.
+_MODULES = {
+    "Dataset": "dataset",
+    "Prefetcher": "batches",
+    "Shard": "dataset",
+    "ShuffledWindows": "batches",
+    "Split": "dataset",
+    "Tokenizer": "tokenizers",
+    "byte_tokenizer": "tokenizers",
+    "ensure_default": "stdlib",
+    "eval_batches": "batches",
+    "load_tokenizer": "tokenizers",
+    "prepare": "preparation",
+    "stdlib_files": "stdlib",
+    "train_bpe": "tokenizers",
+}
 
 __all__ = [
     "Dataset",
@@ -25,3 +46,13 @@ __all__ = [
     "stdlib_files",
     "train_bpe",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

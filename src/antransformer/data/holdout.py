@@ -1,6 +1,6 @@
-"""Which documents are held out for validation: those of files of their own, or a share chosen by a hash of content.
+"""Split of documents into training and validation data: by a hash of their content, or by separate input files.
 
-The hash depends neither on the order of the documents nor on chance, and equal documents never fall on two sides.
+The hash depends neither on the order of the documents nor on a seed, and equal documents always share a split.
 """
 
 import hashlib
@@ -18,32 +18,43 @@ Inputs = str | Path | Iterable[str | Path]
 
 
 class Document(NamedTuple):
-    """A document with its UTF-8 size, its place in [0, 1), its split, and the bytes of input read up to its end."""
+    """One document.
+
+    Attributes:
+        text: content.
+        bytes: UTF-8 size of the text.
+        hash_bucket: hash of the text, uniform in [0, 1).
+        split: "train" or "val".
+        bytes_read: bytes of all input files read up to the end of the document.
+    """
 
     text: str
     bytes: int
-    place: float
+    hash_bucket: float
     split: str
-    done: int
+    bytes_read: int
 
 
 @dataclass(frozen=True)
 class TrainValSplit:
-    """The documents of a corpus, each given to a split; ``TrainValSplit.find`` makes one.
+    """Assignment of each document to training or validation; ``TrainValSplit.find`` makes one.
 
-    Documents placed below ``val_fraction`` are for validation, unless ``held_out`` is there for it.
+    Attributes:
+        corpus: input files.
+        val_corpus: input files that are used for validation only, or None.
+        val_fraction: documents of ``corpus`` with a hash bucket below this are for validation; 0 with a ``val_corpus``.
     """
 
     corpus: Corpus
-    held_out: Corpus | None
+    val_corpus: Corpus | None
     val_fraction: float
 
     @classmethod
     def find(cls, inputs: Inputs, val_inputs: Inputs, val_fraction: float) -> "TrainValSplit":
-        """Look up the inputs, and those for validation if there are any.
+        """Find the files behind ``inputs`` and ``val_inputs``, which may be empty.
 
         Raises:
-            DataError: an input or the fraction is unusable, or a file is on both sides.
+            DataError: an input or the fraction is unusable, or a file is in both inputs.
             MissingExtraError: an input needs pyarrow or zstandard, which is not installed.
         """
         if not 0 < val_fraction < 1:
@@ -51,21 +62,21 @@ class TrainValSplit:
         corpus = Corpus.find(inputs)
         if not val_inputs:
             return cls(corpus, None, val_fraction)
-        held_out = Corpus.find(val_inputs)
-        both = {path.resolve() for path in corpus.files} & {path.resolve() for path in held_out.files}
-        if both:
-            raise DataError(f"{min(both)}: an input both for training and for validation; leave it out of one")
-        return cls(corpus, held_out, 0.0)
+        val_corpus = Corpus.find(val_inputs)
+        shared = {path.resolve() for path in corpus.files} & {path.resolve() for path in val_corpus.files}
+        if shared:
+            raise DataError(f"{min(shared)}: an input for both training and validation; remove it from one of them")
+        return cls(corpus, val_corpus, 0.0)
 
     @property
     def bytes(self) -> int:
-        """Size of all files in bytes, as stored."""
-        return self.corpus.bytes + (self.held_out.bytes if self.held_out else 0)
+        """Size of all input files in bytes, as stored."""
+        return self.corpus.bytes + (self.val_corpus.bytes if self.val_corpus else 0)
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        """All inputs, those for validation last."""
-        return self.corpus.sources + (self.held_out.sources if self.held_out else ())
+        """All inputs, those of ``val_corpus`` last."""
+        return self.corpus.sources + (self.val_corpus.sources if self.val_corpus else ())
 
     def documents(self) -> Iterator[Document]:
         """Stream every document.
@@ -73,53 +84,54 @@ class TrainValSplit:
         Raises:
             DataError: a file is broken, or the fraction leaves a split without documents.
         """
-        if self.held_out:
-            yield from _placed(self.corpus, 0.0)
-            yield from _placed(self.held_out, 1.0, start=self.corpus.bytes)
+        if self.val_corpus:
+            yield from _assign_splits(self.corpus, 0.0)
+            yield from _assign_splits(self.val_corpus, 1.0, start=self.corpus.bytes)
             return
         counts = {"train": 0, "val": 0}
         lowest, highest = 1.0, 0.0
-        for document in _placed(self.corpus, self.val_fraction):
+        for document in _assign_splits(self.corpus, self.val_fraction):
             yield document
             counts[document.split] += 1
-            lowest, highest = min(lowest, document.place), max(highest, document.place)
+            lowest, highest = min(lowest, document.hash_bucket), max(highest, document.hash_bucket)
         for split, name in (("train", "training"), ("val", "validation")):
             if not counts[split]:
                 raise DataError(
                     f"no document is left for {name} (documents: {sum(counts.values())}, val_fraction: "
-                    f"{self.val_fraction}); {_fraction_between(lowest, highest)}mark where documents end with "
-                    "<|endoftext|> in the text, or give validation files of their own"
+                    f"{self.val_fraction}); {_suggest_fraction(lowest, highest)}mark the end of each document with "
+                    "<|endoftext|>, or provide separate validation files"
                 )
 
     def training_sample(self, limit: int) -> list[str]:
-        """Documents for training, ``limit`` bytes of them or one document more, from everywhere in the corpus.
+        """Return training documents from everywhere in the corpus, in order, ``limit`` bytes in total.
 
-        They are those of the lowest places, since only the last one tells how much text compressed files hold.
+        The total exceeds the limit by less than one document. The sample has the lowest hash buckets. A sampling rate
+        is not an option, since the size of the text in compressed files is unknown until the last one is read.
 
         Raises:
             DataError: a file is broken.
         """
-        kept: list[tuple[float, int, Document]] = []  # that of the highest place first
+        sample: list[tuple[float, int, Document]] = []  # a heap with the highest bucket on top
         size = 0
-        for number, document in enumerate(_placed(self.corpus, self.val_fraction)):
+        for number, document in enumerate(_assign_splits(self.corpus, self.val_fraction)):
             if document.split == "train":
-                heapq.heappush(kept, (-document.place, number, document))
+                heapq.heappush(sample, (-document.hash_bucket, number, document))
                 size += document.bytes
-            while kept and size - kept[0][2].bytes >= limit:
-                size -= heapq.heappop(kept)[2].bytes
-        return [document.text for _, _, document in sorted(kept, key=lambda entry: entry[1])]
+            while sample and size - sample[0][2].bytes >= limit:
+                size -= heapq.heappop(sample)[2].bytes
+        return [document.text for _, _, document in sorted(sample, key=lambda entry: entry[1])]
 
 
-def _placed(corpus: Corpus, threshold: float, start: int = 0) -> Iterator[Document]:
-    for text, done in corpus.documents():
+def _assign_splits(corpus: Corpus, threshold: float, start: int = 0) -> Iterator[Document]:
+    for text, bytes_read in corpus.documents():
         data = text.encode()
         digest = hashlib.blake2b(data, digest_size=8).digest()
-        place = (int.from_bytes(digest, "big") >> 11) / 2**53  # 53 bits, as many as a float holds
-        yield Document(text, len(data), place, "val" if place < threshold else "train", start + done)
+        bucket = (int.from_bytes(digest, "big") >> 11) / 2**53  # 53 bits: all that a float represents exactly
+        yield Document(text, len(data), bucket, "val" if bucket < threshold else "train", start + bytes_read)
 
 
-def _fraction_between(lowest: float, highest: float) -> str:
-    # A fraction leaves something on both sides if it is above the lowest place and not above the highest.
+def _suggest_fraction(lowest: float, highest: float) -> str:
+    # Both splits get documents if the fraction is above the lowest bucket and at most the highest.
     digit = 10.0 ** (math.floor(math.log10(max(lowest, 1e-9))) - 1)
     fraction = (math.floor(lowest / digit) + 1) * digit
-    return f"val_fraction {fraction:.2g} would divide them, or " if lowest < fraction <= highest else ""
+    return f"use val_fraction {fraction:.2g}, " if lowest < fraction <= highest else ""

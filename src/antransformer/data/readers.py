@@ -1,12 +1,11 @@
 """One file as a stream of documents: plain text, JSON lines (plain, gzip or zstd) and parquet.
 
-Every reader yields (document, bytes of the file read so far), holds at most one block or record in memory, and turns
-what can be wrong with a file into one ``DataError`` that names the file, and the line where there are lines.
+Readers yield (document, bytes of the file read so far) and hold at most one block or record in memory. A broken file
+raises one ``DataError`` that names the file and, for JSON lines, the line.
 """
 
 import codecs
 import gzip
-import importlib
 import io
 import json
 import zlib
@@ -15,13 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from antransformer.errors import DataError, MissingExtraError
+from antransformer.errors import DataError
+from antransformer.extras import require
 
 SEPARATOR = "<|endoftext|>"
-MAX_CHARACTERS = 256 * 1024
+MAX_CHARACTERS = 256 * 1024  # of a document; longer ones are cut into sections
 BLOCK_BYTES = 1 << 20
-LINE_BYTES = 1 << 28
-ZSTD_BYTES = 1 << 10  # that are unfolded at once, to 32 MiB at most
+LINE_BYTES = 1 << 28  # of a line of JSON, after decompression
+ZSTD_BYTES = 1 << 10  # compressed bytes per call; they decompress to at most 32 MiB
 JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 PARQUET = ".parquet"
 
@@ -29,39 +29,39 @@ Documents = Iterator[tuple[str, int]]
 
 
 def read(path: Path) -> Documents:
-    """Stream one file, read by its ending; whatever is neither JSON lines nor parquet is plain text.
+    """Stream the documents of one file. The ending selects JSON lines or parquet; other files are plain text.
 
-    In plain text the literal ``<|endoftext|>`` separates documents. A document of more than 256 Ki characters is cut,
-    where a paragraph or at least a line ends, into sections that are documents of their own.
+    In plain text the literal ``<|endoftext|>`` separates documents. A document of more than 256 Ki characters is cut
+    into sections, which become separate documents. Cuts are at the end of a paragraph or line where there is one.
 
     Raises:
-        DataError: the file is broken, is no text, or vanished.
+        DataError: the file is broken, missing or not text.
         MissingExtraError: pyarrow or zstandard is needed and not installed.
     """
     name = path.name.lower()
-    with reading(path):
+    with data_errors(path):
         if name.endswith(JSON_LINES):
-            yield from _sectioned(_json_lines(path))
+            yield from _split_long(_json_lines(path))
         elif name.endswith(PARQUET):
-            yield from _sectioned(_parquet(path))
+            yield from _split_long(_parquet(path))
         else:
-            yield from _plain(path)
+            yield from _plain_text(path)
 
 
-def check(path: Path) -> bool:
-    """Whether ``read`` can be expected to work: plain text must be UTF-8 throughout, with no NUL at its beginning.
+def is_readable(path: Path) -> bool:
+    """Return whether ``read`` is expected to work: plain text must be UTF-8, without a NUL in the first block.
 
     Raises:
-        DataError: the file can not be opened.
+        DataError: the file cannot be opened.
         MissingExtraError: pyarrow or zstandard is needed and not installed.
     """
     name = path.name.lower()
     if name.endswith(PARQUET):
-        optional("pyarrow.parquet")
+        require("pyarrow.parquet", "data")
     elif name.endswith(".jsonl.zst"):
-        optional("zstandard")
+        require("zstandard", "data")
     elif not name.endswith(JSON_LINES):
-        with reading(path):
+        with data_errors(path):
             try:
                 return all(number or "\0" not in text for number, (text, _) in enumerate(_blocks(path)))
             except UnicodeDecodeError:
@@ -70,23 +70,15 @@ def check(path: Path) -> bool:
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turn what the operating system or a codec says against a file into a ``DataError`` of one line."""
+def data_errors(path: Path) -> Iterator[None]:
+    """Turn errors of the operating system and of codecs into a one-line ``DataError`` that names the file."""
     try:
         yield
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text") from error
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise DataError(f"{path}: can not be read ({reason}); was it changed, moved or cut short?") from error
-
-
-def optional(module: str) -> Any:
-    """Import a module of the ``data`` extra, or say how to install it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise MissingExtraError(module.partition(".")[0], "data") from None
+        raise DataError(f"{path}: cannot be read ({reason}); was it changed, moved or truncated?") from error
 
 
 def _blocks(path: Path) -> Documents:
@@ -97,127 +89,128 @@ def _blocks(path: Path) -> Documents:
         yield decoder.decode(b"", final=True), file.tell()
 
 
-def _plain(path: Path) -> Documents:
+def _plain_text(path: Path) -> Documents:
     rest, position = "", 0
     for block, position in _blocks(path):
-        *whole, rest = (rest + block).split(SEPARATOR)
-        yield from _sectioned((text, position) for text in whole)
-        # A separator that is still incomplete lies in the last characters, beyond where this cuts.
+        *complete, rest = (rest + block).split(SEPARATOR)
+        yield from _split_long((text, position) for text in complete)
+        # The last characters may be the beginning of a separator, so the cut must leave them in rest.
         while len(rest) > MAX_CHARACTERS + len(SEPARATOR):
-            end = _cut(rest)
+            end = _section_end(rest)
             yield rest[:end], position
             rest = rest[end:]
-    yield from _sectioned(iter([(rest, position)]))
+    yield from _split_long(iter([(rest, position)]))
 
 
-def _sectioned(documents: Documents) -> Documents:
+def _split_long(documents: Documents) -> Documents:
     for text, position in documents:
         start = 0
         while len(text) - start > MAX_CHARACTERS:
-            end = _cut(text, start)
+            end = _section_end(text, start)
             yield text[start:end], position
             start = end
         yield text[start:], position
 
 
-def _cut(text: str, start: int = 0) -> int:
-    # Only the second half is searched, so that one early blank line does not make a tiny section.
+def _section_end(text: str, start: int = 0) -> int:
+    # Search only the second half, so that an early blank line does not make a tiny section.
     for mark in ("\n\n", "\n"):
-        at = text.rfind(mark, start + MAX_CHARACTERS // 2, start + MAX_CHARACTERS)
-        if at >= 0:
-            return at + len(mark)
+        position = text.rfind(mark, start + MAX_CHARACTERS // 2, start + MAX_CHARACTERS)
+        if position >= 0:
+            return position + len(mark)
     return start + MAX_CHARACTERS
 
 
 def _json_lines(path: Path) -> Documents:
     with path.open("rb") as file:
-        for number, line in enumerate(_lines(path, file), 1):
+        for number, line in enumerate(_decompressed_lines(path, file), 1):
             if line.strip():
-                yield _text_of(line, f"{path}, line {number}"), file.tell()
+                yield _parse_record(line, f"{path}, line {number}"), file.tell()
 
 
-def _lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
+def _decompressed_lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
     name = path.name.lower()
     if name.endswith(".gz"):
         with gzip.GzipFile(fileobj=file) as lines:
-            yield from _short(path, lines)
+            yield from _bounded_lines(path, lines)
     elif name.endswith(".zst"):
-        zstandard = optional("zstandard")
+        zstandard = require("zstandard", "data")
         try:
-            yield from _short(path, io.BufferedReader(_Zstd(file, zstandard.ZstdDecompressor())))
+            yield from _bounded_lines(path, io.BufferedReader(_ZstdReader(file, zstandard.ZstdDecompressor())))
         except zstandard.ZstdError as error:
-            raise DataError(f"{path}: not a whole zstd file ({error})") from error
+            raise DataError(f"{path}: not a complete zstd file ({error})") from error
     else:
-        yield from _short(path, file)
+        yield from _bounded_lines(path, file)
 
 
-class _Zstd(io.RawIOBase):
-    """The frames of a zstd file, unfolded; the library's own reader takes one that was cut short for whole."""
+class _ZstdReader(io.RawIOBase):
+    """Decompressed content of a zstd file; unlike the library's own reader it raises EOFError on a truncated file."""
 
     def __init__(self, file: BinaryIO, library: Any) -> None:
         self._file, self._library = file, library
         self._frame: Any = None
-        self._packed, self._unfolded = b"", memoryview(b"")
+        self._compressed, self._decompressed = b"", memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        while not self._unfolded:
-            packed = self._packed or self._file.read(ZSTD_BYTES)
-            if not packed and self._frame:
-                raise EOFError("it ends within a frame")
-            if not packed:
+        while not self._decompressed:
+            compressed = self._compressed or self._file.read(ZSTD_BYTES)
+            if not compressed and self._frame:
+                raise EOFError("the file ends within a frame")
+            if not compressed:
                 return 0
+            # A file may hold several frames, one after the other.
             self._frame = self._frame or self._library.decompressobj()
-            self._unfolded, self._packed = memoryview(self._frame.decompress(packed)), b""
+            self._decompressed, self._compressed = memoryview(self._frame.decompress(compressed)), b""
             if self._frame.eof:
-                self._packed, self._frame = self._frame.unused_data, None
-        count = min(len(buffer), len(self._unfolded))
-        buffer[:count], self._unfolded = self._unfolded[:count], self._unfolded[count:]
+                self._compressed, self._frame = self._frame.unused_data, None
+        count = min(len(buffer), len(self._decompressed))
+        buffer[:count], self._decompressed = self._decompressed[:count], self._decompressed[count:]
         return count
 
 
-def _short(path: Path, lines: IO[bytes] | io.BufferedIOBase) -> Iterator[bytes]:
-    """Lines that memory holds: a small compressed file can unfold to any length."""
+def _bounded_lines(path: Path, lines: IO[bytes] | io.BufferedIOBase) -> Iterator[bytes]:
+    """Yield lines of limited length, since a small compressed file can decompress to a line of any size."""
     while line := lines.readline(LINE_BYTES):
         if len(line) == LINE_BYTES:
-            raise DataError(f"{path}: a line of more than {LINE_BYTES >> 20} MiB; write one document to a line")
+            raise DataError(f"{path}: a line is longer than {LINE_BYTES >> 20} MiB; write one document per line")
         yield line
 
 
-def _text_of(line: bytes, where: str) -> str:
+def _parse_record(line: bytes, location: str) -> str:
     expected = "every line must be an object with a 'text' field"
     try:
         record = json.loads(line.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno}); {expected}") from error
+        raise DataError(f"{location}: not JSON ({error.msg} at column {error.colno}); {expected}") from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON ({error}); {expected}") from error
+        raise DataError(f"{location}: not JSON ({error}); {expected}") from error
     if not isinstance(record, dict):
-        raise DataError(f"{where}: a JSON {type(record).__name__}; {expected}")
+        raise DataError(f"{location}: a JSON {type(record).__name__}; {expected}")
     if "text" not in record:
-        raise DataError(f"{where}: no 'text' field, only {list(record)[:10]}; {expected}")
+        raise DataError(f"{location}: no 'text' field, found {list(record)[:10]}; {expected}")
     if not isinstance(record["text"], str):
-        raise DataError(f"{where}: 'text' is no string but {type(record['text']).__name__}")
-    # JSON can spell half of a surrogate pair, which no UTF-8 text can hold.
+        raise DataError(f"{location}: 'text' must be a string, not {type(record['text']).__name__}")
+    # JSON can spell half of a surrogate pair, which UTF-8 cannot encode.
     return record["text"].encode("utf-8", "replace").decode("utf-8")
 
 
 def _parquet(path: Path) -> Documents:
-    pyarrow, parquet = optional("pyarrow"), optional("pyarrow.parquet")
+    pyarrow, parquet = require("pyarrow", "data"), require("pyarrow.parquet", "data")
     try:
         with parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
             if "text" not in names:
-                raise DataError(f"{path}: no 'text' column, only {names[:10]}; it must hold the documents")
+                raise DataError(f"{path}: no 'text' column, found {names[:10]}; documents must be in 'text'")
             kind = file.schema_arrow.field("text").type
             if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
                 raise DataError(f"{path}: column 'text' must hold strings, not {kind}")
-            size, done = path.stat().st_size, 0
+            size, rows = path.stat().st_size, 0
             for batch in file.iter_batches(batch_size=256, columns=["text"]):
-                done += batch.num_rows
+                rows += batch.num_rows
                 for text in batch.column(0).to_pylist():
-                    yield text or "", size * done // file.metadata.num_rows
+                    yield text or "", size * rows // file.metadata.num_rows
     except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: not a whole parquet file ({' '.join(str(error).split())})") from error
+        raise DataError(f"{path}: not a complete parquet file ({' '.join(str(error).split())})") from error

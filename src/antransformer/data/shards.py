@@ -1,7 +1,7 @@
-"""The prepared data folder, from the writing side: token shards, and the ``meta.json`` that makes them a whole.
+"""Writer of prepared data folders: token shards and ``meta.json``.
 
-``train-00000.bin``, ``val-00000.bin`` and so on hold little-endian unsigned integers and nothing else: uint16, or
-uint32 when the vocabulary has more than 65,536 ids. ``meta.json`` says what must be there, and is written last.
+The shards (``train-00000.bin``, ``val-00000.bin``, ...) are arrays of little-endian token ids without a header: uint16,
+or uint32 if the vocabulary has more than 65,536 ids. ``meta.json`` lists them with checksums and is written last.
 """
 
 import hashlib
@@ -21,16 +21,18 @@ DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtyp
 
 
 def dtype_for(vocab_size: int) -> str:
-    """Name of the smallest dtype that holds every id of a vocabulary."""
+    """Name of the smallest dtype for the ids of a vocabulary: "uint16" or "uint32"."""
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
 class ShardWriter:
-    """Writes the tokens of one split into ``folder``, hashing on the way; a context manager.
+    """Context manager that writes the tokens of one split to shards in ``folder`` and computes their checksums.
 
     Attributes:
-        documents, tokens, bytes: written so far, end-of-text tokens included, bytes of text without them.
-        max_token: largest id written so far.
+        documents: number of documents written.
+        tokens: number of tokens written, end-of-text tokens included.
+        bytes: UTF-8 size of the text written, end-of-text tokens not included.
+        max_token: largest id written.
     """
 
     def __init__(self, folder: Path, split: str, dtype: str, shard_tokens: int = SHARD_TOKENS) -> None:
@@ -45,11 +47,11 @@ class ShardWriter:
         self._hash = hashlib.sha256()
 
     def write(self, tokens: NDArray[Any], text_bytes: int) -> None:
-        """Append one document: its ids [tokens], on into a next file whenever one is full, and the size of its text.
+        """Append the ids [tokens] of one document and count the UTF-8 size of its text. A document may span shards.
 
         Raises:
             ValueError: an id is too large for the dtype.
-            OSError: the disk is full, or a file of this name is there already.
+            OSError: the disk is full, or the shard exists already.
         """
         largest = int(tokens.max())
         if largest > np.iinfo(self._dtype).max:
@@ -60,7 +62,7 @@ class ShardWriter:
         self.bytes += text_bytes
         rest = tokens.astype(self._dtype)
         while len(rest):
-            # Exclusive creation, so that two processes never write into one file.
+            # Exclusive creation: two processes must not write to one file.
             file = self._file = self._file or self._path().open("xb")
             part = rest[: self._shard_tokens - self._filled].tobytes()
             file.write(part)
@@ -72,7 +74,7 @@ class ShardWriter:
                 self.close()
 
     def close(self) -> None:
-        """Finish the file that is being written, if there is one, and see it onto the disk."""
+        """Flush the current shard to disk and record its checksum."""
         if self._file is None:
             return
         self._file.flush()
@@ -83,7 +85,7 @@ class ShardWriter:
         self._filled, self._hash = 0, hashlib.sha256()
 
     def meta(self) -> dict[str, Any]:
-        """What ``meta.json`` says about the split; whole once the context has been left."""
+        """Entry of the split in ``meta.json``; complete after the context manager has exited."""
         return {"documents": self.documents, "tokens": self.tokens, "bytes": self.bytes, "shards": self._shards}
 
     def __enter__(self) -> "ShardWriter":
@@ -102,7 +104,7 @@ class ShardWriter:
 
 
 def write_meta(folder: Path, meta: dict[str, Any]) -> None:
-    """Write ``meta.json`` with the format's name and version in front, and see it onto the disk."""
+    """Write ``meta.json``, with the name and version of the format first, and flush it to disk."""
     with (folder / "meta.json").open("x", encoding="utf-8") as file:
         json.dump({"format": FORMAT, "version": VERSION} | meta, file, indent=2)
         file.flush()

@@ -1,4 +1,4 @@
-"""From a trained model to text."""
+"""Text generation from trained models."""
 
 from antransformer.inference.folding import FoldedAnGPT, fold
 from antransformer.inference.sampling import generate

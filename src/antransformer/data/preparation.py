@@ -1,0 +1,174 @@
+"""Text to a prepared data folder: streams documents, tokenizes them in batches and writes token shards."""
+
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from antransformer.data.dataset import Dataset
+from antransformer.data.holdout import Document, Inputs, TrainValSplit
+from antransformer.data.readers import MAX_CHARACTERS
+from antransformer.data.shards import SHARD_TOKENS, ShardWriter, dtype_for, write_meta
+from antransformer.data.tokenizers import (
+    MAX_BPE_VOCAB,
+    MIN_BPE_VOCAB,
+    SAMPLE_BYTES,
+    Tokenizer,
+    load_tokenizer,
+    train_bpe,
+)
+from antransformer.errors import DataError
+
+# At least two documents of the maximum length per core keep all cores busy. More would cost memory: the tokenizers
+# library needs over 100 bytes per token.
+BATCH_CHARACTERS = 2 * MAX_CHARACTERS * max(4, os.cpu_count() or 1)
+# A batch with one long document uses few cores near its end. The next batch fills the others.
+CONCURRENT_BATCHES = 2
+
+Progress = Callable[[int, int, int, int], object]
+TokenArrays = Iterator[NDArray[np.uint32]]
+
+
+def prepare(
+    inputs: Inputs,
+    out: str | Path,
+    *,
+    tokenizer: str | Path = "byte",
+    bpe_vocab_size: int | None = None,
+    val_fraction: float = 0.01,
+    val_inputs: Inputs = (),
+    shard_tokens: int = SHARD_TOKENS,
+    progress: Progress | None = None,
+) -> Dataset:
+    """Tokenize text into a new folder ``out`` of training and validation shards.
+
+    An end-of-text token follows every document. Files are written to the sibling folder ``OUT.partial``, which is
+    renamed at the end. After an interruption ``out`` does not exist, and the next call starts from the beginning.
+
+    Args:
+        inputs: files, folders or globs; see ``Corpus.find``.
+        out: folder to create; it may exist if it is empty.
+        tokenizer: "byte", or the path of a tokenizer.json or of a folder that contains one.
+        bpe_vocab_size: train a byte-pair encoding with this number of ids on the training text, instead of
+            ``tokenizer``.
+        val_fraction: fraction of the documents for validation. They are chosen by a hash of their content, so the
+            choice does not depend on their order, and equal documents share a split.
+        val_inputs: separate inputs for validation, instead of ``val_fraction``.
+        shard_tokens: maximum number of tokens in a shard.
+        progress: called after every batch with (input bytes read, input bytes in total, documents, tokens).
+
+    Raises:
+        DataError: an input, option or tokenizer is unusable, ``out`` is not empty or cannot be created, or a split
+            would be empty.
+        MissingExtraError: an input needs pyarrow or zstandard, which is not installed.
+        OSError: the disk is full or not writable.
+    """
+    out = Path(os.path.realpath(out))  # Path.resolve raises on a loop of links
+    _require_unused(out)
+    _check_options(shard_tokens, tokenizer, bpe_vocab_size)
+    split = TrainValSplit.find(inputs, val_inputs, val_fraction)
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise DataError(f"{out}: cannot be created ({error.strerror}); choose another folder") from error
+    try:
+        if bpe_vocab_size is None:
+            encoder = load_tokenizer(tokenizer)
+        else:
+            encoder = train_bpe(split.training_sample(SAMPLE_BYTES), bpe_vocab_size)
+        _write(partial, encoder, split, shard_tokens, progress)
+        _require_unused(out)  # it may have been filled during the hours that tokenizing can take
+        if out.exists():
+            out.rmdir()
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return Dataset.open(out, verify=False)
+
+
+def _check_options(shard_tokens: int, tokenizer: str | Path, bpe_vocab_size: int | None) -> None:
+    if shard_tokens < 1:
+        raise DataError(f"shard_tokens is {shard_tokens}: it must be at least 1")
+    if bpe_vocab_size is None:
+        return
+    if not MIN_BPE_VOCAB <= bpe_vocab_size <= MAX_BPE_VOCAB:
+        raise DataError(
+            f"bpe_vocab_size is {bpe_vocab_size}: it must be at least {MIN_BPE_VOCAB} (256 bytes and end of text) and "
+            f"at most {MAX_BPE_VOCAB:,}"
+        )
+    if tokenizer != "byte":
+        raise DataError(f"bpe_vocab_size trains a tokenizer, but tokenizer {tokenizer} was given too: use only one")
+
+
+def _require_unused(out: Path) -> None:
+    if out.is_dir():
+        if any(out.iterdir()):
+            raise DataError(f"{out}: exists and is not empty; choose another folder or remove it")
+    elif os.path.lexists(out):
+        raise DataError(f"{out}: exists and is not a folder; choose another name")
+
+
+def _write(
+    folder: Path, tokenizer: Tokenizer, split: TrainValSplit, shard_tokens: int, progress: Progress | None
+) -> None:
+    dtype = dtype_for(tokenizer.vocab_size)
+    end = np.array([tokenizer.end_of_text], dtype=np.uint32)
+    with (
+        ShardWriter(folder, "train", dtype, shard_tokens) as train,
+        ShardWriter(folder, "val", dtype, shard_tokens) as val,
+    ):
+        for batch, encoded in _encode(_batches(split.documents()), tokenizer):
+            for document, ids in zip(batch, encoded, strict=True):
+                writer = val if document.split == "val" else train
+                writer.write(np.concatenate([ids, end]), document.bytes)
+            if progress:
+                progress(batch[-1].bytes_read, split.bytes, train.documents + val.documents, train.tokens + val.tokens)
+    tokenizer.save(folder / "tokenizer.json")
+    write_meta(
+        folder,
+        {
+            "dtype": dtype,
+            "vocab_size": tokenizer.vocab_size,
+            "end_of_text": tokenizer.end_of_text,
+            "max_token": max(train.max_token, val.max_token),
+            "tokenizer": tokenizer.name,
+            "splits": {"train": train.meta(), "val": val.meta()},
+            "val_fraction": split.val_fraction or None,
+            "sources": [asdict(source) for source in split.sources],
+        },
+    )
+
+
+def _encode(batches: Iterator[list[Document]], tokenizer: Tokenizer) -> Iterator[tuple[list[Document], TokenArrays]]:
+    """Yield each batch with its token ids. Threads suffice: the tokenizers library releases Python's lock."""
+    with ThreadPoolExecutor(max_workers=CONCURRENT_BATCHES) as threads:
+        pending: deque[tuple[list[Document], Future[TokenArrays]]] = deque()
+        for batch in batches:
+            pending.append((batch, threads.submit(tokenizer.encode_batch, [document.text for document in batch])))
+            if len(pending) > CONCURRENT_BATCHES:
+                oldest, future = pending.popleft()
+                yield oldest, future.result()
+        for oldest, future in pending:
+            yield oldest, future.result()
+
+
+def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
