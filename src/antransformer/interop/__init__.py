@@ -1,1 +1,1 @@
-"""To and from Hugging Face's transformers."""
+"""Import from and export to Hugging Face transformers, and evaluation with lm_eval."""

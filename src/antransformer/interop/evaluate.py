@@ -1,4 +1,4 @@
-"""Scores of a checkpoint: lm_eval's tasks, and perplexity on any text."""
+"""Evaluation of checkpoints: tasks of lm_eval, and perplexity on text files."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from antransformer.data import Tokenizer
-from antransformer.errors import ConfigError, DataError, MissingExtraError
+from antransformer.errors import ConfigError, DataError, UsageError
+from antransformer.extras import require
 from antransformer.interop.export import transformers_model, transformers_tokenizer
 from antransformer.training.checkpointing.checkpoint import Checkpoint
 
@@ -19,14 +20,14 @@ BATCH_SIZE = 16
 
 @dataclass(frozen=True)
 class Score:
-    """One figure.
+    """Value of one metric on one task.
 
     Attributes:
-        task: of lm_eval, or the text file.
-        metric: as lm_eval names it.
-        value: None where it is not finite.
-        stderr: None where lm_eval knows no standard error.
-        items: scored.
+        task: name of the task in lm_eval, or path of the text file.
+        metric: name of the metric in lm_eval.
+        value: value, or None if it is not finite.
+        stderr: standard error, or None if lm_eval does not estimate it.
+        items: number of scored items.
     """
 
     task: str
@@ -38,15 +39,15 @@ class Score:
 
 @dataclass(frozen=True)
 class Result:
-    """What was asked for, and its figures.
+    """Scores of one requested task, group of tasks or text file.
 
     Attributes:
-        name: a task, a group of tasks, or a text file.
-        source: the file of its items, or the hub.
-        scores: of a group its own, and then those of its parts.
-        texts: that the model has read.
-        cut: those of them longer than the context, without their beginning.
-        problem: why there are no figures; None as a rule.
+        name: name of the task or group, or path of the text file.
+        source: path of the data, or "hub".
+        scores: scores; those of a group come before those of its tasks.
+        texts: number of texts that the model has read.
+        cut: number of these texts that were longer than the context, so that their beginning was cut off.
+        problem: reason why there are no scores, or None.
     """
 
     name: str
@@ -57,12 +58,12 @@ class Result:
     problem: str | None = None
 
     def summary(self) -> list[Score]:
-        """The figures of what was asked for: of a group those of the whole."""
+        """Return the scores of the group itself if there are any, and otherwise all scores."""
         return [score for score in self.scores if score.task == self.name] or self.scores
 
 
 def evaluate(
-    found: Checkpoint,
+    checkpoint: Checkpoint,
     tokenizer: Tokenizer,
     tasks: Sequence[str] = (),
     task_data: Path | None = None,
@@ -70,63 +71,68 @@ def evaluate(
     batch_size: int = BATCH_SIZE,
     limit: int | None = None,
     device: torch.device | None = None,
-    tell: Callable[[str, int, int], None] = lambda name, done, total: None,
+    progress: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> list[Result]:
-    """Score a checkpoint with lm_eval's own code.
+    """Evaluate a checkpoint with lm_eval and return one result for each text file and task.
 
     Args:
-        found: verified checkpoint.
-        tokenizer: that of its run.
-        tasks: by lm_eval's names.
-        task_data: folder with the tasks' files, in the form in which they are published; None asks the hub.
-        texts: files of UTF-8.
-        batch_size: texts at a time.
-        limit: most items of each task, and documents of each file.
-        device: default the CPU.
-        tell: called with name, texts scored and all texts of a task; with zeros before it is loaded.
+        checkpoint: verified checkpoint.
+        tokenizer: tokenizer of its run.
+        tasks: names of tasks in lm_eval.
+        task_data: folder with the published files of the tasks; None downloads them from the Hugging Face hub.
+        texts: UTF-8 files.
+        batch_size: number of texts in a batch.
+        limit: maximum number of items per task, and of documents per file.
+        device: device of the model, by default the CPU.
+        progress: called with (name, texts scored, texts in total), and with zeros before a task is loaded.
 
     Raises:
         MissingExtraError: lm_eval is not installed.
-        ConfigError: a task is unknown, or nothing is asked for.
-        DataError: data could not be loaded, or a file is missing or broken.
+        UsageError: lm_eval or transformers is too old.
+        ConfigError: a task is unknown, or there are neither tasks nor texts.
+        DataError: a file is missing or broken, or the hub's data cannot be loaded.
         CheckpointError: the model is an ablation, or its weights are broken.
     """
     if not tasks and not texts:
-        raise ConfigError("nothing to evaluate: give --tasks, or --text")
+        raise ConfigError("nothing to evaluate: give --tasks or --text")
+    for module in ("lm_eval", "datasets", "transformers"):
+        require(module, "eval")
     try:
-        from antransformer.interop import lm_eval_adapter as scorer
+        from antransformer.interop import lm_eval_adapter
     except ImportError as error:
-        raise MissingExtraError((error.name or "lm_eval").partition(".")[0], "eval") from error
+        hint = "pip install --upgrade 'antransformer[eval]'"
+        raise UsageError(f"this version of lm_eval or transformers does not work ({error}): {hint}") from error
 
     def load() -> Iterator[tuple[str, str, Any]]:
         for path in texts:
-            yield str(path), str(path), scorer.text_tasks(path)
+            yield str(path), str(path), lm_eval_adapter.text_tasks(path)
         for name in dict.fromkeys(tasks):
-            tell(name, 0, 0)
+            progress(name, 0, 0)
             if task_data is None:
-                yield name, "hub", scorer.hub_tasks(name)
+                yield name, "hub", lm_eval_adapter.hub_tasks(name)
             else:
-                loaded, path = scorer.local_tasks(name, task_data)
+                loaded, path = lm_eval_adapter.local_tasks(name, task_data)
                 yield name, str(path), loaded
 
-    work = list(load())  # all of it, before the first is scored
-    model = transformers_model(found, tokenizer).to(device or torch.device("cpu"))  # type: ignore[arg-type]  # their wrapper's fault
-    lm = scorer.Scorer(model, transformers_tokenizer(tokenizer, found.model.context), batch_size)
+    queue = list(load())  # load everything first: a missing file must not surface after hours of scoring
+    # transformers wraps .to without types
+    model = transformers_model(checkpoint, tokenizer).to(device or torch.device("cpu"))  # type: ignore[arg-type]
+    scorer = lm_eval_adapter.Scorer(model, transformers_tokenizer(tokenizer, checkpoint.model.context), batch_size)
     results = []
-    for name, source, loaded in work:
+    for name, source, loaded in queue:
         try:
-            scored = lm.score(loaded, limit, partial(tell, name))
-            results.append(Result(name, source, list(scores_of(scored)), lm.total, lm.cut))
-        except (DataError, OverflowError) as error:  # the others are no worse for it
-            reason = str(error) if isinstance(error, DataError) else "its perplexity is beyond all numbers"
-            results.append(Result(name, source, [], lm.total, lm.cut, problem=reason))
+            scores = list(parse_scores(scorer.score(loaded, limit, partial(progress, name))))
+            results.append(Result(name, source, scores, scorer.total, scorer.cut))
+        except (DataError, OverflowError) as error:  # the other tasks can still be scored
+            reason = str(error) if isinstance(error, DataError) else "its perplexity overflows"
+            results.append(Result(name, source, [], scorer.total, scorer.cut, problem=reason))
     if all(result.problem for result in results):
-        raise DataError("; ".join(f"{result.name} can not be scored: {result.problem}" for result in results))
+        raise DataError("; ".join(f"{result.name} cannot be scored: {result.problem}" for result in results))
     return results
 
 
-def scores_of(results: dict[str, Any]) -> Iterator[Score]:
-    """lm_eval's results, groups first: its keys are ``metric,filter`` and ``metric_stderr,filter``."""
+def parse_scores(results: dict[str, Any]) -> Iterator[Score]:
+    """Yield lm_eval's results, groups first; its keys are ``metric,filter`` and ``metric_stderr,filter``."""
     groups = results["group_subtasks"]
     for task in sorted(results["results"], key=lambda name: name not in groups):
         values = results["results"][task]
@@ -138,5 +144,5 @@ def scores_of(results: dict[str, Any]) -> Iterator[Score]:
 
 
 def finite(value: object) -> float | None:
-    """A number that JSON can hold, or None."""
+    """Return a finite number as a float, and None for everything that JSON cannot represent as a number."""
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""A checkpoint as a Hugging Face folder: weights, configuration, code, tokenizer, and a card that says what it is."""
+"""Export of a checkpoint to a Hugging Face folder: weights, configuration, code, tokenizer and model card."""
 
 import json
 import os
@@ -14,7 +14,8 @@ import torch
 from safetensors import SafetensorError
 
 from antransformer.data import Tokenizer
-from antransformer.errors import CheckpointError, ConfigError, MachineError, MissingExtraError
+from antransformer.errors import CheckpointError, ConfigError, MachineError, UsageError
+from antransformer.extras import require
 from antransformer.interop.model_card import card
 from antransformer.interop.register import register
 from antransformer.models.registry import get
@@ -25,35 +26,36 @@ if TYPE_CHECKING:
 
     from antransformer.interop.modeling_antransformer import AntransformerForCausalLM
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = ("float32", "bfloat16", "float16")
 SHARD_SIZE = "5GB"
 
 
 def export(
-    found: Checkpoint,
+    checkpoint: Checkpoint,
     tokenizer: Tokenizer,
     folder: Path,
     dtype: str = "float32",
     max_shard_size: str = SHARD_SIZE,
-    verdict: str | None = None,
-    pictures: Sequence[Path] = (),
+    summary: str | None = None,
+    figures: Sequence[Path] = (),
 ) -> None:
-    """Write the model of a checkpoint where ``AutoModelForCausalLM`` and ``AutoTokenizer`` load it from.
+    """Write a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load.
 
     Args:
-        found: verified checkpoint.
-        tokenizer: that of its run.
-        folder: new, or empty; it is there whole, or not at all.
-        dtype: of the weights.
-        max_shard_size: largest file of weights, such as 5GB or 200MB.
-        verdict: of the experiment that the run belongs to, for the card.
-        pictures: of its report, which go with the card.
+        checkpoint: verified checkpoint.
+        tokenizer: tokenizer of its run.
+        folder: folder to create; it may exist if it is empty. After an error it does not exist.
+        dtype: dtype of the weights, one of ``DTYPES``.
+        max_shard_size: maximum size of a weight file, such as 5GB or 200MB.
+        summary: summary of the experiment that the run belongs to, for the model card.
+        figures: image files for the model card, which are copied to the folder.
 
     Raises:
-        MissingExtraError: transformers is not installed, or too old.
+        MissingExtraError: transformers is not installed.
+        UsageError: transformers is too old.
         CheckpointError: the model is an ablation.
-        ConfigError: the folder is not empty or can not be made, or the size is none.
-        MachineError: the weights could not be written.
+        ConfigError: the folder is not empty or cannot be created, or the size is malformed.
+        MachineError: the files cannot be written.
     """
     if not re.fullmatch(r"[1-9]\d*[KMGT]B", max_shard_size):
         raise ConfigError(f"max-shard-size must be a size such as 5GB or 200MB, got {max_shard_size!r}")
@@ -61,78 +63,85 @@ def export(
     if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} is not an empty folder: choose another --out")
     partial = folder.with_name(f".partial-{folder.name}")
-    shutil.rmtree(partial, ignore_errors=True)  # what a killed export left
+    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
     try:
         partial.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"{folder} can not be made: {error.strerror}; choose another --out") from error
+        raise ConfigError(f"{folder} cannot be created: {error.strerror}; choose another --out") from error
     try:
-        write_model(found, tokenizer, partial, DTYPES[dtype], max_shard_size)
-        transformers_tokenizer(tokenizer, found.model.context).save_pretrained(partial)
-        for picture in pictures:
-            shutil.copyfile(picture, partial / picture.name)
-        names = [picture.name for picture in pictures]
-        page = card(found, tokenizer, folder.name, dtype, verdict, names)
+        write_model(checkpoint, tokenizer, partial, getattr(torch, dtype), max_shard_size)
+        transformers_tokenizer(tokenizer, checkpoint.model.context).save_pretrained(partial)
+        for figure in figures:
+            shutil.copyfile(figure, partial / figure.name)
+        page = card(checkpoint, tokenizer, folder.name, dtype, summary, [figure.name for figure in figures])
         (partial / "README.md").write_text(page, encoding="utf-8")
         partial.replace(folder)
     except (OSError, SafetensorError) as error:
-        raise MachineError(f"{folder} could not be written: {getattr(error, 'strerror', None) or error}") from error
+        raise MachineError(f"{folder} cannot be written: {getattr(error, 'strerror', None) or error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def write_model(found: Checkpoint, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype, max_shard_size: str) -> None:
-    """Weights, configuration, generation configuration and the code of both."""
-    model = transformers_model(found, tokenizer, dtype)
-    unused = range(tokenizer.vocab_size, found.model.vocab_size)
-    if unused:  # rows that no text has trained
+def write_model(
+    checkpoint: Checkpoint, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype, max_shard_size: str
+) -> None:
+    """Write the weights, the configuration, the generation configuration and the code of the model."""
+    model = transformers_model(checkpoint, tokenizer, dtype)
+    # Logits of ids that the tokenizer does not have were never trained.
+    unused = range(tokenizer.vocab_size, checkpoint.model.vocab_size)
+    if unused:
         model.generation_config.suppress_tokens = list(unused)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
+    # safetensors creates files that only their owner can read. Other users can read config.json.
     for file in folder.glob("*.safetensors"):
-        file.chmod((folder / "config.json").stat().st_mode)  # safetensors makes files that only their owner can read
+        file.chmod((folder / "config.json").stat().st_mode)
 
 
 def transformers_model(
-    found: Checkpoint, tokenizer: Tokenizer, dtype: torch.dtype = torch.float32
+    checkpoint: Checkpoint, tokenizer: Tokenizer, dtype: torch.dtype = torch.float32
 ) -> "AntransformerForCausalLM":
-    """The model of a checkpoint as transformers has it, on the CPU.
+    """Return the model of a checkpoint as a transformers model, on the CPU.
 
     Raises:
-        MissingExtraError: transformers is not installed, or too old.
-        CheckpointError: the model is an ablation, or its architecture has no code for transformers.
+        MissingExtraError: transformers is not installed.
+        UsageError: transformers is too old.
+        CheckpointError: the model is an ablation, or modeling_antransformer.py does not implement its architecture.
     """
-    if not get(found.model.architecture).hf_export:
+    architecture, ablation = checkpoint.model.architecture, checkpoint.model.ablation
+    if not get(architecture).hf_export:
         raise CheckpointError(
-            f"{found.path}: architecture {found.model.architecture} cannot be exported: "
+            f"{checkpoint.path}: architecture {architecture} cannot be exported or evaluated: "
             "modeling_antransformer.py does not implement it"
         )
-    ablation = found.model.ablation
     if ablation not in (None, "none"):
         raise CheckpointError(
-            f"{found.path}: the ablation {ablation} can not be exported or evaluated, only a whole architecture"
+            f"{checkpoint.path}: the ablation {ablation} cannot be exported or evaluated, only unablated models can"
         )
+    require("transformers", "hf")
     try:
         register()
         from antransformer.interop.modeling_antransformer import AntransformerConfig, AntransformerForCausalLM
     except ImportError as error:
-        raise MissingExtraError("transformers", "hf") from error
+        hint = "pip install --upgrade 'antransformer[hf]'"
+        raise UsageError(f"this version of transformers does not work, it may be too old ({error}): {hint}") from error
     end = tokenizer.end_of_text
-    options = {name: value for name, value in asdict(found.model).items() if name != "ablation"}
+    options = {name: value for name, value in asdict(checkpoint.model).items() if name != "ablation"}
     config = AntransformerConfig(**options, bos_token_id=end, eos_token_id=end, pad_token_id=end)
-    with torch.device("meta"):
+    with torch.device("meta"):  # no memory and no initialization: the weights are assigned below
         model = AntransformerForCausalLM(config)
-    weights = restore(found, torch.device("cpu")).state_dict()
+    weights = restore(checkpoint, torch.device("cpu")).state_dict()
     model.load_state_dict({name: weight.to(dtype) for name, weight in weights.items()}, assign=True)
     return model
 
 
 def transformers_tokenizer(tokenizer: Tokenizer, context: int) -> "PreTrainedTokenizerFast":
-    """A tokenizer that gives the ids that the model was trained on, for any text.
+    """Return a transformers tokenizer with the same ids as ``tokenizer`` for every text.
 
-    Text that spells a special token is plain text to it, and nothing is added before or behind.
+    Special tokens in a text are encoded as plain text, and no tokens are added before or after it.
     """
     from transformers import PreTrainedTokenizerFast
 
+    # A post-processor could add tokens around every text, which training data does not have.
     content = {**json.loads(tokenizer.to_json()), "post_processor": None}
     end = tokenizer.decode([tokenizer.end_of_text])
     return PreTrainedTokenizerFast(
@@ -142,6 +151,6 @@ def transformers_tokenizer(tokenizer: Tokenizer, context: int) -> "PreTrainedTok
         pad_token=end,
         split_special_tokens=True,
         clean_up_tokenization_spaces=False,
-        padding_side="left",  # a prompt ends where its continuation begins
+        padding_side="left",  # generation continues at the right end
         model_max_length=context,
     )

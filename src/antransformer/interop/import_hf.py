@@ -1,4 +1,4 @@
-"""A folder that ``export`` wrote, or transformers after it, back to a run folder; transformers is not needed."""
+"""Import of exported models into run folders, also after transformers has saved them. Needs no transformers."""
 
 import re
 from dataclasses import fields
@@ -23,17 +23,16 @@ INDEX_FILE = "model.safetensors.index.json"
 
 
 def import_folder(source: Path, target: Path) -> Path:
-    """Make a run folder of an exported model: its weights in float32 as the checkpoint of step 0, and its tokenizer.
+    """Create a run folder with the float32 weights of an exported model as checkpoint of step 0, and its tokenizer.
 
-    How the model was trained is not in the folder, so the run has no settings but the model's and is not resumed; a run
-    may be started from it.
+    An exported folder has no training settings. The run can therefore not be resumed, but new runs can start from it.
 
     Returns:
-        The checkpoint.
+        Folder of the checkpoint.
 
     Raises:
-        CheckpointError: the source is no such folder, or its files do not fit together.
-        DataError: its tokenizer can not be read.
+        CheckpointError: the source is not an exported model, or its files contradict each other.
+        DataError: its tokenizer cannot be read.
         ConfigError: the target is not empty.
     """
     config, tokenizer = read_config(source), Tokenizer.load(source)
@@ -44,15 +43,15 @@ def import_folder(source: Path, target: Path) -> Path:
     model.to_empty(device="cpu")
     weights.read_into(model.state_dict())
     write_run_folder(target, {"model": config.mapping()}, tokenizer)
-    fresh = torch.optim.Adam(model.parameters())
-    return checkpoint.save(target / CHECKPOINTS, 0, model, fresh, extra={"imported": str(source)}, keep=1)
+    optimizer = torch.optim.Adam(model.parameters())  # a checkpoint needs one; it has no state before the first step
+    return checkpoint.save(target / CHECKPOINTS, 0, model, optimizer, extra={"imported": str(source)}, keep=1)
 
 
 def read_config(source: Path) -> ModelConfig:
-    """The model's config; raises as ``import_folder``."""
+    """Read the model's config from config.json; raises CheckpointError."""
     content = read_json(source / "config.json")
     if content.get("model_type") != MODEL_TYPE:
-        raise CheckpointError(f"{source}: a model of the type {content.get('model_type')!r}, and not {MODEL_TYPE!r}")
+        raise CheckpointError(f"{source}: model_type is {content.get('model_type')!r}, but must be {MODEL_TYPE!r}")
     content = upgrade_model(content)
     names = {item.name for item in fields(ModelConfig)}
     missing = names - content.keys() - set(OPTION_NAMES)
@@ -65,25 +64,26 @@ def read_config(source: Path) -> ModelConfig:
 
 
 def weight_files(source: Path) -> list[Path]:
-    """The file of the weights, or the several; raises as ``import_folder``."""
-    places: Any = {"all": WEIGHTS_FILE}
-    if (source / INDEX_FILE).is_file():
-        places = read_json(source / INDEX_FILE).get("weight_map")
-        if not isinstance(places, dict):
-            raise CheckpointError(f"{source / INDEX_FILE}: weight_map is missing")
-    files = sorted({str(name) for name in places.values()})
+    """Return the paths of the weight files, one or several; raises CheckpointError."""
+    if not (source / INDEX_FILE).is_file():
+        return [source / WEIGHTS_FILE]
+    weight_map = read_json(source / INDEX_FILE).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{source / INDEX_FILE}: weight_map is missing")
+    files = sorted({str(name) for name in weight_map.values()})
     for file in files:
+        # No separators, so that no entry can point outside the folder.
         if not re.fullmatch(r"[\w.-]+\.safetensors", file):
-            raise CheckpointError(f"{source / INDEX_FILE}: {file!r} is not the name of a file beside it")
+            raise CheckpointError(f"{source / INDEX_FILE}: {file!r} is not a weight file in the same folder")
     return [source / file for file in files]
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; raises as ``import_folder``."""
+    """Read a JSON object; raises CheckpointError."""
     try:
         content = read_json_file(path)
     except OSError as error:
-        raise CheckpointError(f"{path.parent}: not an exported model, {path.name}: {error.strerror}") from error
+        raise CheckpointError(f"{path.parent}: not an exported model ({path.name}: {error.strerror})") from error
     except ValueError as error:
         raise CheckpointError(f"{path}: not valid JSON") from error
     if not isinstance(content, dict):

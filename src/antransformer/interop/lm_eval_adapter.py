@@ -1,4 +1,4 @@
-"""Our model as lm_eval sees it, and lm_eval's tasks, from its hub or from local files. Needs lm_eval."""
+"""Adapter of exported models to lm_eval, and lm_eval's tasks with data of the hub or of local files. Needs lm_eval."""
 
 import contextlib
 import io
@@ -27,30 +27,31 @@ from antransformer.interop import local_tasks as task_data
 from antransformer.interop.modeling_antransformer import AntransformerForCausalLM
 from antransformer.training.config import nearest
 
-# lm_eval would start a pool of processes for the error of a perplexity, which costs more than that error.
+# lm_eval would start a pool of processes for the standard error of a perplexity, which costs more than it saves.
 os.environ.setdefault("DISABLE_MULTIPROC", "1")
 
 FOLDERS = ("arc", "blimp", "hellaswag", "lambada", "piqa", "wikitext", "winogrande")
 TEXT_METRICS = ("word_perplexity", "byte_perplexity", "bits_per_byte")
-BOOTSTRAP = 1000  # resamples for the error of a perplexity
-SEED = 1234  # lm_eval's, of the choice of examples
+BOOTSTRAP = 1000  # resamples for the standard error of a perplexity
+SEED = 1234  # lm_eval's default for the choice of few-shot examples
 LOGGERS = ("lm_eval", "huggingface_hub", "datasets", "transformers")
 
 Tasks = dict[str, Any]
-Tell = Callable[[int, int], None]
+Progress = Callable[[int, int], None]
 
 
 class Scorer(HFLM):
-    """lm_eval's model class on a model and tokenizer in memory.
+    """lm_eval's model class for a model and tokenizer in memory.
 
     Attributes:
-        tell: called with the texts scored, and with all of them, after each batch of a task.
-        done, total: those numbers.
-        cut: texts longer than the context, of which lm_eval left out the beginning.
+        progress: called after each batch with (texts scored, texts in total).
+        done: number of texts of the current task that were scored.
+        total: number of texts of the current task.
+        cut: number of texts longer than the context, whose beginning lm_eval cut off.
     """
 
     def __init__(self, model: AntransformerForCausalLM, tokenizer: PreTrainedTokenizerFast, batch_size: int) -> None:
-        with quiet():
+        with silenced():
             super().__init__(
                 pretrained=model,
                 tokenizer=tokenizer,
@@ -59,58 +60,58 @@ class Scorer(HFLM):
                 max_length=model.config.context,
                 prefix_token_id=tokenizer.eos_token_id,
             )
-        model.config.use_cache = False
-        self.tell: Tell = lambda done, total: None
+        model.config.use_cache = False  # scoring takes one forward pass per text
+        self.progress: Progress = lambda done, total: None
         self.done = self.total = self.cut = 0
 
-    def score(self, tasks: Tasks, limit: int | None, tell: Tell) -> dict[str, Any]:
-        """Results of loaded tasks, as lm_eval has them.
+    def score(self, tasks: Tasks, limit: int | None, progress: Progress) -> dict[str, Any]:
+        """Return lm_eval's results for loaded tasks.
 
         Raises:
-            DataError: an answer does not fit into the context.
-            CheckpointError: the weights are broken.
-            OverflowError: a perplexity is no number.
+            DataError: an answer is longer than the context.
+            CheckpointError: the logits are not finite.
+            OverflowError: a perplexity overflows.
         """
-        self.tell, self.done, self.total, self.cut = tell, 0, 0, 0
-        with quiet():
+        self.progress, self.done, self.total, self.cut = progress, 0, 0, 0
+        with silenced():
             results: dict[str, Any] = evaluate(self, tasks, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=False)
         return results
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihoods of whole texts, in windows that follow each other."""
+        """Return the log-likelihoods of full texts, which are scored in consecutive windows."""
         lengths = [len(self.tok_encode(request.args[0])) for request in requests]
         self.total = sum(math.ceil(length / self.max_length) for length in lengths)
-        found: list[float] = super().loglikelihood_rolling(requests, disable_tqdm)
-        return found
+        values: list[float] = super().loglikelihood_rolling(requests, disable_tqdm)
+        return values
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], *arguments: Any, **options: Any
     ) -> list[tuple[float, bool]]:
         for _, context, continuation in requests:
             if not 0 < len(continuation) <= self.max_length:
-                raise DataError(f"an answer has {len(continuation)} tokens: the model takes 1 to {self.max_length}")
+                raise DataError(f"an answer has {len(continuation)} tokens: the model accepts 1 to {self.max_length}")
             self.cut += len(context) + len(continuation) > self.max_length + 1
-        windows = "override_bs" in options
-        # Texts that differ in their last token only are read once. Not so the windows of repetitive text: lm_eval
-        # would take those of the same tokens for the same, although they may score more or fewer of them.
-        self.logits_cache = not windows
-        if not windows:
+        rolling = "override_bs" in options
+        # With its logits cache, lm_eval reads texts that differ only in their last token once. The cache is wrong for
+        # rolling windows: those of a repetitive text can have equal tokens but score different numbers of them.
+        self.logits_cache = not rolling
+        if not rolling:
             self.total = len({(*context, *continuation[:-1]) for _, context, continuation in requests})
-        found: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, *arguments, **options)
-        return found
+        values: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, *arguments, **options)
+        return values
 
     def _model_call(self, inps: Tensor, *arguments: Any, **options: Any) -> Tensor:
         logits: Tensor = super()._model_call(inps, *arguments, **options)
         if not logits.isfinite().all():
-            raise CheckpointError("the model's logits are not finite: its weights are not those of a sound run")
+            raise CheckpointError("logits are not finite: the weights contain NaN or Inf, or have diverged")
         self.done += len(inps)
-        self.tell(self.done, self.total)
+        self.progress(self.done, self.total)
         return logits
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep from the terminal what lm_eval, and what it uses, print, log and draw."""
+def silenced() -> Iterator[None]:
+    """Suppress output, log lines and progress bars of lm_eval and of its dependencies."""
     levels = {name: logging.getLogger(name).level for name in LOGGERS}
     try:
         for name in LOGGERS:
@@ -123,82 +124,82 @@ def quiet() -> Iterator[None]:
 
 
 @cache
-def manager(everything: bool) -> TaskManager:
-    """lm_eval's index of tasks: of the sets that we know, or of all, which takes seconds to read."""
+def task_manager(all_tasks: bool) -> TaskManager:
+    """Return lm_eval's index of the tasks in ``FOLDERS``, or of all tasks, which takes seconds to read."""
     folder = Path(lm_eval.tasks.__path__[0])
-    with quiet():
-        if everything:
+    with silenced():
+        if all_tasks:
             return TaskManager()
         return TaskManager(include_defaults=False, include_path=[folder / name for name in FOLDERS])
 
 
 def hub_tasks(name: str) -> Tasks:
-    """A task, group or tag of lm_eval with its data from the hub.
+    """Load a task, group or tag of lm_eval with its data from the hub.
 
     Raises:
-        ConfigError: there is no such task, or it has the model write text.
-        DataError: its data could not be loaded.
+        ConfigError: the task is unknown, or scores generated text.
+        DataError: its data cannot be loaded.
     """
-    index = manager(name not in manager(False).task_index)
+    index = task_manager(name not in task_manager(False).task_index)
     if name not in index.task_index:
-        among = f"known: {sets()}, and {len(index.all_tasks):,} more of lm_eval"
-        raise ConfigError(f"unknown task {name}{nearest(name, index.all_tasks)} ({among})")
+        known = f"known: {local_sets()}, and {len(index.all_tasks):,} more in lm_eval"
+        raise ConfigError(f"unknown task {name}{nearest(name, index.all_tasks)} ({known})")
     try:
-        with quiet():
+        with silenced():
             tasks: Tasks = index.load([name])
-    except Exception as error:  # of the hub's client, the network, a set's own code: they have no type in common
+    except Exception as error:  # errors of the hub's client, the network and a data set's code share no base class
         reason = " ".join(str(error).split())
-        local = ": give it as a file, --task-data DIR" if name in local_names() else ""
-        raise DataError(f"{name}: its data can not be loaded from the hub ({reason}){local}") from error
-    return prepared(tasks)
+        advice = ": download its files and give --task-data DIR" if name in local_names() else ""
+        raise DataError(f"{name}: its data cannot be loaded from the hub ({reason}){advice}") from error
+    return with_defaults(tasks)
 
 
 def local_tasks(name: str, folder: Path) -> tuple[Tasks, Path]:
-    """A task of lm_eval with its rows from a local file, and that file, or the folder where they are many.
+    """Load a task of lm_eval with rows of a local file; return it with the file, or for a group with the folder.
 
     Raises:
-        ConfigError: there is no local form of such a task.
-        DataError: its file is not there, or broken.
+        ConfigError: the task has no local form.
+        DataError: its file is missing or broken.
     """
-    index = manager(False).task_index
+    index = task_manager(False).task_index
     if name not in local_names():
-        raise ConfigError(f"unknown task {name}{nearest(name, local_names())} (known with --task-data: {sets()})")
+        raise ConfigError(f"unknown task {name}{nearest(name, local_names())} (known with --task-data: {local_sets()})")
     if name != task_data.BLIMP:
-        path = task_data.find(name, folder)
-        return prepared(with_rows({name: task_data.rows(name, path)})), path
-    rows = {part: task_data.rows(part, task_data.find(part, folder)) for part in index[name].cfg["task"]}
+        path = task_data.find_file(name, folder)
+        return with_defaults(with_rows({name: task_data.rows(name, path)})), path
+    rows = {task: task_data.rows(task, task_data.find_file(task, folder)) for task in index[name].cfg["task"]}
     group = Group.from_config(index[name].cfg)
     for task in with_rows(rows)["tasks"].values():
         group.add(task)
-    return prepared(manager(False).load([group])), folder
+    return with_defaults(task_manager(False).load([group])), folder
 
 
 def local_names() -> list[str]:
-    """Tasks that have a local form, with the parts of BLiMP."""
-    names = manager(False).all_tasks
+    """Return the names of all tasks with a local form, each task of BLiMP included."""
+    names = task_manager(False).all_tasks
     return [name for name in names if name in task_data.SETS or name.partition("_")[0] == task_data.BLIMP]
 
 
-def sets() -> str:
-    """The same in words, without those parts."""
+def local_sets() -> str:
+    """Return the names of the local evaluation sets for messages, without the tasks of BLiMP."""
     return ", ".join([*task_data.SETS, task_data.BLIMP])
 
 
 def with_rows(rows: dict[str, list[task_data.Row]]) -> Tasks:
-    """lm_eval's tasks as they are, but for where their rows come from."""
+    """Load lm_eval's tasks with these rows, by task, as their only data."""
     members = []
-    for name, found in rows.items():
-        member = {"task": name, "custom_dataset": loader(found), "training_split": None, "validation_split": None}
-        if "query" in found[0]:  # what process_docs would make
+    for name, task_rows in rows.items():
+        member = {"task": name, "custom_dataset": loader(task_rows), "training_split": None, "validation_split": None}
+        if "query" in task_rows[0]:  # cleaned rows already have the form that process_docs produces
             member["process_docs"] = None
         members.append({**member, "test_split": "local"})
-    with quiet():
-        tasks: Tasks = manager(False).load([{"group": "local", "task": members}])
+    with silenced():
+        tasks: Tasks = task_manager(False).load([{"group": "local", "task": members}])
     return {"tasks": tasks["tasks"]}
 
 
 def text_tasks(path: Path) -> Tasks:
-    """The documents of a text file, scored as lm_eval's wikitext is; raises DataError."""
+    """Return a task for the documents of a text file, scored as lm_eval's wikitext; raises DataError."""
     aggregations = {"word_perplexity": perplexity, "byte_perplexity": perplexity, "bits_per_byte": "bits_per_byte"}
     metrics = [{"metric": name, "aggregation": aggregations[name], "higher_is_better": False} for name in TEXT_METRICS]
     config = {
@@ -210,12 +211,12 @@ def text_tasks(path: Path) -> Tasks:
         "doc_to_target": "text",
         "metric_list": metrics,
     }
-    with quiet():
-        return prepared(manager(False).load([ConfigurableTask(config=config)]))
+    with silenced():
+        return with_defaults(task_manager(False).load([ConfigurableTask(config=config)]))
 
 
 def perplexity(items: list[tuple[float, float]]) -> float:
-    """lm_eval's, but infinite where it would overflow: text without spaces is one long word."""
+    """Return lm_eval's weighted perplexity, or infinity if it overflows: text without spaces is one long word."""
     try:
         return float(weighted_perplexity(items))
     except OverflowError:
@@ -223,15 +224,19 @@ def perplexity(items: list[tuple[float, float]]) -> float:
 
 
 def loader(rows: list[task_data.Row]) -> Callable[..., dict[str, Dataset]]:
-    """What lm_eval calls for the data of a task; it lies in memory, and no cache is written."""
+    """Return a function that gives lm_eval these rows from memory, without a cache on disk."""
     return lambda **_: {"local": Dataset.from_list(rows)}
 
 
-def prepared(tasks: Tasks) -> Tasks:
-    """With no examples in the prompt where a task does not say how many, and lm_eval's own seed for their choice."""
+def with_defaults(tasks: Tasks) -> Tasks:
+    """Set zero few-shot examples where a task has no number, and lm_eval's default seed.
+
+    Raises:
+        ConfigError: a task scores generated text.
+    """
     for name, task in tasks["tasks"].items():
         if task.OUTPUT_TYPE == "generate_until":
-            raise ConfigError(f"task {name} has the model write text: only tasks that score given text can be run")
+            raise ConfigError(f"task {name} scores generated text: only tasks that score given text are supported")
         if task.get_config("num_fewshot") is None:
             task.set_config("num_fewshot", 0)
         task.set_fewshot_seed(SEED)

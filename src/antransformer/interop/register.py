@@ -1,10 +1,9 @@
-"""Makes transformers know our models as soon as somebody imports it, and not before.
+"""Registers our model classes with transformers lazily, when transformers is first imported.
 
-transformers knows a model of another package once it is registered, has no entry points through which that could be
-declared, and takes seconds to import. So ``import antransformer`` does not import it, but has itself told when somebody
-does: Python asks the finders on ``sys.meta_path`` for each module that it has not loaded. Registering comes right after
-transformers' own ``__init__``, which loads none of its parts; while one of these is being loaded, its neighbours could
-not be imported.
+transformers has no entry points for models of other packages, and it takes seconds to import. ``import antransformer``
+therefore does not import it, but adds a finder to ``sys.meta_path``, which Python consults for each new module. The
+finder registers the classes right after ``transformers/__init__.py`` has run. Later would be too late: while one of the
+submodules is being loaded, others cannot be imported.
 """
 
 import contextlib
@@ -18,12 +17,12 @@ LIBRARY = "transformers"
 
 
 class Registration(MetaPathFinder):
-    """Finds transformers where it is, and registers our models after it was loaded."""
+    """Import hook that registers our models after transformers was loaded."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The spec of transformers; None, which is no opinion, of anything else."""
+        """Return the spec of transformers with a wrapped loader, and None (let other finders decide) otherwise."""
         spec = PathFinder.find_spec(name, path, target) if name == LIBRARY else None
         if spec is None or spec.loader is None:
             return None
@@ -31,7 +30,8 @@ class Registration(MetaPathFinder):
 
         def load_and_register(module: ModuleType) -> None:
             load(module)
-            with contextlib.suppress(ImportError):  # too old for our models, and none of our business
+            # A version too old for our models must still be importable by other programs.
+            with contextlib.suppress(ImportError):
                 register()
 
         spec.loader.exec_module = load_and_register  # type: ignore[method-assign]
@@ -42,7 +42,7 @@ def register() -> None:
     """Register our configuration and model with transformers' Auto classes.
 
     Raises:
-        ImportError: transformers is not installed, or is too old for them.
+        ImportError: transformers is not installed or too old.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -51,13 +51,13 @@ def register() -> None:
 
     AutoConfig.register(AntransformerConfig.model_type, AntransformerConfig, exist_ok=True)
     AutoModelForCausalLM.register(AntransformerConfig, AntransformerForCausalLM, exist_ok=True)
-    # With these, save_pretrained writes the code beside the weights.
+    # save_pretrained then copies the code of the classes next to the weights.
     AntransformerConfig.register_for_auto_class()
     AntransformerForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
 
 def register_when_imported() -> None:
-    """Register now if transformers is loaded, else when it will be."""
+    """Register the models now if transformers is loaded, and otherwise when it is imported."""
     if sys.modules.get(LIBRARY):
         with contextlib.suppress(ImportError):
             register()
