@@ -1,4 +1,4 @@
-"""Run folders to export and to evaluate."""
+"""Run folders for tests of export and evaluation."""
 
 import json
 
@@ -22,14 +22,14 @@ LINES = [
 
 
 def make_run(folder, architecture="angpt", tokenizer=None, **options):
-    """A run folder with a model whose parameters are all away from their initial values, broken off at step 20."""
+    """Write a run folder interrupted at step 20, and return its model, which has no parameter at its initial value."""
     torch.manual_seed(0)
     model = build(ModelConfig(architecture=architecture, **{**SIZES, **options})).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.mul_(1 + 0.3 * torch.randn_like(parameter)).add_(0.01 * torch.randn_like(parameter))
             if name.startswith(("lm_head", "logit_scale")):
-                parameter.mul_(5)  # clear preferences
+                parameter.mul_(5)  # so that the argmax is not a matter of rounding
     antransformer.bounds.project_(model.bounds())
     config = resolve_config(
         {"data": "data/mine", "tokens": 9_600, "batch_tokens": 192, "model": model.config.mapping()}, 257

@@ -1,4 +1,4 @@
-"""lm_eval on our checkpoints: its scores against our own model, and its tasks from the hub against those from files."""
+"""Evaluation with lm_eval: scores against our own model, and local files against the hub's data."""
 
 import errno
 import json
@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from antransformer.data import byte_tokenizer
 from antransformer.errors import CheckpointError, DataError
 from antransformer.interop.evaluate import evaluate
 from antransformer.interop.export import transformers_model, transformers_tokenizer
-from antransformer.interop.local_tasks import pages
+from antransformer.interop.local_tasks import split_articles
 from antransformer.training.checkpointing import checkpoint
 from antransformer.training.run_folder import open_checkpoint
 from helpers.exported import make_run
@@ -25,7 +26,7 @@ pytest.importorskip("lm_eval")
 import datasets
 from lm_eval.api.instance import Instance
 
-from antransformer.interop import lm_eval_adapter as scorer
+from antransformer.interop import lm_eval_adapter
 from helpers.messages import mentions
 
 END = 256
@@ -92,7 +93,7 @@ def arc_gold(name, question, choices, labels, gold):
 ARC_HUB = [arc_hub(*question) for question in QUESTIONS]
 HELLASWAG_HUB = [{**line, "endings": ENDINGS, "label": str(line["label"])} for line in HELLASWAG]
 CLEAN_ENDINGS = [*ENDINGS[:2], "sits .", ENDINGS[3]]
-# Task, its files on disk, and what the hub has.
+# Task, its files on disk, and its rows on the hub.
 FORMS = {
     "hellaswag": (
         "hellaswag",
@@ -141,7 +142,7 @@ FORMS = {
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run folder with a model of 300 rows and a tokenizer of 257 ids."""
+    """Run folder whose model has 300 ids, of which the tokenizer has 257."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     make_run(folder, context=CONTEXT, vocab_size=300)
     return folder
@@ -149,23 +150,23 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(run):
-    """Our own model."""
+    """Model of the run in our own implementation."""
     return checkpoint.restore(open_checkpoint(run)[0], torch.device("cpu"))
 
 
-def lm(run, batch_size):
-    found, tokenizer = open_checkpoint(run)
-    return scorer.Scorer(
-        transformers_model(found, tokenizer), transformers_tokenizer(tokenizer, found.model.context), batch_size
+def scorer_of(run, batch_size):
+    opened, tokenizer = open_checkpoint(run)
+    return lm_eval_adapter.Scorer(
+        transformers_model(opened, tokenizer), transformers_tokenizer(tokenizer, opened.model.context), batch_size
     )
 
 
 @torch.no_grad()
-def by_hand(model, ids, answer):
-    """Log-likelihood of the last so many ids, of those that fit."""
-    seen = torch.tensor([ids[-(model.config.context + 1) :]])
-    logits = model(seen[:, :-1]).double().log_softmax(-1)
-    return logits.gather(2, seen[:, 1:, None])[0, -answer:, 0].sum().item()
+def log_likelihood(model, ids, answer):
+    """Log-likelihood of the last ``answer`` ids, given the earlier ids within the context."""
+    window = torch.tensor([ids[-(model.config.context + 1) :]])
+    logits = model(window[:, :-1]).double().log_softmax(-1)
+    return logits.gather(2, window[:, 1:, None])[0, -answer:, 0].sum().item()
 
 
 def write(folder, files):
@@ -185,32 +186,32 @@ def pairs():
 
 
 def test_the_likelihood_of_an_answer_is_that_of_our_own_model(run, model):
-    scored = lm(run, batch_size=4)
-    found = [value for value, _ in scored.loglikelihood(pairs(), disable_tqdm=True)]
+    scorer = scorer_of(run, batch_size=4)
+    values = [value for value, _ in scorer.loglikelihood(pairs(), disable_tqdm=True)]
     expected = [
-        by_hand(model, [END, *b"abc"], 3),
-        by_hand(model, [*b"to be or not to be"], 13),
-        by_hand(model, [*b"x" * 400, *b"ab end"], 4),
-        by_hand(model, [*b"a space behind it"], 3),
+        log_likelihood(model, [END, *b"abc"], 3),
+        log_likelihood(model, [*b"to be or not to be"], 13),
+        log_likelihood(model, [*b"x" * 400, *b"ab end"], 4),
+        log_likelihood(model, [*b"a space behind it"], 3),
     ]
-    assert found == pytest.approx(expected, rel=1e-4)
-    assert (scored.cut, scored.done, scored.total) == (1, 4, 4)
+    assert values == pytest.approx(expected, rel=1e-4)
+    assert (scorer.cut, scorer.done, scorer.total) == (1, 4, 4)
 
 
-def test_batches_change_nothing(run):
-    alone, together = (lm(run, size).loglikelihood(pairs(), disable_tqdm=True) for size in (1, 4))
-    assert [value for value, _ in together] == pytest.approx([value for value, _ in alone], rel=1e-5)
+def test_scores_do_not_depend_on_the_batch_size(run):
+    single, batched = (scorer_of(run, size).loglikelihood(pairs(), disable_tqdm=True) for size in (1, 4))
+    assert [value for value, _ in batched] == pytest.approx([value for value, _ in single], rel=1e-5)
 
 
-def test_broken_weights_are_said(run):
-    scored = lm(run, batch_size=4)
+def test_broken_weights_raise(run):
+    scorer = scorer_of(run, batch_size=4)
     with torch.no_grad():
-        scored.model.lm_head.weight[7] = math.nan
+        scorer.model.lm_head.weight[7] = math.nan
     with pytest.raises(CheckpointError, match="logits"):
-        scored.loglikelihood(pairs(), disable_tqdm=True)
+        scorer.loglikelihood(pairs(), disable_tqdm=True)
 
 
-def test_a_perplexity_beyond_all_numbers_is_said(run, tmp_path):
+def test_a_perplexity_that_overflows_is_a_problem_of_its_task_only(run, tmp_path):
     folder = write(tmp_path, {"lambada_test.jsonl": [{"text": "a " + "b" * 170}]} | FORMS["piqa"][1])
     lambada, piqa = evaluate(*open_checkpoint(run), ["lambada_openai", "piqa"], folder)
     assert mentions(lambada.problem, "perplexity") and not lambada.scores
@@ -227,7 +228,7 @@ def test_perplexity_of_a_text_is_that_of_our_own_model(run, model, tmp_path, bat
         ids = [END, *text.encode()]
         for start in range(1, len(ids), CONTEXT):
             end = min(start + CONTEXT, len(ids))
-            total, windows = total + by_hand(model, ids[:end], end - start), windows + 1
+            total, windows = total + log_likelihood(model, ids[:end], end - start), windows + 1
     words, size = sum(len(re.split(r"\s+", text)) for text in texts), sum(len(text.encode()) for text in texts)
     assert {score.metric: score.value for score in result.scores} == pytest.approx(
         {
@@ -241,40 +242,42 @@ def test_perplexity_of_a_text_is_that_of_our_own_model(run, model, tmp_path, bat
 
 
 def test_a_text_that_is_one_long_word_has_no_finite_word_perplexity(run, model, tmp_path):
-    (tmp_path / "text").write_text("abcdefgh" * 53)  # its windows are the same
-    told = []
-    [result] = evaluate(*open_checkpoint(run), texts=[tmp_path / "text"], tell=lambda *numbers: told.append(numbers))
+    (tmp_path / "text").write_text("abcdefgh" * 53)  # all windows have equal tokens
+    calls = []
+    [result] = evaluate(*open_checkpoint(run), texts=[tmp_path / "text"], progress=lambda *call: calls.append(call))
     values = {score.metric: score.value for score in result.scores}
     ids = [END, *b"abcdefgh" * 53]
-    total = sum(by_hand(model, ids[: start + CONTEXT], min(CONTEXT, 425 - start)) for start in range(1, 425, CONTEXT))
+    total = sum(
+        log_likelihood(model, ids[: start + CONTEXT], min(CONTEXT, 425 - start)) for start in range(1, 425, CONTEXT)
+    )
     assert values["word_perplexity"] is None
     assert values["bits_per_byte"] == pytest.approx(-total / 424 / math.log(2), rel=1e-5)
-    assert told[-1] == (str(tmp_path / "text"), 3, 3)
+    assert calls[-1] == (str(tmp_path / "text"), 3, 3)
 
 
 # The tasks
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_task_is_the_same_from_a_file_and_from_the_hub(run, tmp_path, monkeypatch, form):
+def test_a_task_has_equal_scores_from_a_file_and_from_the_hub(run, tmp_path, monkeypatch, form):
     task, files, rows = FORMS[form]
-    read = []
+    scored = []
 
     def spy(self, requests, *arguments, **options):
-        read.append([(request[1], request[2]) for request in requests])
-        return scorer.HFLM._loglikelihood_tokens(self, requests, *arguments, **options)
+        scored.append([(request[1], request[2]) for request in requests])
+        return lm_eval_adapter.HFLM._loglikelihood_tokens(self, requests, *arguments, **options)
 
-    monkeypatch.setattr(scorer.Scorer, "_loglikelihood_tokens", spy)
+    monkeypatch.setattr(lm_eval_adapter.Scorer, "_loglikelihood_tokens", spy)
     scored_split = "test" if task.startswith(("arc", "lambada", "wiki")) else "validation"
     splits = {split: rows if split == scored_split else rows[:1] for split in ("validation", "test", "train")}
     if task.startswith("blimp"):
         splits = {"train": rows}
-    hub = {split: datasets.Dataset.from_list(found) for split, found in splits.items()}
+    hub = {split: datasets.Dataset.from_list(lines) for split, lines in splits.items()}
     [local] = evaluate(*open_checkpoint(run), [task], write(tmp_path, files), batch_size=4)
     monkeypatch.setattr(datasets, "load_dataset", lambda **_: hub)
     [online] = evaluate(*open_checkpoint(run), [task], batch_size=4)
-    half = len(read) // 2
-    assert read[:half] == read[half:] and sum(map(len, read[:half])) >= len(rows)
+    half = len(scored) // 2
+    assert scored[:half] == scored[half:] and sum(map(len, scored[:half])) >= len(rows)
     assert local.scores == online.scores and {score.items for score in local.scores} == {len(rows)}
     assert online.source == "hub" and local.source == str(tmp_path / next(iter(files)))
 
@@ -283,42 +286,44 @@ def test_accuracy_and_perplexity_are_those_of_our_own_model(run, model, tmp_path
     folder = write(tmp_path, FORMS["lambada"][1] | FORMS["blimp"][1] | FORMS["winogrande"][1])
     tasks = ["lambada_openai", "blimp_adjunct_island", "winogrande"]
     results = evaluate(*open_checkpoint(run), tasks, folder)
-    found = {(score.task, score.metric): score.value for result in results for score in result.scores}
+    values = {(score.task, score.metric): score.value for result in results for score in result.scores}
     last = [(len(line["text"].rsplit(" ", 1)[1]) + 1, line["text"].encode()) for line in LAMBADA]
-    mean = sum(by_hand(model, [*text], size) for size, text in last) / len(last)
-    assert found["lambada_openai", "perplexity"] == pytest.approx(math.exp(-mean), rel=1e-4)
+    mean = sum(log_likelihood(model, [*text], size) for size, text in last) / len(last)
+    assert values["lambada_openai", "perplexity"] == pytest.approx(math.exp(-mean), rel=1e-4)
     good = [
-        by_hand(model, [END, *line["sentence_good"].encode()], len(line["sentence_good"]))
-        > by_hand(model, [END, *line["sentence_bad"].encode()], len(line["sentence_bad"]))
+        log_likelihood(model, [END, *line["sentence_good"].encode()], len(line["sentence_good"]))
+        > log_likelihood(model, [END, *line["sentence_bad"].encode()], len(line["sentence_bad"]))
         for line in BLIMP
     ]
-    assert found["blimp_adjunct_island", "acc"] == pytest.approx(sum(good) / len(good))
-    right = []
+    assert values["blimp_adjunct_island", "acc"] == pytest.approx(sum(good) / len(good))
+    correct = []
     for line in WINOGRANDE:
         rest = " " + line["sentence"].split("_")[1].strip()
         options = [line["sentence"].split("_")[0] + line[name] + rest for name in ("option1", "option2")]
-        first, second = (by_hand(model, [*text.encode()], len(rest)) for text in options)
-        right.append((first > second) == (line["answer"] == "1"))
-    assert found["winogrande", "acc"] == pytest.approx(sum(right) / len(right))
+        first, second = (log_likelihood(model, [*text.encode()], len(rest)) for text in options)
+        correct.append((first > second) == (line["answer"] == "1"))
+    assert values["winogrande", "acc"] == pytest.approx(sum(correct) / len(correct))
 
 
-def test_blimp_is_the_mean_of_its_parts(run, tmp_path):
-    parts = scorer.manager(False).task_index["blimp"].cfg["task"]
+def test_blimp_is_the_mean_of_its_tasks(run, tmp_path):
+    parts = lm_eval_adapter.task_manager(False).task_index["blimp"].cfg["task"]
     lines = {part.removeprefix("blimp_"): BLIMP[: 2 + number % 2] for number, part in enumerate(parts)}
-    folder = write(tmp_path, {f"blimp/{name}.jsonl": found for name, found in lines.items()})
+    folder = write(tmp_path, {f"blimp/{name}.jsonl": part for name, part in lines.items()})
     [result] = evaluate(*open_checkpoint(run), ["blimp"], folder, limit=3, batch_size=64)
-    [whole], scores = result.summary(), [score for score in result.scores if score.task != "blimp"]
-    assert len(scores) == 67 and whole.value == pytest.approx(sum(score.value for score in scores) / 67)
-    assert whole.items == sum(map(len, lines.values())) and whole.stderr > 0
+    [group], scores = result.summary(), [score for score in result.scores if score.task != "blimp"]
+    assert len(scores) == 67 and group.value == pytest.approx(sum(score.value for score in scores) / 67)
+    assert group.items == sum(map(len, lines.values())) and group.stderr > 0
     (folder / "blimp/wh_island.jsonl").unlink()
     with pytest.raises(DataError) as error:
         evaluate(*open_checkpoint(run), ["blimp"], folder)
     assert mentions(str(error.value), str(folder), "blimp_wh_island", "blimp*/wh_island.jsonl")
 
 
-def test_articles_are_split_where_their_titles_are():
-    assert pages(WIKITEXT) == ARTICLES
-    assert pages(" = X = \n = = Y = = \n = = = Z = = = \n = 5 \n") == [" = X = \n = = Y = = \n = = = Z = = = \n = 5 \n"]
+def test_articles_are_split_at_their_titles():
+    assert split_articles(WIKITEXT) == ARTICLES
+    assert split_articles(" = X = \n = = Y = = \n = = = Z = = = \n = 5 \n") == [
+        " = X = \n = = Y = = \n = = = Z = = = \n = 5 \n"
+    ]
 
 
 # The command line
@@ -335,17 +340,17 @@ def test_evaluate_on_the_command_line(run, tmp_path):
     words = [sys.executable, "-m", "antransformer", "evaluate", "--checkpoint", run, "--device=cpu", "--batch-size=2"]
     words += ["--tasks", "piqa,winogrande,hellaswag", "--task-data", folder, "--text", tmp_path / "text"]
     environment = {**os.environ, "HOME": str(home), "HF_HUB_OFFLINE": "1", "COLUMNS": "200", "NO_COLOR": "1"}
-    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"winogrande +acc +[01]\.\d{4} +± 0\.\d{4} +3 *\n", done.stdout), done.stdout
-    assert re.search(r"text +word_perplexity +[\d,.e+]+ +1 *\n", done.stdout)
-    lines = done.stdout.splitlines()
-    assert [mentions(line, "piqa", "2", "8", "192") for line in lines].count(True) == 1  # texts that were cut
+    process = subprocess.run(list(map(str, words)), capture_output=True, text=True, env=environment)
+    assert process.returncode == 0, process.stderr
+    assert re.search(r"winogrande +acc +[01]\.\d{4} +± 0\.\d{4} +3 *\n", process.stdout), process.stdout
+    assert re.search(r"text +word_perplexity +[\d,.e+]+ +1 *\n", process.stdout)
+    lines = process.stdout.splitlines()
+    assert [mentions(line, "piqa", "2", "8", "192") for line in lines].count(True) == 1  # texts longer than the context
     assert [mentions(line, "hellaswag", "301", "192") for line in lines].count(True) == 1
-    # A line for each that was scored, and nothing of lm_eval's.
-    told = re.findall(r"^\[0:\d\d:\d\d\] (\S+) +(\d+)", done.stderr, re.MULTILINE)
-    assert told == [(str(tmp_path / "text"), "1"), ("piqa", "8"), ("winogrande", "6")], done.stderr
-    assert done.stderr.count("\n") == 3, done.stderr
+    # One line per task that was scored, and no output of lm_eval.
+    logged = re.findall(r"^\[0:\d\d:\d\d\] (\S+) +(\d+)", process.stderr, re.MULTILINE)
+    assert logged == [(str(tmp_path / "text"), "1"), ("piqa", "8"), ("winogrande", "6")], process.stderr
+    assert process.stderr.count("\n") == 3, process.stderr
     written = json.loads((run / "evaluation.json").read_text())
     assert [result["name"] for result in written["results"]] == [
         str(tmp_path / "text"),
@@ -358,14 +363,14 @@ def test_evaluate_on_the_command_line(run, tmp_path):
 
 
 def wrong(capsys, *words):
-    """Evaluate with words that must end with status 2; returns the one line."""
+    """Run evaluate, which must exit with status 2, and return its one-line error."""
     assert main(["evaluate", *map(str, words)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("antransformer: error: ") and error.count("\n") == 1
     return error
 
 
-def test_what_can_not_be_evaluated_is_said(run, tmp_path, capsys, monkeypatch):
+def test_wrong_options_and_files_are_refused(run, tmp_path, capsys, monkeypatch):
     words = ["--checkpoint", run]
     assert mentions(wrong(capsys, *words), "--tasks", "--text")
     assert mentions(wrong(capsys, *words, "--tasks=piqa", "--batch-size=0"), "--batch-size", "1", "0")
@@ -394,9 +399,12 @@ def test_what_can_not_be_evaluated_is_said(run, tmp_path, capsys, monkeypatch):
     assert mentions(ablated, str(tmp_path / "ablated"), "no-lerp")
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "lm_eval", None)
+        assert mentions(wrong(capsys, *words, "--text", text), "lm_eval", "antransformer[eval]")
+    with monkeypatch.context() as patch:  # a version without the names that the adapter imports
+        patch.setitem(sys.modules, "lm_eval.api.group", types.ModuleType("lm_eval.api.group"))
         patch.delitem(sys.modules, "antransformer.interop.lm_eval_adapter")
         patch.delattr("antransformer.interop.lm_eval_adapter")
-        assert mentions(wrong(capsys, *words, "--text", text), "lm_eval", "antransformer[eval]")
+        assert mentions(wrong(capsys, *words, "--text", text), "lm_eval.api.group", "--upgrade", "antransformer[eval]")
 
 
 @pytest.mark.parametrize(
@@ -439,7 +447,7 @@ def test_a_broken_file_is_named(run, tmp_path, capsys):
     assert mentions(wrong(capsys, *words, "hellaswag"), "hellaswag", "301", "192")
 
 
-def test_what_the_hub_does_not_have_is_said(run, capsys, monkeypatch):
+def test_errors_of_the_hub_are_reported(run, capsys, monkeypatch):
     reason = "Couldn't reach\nthe Hub"
 
     def unreachable(**_):
@@ -454,7 +462,7 @@ def test_what_the_hub_does_not_have_is_said(run, capsys, monkeypatch):
     assert mentions(wrong(capsys, *words, "gsm8k"), "gsm8k")
 
 
-def test_the_tokenizer_in_memory_is_ours():
+def test_the_tokenizer_has_our_ids():
     ours = byte_tokenizer()
     theirs = transformers_tokenizer(ours, CONTEXT)
     text = "naïve <|endoftext|> 日本\n"

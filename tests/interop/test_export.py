@@ -1,4 +1,4 @@
-"""Hugging Face folders: what transformers makes of them, and the way back."""
+"""Exported folders: loaded by transformers, and imported again."""
 
 import errno
 import json
@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from antransformer.bounds import norms
 from antransformer.cli import main
 from antransformer.comparison.summary import summary
 from antransformer.data import Tokenizer, byte_tokenizer, train_bpe
-from antransformer.errors import CheckpointError, MachineError
+from antransformer.errors import CheckpointError, ConfigError, MachineError
 from antransformer.inference import generate
 from antransformer.interop.export import export
 from antransformer.interop.import_hf import import_folder
@@ -41,7 +42,7 @@ END = 256
 
 
 def exported(folder, architecture="angpt", tokenizer=None, model=(), **options):
-    """The model of a run, and the Hugging Face folder of the run."""
+    """Return the model of a run and the folder that it is exported to."""
     ours = make_run(folder / "run", architecture, tokenizer, **dict(model))
     export(*runs.open_checkpoint(folder / "run"), folder / "hf", **options)
     return ours, folder / "hf"
@@ -49,7 +50,7 @@ def exported(folder, architecture="angpt", tokenizer=None, model=(), **options):
 
 @pytest.fixture(scope="module", params=BUILT_IN)
 def pair(request, tmp_path_factory):
-    """Our model, and the same loaded by transformers."""
+    """Our model, and the exported model loaded by transformers."""
     ours, folder = exported(tmp_path_factory.mktemp("pair"), request.param)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
     assert not theirs.training
@@ -58,7 +59,7 @@ def pair(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """An exported anGPT."""
+    """Folder of an exported anGPT."""
     return exported(tmp_path_factory.mktemp("angpt"))[1]
 
 
@@ -78,7 +79,7 @@ def padded(prompts):
 
 
 def rows(page):
-    """The rows of the tables in a page of Markdown."""
+    """Rows of the tables in a Markdown page."""
     return [line for line in page.splitlines() if line.startswith("|") and line.strip("|- ")]
 
 
@@ -87,7 +88,7 @@ def has_row(page, *parts):
 
 
 def continued(model, inputs, **options):
-    """The new tokens of greedy generation."""
+    """New tokens of greedy generation."""
     inputs = inputs if isinstance(inputs, dict) else {"input_ids": inputs}
     settings = {"max_new_tokens": 25, "do_sample": False, "eos_token_id": None, "pad_token_id": END, **options}
     return model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :].tolist()
@@ -109,7 +110,7 @@ def test_transformers_computes_the_same_function(pair):
     }
 
 
-def test_so_are_its_gradients_and_its_bounds(pair):
+def test_gradients_and_bounds_are_equal(pair):
     ours, theirs = pair
     tokens = some_tokens()
     ours.loss(tokens[:, :-1], tokens[:, 1:]).backward()
@@ -123,9 +124,9 @@ def test_so_are_its_gradients_and_its_bounds(pair):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_greedy_generation_is_ours_token_for_token_alone_and_in_a_padded_batch(pair, attention):
+def test_greedy_generation_is_equal_for_single_prompts_and_in_a_padded_batch(pair, attention):
     ours, theirs = pair
-    steps = list(generate(ours, PROMPTS, max_tokens=25, temperature=0))
+    steps = list(generate(ours, PROMPTS, max_new_tokens=25, temperature=0))
     expected = [[step[row] for step in steps] for row in range(len(PROMPTS))]
     assert len({tuple(tokens) for tokens in expected}) == 3
     theirs.set_attn_implementation(attention)
@@ -139,26 +140,26 @@ def test_greedy_generation_is_ours_token_for_token_alone_and_in_a_padded_batch(p
 @torch.no_grad()
 def test_a_cache_may_be_filled_in_chunks(pair):
     theirs, tokens = pair[1], some_tokens(length=20)
-    whole, cache, parts = theirs(tokens).logits, None, []
+    logits, cache, parts = theirs(tokens).logits, None, []
     for chunk in tokens.split([7, 1, 12], dim=1):
         output = theirs(chunk, cache=cache, use_cache=True)
-        cache = output[-1]  # transformers 5.24 gave it another name
+        cache = output[-1]  # by position, since transformers 5.24 renamed it
         parts.append(output.logits)
-    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-5, atol=1e-6 * whole.abs().max().item())
+    torch.testing.assert_close(torch.cat(parts, dim=1), logits, rtol=1e-5, atol=1e-6 * logits.abs().max().item())
     assert len(theirs(tokens, use_cache=False)) == 1
     assert torch.equal(
         theirs(tokens[:, :1], past_key_values=theirs(tokens)[-1]).logits,
         theirs(tokens[:, :1], cache=theirs(tokens)[-1]).logits,
     )
-    torch.testing.assert_close(theirs(tokens, logits_to_keep=2).logits, whole[:, -2:])
+    torch.testing.assert_close(theirs(tokens, logits_to_keep=2).logits, logits[:, -2:])
     embedded = theirs.get_input_embeddings()(tokens)
-    torch.testing.assert_close(theirs(inputs_embeds=embedded).logits, whole)
+    torch.testing.assert_close(theirs(inputs_embeds=embedded).logits, logits)
     with pytest.raises(ValueError, match="inputs_embeds"):
         theirs(tokens, inputs_embeds=embedded)
 
 
 @torch.no_grad()
-def test_the_inside_can_be_looked_at(folder):
+def test_hidden_states_and_attentions_are_returned(folder):
     theirs, tokens = load(folder, attn_implementation="eager"), some_tokens(length=10)
     output = theirs(tokens, output_hidden_states=True, output_attentions=True)
     assert [tuple(state.shape) for state in output.hidden_states] == [(2, 10, 64)] * 4
@@ -169,7 +170,7 @@ def test_the_inside_can_be_looked_at(folder):
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])
-def test_half_precision_stays_half_and_is_ours(tmp_path, name):
+def test_half_precision_has_the_error_of_our_own_model(tmp_path, name):
     ours, folder = exported(tmp_path, dtype=name)
     dtype = getattr(torch, name)
     theirs, tokens = load(folder), some_tokens()
@@ -177,28 +178,28 @@ def test_half_precision_stays_half_and_is_ours(tmp_path, name):
     with torch.no_grad():
         exact, logits = load(folder, dtype=torch.float32)(tokens).logits, theirs(tokens).logits
         assert theirs.dtype == logits.dtype == dtype
-        # They round at other places, so neither is the other to the last digit.
-        error, own = (
-            float((found.float() - exact).norm() / exact.norm()) for found in (logits, ours.to(dtype)(tokens))
+        # The two implementations round in different places, so only the sizes of their errors can be compared.
+        theirs_error, ours_error = (
+            float((rounded.float() - exact).norm() / exact.norm()) for rounded in (logits, ours.to(dtype)(tokens))
         )
-        assert error < 1.5 * own < 10 * torch.finfo(dtype).eps
+        assert theirs_error < 1.5 * ours_error < 10 * torch.finfo(dtype).eps
 
 
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # transformers' new name for it
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # renamed by transformers
 def test_gradient_checkpointing_changes_no_gradient(pair):
     theirs, tokens = pair[1].train(), some_tokens()
-    found = []
+    gradients = []
     for prepare in (theirs.gradient_checkpointing_disable, theirs.gradient_checkpointing_enable):
         prepare()
         theirs(tokens, labels=tokens).loss.backward()
-        found.append([parameter.grad for parameter in theirs.parameters()])
+        gradients.append([parameter.grad for parameter in theirs.parameters()])
         theirs.zero_grad()
     theirs.eval().gradient_checkpointing_disable()
-    assert all(torch.equal(*gradients) for gradients in zip(*found, strict=True))
+    assert all(torch.equal(*pairs) for pairs in zip(*gradients, strict=True))
 
 
 @pytest.mark.parametrize("architecture", BUILT_IN)
-def test_a_model_from_a_configuration_alone_starts_with_scales_that_fit(architecture):
+def test_a_model_from_a_configuration_is_initialized_correctly(architecture):
     from antransformer.interop.modeling_antransformer import AntransformerConfig, AntransformerForCausalLM
 
     torch.manual_seed(0)
@@ -210,20 +211,20 @@ def test_a_model_from_a_configuration_alone_starts_with_scales_that_fit(architec
     assert rows.mean().item() == pytest.approx(1, abs=0.05)
 
 
-# Its uses
+# Pipelines and Trainer
 
 
-def test_a_pipeline_writes_text(folder):
+def test_a_pipeline_generates_text(folder):
     pipe = transformers.pipeline("text-generation", model=str(folder))
     prompts = ["to be", "not to be, that is", "ä"]
     options = {"max_new_tokens": 8, "do_sample": False}
-    alone = [pipe(prompt, **options)[0]["generated_text"] for prompt in prompts]
-    assert all(text.startswith(prompt) for text, prompt in zip(alone, prompts, strict=True))
-    together = pipe(prompts, batch_size=3, **options)
-    assert [texts[0]["generated_text"] for texts in together] == alone
+    single = [pipe(prompt, **options)[0]["generated_text"] for prompt in prompts]
+    assert all(text.startswith(prompt) for text, prompt in zip(single, prompts, strict=True))
+    batched = pipe(prompts, batch_size=3, **options)
+    assert [texts[0]["generated_text"] for texts in batched] == single
 
 
-def test_saved_by_transformers_it_is_the_same_bit_for_bit_and_complete(folder, tmp_path):
+def test_a_model_saved_by_transformers_is_identical_and_complete(folder, tmp_path):
     first = load(folder)
     first.save_pretrained(tmp_path / "again")
     second = load(tmp_path / "again")
@@ -245,7 +246,7 @@ class Sequences(torch.utils.data.Dataset):
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 @pytest.mark.parametrize("architecture", ["angpt", "ngpt"])
-def test_trainer_keeps_the_bounds_that_are_bound(tmp_path, architecture):
+def test_trainer_keeps_the_bounds_after_bind(tmp_path, architecture):
     pytest.importorskip("accelerate")
     model = load(exported(tmp_path, architecture)[1])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
@@ -272,7 +273,7 @@ def test_trainer_keeps_the_bounds_that_are_bound(tmp_path, architecture):
 # The folder
 
 
-def test_the_folder_holds_what_transformers_looks_for(folder):
+def test_the_folder_has_the_files_and_fields_of_transformers(folder):
     config = json.loads((folder / "config.json").read_text())
     assert config["architectures"] == ["AntransformerForCausalLM"] and config["dtype"] == "float32"
     assert config["auto_map"] == {
@@ -281,15 +282,15 @@ def test_the_folder_holds_what_transformers_looks_for(folder):
     }
     assert not config["tie_word_embeddings"]
     loaded = transformers.AutoConfig.from_pretrained(folder)
-    read = loaded.hidden_size, loaded.num_hidden_layers, loaded.num_attention_heads, loaded.max_position_embeddings
-    assert read == (64, 3, 4, 48) and loaded.intermediate_size == 256 and loaded.head_dim == 16
+    sizes = loaded.hidden_size, loaded.num_hidden_layers, loaded.num_attention_heads, loaded.max_position_embeddings
+    assert sizes == (64, 3, 4, 48) and loaded.intermediate_size == 256 and loaded.head_dim == 16
     generation = json.loads((folder / "generation_config.json").read_text())
     assert generation["eos_token_id"] == generation["pad_token_id"] == generation["bos_token_id"] == END
-    assert len({file.stat().st_mode for file in folder.iterdir()}) == 1  # all can be read by whom one can
+    assert len({file.stat().st_mode for file in folder.iterdir()}) == 1  # equal permissions
     assert not [path for path in folder.parent.iterdir() if path.name.startswith(".")]
 
 
-def test_large_weights_are_in_several_files(tmp_path):
+def test_large_weights_are_split_into_several_files(tmp_path):
     ours, folder = exported(tmp_path, max_shard_size="200KB")
     files = sorted(file.name for file in folder.glob("*.safetensors"))
     assert len(files) > 2 and (folder / "model.safetensors.index.json").is_file()
@@ -300,7 +301,7 @@ def test_large_weights_are_in_several_files(tmp_path):
     assert all(torch.equal(value, ours.state_dict()[name]) for name, value in back.state_dict().items())
 
 
-def test_ids_that_the_tokenizer_does_not_have_are_not_generated(tmp_path):
+def test_ids_outside_the_tokenizer_are_not_generated(tmp_path):
     folder = exported(tmp_path, model={"vocab_size": 300})[1]
     model = load(folder)
     with torch.no_grad():
@@ -308,8 +309,8 @@ def test_ids_that_the_tokenizer_does_not_have_are_not_generated(tmp_path):
     assert max(continued(model, torch.tensor([[1, 2]]))[0]) < 257
 
 
-def test_the_card_says_how_the_model_was_trained(tmp_path):
-    ours, folder = exported(tmp_path, verdict="anGPT won.")
+def test_the_card_describes_the_training(tmp_path):
+    ours, folder = exported(tmp_path, summary="anGPT won.")
     text = (folder / "README.md").read_text()
     assert yaml.safe_load(text.split("---")[1])["library_name"] == "transformers"
     assert mentions(text, f"{ours.parameter_count():,}", "anGPT won.") and "antransformer.bind(" in text
@@ -331,7 +332,7 @@ def test_the_card_says_how_the_model_was_trained(tmp_path):
     assert "antransformer.bind" not in plain and has_row(plain, "10%", "1%", "9,600")
 
 
-def test_the_card_of_an_experiments_run_has_its_verdict(tmp_path):
+def test_the_card_of_a_run_in_an_experiment_has_its_summary(tmp_path):
     runs_of = {"gpt+": (3.0, 3.2), "angpt": (2.0, 2.1)}
     variants = tuple(
         Variant(
@@ -356,25 +357,25 @@ def test_the_card_of_an_experiments_run_has_its_verdict(tmp_path):
     assert (tmp_path / "after/loss-tokens.png").read_bytes() == b"loss-tokens.png"
 
 
-def test_the_card_has_the_scores_of_its_step_only(tmp_path):
+def test_the_card_has_only_the_scores_of_its_step(tmp_path):
     make_run(tmp_path / "run")
     part = {"task": "blimp_part", "metric": "acc", "value": 0.25, "stderr": None, "items": 8}
-    whole = {**part, "task": "blimp", "value": 0.5, "stderr": 0.125, "items": 1000}
-    endless = {**part, "task": "book.txt", "value": None}
-    found = [{"name": "blimp", "scores": [whole, part]}, {"name": "book.txt", "scores": [endless]}]
+    group = {**part, "task": "blimp", "value": 0.5, "stderr": 0.125, "items": 1000}
+    infinite = {**part, "task": "book.txt", "value": None}
+    results = [{"name": "blimp", "scores": [group, part]}, {"name": "book.txt", "scores": [infinite]}]
     file = tmp_path / "run/evaluation.json"
-    file.write_text(json.dumps({"step": 20, "results": found}))
-    found, tokenizer = runs.open_checkpoint(tmp_path / "run")
-    text = card(found, tokenizer, "name", "float32")
+    file.write_text(json.dumps({"step": 20, "results": results}))
+    opened, tokenizer = runs.open_checkpoint(tmp_path / "run")
+    text = card(opened, tokenizer, "name", "float32")
     assert "| blimp | acc | 0.5000 ± 0.1250 | 1,000 |" in text
     assert "blimp_part" not in text and "book.txt" not in text
     file.write_text(file.read_text().replace("20", "10"))
-    other = card(found, tokenizer, "name", "float32")
+    other = card(opened, tokenizer, "name", "float32")
     assert "blimp" not in other and other.count("\n## ") == text.count("\n## ") - 1
     for content in ("{", "[]", '{"step": 20}'):
         file.write_text(content)
         with pytest.raises(CheckpointError, match=r"run/evaluation\.json"):
-            card(found, tokenizer, "name", "float32")
+            card(opened, tokenizer, "name", "float32")
 
 
 # The tokenizer
@@ -390,7 +391,7 @@ TEXTS = [
 
 
 def with_affixes():
-    """A tokenizer.json as others make them: it would put a token before every text."""
+    """Tokenizer whose post-processor adds a token before every text, as in many published files."""
     from tokenizers import processors
 
     tokenizer = train_bpe(TEXTS * 3, 270)
@@ -402,13 +403,13 @@ def with_affixes():
 
 @pytest.fixture(scope="module", params=[byte_tokenizer, lambda: train_bpe(TEXTS * 3, 270), with_affixes])
 def tokenizers(request, tmp_path_factory):
-    """Our tokenizer, and the same loaded by transformers."""
+    """Our tokenizer, and the exported one loaded by transformers."""
     ours = request.param()
     folder = exported(tmp_path_factory.mktemp("tokenizer"), tokenizer=ours, model={"vocab_size": 270})[1]
     return ours, transformers.AutoTokenizer.from_pretrained(folder)
 
 
-def test_the_tokenizer_gives_our_ids_and_every_text_back(tokenizers):
+def test_the_tokenizer_has_our_ids_and_round_trips(tokenizers):
     ours, theirs = tokenizers
     for text in TEXTS:
         assert theirs(text).input_ids == ours.encode(text)
@@ -432,9 +433,9 @@ def bytes_of_transformers(folder):
     return transformers.AutoTokenizer.from_pretrained(folder)
 
 
-# Without this package, and before transformers
+# Loading with and without this package
 
-ALONE = """
+WITHOUT_PACKAGE = """
 import sys
 sys.modules["antransformer"] = None
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -454,24 +455,24 @@ model.save_pretrained(out)
 again = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
 assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
 assert not any(name.startswith("antransformer") and sys.modules[name] for name in sys.modules)
-print()  # behind the question whether to trust
+print()  # after the prompt that asks whether to trust the code
 print(ids)
 """
 
 
 def python(code, *arguments, **environment):
-    """Run code in a Python of its own, without a network; returns what it printed."""
-    everything = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
-    words = [sys.executable, "-c", code, *map(str, arguments)]
-    result = subprocess.run(words, capture_output=True, text=True, env=everything, stdin=subprocess.DEVNULL)
+    """Run code in a new offline Python process and return its output."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
 
-def test_the_folder_stands_alone(tmp_path):
+def test_the_folder_loads_without_this_package(tmp_path):
     ours, folder = exported(tmp_path)
-    printed = python(ALONE, folder, tmp_path / "again", HF_HOME=str(tmp_path / "home"))
-    [expected] = [[step[0] for step in generate(ours, [[*b"to be"]], max_tokens=20, temperature=0)]]
+    printed = python(WITHOUT_PACKAGE, folder, tmp_path / "again", HF_HOME=str(tmp_path / "home"))
+    [expected] = [[step[0] for step in generate(ours, [[*b"to be"]], max_new_tokens=20, temperature=0)]]
     assert json.loads(printed.splitlines()[-1]) == [*b"to be", *expected]
 
 
@@ -479,33 +480,33 @@ def test_the_folder_stands_alone(tmp_path):
     "imports",
     [
         "from transformers import AutoModelForCausalLM\nimport antransformer",
-        # Qwen3's code, while it is loaded, loads the Auto classes.
+        # Qwen3 imports the Auto classes while it is loaded.
         "import antransformer\nassert 'transformers' not in sys.modules\n"
         "from transformers import Qwen3ForCausalLM, AutoModelForCausalLM",
     ],
 )
-def test_importing_the_package_is_enough_in_any_order(folder, imports):
+def test_models_are_registered_in_any_order_of_imports(folder, imports):
     code = f"import sys\n{imports}\nprint(AutoModelForCausalLM.from_pretrained(sys.argv[1]).config.architecture)"
     assert python(code, folder) == "angpt\n"
 
 
-def test_a_transformers_that_is_too_old_is_left_alone(tmp_path):
+def test_an_outdated_transformers_can_still_be_imported(tmp_path):
     (tmp_path / "transformers.py").write_text("class AutoConfig: pass\n")
     code = "import antransformer, transformers\nprint(transformers.__file__)"
     assert python(code, PYTHONPATH=str(tmp_path)) == f"{tmp_path / 'transformers.py'}\n"
 
 
-# The way back, and the command line
+# Import and the command line
 
 
-def test_an_imported_run_is_the_exported_one(tmp_path):
+def test_an_imported_run_is_equal_to_the_exported_one(tmp_path):
     for architecture in BUILT_IN:
         ours, folder = exported(tmp_path / architecture, architecture)
         import_folder(folder, tmp_path / architecture / "back")
-        found, tokenizer = runs.open_checkpoint(tmp_path / architecture / "back")
-        assert found.step == 0 and found.model == ours.config
+        opened, tokenizer = runs.open_checkpoint(tmp_path / architecture / "back")
+        assert opened.step == 0 and opened.model == ours.config
         assert tokenizer.vocabulary() == byte_tokenizer().vocabulary()
-        back = checkpoint.restore(found, torch.device("cpu")).state_dict()
+        back = checkpoint.restore(opened, torch.device("cpu")).state_dict()
         assert all(torch.equal(value, back[name]) for name, value in ours.state_dict().items())
 
 
@@ -515,7 +516,7 @@ def test_export_import_and_training_from_it(corpus, tmp_path, monkeypatch, capsy
     assert main(["train", "--data", str(corpus), "--out", "runs/first", *quick, *SMALL_OPTIONS]) == 0
     assert main(["export", "--checkpoint", "runs/first", "--out", "hf", "--dtype", "bfloat16"]) == 0
     assert mentions(capsys.readouterr().out, "hf", "angpt", "20", "bfloat16")
-    model = load(tmp_path / "hf")  # as a person would go on with it
+    model = load(tmp_path / "hf")  # as a user would save a fine-tuned model
     model.save_pretrained(tmp_path / "hf2")
     transformers.AutoTokenizer.from_pretrained(tmp_path / "hf").save_pretrained(tmp_path / "hf2")
     assert main(["import", "hf2", "--out", "runs/back"]) == 0
@@ -528,7 +529,7 @@ def test_export_import_and_training_from_it(corpus, tmp_path, monkeypatch, capsy
     assert mentions(capsys.readouterr().out, "runs/back/checkpoints/step-00000000")
     lines = [read_metrics(tmp_path / "runs" / name / "metrics.jsonl") for name in ("first", "second")]
     assert lines[1][-1]["val_loss"] < lines[0][-1]["val_loss"]
-    assert main(["train", "--out", "runs/second", "--resume"]) == 0  # the weights that it began with are not read again
+    assert main(["train", "--out", "runs/second", "--resume"]) == 0  # --init is not read again
     assert "runs/back" not in capsys.readouterr().out
     assert read_metrics(tmp_path / "runs/second/metrics.jsonl") == lines[1]
     pages = []
@@ -538,18 +539,18 @@ def test_export_import_and_training_from_it(corpus, tmp_path, monkeypatch, capsy
     imported, trained = pages
     assert has_row(trained, "runs/back") and has_row(trained, str(corpus)) and has_row(trained, "5,120", "20", "256")
     assert not has_row(imported, "runs/back") and not has_row(imported, str(corpus))
-    assert len(rows(imported)) < len(rows(trained)) - 5  # how it was trained is not known
+    assert len(rows(imported)) < len(rows(trained)) - 5  # the training settings are unknown
 
 
 def wrong(arguments, capsys):
-    """Run a verb that must end with status 2; returns its one line."""
+    """Run a verb, which must exit with status 2, and return its one-line error."""
     assert main([str(word) for word in arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("antransformer: error: ") and error.count("\n") == 1
     return error
 
 
-def test_what_can_not_be_exported_is_said(tmp_path, capsys, monkeypatch):
+def test_wrong_exports_are_refused(tmp_path, capsys, monkeypatch):
     make_run(tmp_path / "run")
     words = ["export", "--checkpoint", tmp_path / "run", "--out", tmp_path / "hf"]
     assert mentions(wrong([*words, "--max-shard-size", "big"], capsys), "max-shard-size", "big", "5GB")
@@ -572,10 +573,14 @@ def test_what_can_not_be_exported_is_said(tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "transformers", None)
         assert mentions(wrong(words, capsys), "transformers", "antransformer[hf]")
+        patch.setitem(sys.modules, "transformers", types.ModuleType("transformers"))  # too old for the Auto classes
+        assert mentions(wrong(words, capsys), "transformers", "--upgrade", "antransformer[hf]")
+    with pytest.raises(ConfigError, match="int8"):
+        export(*runs.open_checkpoint(tmp_path / "run"), tmp_path / "hf", dtype="int8")
     assert not (tmp_path / "hf").exists() and not list(tmp_path.glob(".partial*"))
 
 
-def test_the_folder_may_be_where_one_is(tmp_path, monkeypatch):
+def test_the_current_folder_can_be_exported_to(tmp_path, monkeypatch):
     make_run(tmp_path / "run")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -583,7 +588,7 @@ def test_the_folder_may_be_where_one_is(tmp_path, monkeypatch):
     assert (tmp_path / "here/config.json").is_file() and "# here\n" in (tmp_path / "here/README.md").read_text()
 
 
-def test_a_folder_that_can_not_be_written_is_not_left_behind(tmp_path, monkeypatch):
+def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):
     from safetensors import SafetensorError
 
     reason = os.strerror(errno.ENOSPC)
@@ -599,10 +604,10 @@ def test_a_folder_that_can_not_be_written_is_not_left_behind(tmp_path, monkeypat
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_what_can_not_be_imported_is_said(folder, tmp_path, capsys):
+def test_broken_folders_are_not_imported(folder, tmp_path, capsys):
     words = ["import", tmp_path / "hf", "--out", tmp_path / "run"]
 
-    def broken(name, change):
+    def error_after(name, change):
         shutil.rmtree(tmp_path / "hf", ignore_errors=True)
         shutil.copytree(folder, tmp_path / "hf")
         file = tmp_path / "hf" / name
@@ -615,18 +620,19 @@ def test_what_can_not_be_imported_is_said(folder, tmp_path, capsys):
     source = str(tmp_path / "hf")
     assert mentions(wrong(words, capsys), source, "config.json", os.strerror(errno.ENOENT))
     for content in ('{"width": 6', "[]"):
-        assert mentions(broken("config.json", lambda _, content=content: content), f"{source}/config.json", "JSON")
-    other = broken("config.json", lambda text: text.replace('"model_type": "antransformer"', '"model_type": "gpt2"'))
+        assert mentions(error_after("config.json", lambda _, content=content: content), f"{source}/config.json", "JSON")
+    other = error_after(
+        "config.json", lambda text: text.replace('"model_type": "antransformer"', '"model_type": "gpt2"')
+    )
     assert mentions(other, source, "'gpt2'", "'antransformer'")
-    missing = broken("config.json", lambda text: text.replace('"width"', '"wide"'))
+    missing = error_after("config.json", lambda text: text.replace('"width"', '"wide"'))
     assert mentions(missing, f"{source}/config.json", "width")
-    spelled = broken("config.json", lambda text: text.replace(": 64", ': "64"'))
+    spelled = error_after("config.json", lambda text: text.replace(": 64", ': "64"'))
     assert mentions(spelled, f"{source}/config.json", "width", "'64'")
-    assert mentions(
-        broken("config.json", lambda text: text.replace(": 64", ": 128")), source
-    )  # not what the weights are
+    other_shape = error_after("config.json", lambda text: text.replace(": 64", ": 128"))
+    assert mentions(other_shape, source)
     for name in ("model.safetensors", "tokenizer.json"):
-        assert mentions(broken(name, lambda text: "{}"), f"{source}/{name}")
+        assert mentions(error_after(name, lambda text: "{}"), f"{source}/{name}")
     assert not (tmp_path / "run").exists()
     (tmp_path / "run").mkdir()
     (tmp_path / "run/notes").touch()
@@ -635,7 +641,7 @@ def test_what_can_not_be_imported_is_said(folder, tmp_path, capsys):
     assert mentions(wrong(words, capsys), str(tmp_path / "run"), "--out")
 
 
-def test_a_run_does_not_start_from_weights_that_do_not_fit(folder, corpus, tmp_path, capsys):
+def test_weights_of_another_shape_or_tokenizer_are_refused_as_init(folder, corpus, tmp_path, capsys):
     import_folder(folder, tmp_path / "back")
     train = ["train", "--init", tmp_path / "back", "--data", corpus, "--out", tmp_path / "new"]
     back = str(tmp_path / "back")

@@ -54,9 +54,11 @@ def export(
         MissingExtraError: transformers is not installed.
         UsageError: transformers is too old.
         CheckpointError: the model is an ablation.
-        ConfigError: the folder is not empty or cannot be created, or the size is malformed.
+        ConfigError: the folder is not empty or cannot be created, or the dtype or size is unknown.
         MachineError: the files cannot be written.
     """
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if not re.fullmatch(r"[1-9]\d*[KMGT]B", max_shard_size):
         raise ConfigError(f"max-shard-size must be a size such as 5GB or 200MB, got {max_shard_size!r}")
     folder = Path(os.path.realpath(folder))  # Path.resolve raises on a loop of links

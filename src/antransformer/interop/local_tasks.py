@@ -47,9 +47,8 @@ def arc(line: Row) -> Row:
 
 def piqa(line: Row) -> Row:
     """Convert a line of the release, whose labels are in a separate file, or of the hub."""
-    return {name: text_field(line, name) for name in ("goal", "sol1", "sol2")} | {
-        "label": choice_index(line, "label", 2)
-    }
+    row = {name: text_field(line, name) for name in ("goal", "sol1", "sol2")}
+    return {**row, "label": choice_index(line, "label", 2)}
 
 
 def winogrande(line: Row) -> Row:
