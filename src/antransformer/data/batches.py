@@ -75,6 +75,7 @@ class ShuffledWindows:
         """Return tokens and targets of the windows with these indices, int64 [len(windows), context] each."""
         shards = np.searchsorted(self._offsets, windows, side="right") - 1
         starts = (windows - self._offsets[shards]) * self._context
+        # torch's embedding and cross-entropy need int64, and the copy detaches the batch from the memory map.
         rows = np.empty((len(windows), self._context + 1), dtype=np.int64)
         for row, shard, start in zip(rows, shards, starts, strict=True):
             row[:] = self._arrays[shard][start : start + self._context + 1]
@@ -130,5 +131,6 @@ def eval_batches(split: Split, context: int, batch_size: int, max_tokens: int | 
         raise ConfigError(f"batch_size is {batch_size}: it must be at least 1 window")
     windows = ShuffledWindows(split, context, seed=0)
     count = len(windows) if max_tokens is None else min(len(windows), max(1, max_tokens // context))
+    # Spread over the split: its documents are in the order of the input files, so the first ones may be of one kind.
     indices = np.arange(count) * len(windows) // count
     return (windows.gather(indices[start : start + batch_size]) for start in range(0, count, batch_size))

@@ -110,6 +110,7 @@ class Dataset:
         for shard in shards:
             _check_size(shard, dtype)
         if verify:
+            # Threads suffice: hashlib and file reads release Python's lock.
             with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
                 list(pool.map(lambda shard: _check_content(shard, dtype, dataset.max_token), shards))
         return dataset
@@ -220,6 +221,7 @@ def _check_content(shard: Shard, dtype: str, max_token: int) -> None:
                 largest = max(largest, int(np.frombuffer(block, dtype=DTYPES[dtype]).max()))
     except (OSError, ValueError) as error:
         raise DataError(f"{shard.path}: cannot be read ({error}); {PREPARE_AGAIN}") from error
+    # meta.json could be edited to match. The check of the largest id keeps the embedding's index in range even then.
     if digest.hexdigest() != shard.sha256:
         raise DataError(f"{shard.path}: content changed since it was prepared (SHA-256 differs); {PREPARE_AGAIN}")
     if largest > max_token:

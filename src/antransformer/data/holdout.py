@@ -113,6 +113,7 @@ class TrainValSplit:
         """
         sample: list[tuple[float, int, Document]] = []  # a heap with the highest bucket on top
         size = 0
+        # The number breaks ties, so that the heap never compares documents.
         for number, document in enumerate(_assign_splits(self.corpus, self.val_fraction)):
             if document.split == "train":
                 heapq.heappush(sample, (-document.hash_bucket, number, document))
@@ -127,6 +128,7 @@ def _assign_splits(corpus: Corpus, threshold: float, start: int = 0) -> Iterator
         data = text.encode()
         digest = hashlib.blake2b(data, digest_size=8).digest()
         bucket = (int.from_bytes(digest, "big") >> 11) / 2**53  # 53 bits: all that a float represents exactly
+        # A larger threshold only adds validation documents: none of a smaller one returns to training.
         yield Document(text, len(data), bucket, "val" if bucket < threshold else "train", start + bytes_read)
 
 

@@ -63,6 +63,7 @@ def is_readable(path: Path) -> bool:
     elif not name.endswith(JSON_LINES):
         with data_errors(path):
             try:
+                # NUL is valid UTF-8, but in practice a sign of a binary file or of UTF-16.
                 return all(number or "\0" not in text for number, (text, _) in enumerate(_blocks(path)))
             except UnicodeDecodeError:
                 return False
@@ -82,6 +83,7 @@ def data_errors(path: Path) -> Iterator[None]:
 
 
 def _blocks(path: Path) -> Documents:
+    # Incremental, since a character may span two blocks. utf-8-sig drops a byte order mark.
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     with path.open("rb") as file:
         while block := file.read(BLOCK_BYTES):
@@ -125,6 +127,7 @@ def _json_lines(path: Path) -> Documents:
     with path.open("rb") as file:
         for number, line in enumerate(_decompressed_lines(path, file), 1):
             if line.strip():
+                # The position in the compressed file: progress is measured in bytes as stored.
                 yield _parse_record(line, f"{path}, line {number}"), file.tell()
 
 
@@ -211,6 +214,7 @@ def _parquet(path: Path) -> Documents:
             for batch in file.iter_batches(batch_size=256, columns=["text"]):
                 rows += batch.num_rows
                 for text in batch.column(0).to_pylist():
+                    # Parquet gives no byte position, so progress is estimated from the rows.
                     yield text or "", size * rows // file.metadata.num_rows
     except pyarrow.ArrowException as error:
         raise DataError(f"{path}: not a complete parquet file ({' '.join(str(error).split())})") from error

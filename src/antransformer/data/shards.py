@@ -77,6 +77,7 @@ class ShardWriter:
         """Flush the current shard to disk and record its checksum."""
         if self._file is None:
             return
+        # Flushed to disk before meta.json exists, so that a power failure cannot leave complete metadata without data.
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
@@ -96,7 +97,7 @@ class ShardWriter:
     ) -> None:
         if error is None:
             self.close()
-        elif self._file is not None:
+        elif self._file is not None:  # after an error the folder is removed, so there is nothing to record
             self._file.close()
 
     def _path(self) -> Path:

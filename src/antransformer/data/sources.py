@@ -60,6 +60,7 @@ class Corpus:
             readable = [path for path in candidates if is_readable(path)]
             if not readable:
                 raise DataError(f"{name}: {_explain_no_text(Path(name), candidates)}")
+            # By resolved path, so that links and overlapping inputs do not count a file twice.
             added = {path.resolve(): path for path in readable if path.resolve() not in files}
             files |= added
             with data_errors(Path(name)):

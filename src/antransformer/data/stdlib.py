@@ -42,6 +42,7 @@ def ensure_default(root: str | Path, progress: Progress | None = None) -> Path:
     folder = Path(root) / NAME
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
+        # In the same folder, since rename works only within a file system.
         scratch = Path(tempfile.mkdtemp(prefix=f".{NAME}-", dir=root))
         try:
             dataset = prepare(

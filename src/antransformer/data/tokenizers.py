@@ -160,7 +160,7 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
         vocab_size=vocab_size,
         min_frequency=2,
         special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # every byte has an id, also if the sample lacks it
         show_progress=False,
     )
     library.train_from_iterator(_take_bytes(documents, SAMPLE_BYTES), trainer)

@@ -70,7 +70,7 @@ def export(
         partial.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"{folder} cannot be created: {error.strerror}; choose another --out") from error
-    try:
+    try:  # everything goes to a hidden folder, which is renamed when it is complete
         write_model(checkpoint, tokenizer, partial, getattr(torch, dtype), max_shard_size)
         transformers_tokenizer(tokenizer, checkpoint.model.context).save_pretrained(partial)
         for figure in figures:

@@ -36,6 +36,7 @@ def import_folder(source: Path, target: Path) -> Path:
         ConfigError: the target is not empty.
     """
     config, tokenizer = read_config(source), Tokenizer.load(source)
+    # On the meta device until the shapes are checked: a wrong config must not allocate huge tensors.
     with torch.device("meta"):
         model = build(config)
     weights = TensorFiles(weight_files(source))

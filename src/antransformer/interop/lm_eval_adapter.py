@@ -140,6 +140,7 @@ def hub_tasks(name: str) -> Tasks:
         ConfigError: the task is unknown, or scores generated text.
         DataError: its data cannot be loaded.
     """
+    # The index of all tasks is slow to read, so it is used only for names that are not in the small one.
     index = task_manager(name not in task_manager(False).task_index)
     if name not in index.task_index:
         known = f"known: {local_sets()}, and {len(index.all_tasks):,} more in lm_eval"

@@ -137,6 +137,7 @@ def find_file(task: str, folder: Path) -> Path:
     if not folder.is_dir():
         raise DataError(f"--task-data {folder}: no such folder")
     paths = [path for depth in ("*", "*/*", "*/*/*") for path in sorted(folder.glob(depth)) if path.is_file()]
+    # Releases spell names differently: ARC-Easy-Test.jsonl, arc_easy_test.jsonl.
     files = {str(path.relative_to(folder)).lower().replace("-", "_"): path for path in paths}
     for pattern in patterns:
         matches = [files[name] for name in fnmatch.filter(files, pattern)]
@@ -178,6 +179,7 @@ def json_rows(path: Path, row: Callable[[Row], Row]) -> Iterator[Row]:
             content = json.loads(line)
             if not isinstance(content, dict):
                 raise ValueError("not a JSON object")
+            # A label in the line takes precedence over the label file.
             converted = row({"label": labels[index], **content} if labels else content)
             # JSON can spell half of a surrogate pair, which UTF-8 cannot encode.
             json.dumps(converted, ensure_ascii=False).encode()
