@@ -117,12 +117,12 @@ def record_windows(trainer):
 
     def recorded(step):
         numbers, other = [], copy.copy(windows)
-        other.take = numbers.extend
+        other.gather = numbers.extend
         other.batch(step, trainer.config.batch_size, trainer.world.data_rank, trainer.world.data_size)
         with place.open("a") as file:
             file.write(json.dumps([step + 1, [int(number) for number in numbers]]) + "\n")
         batch = use(step)
-        assert all(torch.equal(*pair) for pair in zip(batch, windows.take(np.array(numbers)), strict=True))
+        assert all(torch.equal(*pair) for pair in zip(batch, windows.gather(np.array(numbers)), strict=True))
         return batch
 
     trainer.batches.batch = recorded
