@@ -1,1 +1,1 @@
-"""Checkpoints: folders of safetensors and a JSON state."""
+"""Checkpoints: folders of sharded safetensors files and one JSON file, ``state.json``."""

@@ -1,15 +1,15 @@
-"""Checkpoints: a folder each, of safetensors and a small JSON state; whole or not there at all.
+"""Checkpoints: one folder each, with safetensors files and a small JSON file.
 
     checkpoints/step-00001000/
-        model.safetensors       the weights, by parameter name
-        optimizer.safetensors   the optimizer's moments, as <parameter>.<moment>
-        state.json              step, config of the model, sha256 of the other files
+        model.safetensors       weights, by parameter name
+        optimizer.safetensors   optimizer moments, as <parameter>.<moment>
+        state.json              step, model config, sha256 of the other files
 
-Of a run of many processes each writes its parts, into model-00002-of-00004.safetensors and its like, and any number of
-processes reads them, each its own parts: tensor_files.py.
+A run of several ranks writes one pair of files per rank, such as model-00002-of-00004.safetensors. Any number of ranks
+can read them, each its own shards (sharded_safetensors.py).
 
-A checkpoint is written under a temporary name, flushed to the disk and renamed. What has no state.json, or whose files
-do not match it, is not whole. Nothing is executed from a file.
+A checkpoint is complete or absent: it is written under a temporary name, flushed to the disk and renamed. A folder
+without state.json, or with files that do not match its checksums, is not used. No file is ever executed or unpickled.
 """
 
 import concurrent.futures
@@ -39,8 +39,8 @@ from antransformer.training.optimizer import optimizer_state_keys
 FORMAT = "antransformer-checkpoint"
 VERSION = 2
 STATE_FILE = "state.json"
-KINDS = ("model", "optimizer")  # of tensor files
-GRACE = 60.0  # seconds that a run which has failed waits for the checkpoint that is being written
+TENSOR_KINDS = ("model", "optimizer")  # prefixes of the tensor files
+FINISH_TIMEOUT = 60.0  # seconds that a failed run waits for the checkpoint in progress
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ class Checkpoint:
     Attributes:
         path: its folder.
         step: completed optimizer steps.
-        model: the model's config.
-        extra: what else the run wrote (seconds trained, digest of the data).
-        files: names of the tensor files, of as many processes as wrote it.
+        model: config of the model.
+        extra: other state of the run (seconds trained, digest of the data, settings).
+        files: names of the tensor files of all ranks.
     """
 
     path: Path
@@ -62,75 +62,88 @@ class Checkpoint:
     files: tuple[str, ...]
 
     def tensors(self, kind: str) -> TensorFiles:
-        """The weights ("model") or the moments ("optimizer")."""
+        """Open the weights ("model") or the optimizer moments ("optimizer")."""
         return TensorFiles(self.path / name for name in self.files if name.startswith(kind))
 
 
-class Writer:
-    """Writes checkpoints into a folder while the run goes on, one at a time. Leaving it waits for the last.
+class CheckpointWriter:
+    """Writes checkpoints in a background thread, one at a time; leaving the context waits for the last.
 
-    Of the processes that share a model all do what is done with it. The tensors are copied into main memory first, by
-    each process what it writes.
+    All ranks that share a model create one and call it together. ``save`` copies this rank's shards to host memory, and
+    training continues while the thread writes them.
 
     Args:
-        folder: of all checkpoints.
-        keep: how many of the newest stay.
-        keep_every: those of a multiple of so many steps stay too.
-        world: the processes that share the model.
+        folder: parent folder of all checkpoints.
+        keep: number of latest checkpoints to keep.
+        keep_every: keep checkpoints of multiples of this step permanently; None for none.
+        dist_ctx: ranks that share the model.
     """
 
     def __init__(
-        self, folder: Path, keep: int, keep_every: int | None = None, world: DistributedContext = SINGLE_PROCESS
+        self,
+        folder: Path,
+        keep: int,
+        keep_every: int | None = None,
+        dist_ctx: DistributedContext = SINGLE_PROCESS,
     ) -> None:
-        self.folder, self.keep, self.keep_every, self.world = folder, keep, keep_every, world.with_new_group()
+        self.folder, self.keep, self.keep_every = folder, keep, keep_every
+        # The thread's collectives must not mix with those of the training loop.
+        self.dist_ctx = dist_ctx.with_new_group()
         self._pending: concurrent.futures.Future[None] | None = None
         self._thread: Thread | None = None
 
-    def __enter__(self) -> "Writer":
+    def __enter__(self) -> "CheckpointWriter":
         return self
 
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        if kind is None:
+    def __exit__(self, error_type: type | None, *_: object) -> None:
+        if error_type is None:
             self.wait()
-        # A message between processes that failed is a RuntimeError: if one is gone or hangs, no write will end.
-        elif self._pending is not None and not (self.world.size > 1 and issubclass(kind, RuntimeError)):
-            concurrent.futures.wait([self._pending], GRACE)
+            return
+        # A failed collective is a RuntimeError. With a rank dead or hung, no write can finish: do not wait.
+        rank_failed = self.dist_ctx.world_size > 1 and issubclass(error_type, RuntimeError)
+        if self._pending is not None and not rank_failed:
+            concurrent.futures.wait([self._pending], FINISH_TIMEOUT)
             self._join()
 
     def save(self, step: int, model: Decoder, optimizer: Optimizer, extra: dict[str, Any]) -> Path:
-        """Begin with the checkpoint of ``step``, when that before it is written; returns the folder that it will be in.
+        """Start writing a checkpoint after the previous one is complete; return its future folder.
 
         Raises:
-            WriteError: that before it could not be written.
+            WriteError: the previous checkpoint could not be written.
         """
         self.wait()
-        rank, size = self.world.rank, self.world.size
-        tensors = (model.state_dict(), _optimizer_tensors(model, optimizer))
-        parts = {tensor_file(kind, rank, size): LocalShards(of, rank) for kind, of in zip(KINDS, tensors, strict=True)}
+        rank, world_size = self.dist_ctx.rank, self.dist_ctx.world_size
+        states = (model.state_dict(), _optimizer_tensors(model, optimizer))
+        # Copied before the thread starts, because the next training step changes the tensors in place.
+        shards = {
+            tensor_file_name(kind, rank, world_size): LocalShards(tensors, rank)
+            for kind, tensors in zip(TENSOR_KINDS, states, strict=True)
+        }
         state = {"format": FORMAT, "version": VERSION, "step": step, "model": model.config.mapping(), "extra": extra}
         pending = self._pending = concurrent.futures.Future()
 
-        def work() -> None:
+        def write_in_thread() -> None:
             try:
-                self._write(step, parts, state)
+                self._write(step, shards, state)
             except BaseException as error:
                 pending.set_exception(error)
             else:
                 pending.set_result(None)
 
-        self._thread = Thread(target=work, daemon=True)  # a process that is to end does not wait for it
+        # An executor's threads would be joined when the interpreter exits, even if a dead rank blocks them forever.
+        self._thread = Thread(target=write_in_thread, daemon=True)
         self._thread.start()
         return self._target(step)
 
     def failed(self) -> bool:
-        """Whether the checkpoint begun last is known to have failed: ``wait`` will raise an error."""
+        """Return whether the checkpoint in progress is known to have failed, so that ``wait`` will raise."""
         return self._pending is not None and self._pending.done() and self._pending.exception() is not None
 
     def wait(self) -> None:
-        """Wait until no checkpoint is being written.
+        """Block until no checkpoint is being written.
 
         Raises:
-            WriteError: it could not be written; earlier ones are untouched.
+            WriteError: it could not be written; earlier checkpoints are intact.
         """
         pending = self._pending
         if pending is not None:
@@ -140,68 +153,69 @@ class Writer:
             pending.result()
 
     def _join(self) -> None:
-        """Let a thread that is done free its tensors: an interpreter that ends in the middle of that is aborted."""
+        # A thread that still frees its tensors while the interpreter shuts down aborts the process.
         if self._pending is not None and self._pending.done() and self._thread is not None:
             self._thread.join()
 
     def _target(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
 
-    def _write(self, step: int, parts: Mapping[str, LocalShards], state: dict[str, Any]) -> None:
-        target, first = self._target(step), self.world.rank == 0
+    def _write(self, step: int, shards: Mapping[str, LocalShards], state: dict[str, Any]) -> None:
+        target, is_first = self._target(step), self.dist_ctx.rank == 0
         partial = target.with_name(f".partial-{target.name}")
 
-        def begin() -> None:
-            if first:
+        def make_folder() -> None:
+            if is_first:
                 remove_partial(self.folder)
                 partial.mkdir(parents=True)
 
-        def write() -> dict[str, str]:
-            return {name: part.write(partial / name) for name, part in parts.items()}
+        def write_shards() -> dict[str, str]:
+            return {name: local.write(partial / name) for name, local in shards.items()}
 
-        def finish() -> None:
-            if first:
-                digests = {name: digest for written in each for name, digest in written.items()}
-                _finish(partial, target, {**state, "sha256": digests})
+        def publish() -> None:
+            if is_first:
+                digests = {name: digest for of_rank in digests_by_rank for name, digest in of_rank.items()}
+                _publish(partial, target, {**state, "sha256": digests})
                 self._remove_old()
 
         try:
-            self.world.gather_or_raise(begin)
-            each = self.world.gather_or_raise(write)
-            self.world.gather_or_raise(finish)
+            # Each stage ends on all ranks before the next begins, and an error on one rank is raised on all.
+            self.dist_ctx.gather_or_raise(make_folder)
+            digests_by_rank = self.dist_ctx.gather_or_raise(write_shards)
+            self.dist_ctx.gather_or_raise(publish)
         except (OSError, SafetensorError) as error:
-            if first:
+            if is_first:
                 shutil.rmtree(partial, ignore_errors=True)
             reason = getattr(error, "strerror", None) or str(error)
-            last = max(step_folders(self.folder), key=step_of, default=None)
-            rest = f"the one before it is {last}" if last else "there is no earlier one"
+            previous = max(step_folders(self.folder), key=step_of, default=None)
+            remaining = f"the latest checkpoint is {previous}" if previous else "there is no earlier checkpoint"
             raise WriteError(
-                f"the checkpoint of step {step} could not be written to {self.folder}: {reason}; {rest}"
+                f"cannot write the checkpoint of step {step} to {self.folder}: {reason}; {remaining}"
             ) from error
 
     def _remove_old(self) -> None:
         for path in sorted(step_folders(self.folder), key=step_of)[: -self.keep]:
             if self.keep_every is None or step_of(path) % self.keep_every:
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError):  # an old checkpoint too many is no reason to end a run
                     _remove(path)
 
 
 def save(folder: Path, step: int, model: Decoder, optimizer: Optimizer, extra: dict[str, Any], keep: int) -> Path:
-    """Write the checkpoint of ``step`` into ``folder`` and remove all but the newest ``keep``.
+    """Write one checkpoint, remove all but the latest ``keep``, and return the new folder.
 
     Raises:
-        WriteError: it could not be written; earlier checkpoints are untouched.
+        WriteError: it could not be written; earlier checkpoints are intact.
     """
-    with Writer(folder, keep) as writer:
+    with CheckpointWriter(folder, keep) as writer:
         return writer.save(step, model, optimizer, extra)
 
 
-def _finish(partial: Path, target: Path, state: dict[str, Any]) -> None:
-    """Make a checkpoint of the tensor files that lie in ``partial``."""
+def _publish(partial: Path, target: Path, state: dict[str, Any]) -> None:
+    """Complete the folder ``partial`` with its state file and rename it to ``target``."""
     (partial / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
     flush(partial / STATE_FILE)
     flush(partial)
-    # Later ones are of a future that was given up: broken, and the run resumed from before them.
+    # Checkpoints of later steps belong to a history that was abandoned: they were damaged, so the run resumed earlier.
     for path in step_folders(target.parent):
         if step_of(path) >= state["step"]:
             _remove(path)
@@ -210,73 +224,70 @@ def _finish(partial: Path, target: Path, state: dict[str, Any]) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a checkpoint; if that is cut short, what is left of it is not taken for one."""
+    # Renamed first: if the deletion is interrupted, the rest is not taken for a checkpoint.
     shutil.rmtree(path.rename(path.with_name(f".partial-removed-{path.name}")))
 
 
 def newest(
-    folder: Path, notify: Callable[[str], None], world: DistributedContext = SINGLE_PROCESS
+    folder: Path, notify: Callable[[str], None], dist_ctx: DistributedContext = SINGLE_PROCESS
 ) -> Checkpoint | None:
-    """The newest whole checkpoint of ``folder``, or None; ``notify`` hears of each broken one that is passed over.
+    """Return the latest intact checkpoint in ``folder``, or None if there is no checkpoint.
+
+    Args:
+        folder: parent folder of the checkpoints.
+        notify: receives a message for each damaged checkpoint that is skipped.
+        dist_ctx: ranks that call this together.
 
     Raises:
-        CheckpointError: checkpoints are there, and none is whole.
+        CheckpointError: there are checkpoints, and all are damaged.
         NewerCheckpointError: one was written by a newer release.
     """
-    found = sorted(step_folders(folder), key=step_of, reverse=True)
-    for path in found:
+    paths = sorted(step_folders(folder), key=step_of, reverse=True)
+    for path in paths:
         try:
-            return read(path, world)
+            return read(path, dist_ctx)
         except NewerCheckpointError:
             raise
         except CheckpointError as error:
-            notify(f"{error}; going back to the one before")
-    if found:
-        raise CheckpointError(f"{folder}: none of the {len(found)} checkpoints is whole")
+            notify(f"{error}; trying the previous checkpoint")
+    if paths:
+        raise CheckpointError(f"{folder}: all {len(paths)} checkpoints are damaged")
     return None
 
 
-def read(path: Path, world: DistributedContext = SINGLE_PROCESS) -> Checkpoint:
-    """Verify one checkpoint folder. Processes that ask together share the work, and all get the same answer.
+def read(path: Path, dist_ctx: DistributedContext = SINGLE_PROCESS) -> Checkpoint:
+    """Verify a checkpoint folder and return its description.
+
+    The ranks of ``dist_ctx`` divide the files among them, and all return or raise the same.
 
     Raises:
-        CheckpointError: it is no checkpoint, or a file is missing, truncated or changed.
+        CheckpointError: it is not a checkpoint, or a file is missing, truncated or changed.
         NewerCheckpointError: it was written by a newer release.
     """
-    return world.gather_or_raise(lambda: _read(path, world.rank, world.size))[0]
+    return dist_ctx.gather_or_raise(lambda: _read(path, dist_ctx.rank, dist_ctx.world_size))[0]
 
 
-def _read(path: Path, rank: int, size: int) -> Checkpoint:
-    """As ``read``, with every ``size``-th of the files verified."""
-    try:
-        state = read_json(path / STATE_FILE)
-    except OSError as error:
-        raise CheckpointError(f"{path}: not a checkpoint, {STATE_FILE} can not be read: {error.strerror}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {STATE_FILE} is corrupted") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: {STATE_FILE} is not of the format {FORMAT}")
-    if state.get("version") not in (1, VERSION):
-        raise NewerCheckpointError(
-            f"{path}: checkpoint version {state.get('version')!r}, this release reads {VERSION}: update antransformer"
-        )
+def _read(path: Path, rank: int, world_size: int) -> Checkpoint:
+    """Read the state file, and verify every ``world_size``-th tensor file."""
+    state = _read_state_file(path)
     try:
         step, fields, extra = state["step"], dict(state["model"]), dict(state["extra"])
         if state["version"] == 1:
             fields, extra = upgrade_model(fields), {**extra, "settings": upgrade_settings(extra.get("settings", {}))}
         model = ModelConfig(**fields)
         complete = model.mapping()
-        # An option that came after the checkpoint was written has its default; a size may not be missing.
+        # An option that was added after the checkpoint was written takes its default. Sizes must be given.
         missing = complete.keys() - fields.keys() - set(OPTION_NAMES)
         if missing or {**complete, **fields} != complete or step != step_of(path):
-            raise ValueError("a field of the model is missing, or the step is not that of the folder's name")
+            raise ValueError("a field of the model is missing, or the step differs from that in the folder's name")
         digests = dict(state["sha256"])
-        writers = max(1, len(digests) // len(KINDS))
-        if digests.keys() != {tensor_file(kind, writer, writers) for kind in KINDS for writer in range(writers)}:
-            raise ValueError("sha256 is not that of all tensor files")
+        writers = max(1, len(digests) // len(TENSOR_KINDS))
+        expected = {tensor_file_name(kind, writer, writers) for kind in TENSOR_KINDS for writer in range(writers)}
+        if digests.keys() != expected:
+            raise ValueError("sha256 does not list all tensor files")
     except (KeyError, TypeError, ValueError) as error:  # a ConfigError is a ValueError
         raise CheckpointError(f"{path}: {STATE_FILE} is corrupted ({error})") from error
-    for name in sorted(digests)[rank::size]:
+    for name in sorted(digests)[rank::world_size]:
         if not (path / name).is_file():
             raise CheckpointError(f"{path}: {name} is missing")
         if sha256(path / name) != digests[name]:
@@ -284,11 +295,28 @@ def _read(path: Path, rank: int, size: int) -> Checkpoint:
     return Checkpoint(path, step, model, extra, tuple(sorted(digests)))
 
 
+def _read_state_file(path: Path) -> dict[str, Any]:
+    """Return the content of state.json, of any version that this release reads."""
+    try:
+        state = read_json(path / STATE_FILE)
+    except OSError as error:
+        raise CheckpointError(f"{path}: not a checkpoint, cannot read {STATE_FILE}: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {STATE_FILE} is corrupted") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: {STATE_FILE} does not have the format {FORMAT}")
+    if state.get("version") not in (1, VERSION):
+        raise NewerCheckpointError(
+            f"{path}: checkpoint version {state.get('version')!r}, this release reads {VERSION}: update antransformer"
+        )
+    return state
+
+
 def load_model(checkpoint: Checkpoint, model: Decoder) -> None:
-    """Copy the checkpoint's weights into ``model``, or the parts of them that this process holds.
+    """Copy the checkpoint's weights into ``model``; of a sharded model, the shards of this rank.
 
     Raises:
-        CheckpointError: the checkpoint is of another model.
+        CheckpointError: names or shapes of the weights differ.
     """
     weights = checkpoint.tensors("model")
     require_shapes(weights, model, checkpoint.path)
@@ -296,65 +324,66 @@ def load_model(checkpoint: Checkpoint, model: Decoder) -> None:
 
 
 def require_shapes(weights: TensorFiles, model: Decoder, origin: Path) -> None:
-    """Raise ``CheckpointError`` where the weights of ``origin`` are those of another model."""
+    """Raise ``CheckpointError`` if names or shapes of the weights in ``origin`` differ from those of ``model``."""
     if weights.shapes != {name: value.shape for name, value in model.state_dict().items()}:
-        raise CheckpointError(f"{origin}: its weights are those of another model")
+        raise CheckpointError(f"{origin}: the weights belong to another model")
 
 
 def load_optimizer(checkpoint: Checkpoint, model: Decoder, optimizer: Optimizer) -> None:
-    """Put the optimizer's moments back.
+    """Restore the optimizer's moments and step counts.
 
     Raises:
-        CheckpointError: they are not those of this model.
+        CheckpointError: names or shapes of the moments differ.
     """
     saved = checkpoint.tensors("optimizer")
     parameters = [(group, parameter) for group in optimizer.param_groups for parameter in group["params"]]
     state = {
-        name: {moment: _moment(moment, parameter) for moment in optimizer_state_keys(group)}
+        name: {moment: _empty_moment(moment, parameter) for moment in optimizer_state_keys(group)}
         for name, (group, parameter) in zip(_optimizer_names(model, optimizer), parameters, strict=True)
     }
-    moments = {f"{name}.{moment}": value for name, kept in state.items() for moment, value in kept.items()}
+    moments = {f"{name}.{moment}": value for name, tensors in state.items() for moment, value in tensors.items()}
     if saved.shapes != {name: value.shape for name, value in moments.items()}:
-        raise CheckpointError(f"{checkpoint.path}: its optimizer state is that of another model")
+        raise CheckpointError(f"{checkpoint.path}: the optimizer state belongs to another model")
     saved.read_into(moments)
+    # load_state_dict identifies parameters by their position.
     optimizer.load_state_dict({**optimizer.state_dict(), "state": dict(enumerate(state.values()))})
 
 
 def restore(checkpoint: Checkpoint, device: torch.device) -> Decoder:
-    """The checkpoint's model, built and loaded, in evaluation mode."""
+    """Build the checkpoint's model on ``device`` and load its weights; the model is in evaluation mode."""
     with torch.device("meta"):
         model = build(checkpoint.model)
     weights = checkpoint.tensors("model")
-    require_shapes(weights, model, checkpoint.path)  # before memory is taken for what the config says
+    require_shapes(weights, model, checkpoint.path)  # before allocating the sizes that the config claims
     model.to_empty(device=device)
     weights.read_into(model.state_dict())
     return model.eval()
 
 
-def tensor_file(kind: str, rank: int, size: int) -> str:
-    """The name of what one of so many processes writes."""
-    return f"{kind}-{rank + 1:05d}-of-{size:05d}.safetensors" if size > 1 else f"{kind}.safetensors"
+def tensor_file_name(kind: str, rank: int, world_size: int) -> str:
+    """Return the name of the file that a rank writes; it counts from 1, as Hugging Face shards do."""
+    return f"{kind}-{rank + 1:05d}-of-{world_size:05d}.safetensors" if world_size > 1 else f"{kind}.safetensors"
 
 
 def step_folders(folder: Path) -> list[Path]:
-    """Checkpoint folders, whole or not, in no particular order."""
+    """Return all checkpoint folders, intact or damaged, in no particular order."""
     return [path for path in folder.glob("step-*") if path.is_dir() and path.name[5:].isdecimal()]
 
 
 def step_of(path: Path) -> int:
-    """The step in a checkpoint folder's name; -1 for a folder of another name."""
+    """Return the step in the name of a checkpoint folder, or -1 for a folder of another name."""
     number = path.name.removeprefix("step-")
     return int(number) if number.isdecimal() else -1
 
 
 def remove_partial(folder: Path) -> None:
-    """Clear away what an interrupted write left."""
+    """Delete the remains of interrupted writes and deletions."""
     for path in folder.glob(".partial-*"):
         shutil.rmtree(path)
 
 
 def _optimizer_names(model: Decoder, optimizer: Optimizer) -> list[str]:
-    """Parameter names in the optimizer's own order."""
+    """Return parameter names in the optimizer's order."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
 
@@ -368,8 +397,8 @@ def _optimizer_tensors(model: Decoder, optimizer: Optimizer) -> dict[str, Tensor
     }
 
 
-def _moment(moment: str, parameter: Tensor) -> Tensor:
-    """Memory for one; it is shared as its parameter is, but for the count of steps, which is one number."""
+def _empty_moment(moment: str, parameter: Tensor) -> Tensor:
+    """Allocate a moment, sharded as its parameter; the step count is a plain scalar."""
     if moment == "step":
         return torch.zeros((), dtype=torch.float32, device=parameter.device)
     return torch.zeros_like(parameter, requires_grad=False)

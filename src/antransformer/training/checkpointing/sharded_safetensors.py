@@ -1,8 +1,8 @@
-"""Tensors on disk: safetensors files, into which each of many processes writes a part, and of which it reads a part.
+"""Sharded tensors in safetensors files: each rank writes some shards and reads the shards that it holds.
 
-The files are those of torch's ``HuggingFaceStorageWriter``: one of parts says in its header where each begins in its
-tensor, and one that says nothing holds whole tensors. torch.distributed.checkpoint plans what is read from where, so
-that a model may be shared in another way than when it was written, and no process needs more of it than it holds.
+The format is that of torch's ``HuggingFaceStorageWriter``. The header of a file of shards gives the offsets of each shard
+in its tensor. A file without them has complete tensors. torch.distributed.checkpoint plans which slices are read, so
+a model can be loaded under another sharding than it was saved with, and no rank reads more than it holds.
 """
 
 import contextlib
@@ -29,145 +29,158 @@ from torch.distributed.tensor import DTensor
 from antransformer.errors import CheckpointError
 from antransformer.files import flush, require_file
 
-PARTS_KEY = "DCP_SHARDING_INFO"  # in the header, as {name: {"saved_offsets": where its part begins on each axis}}
+SHARDING_KEY = "DCP_SHARDING_INFO"  # header entry, JSON of {name: {"saved_offsets": offset of the shard on each axis}}
 OFFSETS_KEY = "saved_offsets"
+
+Box = tuple[tuple[int, int], ...]  # (offset, length) of a shard on each axis of its tensor
 
 
 class LocalShards:
-    """Copies in main memory of what one process has to write of tensors that may be shared.
+    """Host copies of the shards that this rank writes.
 
-    Of the processes that hold the same part one has to, another one from tensor to tensor; what all of them hold as
-    plain tensors the first has to.
+    A shard held by several ranks is written by one of them, chosen round-robin. Plain tensors, which all ranks hold, are
+    written by rank 0.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], rank: int = 0) -> None:
         self._copies: dict[str, Tensor] = {}
-        self._begins: dict[str, dict[str, list[int]]] = {}
-        self._shared = 0  # how many of the tensors are
+        self._offsets: dict[str, dict[str, list[int]]] = {}
+        self._sharded_count = 0
         for item in create_default_local_save_plan(dict(tensors), is_coordinator=True).items:
             assert item.tensor_data is not None
-            name, part = item.index.fqn, item.tensor_data.chunk
-            value, mine = tensors[name], rank == 0
+            name, chunk = item.index.fqn, item.tensor_data.chunk
+            value, is_writer = tensors[name], rank == 0
             if isinstance(value, DTensor):
-                mine = part.sizes.numel() > 0 and _in_turn(value, self._shared)
+                # A shard is empty where a dimension has fewer rows than ranks.
+                is_writer = chunk.sizes.numel() > 0 and _is_writer(value, self._sharded_count)
                 value = value.to_local()
-                self._shared += 1
-            if mine:
-                self._begins[name] = {OFFSETS_KEY: list(part.offsets)}
+                self._sharded_count += 1
+            if is_writer:
+                self._offsets[name] = {OFFSETS_KEY: list(chunk.offsets)}
                 self._copies[name] = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
     def write(self, path: Path) -> str:
-        """Write them into a new file, and see it onto the disk; returns its sha256.
+        """Write the copies to a new file, flush it to the disk and return its sha256 as hex digits.
 
         Raises:
-            OSError, SafetensorError: it can not be written.
+            OSError, SafetensorError: the file cannot be written.
         """
-        header = {PARTS_KEY: json.dumps(self._begins)} if self._shared else None
+        header = {SHARDING_KEY: json.dumps(self._offsets)} if self._sharded_count else None
         safetensors.torch.save_file(self._copies, path, header)
-        path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read
+        # safetensors creates files that only their owner can read: take the folder's permissions, without execution.
+        path.chmod(path.parent.stat().st_mode & 0o666)
         flush(path)
         return sha256(path)
 
 
-def _in_turn(value: DTensor, number: int) -> bool:
-    """Whether, of all that hold the same part of the tensor of this number, this process is the one to write it."""
-    holders, mine = 1, 0
+def _is_writer(value: DTensor, index: int) -> bool:
+    """Return whether this rank writes its shard of the ``index``-th tensor.
+
+    Ranks that differ only along replicated mesh axes hold the same shard. They take turns by tensor, so that each writes
+    about as many bytes.
+    """
+    holders, position = 1, 0
     coordinate = value.device_mesh.get_coordinate()
     assert coordinate is not None
     for axis, placement in enumerate(value.placements):
         if placement.is_replicate():
             size = value.device_mesh.size(axis)
-            holders, mine = holders * size, mine * size + coordinate[axis]
-    return number % holders == mine
+            holders, position = holders * size, position * size + coordinate[axis]
+    return index % holders == position
 
 
 class TensorFiles:
-    """The tensors that lie in files, whole or in parts, as far as the files' headers tell.
+    """Complete or sharded tensors in safetensors files; the constructor reads only the headers.
 
     Attributes:
-        shapes: of the whole tensors, by name.
+        shapes: shape of each complete tensor, by name.
 
     Raises:
-        CheckpointError: a file can not be read, or the parts of a tensor do not make a whole.
+        CheckpointError: a file cannot be read, or the shards of a tensor leave a gap or overlap.
     """
 
     def __init__(self, paths: Iterable[Path]) -> None:
-        self._places: dict[MetadataIndex, Path] = {}
-        parts: dict[str, list[ChunkStorageMetadata]] = {}
+        self._paths: dict[MetadataIndex, Path] = {}
+        chunks: dict[str, list[ChunkStorageMetadata]] = {}
         for path in paths:
             with _reading(path) as file:
-                begins = json.loads((file.metadata() or {}).get(PARTS_KEY, "null"))
-                for name in file.keys():  # noqa: SIM118 (it is no mapping)
+                sharding = json.loads((file.metadata() or {}).get(SHARDING_KEY, "null"))
+                for name in file.keys():  # noqa: SIM118 (it is not a mapping)
                     sizes = torch.Size(file.get_slice(name).get_shape())
-                    offsets = torch.Size([0] * len(sizes) if begins is None else begins[name][OFFSETS_KEY])
-                    parts.setdefault(name, []).append(ChunkStorageMetadata(offsets, sizes))
-                    self._places[MetadataIndex(name, offsets)] = path
+                    offsets = torch.Size([0] * len(sizes) if sharding is None else sharding[name][OFFSETS_KEY])
+                    chunks.setdefault(name, []).append(ChunkStorageMetadata(offsets, sizes))
+                    self._paths[MetadataIndex(name, offsets)] = path
         self.shapes = {}
-        for name, chunks in parts.items():
+        for name, shards in chunks.items():
             try:
-                boxes = [tuple(zip(chunk.offsets, chunk.sizes, strict=True)) for chunk in chunks]
-                self.shapes[name] = torch.Size(_shape(boxes))
+                boxes = [tuple(zip(shard.offsets, shard.sizes, strict=True)) for shard in shards]
+                self.shapes[name] = torch.Size(_full_shape(boxes))
             except ValueError as error:
-                raise CheckpointError(f"{path.parent}: the parts of {name} do not make a whole") from error
+                raise CheckpointError(f"{path.parent}: the shards of {name} leave a gap or overlap") from error
         self._metadata = Metadata(
-            {name: TensorStorageMetadata(TensorProperties(), shape, parts[name]) for name, shape in self.shapes.items()}
+            {
+                name: TensorStorageMetadata(TensorProperties(), shape, chunks[name])
+                for name, shape in self.shapes.items()
+            }
         )
 
     def read_into(self, tensors: Mapping[str, Tensor]) -> None:
-        """Fill tensors of these names and shapes; of one that is shared, the part that this process holds.
+        """Fill ``tensors`` in place; of a DTensor only this rank's shard is read.
+
+        Args:
+            tensors: tensors by name, with the shapes in ``shapes``.
 
         Raises:
-            CheckpointError: a file can not be read.
+            CheckpointError: a file cannot be read.
         """
         planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         planner.set_up_planner(dict(tensors), self._metadata)
-        reads: dict[Path, list[Any]] = {}
+        reads: dict[Path, list[Any]] = {}  # grouped, to open each file once
         for item in planner.create_local_plan().items:
-            reads.setdefault(self._places[item.storage_index], []).append(item)
+            reads.setdefault(self._paths[item.storage_index], []).append(item)
         for path, items in reads.items():
             with _reading(path) as file:
                 for item in items:
-                    begins_and_lengths = zip(item.storage_offsets, item.lengths, strict=True)
-                    box = tuple(slice(begin, begin + length) for begin, length in begins_and_lengths)
-                    planner.resolve_tensor(item).copy_(file.get_slice(item.storage_index.fqn)[box])
+                    bounds = zip(item.storage_offsets, item.lengths, strict=True)
+                    slices = tuple(slice(offset, offset + length) for offset, length in bounds)
+                    planner.resolve_tensor(item).copy_(file.get_slice(item.storage_index.fqn)[slices])
 
 
-Box = tuple[tuple[int, int], ...]  # where a part of a tensor begins, and how long it is, on each axis
+def _full_shape(boxes: list[Box]) -> tuple[int, ...]:
+    """Return the shape of the tensor that the boxes fill without gap or overlap.
 
-
-def _shape(boxes: list[Box]) -> tuple[int, ...]:
-    """The shape of the tensor that the boxes fill without gap or overlap.
+    Only grids are accepted, since the shards of a weight on a device mesh always form one.
 
     Raises:
-        ValueError: there is none. (The parts of a weight on a mesh make a grid, and no other pattern is looked for.)
+        ValueError: the boxes do not form a grid that starts at the origin.
     """
     if boxes == [()]:
         return ()
-    slabs: dict[tuple[int, int], list[Box]] = {}  # along the last axis
+    slabs: dict[tuple[int, int], list[Box]] = {}  # boxes by their extent on the last axis
     for *others, last in boxes:
         slabs.setdefault(last, []).append(tuple(others))
     end = 0
-    for begin, length in sorted(slabs):
-        if begin != end:
+    for offset, length in sorted(slabs):
+        if offset != end:
             raise ValueError
         end += length
-    (shape,) = {_shape(inner) for inner in slabs.values()}
+    (shape,) = {_full_shape(slab) for slab in slabs.values()}  # another number of shapes raises ValueError
     return (*shape, end)
 
 
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[Any]:
-    """A safetensors file, open; whatever is wrong with it is a ``CheckpointError``."""
+    """Open a safetensors file; any error inside becomes a ``CheckpointError``."""
     try:
         require_file(path)
         with safe_open(path, framework="pt") as file:
             yield file
-    # Odd types and sizes raise anything.
+    # Headers from untrusted files, with odd types or huge sizes, raise any of these in safetensors and torch.
     except (OSError, SafetensorError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: can not be read: {' '.join(str(error).split())}") from error
+        raise CheckpointError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file."""
+    """Return the SHA-256 of a file as hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,1 +1,1 @@
-"""Models of the memory and time of a training step."""
+"""Analytical models of the memory and time of a training step."""

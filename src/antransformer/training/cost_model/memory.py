@@ -1,7 +1,7 @@
-"""What a training step needs of each device's memory: a model of it, checked against measurement in docs/scaling.md.
+"""Model of the memory that a training step needs on each device; docs/scaling.md compares it with measurements.
 
-What the backward pass keeps of a block and of the head is not estimated: one block of the real model runs on tensors
-without values, and the bytes that autograd saves are counted.
+Activations are not estimated by formulas: one block of the real model runs on fake tensors, and the bytes that autograd
+saves for the backward pass are counted.
 """
 
 from collections.abc import Callable
@@ -19,140 +19,160 @@ from antransformer.functional import LARGE_CHUNK, AttentionContext, cross_entrop
 from antransformer.models import Decoder, ModelConfig, build
 from antransformer.training.device import autocast
 
-WEIGHT = 4  # bytes of a float32: parameters, gradients and both moments of Adam are such, in any precision
-WHOLE_LOGIT = 3 * 4  # bytes: the float32 exponential, the gradients before and behind the softmax
+FLOAT32_BYTES = 4  # parameters, gradients and both Adam moments are float32 in any precision
+LOGIT_BYTES = 3 * 4  # float32 exponentials, and the gradients before and after the softmax
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How devices share the training of one model.
+    """Distribution of the training of one model over devices.
 
     Attributes:
-        way: ddp, fsdp or hsdp, as in ``TrainConfig.parallel``.
-        devices: how many.
-        node: of them in one machine.
-        tensor: devices that share each matrix product; data parallelism is over the rest.
-        checkpointing: whether each block is computed again in the backward pass.
+        strategy: ddp, fsdp or hsdp, as ``TrainConfig.parallel``.
+        devices: number of devices.
+        gpus_per_node: number of devices in one node.
+        tensor_parallel: number of devices that split each layer.
+        checkpointing: whether activations are recomputed block by block.
         micro_batch_size: sequences in one forward pass of a device.
-        passes: forward passes of a step.
+        grad_accum_steps: forward passes of a step.
     """
 
-    way: str = "ddp"
+    strategy: str = "ddp"
     devices: int = 1
-    node: int = 8
-    tensor: int = 1
+    gpus_per_node: int = 8
+    tensor_parallel: int = 1
     checkpointing: bool = False
     micro_batch_size: int = 1
-    passes: int = 1
+    grad_accum_steps: int = 1
 
     @property
-    def copies(self) -> int:
-        """Groups of devices that see different sequences."""
-        return self.devices // self.tensor
+    def data_parallel_size(self) -> int:
+        """Number of devices, or tensor-parallel groups, with different data."""
+        return self.devices // self.tensor_parallel
 
     @property
     def shards(self) -> int:
-        """Parts that the parameters of a tensor-parallel rank are split into."""
-        in_machine = max(1, min(self.node, self.devices) // self.tensor)
-        return {"ddp": 1, "hsdp": in_machine, "fsdp": self.copies}[self.way]
+        """Number of data-parallel shards of each parameter."""
+        within_node = max(1, min(self.gpus_per_node, self.devices) // self.tensor_parallel)
+        return {"ddp": 1, "hsdp": within_node, "fsdp": self.data_parallel_size}[self.strategy]
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences of a step, on all devices."""
+        return self.data_parallel_size * self.grad_accum_steps * self.micro_batch_size
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one device, at the moment of a step when they are most.
+    """Bytes on one device at the peak of a training step.
 
     Attributes:
-        parameters, gradients, optimizer: in float32, this device's part.
-        copies: of weights in half precision, and of the head scaled, that the backward pass needs.
-        gathered: parameters and gradients of other devices, of the blocks that are being computed.
-        activations: what the backward pass needs of the blocks.
-        logits: the same of the head, and the gradients of the loss.
+        parameters: float32 parameters, this device's shard.
+        gradients: float32 gradients that are held over a backward pass.
+        optimizer: float32 Adam moments, this device's shard.
+        weight_copies: half-precision weights and the scaled head, saved for the backward pass.
+        gathered: parameters and gradients of other devices, for the blocks in progress.
+        activations: tensors saved in the blocks for the backward pass.
+        logits: tensors saved in the head, and the workspace of the loss.
     """
 
     parameters: float
     gradients: float
     optimizer: float
-    copies: float
+    weight_copies: float
     gathered: float
     activations: float
     logits: float
 
     @property
     def total(self) -> float:
-        """The sum."""
+        """Sum of all fields."""
         return sum(vars(self).values())
 
 
 @dataclass(frozen=True)
 class SavedActivations:
-    """Bytes that autograd keeps of a module.
+    """Bytes that autograd saves for the backward pass of a module.
 
     Attributes:
-        token: for each token.
-        whole: of these, what is as wide as the model.
-        once: whatever the number of tokens.
+        per_token: bytes per token.
+        unsharded_per_token: the part of ``per_token`` with the width of the residual stream, which tensor parallelism
+            does not split.
+        fixed: bytes that do not depend on the number of tokens.
     """
 
-    token: float
-    whole: float
-    once: float
+    per_token: float
+    unsharded_per_token: float
+    fixed: float
 
-    def of_tokens(self, tokens: int, tensor: int) -> float:
-        """Those of so many tokens, of which tensor-parallel devices share what is not as wide as the model."""
-        return tokens * (self.whole + (self.token - self.whole) / tensor)
+    def of_tokens(self, tokens: int, tensor_parallel: int) -> float:
+        """Return the bytes of ``tokens`` tokens on one of ``tensor_parallel`` devices, without the fixed part."""
+        return tokens * (self.unsharded_per_token + (self.per_token - self.unsharded_per_token) / tensor_parallel)
 
 
-def memory(config: ModelConfig, layout: Layout, precision: torch.dtype) -> Memory:
-    """The model of the peak: the larger of two moments, the loss and the backward pass of the first block.
+def estimate_memory(config: ModelConfig, layout: Layout, precision: torch.dtype) -> Memory:
+    """Estimate the memory at the peak of a step.
 
-    With accumulation FSDP keeps the sum of the gradients whole on each device until the last pass.
+    The peak is the larger of two moments: the loss, and the end of the backward pass, in the first block.
 
     Args:
-        config: sizes.
-        layout: how devices share it.
-        precision: of the matrix products.
+        config: model.
+        layout: distribution over devices.
+        precision: dtype of the matrix products.
     """
-    distributed, tensor = layout.devices > 1, layout.tensor
-    size = precision.itemsize if distributed else WEIGHT  # bytes of a number between blocks
+    distributed, tensor_parallel = layout.devices > 1, layout.tensor_parallel
+    # FSDP casts parameters, so the residual stream has their precision; under autocast it stays float32.
+    stream_bytes = precision.itemsize if distributed else FLOAT32_BYTES
     block, root = block_parameters(config)
-    inside, head = saved_activations(config, precision, distributed)
+    block_saved, head_saved = saved_activations(config, precision, distributed)
     blocks = config.layers * block
-    own = WEIGHT * (blocks + root) / (tensor * layout.shards)
-    accumulated = (WEIGHT * (blocks + root) / tensor if distributed else own) if layout.passes > 1 else 0.0
-    gathered = size * root / tensor if distributed else 0.0
-    # One block computed, the next one fetched; gradients as they come and as they are summed.
-    working = (size * (root + 3 * block) + WEIGHT * block) / tensor if distributed else 0.0
+    parameters = FLOAT32_BYTES * (blocks + root) / (tensor_parallel * layout.shards)
+    # FSDP keeps unsharded gradients until the last micro batch, since only that one reduces them.
+    unsharded = FLOAT32_BYTES * (blocks + root) / tensor_parallel if distributed else parameters
+    accumulated = unsharded if layout.grad_accum_steps > 1 else 0.0
+    gathered = stream_bytes * root / tensor_parallel if distributed else 0.0
     tokens = layout.micro_batch_size * config.context
-    between, within = tokens * config.width * size, inside.of_tokens(tokens, tensor)
-    of_loss = head.of_tokens(tokens, tensor) + loss_workspace(config, tokens, precision, tensor)
-    of_head = head.once / tensor
-    if layout.checkpointing:
-        at_loss = Memory(own, accumulated, 2 * own, of_head, gathered, config.layers * between, of_loss)
-    else:
-        scaled = config.layers * inside.once / tensor
-        at_loss = Memory(own, accumulated, 2 * own, of_head + scaled, gathered, config.layers * within, of_loss)
-    # Alone, the embedding's gradient, which comes last, stands for what is computed in between.
-    gradients = accumulated or (WEIGHT * blocks / (tensor * layout.shards) if distributed else own)
-    at_end = Memory(own, gradients, 2 * own, inside.once / tensor, gathered + working, within + between, 0.0)
-    return max(at_loss, at_end, key=lambda it: it.total)
+    block_input, in_block = tokens * config.width * stream_bytes, block_saved.of_tokens(tokens, tensor_parallel)
+    fixed, head_fixed = block_saved.fixed / tensor_parallel, head_saved.fixed / tensor_parallel
+    at_loss = Memory(
+        parameters=parameters,
+        gradients=accumulated,
+        optimizer=2 * parameters,
+        weight_copies=head_fixed + (0.0 if layout.checkpointing else config.layers * block_saved.fixed / tensor_parallel),
+        gathered=gathered,
+        activations=config.layers * (block_input if layout.checkpointing else in_block),
+        logits=head_saved.of_tokens(tokens, tensor_parallel) + loss_workspace(config, tokens, precision, tensor_parallel),
+    )
+    # One block in progress, the next one prefetched; its gradients as computed and as they are reduced.
+    in_progress = (stream_bytes * (root + 3 * block) + FLOAT32_BYTES * block) / tensor_parallel if distributed else 0.0
+    # On one device the gradient of the embedding, which comes last, stands in for the workspace of the backward pass.
+    reduced = FLOAT32_BYTES * blocks / (tensor_parallel * layout.shards) if distributed else parameters
+    at_end = Memory(
+        parameters=parameters,
+        gradients=accumulated or reduced,
+        optimizer=2 * parameters,
+        weight_copies=fixed,
+        gathered=gathered + in_progress,
+        activations=in_block + block_input,
+        logits=0.0,
+    )
+    return max(at_loss, at_end, key=lambda memory: memory.total)
 
 
-def loss_workspace(config: ModelConfig, tokens: int, precision: torch.dtype, tensor: int) -> float:
-    """Bytes that the loss takes while it is computed, or its backward pass, whichever are more.
-
-    A chunk of logits in the products' precision with log-probabilities in float32, then the scaled gradient of the
-    head's weight. Tensor-parallel devices have the logits of all tokens, for their part of the vocabulary.
-    """
-    if tensor > 1:
-        return tokens * WHOLE_LOGIT * config.vocab_size / tensor
-    chunk = min(tokens, LARGE_CHUNK) * (precision.itemsize + WEIGHT) * config.vocab_size
-    return max(chunk, WEIGHT * config.vocab_size * config.width)
+def loss_workspace(config: ModelConfig, tokens: int, precision: torch.dtype, tensor_parallel: int) -> float:
+    """Return the largest temporary memory of the loss or of its backward pass, in bytes."""
+    if tensor_parallel > 1:
+        # Not chunked: logits of all tokens, for this device's part of the vocabulary.
+        return tokens * LOGIT_BYTES * config.vocab_size / tensor_parallel
+    # A chunk of logits in the products' precision with float32 log-probabilities, or the scaled gradient of the head.
+    chunk = min(tokens, LARGE_CHUNK) * (precision.itemsize + FLOAT32_BYTES) * config.vocab_size
+    return max(chunk, FLOAT32_BYTES * config.vocab_size * config.width)
 
 
 @cache
 def block_parameters(config: ModelConfig) -> tuple[int, int]:
-    """Learnable numbers of one block, and of all that is in no block."""
-    model = _skeleton(config)
+    """Return the number of learnable parameters of one block, and of everything outside the blocks."""
+    model = _one_block_model(config)
     block = sum(parameter.numel() for parameter in model.blocks[0].parameters())
     return block, model.parameter_count() - block
 
@@ -161,66 +181,72 @@ def block_parameters(config: ModelConfig) -> tuple[int, int]:
 def saved_activations(
     config: ModelConfig, precision: torch.dtype, distributed: bool
 ) -> tuple[SavedActivations, SavedActivations]:
-    """What the backward pass needs of a block, and of the head with the loss, beside the parameters themselves.
+    """Measure what autograd saves of a block, and of the head with the loss, without the parameters themselves.
 
     Args:
-        config: sizes.
-        precision: of the matrix products.
-        distributed: whether FSDP casts the parameters, in place of autocast.
+        config: model.
+        precision: dtype of the matrix products.
+        distributed: whether FSDP casts the parameters to ``precision``, instead of autocast.
     """
-    model = _skeleton(config)
+    model = _one_block_model(config)
     dtype = precision if distributed else torch.float32
     length = config.context
 
-    def block(batch: int) -> tuple[int, int]:
+    def measure_block(batch: int) -> tuple[int, int]:
         x = torch.empty(batch, length, config.width, dtype=dtype, requires_grad=True)
         tables = rotary_tables(torch.arange(length), config.rotary_dim, config.rope_theta)
-        return _saved(model.blocks[0], (x, AttentionContext(tables)), dtype)
+        return _saved_bytes(model.blocks[0], (x, AttentionContext(tables)), dtype)
 
-    def head(batch: int) -> tuple[int, int]:
+    def measure_head(batch: int) -> tuple[int, int]:
         x = torch.empty(batch, length, config.width, dtype=dtype, requires_grad=True)
-        return _saved(_Head(model), (x, torch.empty(batch, length, dtype=torch.long)), dtype)
+        return _saved_bytes(_HeadLoss(model), (x, torch.empty(batch, length, dtype=torch.long)), dtype)
 
-    def per_token(count: Callable[[int], tuple[int, int]]) -> SavedActivations:
+    def fit(measure: Callable[[int], tuple[int, int]]) -> SavedActivations:
+        # Bytes are linear in the batch size: two measurements give slope and intercept.
         with FakeTensorMode(), autocast(torch.device("cpu"), precision):
-            (one, whole), (two, _) = count(1), count(2)
-        return SavedActivations((two - one) / length, whole / length, 2 * one - two)
+            (one, unsharded), (two, _) = measure(1), measure(2)
+        return SavedActivations((two - one) / length, unsharded / length, 2 * one - two)
 
-    return per_token(block), per_token(head)
+    return fit(measure_block), fit(measure_head)
 
 
-class _Head(nn.Module):
-    """The part of a model behind its blocks."""
+class _HeadLoss(nn.Module):
+    """Head of a model with its loss."""
 
     def __init__(self, model: Decoder) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Residual stream and token ids to the loss."""
+        """Return the mean cross-entropy of token ids ``targets`` (B, T), given the residual stream (B, T, d)."""
         return cross_entropy(*self.model.head(hidden), targets)
 
 
 @cache
-def _skeleton(config: ModelConfig) -> Decoder:
-    """The model with one block, without memory."""
+def _one_block_model(config: ModelConfig) -> Decoder:
+    """Return the model with a single block, on the meta device: all blocks are equal."""
     with torch.device("meta"):
         return build(replace(config, layers=1))
 
 
-def _saved(module: nn.Module, inputs: tuple[Tensor, Any], dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes that autograd saves in a call of the module, parameters apart: all, and what is shaped as the input is."""
-    weights = {name: torch.empty(it.shape, dtype=dtype, requires_grad=True) for name, it in module.named_parameters()}
-    own = {weight.untyped_storage()._cdata for weight in weights.values()}
-    found: dict[int, Tensor] = {}
+def _saved_bytes(module: nn.Module, inputs: tuple[Tensor, Any], dtype: torch.dtype) -> tuple[int, int]:
+    """Return the bytes that autograd saves in a call without the parameters, and those of input-shaped tensors."""
+    weights = {
+        name: torch.empty(parameter.shape, dtype=dtype, requires_grad=True)
+        for name, parameter in module.named_parameters()
+    }
+    # Identified by storage, because views share the memory of their base.
+    weight_storages = {weight.untyped_storage()._cdata for weight in weights.values()}
+    saved: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        place = tensor.untyped_storage()._cdata
-        if place not in own:
-            found[place] = tensor
+        storage = tensor.untyped_storage()._cdata
+        if storage not in weight_storages:
+            saved[storage] = tensor
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         functional_call(module, weights, inputs)
-    sizes = {place: it.untyped_storage().nbytes() for place, it in found.items()}
-    return sum(sizes.values()), sum(sizes[place] for place, it in found.items() if it.shape == inputs[0].shape)
+    sizes = {storage: tensor.untyped_storage().nbytes() for storage, tensor in saved.items()}
+    unsharded = sum(sizes[storage] for storage, tensor in saved.items() if tensor.shape == inputs[0].shape)
+    return sum(sizes.values()), unsharded

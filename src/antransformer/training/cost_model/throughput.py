@@ -1,33 +1,36 @@
-"""What a step costs in operations and bytes, what devices could do, and what share of that is expected (MFU)."""
+"""Model of the time of a training step: operations, bytes sent between devices, and expected MFU.
+
+MFU (model FLOPs utilization) is the fraction of the devices' peak FLOP/s that a run uses for the model's operations.
+"""
 
 from dataclasses import dataclass
 
 import torch
 
 from antransformer.models import ModelConfig
-from antransformer.training.cost_model.memory import WEIGHT, Layout, block_parameters
+from antransformer.training.cost_model.memory import FLOAT32_BYTES, Layout, block_parameters
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A device as its maker's data sheet has it.
+    """GPU with the figures of its data sheet.
 
     Attributes:
-        part: of the name by which torch knows it.
-        peak: dense bfloat16 FLOP/s.
-        memory: bytes.
-        bandwidth: bytes/s of its memory.
-        link: bytes/s, each way, to the others in its machine: NVLink, or PCIe where there is none.
+        name_substring: part of the name that torch reports.
+        peak_flops: dense bfloat16 FLOP/s.
+        memory: bytes of memory.
+        memory_bandwidth: bytes/s of its memory.
+        link_bandwidth: bytes/s in each direction to other GPUs of the node, by NVLink or else PCIe.
     """
 
-    part: str
-    peak: float
+    name_substring: str
+    peak_flops: float
     memory: float
-    bandwidth: float
-    link: float
+    memory_bandwidth: float
+    link_bandwidth: float
 
 
-# The first whose part is in the device's name counts.
+# Ordered: the first entry whose substring is in the device's name applies.
 GPUS = {
     "b200": Gpu("B200", 2250e12, 180e9, 8.0e12, 900e9),
     "h200": Gpu("H200", 989e12, 141e9, 4.8e12, 450e9),
@@ -41,16 +44,16 @@ GPUS = {
     "rtx4090": Gpu("RTX 4090", 165e12, 24e9, 1.008e12, 32e9),
 }
 
-ASSUMED_MFU = 0.4  # assumed MFU of a device that waits for no other, with nothing computed twice
-LINK_EFFICIENCY = 0.8  # assumed share of a link's figure that collective operations reach
-OPTIMIZER_TRAFFIC = 40  # bytes a parameter: Adam reads 16 and writes 12, the gradient's norm and the bounds take 12
+ASSUMED_MFU = 0.4  # of a device that waits for no other and recomputes nothing
+LINK_EFFICIENCY = 0.8  # assumed fraction of a link's nominal bandwidth that collectives reach
+OPTIMIZER_TRAFFIC = 40  # bytes per parameter: Adam reads 16 and writes 12; gradient norm and bounds take 12
 
 
 def flops_per_token(config: ModelConfig) -> float:
-    """Floating-point operations to train on one token: 6 a weight in a matrix product, plus causal attention.
+    """Return the floating-point operations to train on one token: 6 per matrix weight, plus causal attention.
 
-    The embedding look-up costs none; attention counts half of the full score matrix, forward and backward. A
-    multiplication and an addition are two operations.
+    A multiplication and an addition are two operations. The embedding costs none. Attention counts half of the score
+    matrix, forward and backward.
     """
     block = 4 * config.width**2 + 3 * config.width * config.mlp_hidden
     weights = config.layers * block + config.vocab_size * config.width
@@ -59,75 +62,82 @@ def flops_per_token(config: ModelConfig) -> float:
 
 
 def peak_flops(device: torch.device, precision: torch.dtype) -> float | None:
-    """Peak FLOP/s of the device in this precision, or None where it is not known (float32, a CPU, an unlisted GPU)."""
+    """Return the peak FLOP/s of a GPU in bfloat16; None for a CPU, an unlisted GPU or another precision."""
     if device.type != "cuda" or precision != torch.bfloat16:
         return None
     name = torch.cuda.get_device_name(device)
-    return next((gpu.peak for gpu in GPUS.values() if gpu.part in name), None)
+    return next((gpu.peak_flops for gpu in GPUS.values() if gpu.name_substring in name), None)
 
 
 @dataclass(frozen=True)
 class CommVolume:
-    """Bytes that a device sends in a step.
+    """Bytes that one device sends in a step, by mesh axis.
 
     Attributes:
-        shards: parameters gathered and gradients scattered among those that share parameters.
-        replicas: gradients summed over those that have the same part.
-        tensor: activations summed over tensor-parallel devices.
+        shard: all-gathers of parameters and reduce-scatters of gradients.
+        replicate: all-reduces of gradients.
+        tensor: all-reduces of activations between tensor-parallel devices.
     """
 
-    shards: float
-    replicas: float
+    shard: float
+    replicate: float
     tensor: float
 
 
 def comm_volume(config: ModelConfig, layout: Layout) -> CommVolume:
-    """What collective operations send, in rings: (n - 1) / n of the whole for a gather, twice that for a sum.
+    """Return the bytes that ring collectives send in a step.
 
-    Parameters are gathered in bfloat16 in the forward and the backward pass, gradients summed in float32 in the last
-    pass of a step; a tensor-parallel block sums its two outputs forward and two gradients backward, in bfloat16, and
-    the outputs again where it is computed again.
+    Among n devices an all-gather or a reduce-scatter sends (n - 1) / n of the tensor, an all-reduce twice that.
+    Parameters are gathered in bfloat16 in every forward and backward pass. Gradients are reduced in float32 in the last
+    backward pass of a step.
     """
     block, root = block_parameters(config)
-    part = (config.layers * block + root) / layout.tensor
+    parameters = (config.layers * block + root) / layout.tensor_parallel
     half = torch.bfloat16.itemsize
-    replicas = layout.copies // layout.shards
-    sums = (6 if layout.checkpointing else 4) * config.layers * layout.passes
-    numbers = layout.micro_batch_size * config.context * config.width
+    replicas = layout.data_parallel_size // layout.shards
+    # Per block and pass: the outputs of both sublayers forward, the gradients of their inputs backward, and the outputs
+    # again if they are recomputed.
+    all_reduces = (6 if layout.checkpointing else 4) * config.layers * layout.grad_accum_steps
+    activations = layout.micro_batch_size * config.context * config.width
     return CommVolume(
-        shards=(2 * half * layout.passes + WEIGHT) * part * _others(layout.shards),
-        replicas=2 * WEIGHT * part / layout.shards * _others(replicas),
-        tensor=2 * sums * half * numbers * _others(layout.tensor),
+        shard=(2 * half * layout.grad_accum_steps + FLOAT32_BYTES) * parameters * _ring_fraction(layout.shards),
+        replicate=2 * FLOAT32_BYTES * parameters / layout.shards * _ring_fraction(replicas),
+        tensor=2 * all_reduces * half * activations * _ring_fraction(layout.tensor_parallel),
     )
 
 
 def step_seconds(config: ModelConfig, layout: Layout, gpu: Gpu, network: float) -> float:
-    """Expected time of a step: products or the traffic that hides behind them, whichever is longer, and what does not.
+    """Return the expected time of a step in seconds.
+
+    Communication of the data-parallel axes overlaps with the matrix products, so the longer of both counts. That of
+    tensor parallelism and the optimizer step do not overlap, and are added.
 
     Args:
-        config: sizes.
-        layout: how devices share it.
-        gpu: each of them.
-        network: bytes/s of each device to other machines.
+        config: model.
+        layout: layout of the run.
+        gpu: type of all devices.
+        network: bytes/s from each device to other nodes.
     """
-    tokens = layout.copies * layout.passes * layout.micro_batch_size * config.context
-    again = 4 / 3 if layout.checkpointing else 1.0
-    products = again * tokens * flops_per_token(config) / (layout.devices * gpu.peak * ASSUMED_MFU)
-    sent = comm_volume(config, layout)
-    one_machine = layout.devices <= layout.node
-    near, far = LINK_EFFICIENCY * gpu.link, LINK_EFFICIENCY * (gpu.link if one_machine else network)
-    hidden = sent.shards / (far if layout.way == "fsdp" else near) + sent.replicas / far
+    recomputation = 4 / 3 if layout.checkpointing else 1.0  # a second forward pass, a third of all operations
+    tokens = layout.batch_size * config.context
+    products = recomputation * tokens * flops_per_token(config) / (layout.devices * gpu.peak_flops * ASSUMED_MFU)
+    volume = comm_volume(config, layout)
+    single_node = layout.devices <= layout.gpus_per_node
+    within_node = LINK_EFFICIENCY * gpu.link_bandwidth
+    across_nodes = LINK_EFFICIENCY * (gpu.link_bandwidth if single_node else network)
+    shard_bandwidth = across_nodes if layout.strategy == "fsdp" else within_node  # hsdp shards within a node
+    overlapped = volume.shard / shard_bandwidth + volume.replicate / across_nodes
     block, root = block_parameters(config)
-    own = (config.layers * block + root) / (layout.tensor * layout.shards)
-    return max(products, hidden) + sent.tensor / near + OPTIMIZER_TRAFFIC * own / gpu.bandwidth
+    local_parameters = (config.layers * block + root) / (layout.tensor_parallel * layout.shards)
+    optimizer = OPTIMIZER_TRAFFIC * local_parameters / gpu.memory_bandwidth
+    return max(products, overlapped) + volume.tensor / within_node + optimizer
 
 
 def expected_mfu(config: ModelConfig, layout: Layout, gpu: Gpu, network: float) -> float:
-    """Operations of the model over what the devices could do in the time of a step."""
-    tokens = layout.copies * layout.passes * layout.micro_batch_size * config.context
-    could = layout.devices * gpu.peak * step_seconds(config, layout, gpu, network)
-    return tokens * flops_per_token(config) / could
+    """Return the model's operations divided by what the devices could compute in the time of a step."""
+    capacity = layout.devices * gpu.peak_flops * step_seconds(config, layout, gpu, network)
+    return layout.batch_size * config.context * flops_per_token(config) / capacity
 
 
-def _others(devices: int) -> float:
+def _ring_fraction(devices: int) -> float:
     return (devices - 1) / devices

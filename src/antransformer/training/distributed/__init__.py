@@ -1,1 +1,1 @@
-"""Training on several processes."""
+"""Data and tensor parallelism: process groups, FSDP2 sharding and detection of failed ranks."""

@@ -1,10 +1,15 @@
-"""Many devices: torch's process groups and FSDP2, applied to a model from outside.
+"""Data parallelism: process groups of torch, and FSDP2 applied to a model from outside.
 
-torchrun starts the processes and tells each its place. Every way of sharing a model is a mesh of (replicate, shard):
-replicated is (size, 1), sharded (1, size), hybrid (nodes, devices of a node). Gradients are averaged over both, and
-parameters are split along their first axis over the second, so that the rows of a weight stay whole: their bounds need
-no communication. A third axis has neighbouring ranks that share their data and split each layer: tensor_parallel.py.
-Started without torchrun there is one process, and nothing here does anything.
+torchrun starts one process (rank) per device and describes the job in environment variables. Every strategy is a device
+mesh (replicate, shard), where N is the number of ranks:
+
+    ddp   (N, 1)                         every rank has all parameters
+    fsdp  (1, N)                         every rank has 1/N of them
+    hsdp  (nodes, ranks of a node)       sharded within a node, replicated across nodes
+
+Gradients are averaged over both axes. Parameters are sharded along their first dimension, so that every row of a weight
+matrix is complete on one rank, and bounds of rows need no communication. A third mesh axis, "tensor", splits the layers
+themselves (tensor_parallel.py). Without torchrun there is a single process, and nothing here has any effect.
 """
 
 import contextlib
@@ -30,46 +35,49 @@ from antransformer.models import Decoder, build
 from antransformer.training import float8
 from antransformer.training.config import TrainConfig
 from antransformer.training.distributed.liveness import RankMonitor, fresh_store
-from antransformer.training.distributed.tensor_parallel import split
+from antransformer.training.distributed.tensor_parallel import apply_tensor_parallel
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class DistributedContext:
-    """The processes that train one model together, and which of them this one is.
+    """This rank's position among the ranks that train one model, with their collective operations.
 
     Attributes:
-        rank: number of this process, from 0.
-        size: how many there are.
-        local_rank: number of this process on its machine.
-        local_size: how many are on this machine.
-        tensor: how many neighbours split the layers of one model among them, with the same data.
-        group: of the messages between them; None is that of the main thread.
-        timeout: seconds for which messages of another thread wait; of the main thread: ``limit_waits``.
+        rank: global index of this process, from 0.
+        world_size: number of processes.
+        local_rank: index of this process on its node.
+        local_world_size: number of processes on this node.
+        tensor_parallel: number of neighbouring ranks that split each layer and share their data.
+        group: process group of the collectives; None for the default group.
+        timeout: seconds until a collective of a new group fails (for the default group see ``set_timeouts``).
     """
 
     rank: int = 0
-    size: int = 1
+    world_size: int = 1
     local_rank: int = 0
-    local_size: int = 1
-    tensor: int = 1
+    local_world_size: int = 1
+    tensor_parallel: int = 1
     group: dist.ProcessGroup | None = None
     timeout: int = 600
 
     @property
-    def data_rank(self) -> int:
-        """Number of this process's share of a batch, from 0."""
-        return self.rank // self.tensor
+    def data_parallel_rank(self) -> int:
+        """Index of this rank's share of a batch, from 0."""
+        return self.rank // self.tensor_parallel
 
     @property
-    def data_size(self) -> int:
-        """How many share a batch."""
-        return self.size // self.tensor
+    def data_parallel_size(self) -> int:
+        """Number of shares that a batch is divided into."""
+        return self.world_size // self.tensor_parallel
 
     @contextlib.contextmanager
     def rank_0_first(self) -> Iterator[None]:
-        """What is inside rank 0 does before all others, and if it fails they never begin; all leave together."""
+        """Run the body on rank 0, then on all other ranks, and leave together.
+
+        If rank 0 fails, the other ranks never run the body.
+        """
         if self.rank:
             self.barrier()
         yield
@@ -78,42 +86,51 @@ class DistributedContext:
         self.barrier()
 
     def barrier(self) -> None:
-        """Wait for all."""
-        if self.size > 1:
+        """Block until all ranks arrive."""
+        if self.world_size > 1:
             dist.barrier(self.group)
 
-    def sum(self, values: Tensor) -> Tensor:
-        """The sum over all processes of a tensor that lies on the device, in place."""
-        if self.size > 1:
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
+        """Sum a tensor over all ranks, in place, and return it."""
+        if self.world_size > 1:
             dist.all_reduce(values, group=self.group)
         return values
 
     def all_reduce_max(self, value: int) -> int:
-        """The largest of the numbers that the processes give; waits for all, but for no device."""
-        if self.size == 1:
+        """Return the maximum of ``value`` over all ranks."""
+        if self.world_size == 1:
             return value
-        agreed = torch.tensor(value)
-        dist.all_reduce(agreed, dist.ReduceOp.MAX, self.group)
-        return int(agreed)
+        # On the CPU, through gloo: a CUDA tensor would wait for all kernels queued before it.
+        maximum = torch.tensor(value)
+        dist.all_reduce(maximum, dist.ReduceOp.MAX, self.group)
+        return int(maximum)
 
     def gather_or_raise(self, action: Callable[[], T]) -> list[T]:
-        """What ``action`` returns in each of the processes; what it raises in one of them is raised in all."""
+        """Call ``action`` on every rank and return all results, ordered by rank.
+
+        Raises:
+            Exception: the first exception that ``action`` raised on any rank, raised on all ranks.
+        """
         outcome: T | Exception
         try:
             outcome = action()
         except Exception as error:
+            # A rank that left here would hang the others in the collective below.
             outcome = error
-        outcomes = [outcome] * self.size
-        if self.size > 1:
+        outcomes = [outcome] * self.world_size
+        if self.world_size > 1:
             dist.all_gather_object(outcomes, outcome, group=self.group)
-        for found in outcomes:
-            if isinstance(found, Exception):
-                raise found
-        return outcomes  # type: ignore[return-value]  # of which none is an exception
+        for outcome in outcomes:
+            if isinstance(outcome, Exception):
+                raise outcome
+        return outcomes  # type: ignore[return-value]  # none of them is an exception
 
     def with_new_group(self) -> "DistributedContext":
-        """The same processes, for another thread: its messages and those of the main thread do not mix."""
-        if self.size == 1:
+        """Return a context of the same ranks for another thread.
+
+        Threads need groups of their own: collectives of one group must start in the same order on every rank.
+        """
+        if self.world_size == 1:
             return self
         return replace(self, group=dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout)))
 
@@ -122,107 +139,133 @@ SINGLE_PROCESS = DistributedContext()
 
 
 @contextlib.contextmanager
-def join() -> Iterator[DistributedContext]:
-    """The world that torchrun describes in the environment, entered.
+def init_distributed() -> Iterator[DistributedContext]:
+    """Join the job that torchrun describes in the environment, and leave it at the end.
 
     Raises:
-        MachineError: inside, when another process is gone or hangs; it is named, by one of those that are left.
+        MachineError: a collective failed in the body because a rank is dead or hung; raised on one healthy rank.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1:
         yield SINGLE_PROCESS
         return
-    local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
-    gpu = torch.cuda.device_count() >= local_size  # else they compute on the CPU, or choose_device says what is wrong
-    if gpu:
+    local_rank, local_world_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    # With fewer GPUs than ranks they train on the CPU, or choose_device raises an error.
+    use_gpus = torch.cuda.device_count() >= local_world_size
+    if use_gpus:
         torch.cuda.set_device(local_rank)
     store, rank, _ = next(rendezvous("env://"))
-    store = fresh_store(store, rank, size)
-    roll_call = RankMonitor(store, rank, size)
+    store = fresh_store(store, rank, world_size)
+    monitor = RankMonitor(store, rank, world_size)
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", store=store, rank=rank, world_size=size)
-        yield DistributedContext(rank, size, local_rank, local_size)
+        # gloo in addition to NCCL: flags and checkpoints are exchanged on the CPU, without waiting for the GPU.
+        backend = "cpu:gloo,cuda:nccl" if use_gpus else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+        yield DistributedContext(rank, world_size, local_rank, local_world_size)
     except BaseException as error:
+        # gloo raises a plain RuntimeError when its peer is gone.
         if isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error)):
-            raise roll_call.call() from error
-        roll_call.leave()
+            raise monitor.missing_ranks_error() from error
+        monitor.report_exit()
         raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def make_model(config: TrainConfig, world: DistributedContext, device: torch.device, precision: torch.dtype) -> Decoder:
-    """The model on its device or devices, its weights drawn from torch's global generator, the same for any number.
+def make_model(
+    config: TrainConfig, dist_ctx: DistributedContext, device: torch.device, precision: torch.dtype
+) -> Decoder:
+    """Return the initialized model on ``device``, split over the ranks.
+
+    Weights are drawn from torch's global generator and do not depend on the number of ranks.
+
+    Args:
+        config: complete settings of the run.
+        dist_ctx: ranks that share the model.
+        device: device of this rank.
+        precision: dtype of the matrix products.
 
     Raises:
-        ConfigError: the processes can not share a batch or a model evenly, or see ``float8.convert``.
+        ConfigError: the batch or the model cannot be divided evenly (``check_divisibility``), or FP8 is not possible
+            (``float8.convert``).
     """
-    check_shares(config, world)
-    with contextlib.nullcontext() if world.size == 1 else torch.device("meta"):
+    check_divisibility(config, dist_ctx)
+    # On the meta device no rank allocates the full model; each initializes only its shards.
+    with contextlib.nullcontext() if dist_ctx.world_size == 1 else torch.device("meta"):
         model = build(config.model)
     if config.precision == "fp8":
         float8.convert(model, device)
-    if world.size == 1:
+    if dist_ctx.world_size == 1:
         if config.activation_checkpointing:
-            checkpoint_blocks(model)
+            apply_activation_checkpointing(model)
         return model.to(device)
-    mesh = make_mesh(config.parallel, world, device)
-    limit_waits(mesh, config.timeout)
-    if world.tensor > 1:
-        split(model, mesh["tensor"])
+    mesh = make_mesh(config.parallel, dist_ctx, device)
+    set_timeouts(mesh, config.timeout)
+    # In this order: a block must be split before it is recomputed or compiled, and FSDP shards what the others leave.
+    if dist_ctx.tensor_parallel > 1:
+        apply_tensor_parallel(model, mesh["tensor"])
     if config.activation_checkpointing:
-        checkpoint_blocks(model)
+        apply_activation_checkpointing(model)
     if config.compile:
-        for block in model.blocks:
+        for block in model.blocks:  # one by one: equal blocks share one compiled graph
             block.compile()
-    shard(model, mesh["replicate", "shard"], precision)
+    apply_fsdp(model, mesh["replicate", "shard"], precision)
     model.to_empty(device=device)
     with ReplicatedInitMode():
         model.reset_parameters()
     return model
 
 
-def check_shares(config: TrainConfig, world: DistributedContext) -> None:
-    """Raise ``ConfigError`` where the processes can not share a batch or a model evenly."""
-    processes, where = (world.local_size, " of a machine") if config.parallel == "hsdp" else (world.size, "")
-    if processes % world.tensor:
+def check_divisibility(config: TrainConfig, dist_ctx: DistributedContext) -> None:
+    """Raise ``ConfigError`` if the ranks cannot divide the batch or the layers evenly."""
+    tensor_parallel = dist_ctx.tensor_parallel
+    hybrid = config.parallel == "hsdp"  # its shards, and with them its tensor-parallel groups, stay within a node
+    processes, scope = (dist_ctx.local_world_size, " per node") if hybrid else (dist_ctx.world_size, "")
+    if processes % tensor_parallel:
         raise ConfigError(
-            f"the number of processes{where}, {processes}, is not a multiple of tensor_parallel {world.tensor}: change "
-            "one of them (torchrun --nproc-per-node, --tensor-parallel)"
+            f"the number of processes{scope}, {processes}, is not a multiple of tensor_parallel {tensor_parallel}: "
+            "change --nproc-per-node of torchrun or --tensor-parallel"
         )
-    if config.batch_size % world.data_size:
-        sharing = f"{world.data_size} " + (f"groups of {world.tensor}" if world.tensor > 1 else "processes")
+    if config.batch_size % dist_ctx.data_parallel_size:
+        shares = f"{dist_ctx.data_parallel_size} "
+        shares += f"groups of {tensor_parallel} processes" if tensor_parallel > 1 else "processes"
         raise ConfigError(
-            f"a batch of {config.batch_size} sequences can not be shared evenly by {sharing}: change batch_tokens, or "
-            "their number"
+            f"a batch of {config.batch_size} sequences cannot be divided evenly among {shares}: change batch_tokens or "
+            "the number of processes"
         )
 
 
-def make_mesh(way: str, world: DistributedContext, device: torch.device) -> DeviceMesh:
-    """The (replicate, shard, tensor) mesh of a way to share a model."""
+def make_mesh(strategy: str, dist_ctx: DistributedContext, device: torch.device) -> DeviceMesh:
+    """Return the (replicate, shard, tensor) mesh of ddp, fsdp or hsdp."""
+    nodes = dist_ctx.world_size // dist_ctx.local_world_size
     replicate, shard = {
-        "ddp": (world.data_size, 1),
-        "fsdp": (1, world.data_size),
-        "hsdp": (world.size // world.local_size, world.local_size // world.tensor),
-    }[way]
-    names = ("replicate", "shard", "tensor")
-    return init_device_mesh(device.type, (replicate, shard, world.tensor), mesh_dim_names=names)
+        "ddp": (dist_ctx.data_parallel_size, 1),
+        "fsdp": (1, dist_ctx.data_parallel_size),
+        "hsdp": (nodes, dist_ctx.local_world_size // dist_ctx.tensor_parallel),
+    }[strategy]
+    names = ("replicate", "shard", "tensor")  # the last axis has neighbouring ranks, which share the fastest links
+    return init_device_mesh(device.type, (replicate, shard, dist_ctx.tensor_parallel), mesh_dim_names=names)
 
 
-def limit_waits(mesh: DeviceMesh, seconds: int) -> None:
-    """From here on a process waits for another so long; before, while rank 0 prepares data, torch's half an hour.
+def set_timeouts(mesh: DeviceMesh, seconds: int) -> None:
+    """Let collectives fail after ``seconds``, those of the mesh on GPUs after twice that.
 
-    On GPUs the rest waits twice as long as the processes do that agree after a step: these can tell who is missing.
+    Until this call torch's default of 30 minutes holds, because ranks wait while rank 0 prepares data.
     """
     assert dist.group.WORLD is not None
     dist.group.WORLD.set_timeout(timedelta(seconds=seconds))
+    # When NCCL times out, its watchdog aborts the process. The agreement on the CPU after each step has to fail first:
+    # it raises an exception, on which the missing ranks are determined.
     for group in mesh.get_all_groups():
         group.set_timeout(timedelta(seconds=seconds if mesh.device_type == "cpu" else 2 * seconds))
 
 
-def shard(model: Decoder, mesh: DeviceMesh, precision: torch.dtype) -> None:
-    """Share each block, and then what is left, over a mesh; products in ``precision``, gradients summed in float32."""
+def apply_fsdp(model: Decoder, mesh: DeviceMesh, precision: torch.dtype) -> None:
+    """Shard each block, and then the rest of the model, over a (replicate, shard) mesh.
+
+    Matrix products run in ``precision``; gradients are reduced in float32.
+    """
     policy = MixedPrecisionPolicy()
     if precision != torch.float32:
         policy = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=torch.float32)
@@ -230,42 +273,47 @@ def shard(model: Decoder, mesh: DeviceMesh, precision: torch.dtype) -> None:
         fully_shard(module, mesh=mesh, mp_policy=policy)
 
 
-def checkpoint_blocks(model: Decoder) -> None:
-    """Compute what is inside each block again in the backward pass, instead of keeping it."""
+def apply_activation_checkpointing(model: Decoder) -> None:
+    """Recompute the activations inside each block in the backward pass instead of storing them."""
     for block in model.blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def share_gradients(model: Decoder, now: bool) -> None:
-    """Whether the next backward pass averages its gradients over the processes; only the last of a step has to."""
+def set_gradient_sync(model: Decoder, enabled: bool) -> None:
+    """Choose whether the next backward pass averages gradients over the ranks.
+
+    With gradient accumulation only the last micro batch of a step needs it.
+    """
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(now)
+        model.set_requires_gradient_sync(enabled)
 
 
 class ReplicatedInitMode(TorchDispatchMode):
-    """While entered, random values of a shared parameter are those that the whole parameter would get.
+    """Makes random initialization of sharded parameters equal to that of a single process.
 
-    Each process draws the whole on the CPU, one parameter at a time, and keeps its part.
+    Every rank draws the full tensor on the CPU, one parameter at a time, and keeps its shard.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Intercept ``normal_``, with which all of our weights are drawn."""
+        """Intercept ``normal_``, the only operation that draws weights in this package."""
         if func is torch.ops.aten.normal_.default and isinstance(args[0], DTensor):
-            shared = args[0]
-            drawn = torch.empty(shared.shape, dtype=shared.dtype, device="cpu")
-            func(drawn, *args[1:], **(kwargs or {}))
-            return shared.copy_(shard_like(drawn, shared))
+            parameter = args[0]
+            # Always on the CPU: a GPU's generator would give other values than a run without sharding.
+            values = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
+            func(values, *args[1:], **(kwargs or {}))
+            return parameter.copy_(shard_like(values, parameter))
         return func(*args, **(kwargs or {}))
 
 
-def shard_like(whole: Tensor, parameter: Tensor) -> Tensor:
-    """This process's part of a tensor that all of them have, shared as ``parameter`` is."""
+def shard_like(full: Tensor, parameter: Tensor) -> Tensor:
+    """Shard a tensor that all ranks hold as ``parameter`` is sharded; a plain ``parameter`` returns ``full``."""
     if not isinstance(parameter, DTensor):
-        return whole
-    whole = whole.to(parameter.device)
-    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        return full
+    full = full.to(parameter.device)
+    # No source rank: all ranks have the same values, so nothing has to be sent.
+    return distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def full_tensor(value: Tensor) -> Tensor:
-    """All of a tensor that may be shared; every process has to ask for it at the same time."""
+    """Gather a sharded tensor (a collective operation); other tensors are returned as they are."""
     return value.full_tensor() if isinstance(value, DTensor) else value
