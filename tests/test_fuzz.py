@@ -40,7 +40,7 @@ from antransformer.interop.model_card import card
 from antransformer.results.comparison import Results
 from antransformer.scaling.law_files import SHIPPED, predict, read_laws
 from antransformer.training.checkpointing import checkpoint
-from antransformer.training.checkpointing.sharded_safetensors import PARTS_KEY, TensorFiles
+from antransformer.training.checkpointing.sharded_safetensors import SHARDING_KEY, TensorFiles
 from antransformer.training.config import TrainConfig, read_yaml, resolve_config
 from antransformer.training.defaults import parameter_count
 from antransformer.training.lock import lock
@@ -334,7 +334,7 @@ def share(step):
                 begins = {name: [0] * part.ndim for name, part in parts.items()}
             path = step / f"{kind}-0000{rank + 1}-of-00002.safetensors"
             header = {name: {"saved_offsets": begin} for name, begin in begins.items()}
-            save_file(parts, path, {PARTS_KEY: json.dumps(header)})
+            save_file(parts, path, {SHARDING_KEY: json.dumps(header)})
             digests[path.name] = checkpoint.sha256(path)
     (step / "state.json").write_text(json.dumps({**state, "sha256": digests}))
     checkpoint.restore(checkpoint.read(step), torch.device("cpu"))
@@ -482,8 +482,8 @@ def tensor_files(draw, content):
     size = struct.unpack("<Q", content[:8])[0]
     header = json.loads(content[8 : 8 + size])
     if "__metadata__" in header and draw(st.booleans()):  # JSON in JSON: where the parts begin
-        begins = json.loads(header["__metadata__"][PARTS_KEY])
-        header["__metadata__"][PARTS_KEY] = draw(json_files(begins)).decode(errors="replace")
+        begins = json.loads(header["__metadata__"][SHARDING_KEY])
+        header["__metadata__"][SHARDING_KEY] = draw(json_files(begins)).decode(errors="replace")
         header = to_json(header)
     else:
         header = draw(json_files(header))

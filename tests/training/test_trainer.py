@@ -421,7 +421,7 @@ def killed_at(moment, folder, trainer):
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(watch)
-    with checkpoint.Writer(folder, keep=1) as writer:
+    with checkpoint.CheckpointWriter(folder, keep=1) as writer:
         writer.save(10, trainer.model, trainer.optimizer, {})
 
 

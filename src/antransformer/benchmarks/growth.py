@@ -18,7 +18,7 @@ from antransformer.benchmarks.train_step import Settings, compiled, held, steps
 from antransformer.models import ModelConfig
 from antransformer.reporting.figure import INK, Chart, legend, log_ticks, new_figure, style, styled
 from antransformer.reporting.labels import style_of
-from antransformer.training.cost_model.memory import Layout, memory
+from antransformer.training.cost_model.memory import Layout, estimate_memory
 from antransformer.training.cost_model.throughput import flops_per_token
 
 AXES = ("width", "layers", "context", "batch")
@@ -132,7 +132,7 @@ def operations(settings: Settings) -> float:
 def modelled(settings: Settings, variant: str) -> float:
     """Bytes of a step; a library's model counts as GPT+, whose shape it has."""
     model = replace_architecture(settings.model, variant if variant in OURS else "gpt+")
-    return memory(model, Layout(micro_batch_size=settings.batch), settings.precision).total
+    return estimate_memory(model, Layout(micro_batch_size=settings.batch), settings.precision).total
 
 
 @styled

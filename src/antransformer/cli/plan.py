@@ -1,8 +1,8 @@
-"""Plan a run: which size, tokens, batch and learning rate, what loss to expect, how to share it, how long it takes.
+"""Plan a run: model size, tokens, batch, learning rate, expected loss, parallelism, memory and time.
 
-The budget is one of: --flops; --gpus with --hours; --tokens with --size. The size comes from scaling laws, your own
-(--fits, the JSON of 'antransformer fit') or those shipped that were measured nearest; so does the loss, for anGPT and
-for GPT+. Memory and hours come from a model of them, which docs/scaling.md describes and checks.
+Give one budget: --flops; --gpus with --hours; or --tokens with --size. The size comes from scaling laws: your own
+(--fits, the JSON of 'antransformer fit'), or the shipped ones that were measured nearest. So does the expected loss of
+anGPT and GPT+. Memory and time come from a model that docs/scaling.md describes and checks.
 
 examples:
   antransformer plan --flops 1e20
@@ -40,34 +40,36 @@ COMPARED = ("angpt", "gpt+")
 
 
 def add_arguments(parser: Parser) -> None:
-    """Options of the verb."""
+    """Add the options of ``plan``: budget, hardware, model and scaling laws."""
     group = parser.add_argument_group("budget, one of")
-    group.add_argument("--flops", metavar="X", help="compute, such as 1e20, as scaling laws count it: 6 N D")
+    group.add_argument("--flops", metavar="X", help="compute such as 1e20, counted as 6 N D like in scaling laws")
     group.add_argument("--hours", metavar="X", help="time on --gpus")
-    group.add_argument("--tokens", metavar="TOKENS", help="such as 100B, with --size")
+    group.add_argument("--tokens", metavar="TOKENS", help="training tokens such as 100B, with --size")
     group.add_argument("--size", metavar="SIZE", help=f"{', '.join(PRESETS)}, or a number of parameters such as 7B")
-    group = parser.add_argument_group("machines")
-    group.add_argument("--gpus", metavar="N", help="how many (default 8)")
+    group = parser.add_argument_group("hardware")
+    group.add_argument("--gpus", metavar="N", help="number of GPUs (default 8)")
     group.add_argument("--gpu", metavar="NAME", default="h100", help=f"{', '.join(GPUS)} (default h100)")
-    group.add_argument("--gpus-per-machine", metavar="N", help="(default 8)")
+    group.add_argument("--gpus-per-machine", metavar="N", help="number of GPUs in one machine (default 8)")
     group.add_argument("--network", metavar="X", help="Gbit/s between machines for each GPU (default 400)")
-    group.add_argument("--mfu", metavar="X", help="share of the peak that you measured (default: by the model)")
+    group.add_argument("--mfu", metavar="X", help="measured fraction of the peak FLOP/s (default: estimated)")
     group = parser.add_argument_group("model and laws")
     group.add_argument(
         "--architecture", metavar="NAME", default="angpt", help=f"{', '.join(registry.names())} (default angpt)"
     )
-    group.add_argument("--context", metavar="N", help="longest sequence in tokens (default 2048)")
-    group.add_argument("--vocab-size", metavar="N", help=f"of your tokenizer (default {PAPER_VOCABULARY})")
-    group.add_argument("--fits", type=Path, metavar="FILE", help="laws of your own, by antransformer fit --json FILE")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the config there (default: print it)")
+    group.add_argument("--context", metavar="N", help="sequence length in tokens (default 2048)")
+    group.add_argument("--vocab-size", metavar="N", help=f"size of the vocabulary (default {PAPER_VOCABULARY})")
+    group.add_argument(
+        "--fits", type=Path, metavar="FILE", help="your scaling laws (antransformer fit --json FILE)"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the config to FILE (default: print it)")
 
 
 def run(parsed: argparse.Namespace) -> None:
-    """Plan, print, write."""
+    """Make the plan, print its tables, and print or write its config."""
     if parsed.out:
         check_target("--out", parsed.out)
         if parsed.out.exists() or parsed.out.is_symlink():
-            raise ConfigError(f"--out {parsed.out}: exists, and is not overwritten: choose another name")
+            raise ConfigError(f"--out {parsed.out}: already exists: choose another name")
     template = ModelConfig.preset(
         "32m",
         _one_of(parsed, "architecture", registry.names()),
@@ -91,44 +93,44 @@ def run(parsed: argparse.Namespace) -> None:
 
 
 def make(parsed: argparse.Namespace, template: ModelConfig, cluster: Cluster) -> tuple[Plan, LawFile | None]:
-    """The plan of whichever budget was given, and the laws that it follows."""
-    given = {name for name in ("flops", "hours", "tokens", "size") if getattr(parsed, name) is not None}
-    if given not in ({"flops"}, {"hours"}, {"tokens", "size"}) or (given == {"hours"} and parsed.gpus is None):
+    """Return the plan for the given budget, and the scaling laws that it uses."""
+    budget = {name for name in ("flops", "hours", "tokens", "size") if getattr(parsed, name) is not None}
+    if budget not in ({"flops"}, {"hours"}, {"tokens", "size"}) or (budget == {"hours"} and parsed.gpus is None):
         raise ConfigError(BUDGETS)
     mfu = None if parsed.mfu is None else positive(parsed, "mfu", 0.0)
     if mfu and mfu > 1:
-        raise ConfigError(f"--mfu must be at most 1, a share, got {parsed.mfu}")
-    if given == {"tokens", "size"}:
+        raise ConfigError(f"--mfu must be a fraction of at most 1, got {parsed.mfu}")
+    if budget == {"tokens", "size"}:
         tokens = _above_0("tokens", convert(parsed.tokens, Count, "--tokens"))
         config = sized(parsed.size, template)
         compute = 6.0 * tokens * parameter_count(config)
         file = read_laws(parsed.fits) if parsed.fits else nearest_shipped(template.architecture, compute)
         laws = file.of.get(template.architecture) if file else None
-        return plans.make(config, tokens, cluster, laws, mfu), file
-    budget = positive(parsed, "flops" if "flops" in given else "hours", 0.0)
-    rough = budget if "flops" in given else cluster.peak * (mfu or 0.4) * budget * 3600
-    file = read_laws(parsed.fits) if parsed.fits else plans.default_laws(template.architecture, rough)
-    way = plans.by_compute if "flops" in given else plans.by_hours
-    return way(budget, template, cluster, file, mfu), file
+        return plans.plan_run(config, tokens, cluster, laws, mfu), file
+    amount = positive(parsed, "flops" if "flops" in budget else "hours", 0.0)
+    flops = amount if "flops" in budget else cluster.peak_flops * (mfu or 0.4) * amount * 3600
+    file = read_laws(parsed.fits) if parsed.fits else plans.default_laws(template.architecture, flops)
+    plan_for = plans.plan_for_flops if "flops" in budget else plans.plan_for_hours
+    return plan_for(amount, template, cluster, file, mfu), file
 
 
 def sized(size: str, template: ModelConfig) -> ModelConfig:
-    """The model of a preset's name, or of a number of parameters."""
+    """Return the config for the name of a preset or a number of parameters."""
     if size.lower() in PRESETS:
-        it = PRESETS[size.lower()]
-        return plans.with_shape(template, it["width"], it["layers"])
+        preset = PRESETS[size.lower()]
+        return plans.resized(template, preset["width"], preset["layers"])
     try:
         parameters = convert(size, Count, "--size")
     except ConfigError:
         raise ConfigError(f"--size must be one of {', '.join(PRESETS)}, or a number such as 7B, got {size}") from None
-    return plans.shape(_above_0("size", parameters), template)
+    return plans.config_of_size(_above_0("size", parameters), template)
 
 
 def positive(parsed: argparse.Namespace, name: str, default: float) -> float:
-    """An option that is a number above 0.
+    """Return a numeric option, or ``default`` where it is not given.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: the value is not a number above 0.
     """
     value = getattr(parsed, name)
     return default if value is None else _above_0(name, convert(value, float, f"--{name}"))
@@ -148,46 +150,44 @@ def _one_of(parsed: argparse.Namespace, name: str, known: Iterable[str]) -> str:
 
 
 def config_text(plan: Plan) -> str:
-    """The YAML file."""
-    header = f"# {plan.cluster.devices:,} {plan.cluster.name}: antransformer train --config FILE --data FOLDER\n"
+    """Return the plan as YAML for ``antransformer train --config``."""
+    header = f"# {plan.cluster.devices:,} {plan.cluster.gpu_name}: antransformer train --config FILE --data FOLDER\n"
     return header + yaml.safe_dump(plan.settings(), sort_keys=False)
 
 
 def show(plan: Plan, file: LawFile | None) -> None:
-    """All tables, and what is to be known of them."""
+    """Print all tables, and notes on sources and limits."""
     console = Console(highlight=False)
     console.print(run_table(plan))
     console.print(memory_table(plan))
     if file:
-        table, said = loss_table(plan, file)
+        table, notes = loss_table(plan, file)
         console.print(table)
-        where = f"measured {file.measured}" if file.measured else "your own"
-        console.print(f"Laws: {file.name}, {where}.", soft_wrap=True)
+        origin = f"measured {file.measured}" if file.measured else "your own"
+        console.print(f"Scaling laws: {file.name}, {origin}.", soft_wrap=True)
     else:
-        said = [f"no loss law measured for {style_of(plan.config.architecture).label}: give --fits"]
-    for note in (*plan.sources, *plan.notes, *said):
+        notes = [f"no scaling law for the loss of {style_of(plan.config.architecture).label}: give --fits"]
+    limits = "time, memory and MFU are estimates, not measured on a GPU: see docs/scaling.md"
+    for note in (*plan.sources, *plan.notes, *notes, limits):
         console.print(f"- {note}", soft_wrap=True)
-    console.print(
-        "- hours, memory and MFU are a model's, nothing was measured on a GPU: docs/scaling.md", soft_wrap=True
-    )
     print()
 
 
 def run_table(plan: Plan) -> Table:
-    """What to train, and for how long."""
+    """Return the table of model, budget, layout and time."""
     config, layout, context = plan.config, plan.layout, plan.config.context
     table = new_table("run", "")
     rows = {
         "architecture": style_of(config.architecture).label,
         "parameters": f"{shown(plan.parameters)} (width {config.width:,}, {config.layers} layers)",
-        "tokens": f"{shown(plan.tokens)} ({plan.tokens / plan.parameters:.3g} a parameter)",
+        "tokens": f"{shown(plan.tokens)} ({plan.tokens / plan.parameters:.3g} per parameter)",
         "compute": f"{plan.compute:.3g} FLOPs (6 N D)",
         "batch": f"{plan.batch:,} sequences of {context:,} = {shown(plan.batch * context)} tokens",
         "steps": f"{plan.tokens // (plan.batch * context):,}",
         "learning rate": f"{plan.lr:g}" + (f" (for width {plan.lr_width:,})" if plan.lr_width else ""),
-        "devices": f"{plan.cluster.devices:,} {plan.cluster.name}",
-        "sharing": sharing(plan),
-        "micro batch": f"{layout.micro_batch_size} sequences, {layout.passes} a step",
+        "devices": f"{plan.cluster.devices:,} {plan.cluster.gpu_name}",
+        "parallelism": parallelism(plan),
+        "micro batch": f"{layout.micro_batch_size} sequences, {layout.grad_accum_steps} per step",
         "expected MFU": f"{plan.mfu:.1%}",
         "expected time": f"{plan.hours:,.3g} hours",
     }
@@ -196,34 +196,35 @@ def run_table(plan: Plan) -> Table:
     return table
 
 
-def sharing(plan: Plan) -> str:
-    """In words."""
+def parallelism(plan: Plan) -> str:
+    """Return a phrase such as "fsdp, tensor parallel 8, activation checkpointing"."""
     layout = plan.layout
-    words = [layout.way if layout.devices > 1 else "one device"]
-    words += [f"tensor parallel {layout.tensor}"] if layout.tensor > 1 else []
+    words = [layout.strategy if layout.devices > 1 else "one device"]
+    words += [f"tensor parallel {layout.tensor_parallel}"] if layout.tensor_parallel > 1 else []
     words += ["activation checkpointing"] if layout.checkpointing else []
     return ", ".join(words)
 
 
 def memory_table(plan: Plan) -> Table:
-    """Of one device."""
-    table = new_table("memory a device at its peak", "GB")
+    """Return the table of the peak memory of one device."""
+    table = new_table("peak memory per device", "GB")
     for name, size in (*vars(plan.memory).items(), ("total", plan.memory.total)):
-        table.add_row(name, f"{size / 1e9:.2f}")
-    table.add_row(f"of {plan.cluster.name}", f"{plan.cluster.gpu.memory / 1e9:.0f}")
+        table.add_row(name.replace("_", " "), f"{size / 1e9:.2f}")
+    table.add_row(f"of {plan.cluster.gpu_name}", f"{plan.cluster.gpu.memory / 1e9:.0f}")
     return table
 
 
 def loss_table(plan: Plan, file: LawFile) -> tuple[Table, list[str]]:
-    """The loss to expect of either architecture for the same parameters and tokens, and what speaks against it."""
-    table, said = new_table("expected loss, nats per token", "", "band", "law"), []
+    """Return the table of expected losses for these parameters and tokens, and notes on extrapolation."""
+    table, notes = new_table("expected loss, nats per token", "", "band", "law"), []
     for name in dict.fromkeys((plan.config.architecture, *COMPARED)):
-        found = predict(file.of[name], plan.parameters, plan.tokens) if name in file.of else None
-        if found is None:
-            said.append(f"no loss law measured for {style_of(name).label}: give --fits")
+        prediction = predict(file.of[name], plan.parameters, plan.tokens) if name in file.of else None
+        label = style_of(name).label
+        if prediction is None:
+            notes.append(f"no scaling law for the loss of {label}: give --fits")
             continue
-        known = math.isfinite(found.high)
-        band = f"{found.low:.3f} to {found.high:.3f} ({found.band})" if known else "unknown"
-        table.add_row(style_of(name).label, f"{found.loss:.3f}", band, found.law)
-        said += [f"loss of {style_of(name).label}, outside of what was measured: {line}" for line in found.outside]
-    return table, said
+        known = math.isfinite(prediction.high)
+        band = f"{prediction.low:.3f} to {prediction.high:.3f} ({prediction.band})" if known else "unknown"
+        table.add_row(label, f"{prediction.loss:.3f}", band, prediction.law)
+        notes += [f"loss of {label}, extrapolated: {line}" for line in prediction.outside]
+    return table, notes

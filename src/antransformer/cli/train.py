@@ -40,7 +40,7 @@ from antransformer.training.config import (
     resolve_config,
     shipped_configs,
 )
-from antransformer.training.distributed.parallel import DistributedContext, join
+from antransformer.training.distributed.parallel import DistributedContext, init_distributed
 from antransformer.training.lock import lock
 from antransformer.training.profiling import FIRST, LAST, of_steps
 from antransformer.training.trainer import Result, Trainer
@@ -90,34 +90,34 @@ def train(
     settings: dict[str, Any], folder: Path | None, resume: bool = False, profile: bool = False
 ) -> tuple[Path, Result]:
     """One run with its progress on the terminal, shown by the first process; returns its folder and how it ended."""
-    with join() as world:
-        with world.rank_0_first():
+    with init_distributed() as dist_ctx:
+        with dist_ctx.rank_0_first():
             dataset, config, folder = _resumed(settings, folder) if resume else _new(settings, folder)
-        with TrainingProgress(config.steps, shown=world.rank == 0) as progress:
-            trainer = Trainer(config, dataset, folder, progress, resume, world)
+        with TrainingProgress(config.steps, shown=dist_ctx.rank == 0) as progress:
+            trainer = Trainer(config, dataset, folder, progress, resume, dist_ctx)
             if profile and config.steps - trainer.done < FIRST:
                 raise ConfigError(
                     f"--profile traces steps {FIRST} to {LAST}, and {config.steps - trainer.done} are left to train: "
                     "leave it out, or give more --tokens"
                 )
-            with lock(folder) if world.rank == 0 else contextlib.nullcontext():
-                with world.rank_0_first():
-                    if not resume and world.rank == 0:
+            with lock(folder) if dist_ctx.rank == 0 else contextlib.nullcontext():
+                with dist_ctx.rank_0_first():
+                    if not resume and dist_ctx.rank == 0:
                         runs.create_run_folder(folder, config, dataset)
                 muon = "" if config.muon_lr is None else f" and Muon's {config.muon_lr:g}"
                 progress.note(
                     f"{config.model.architecture}, {trainer.model.parameter_count() / 1e6:.2f}M parameters, "
                     f"{config.steps:,} steps of {config.batch_tokens:,} tokens, learning rate {config.lr_text}{muon}, "
-                    f"on {trainer.device}{shared(config, world)}; run folder {folder}"
+                    f"on {trainer.device}{shared(config, dist_ctx)}; run folder {folder}"
                 )
                 try:
-                    watched = profile and world.rank == 0
+                    watched = profile and dist_ctx.rank == 0
                     result = trainer.run(of_steps(folder / "profile.json", progress.note) if watched else None)
                 except (RunStoppedError, DivergedError, WriteError) as error:  # which all processes come to together
-                    if world.rank == 0:
+                    if dist_ctx.rank == 0:
                         raise
                     raise SystemExit(1) from error
-    if world.rank == 0:
+    if dist_ctx.rank == 0:
         print(
             f"validation loss {result.val_loss:.4f} nats per token, {result.bits_per_byte:.4f} bits per byte; "
             f"{result.tokens_per_second:,.0f} tokens/s; checkpoint {result.checkpoint}"
@@ -126,10 +126,10 @@ def train(
     return folder, result
 
 
-def shared(config: TrainConfig, world: DistributedContext) -> str:
+def shared(config: TrainConfig, dist_ctx: DistributedContext) -> str:
     """In words, how many processes share the model."""
     split = f", tensor parallel {config.tensor_parallel}" if config.tensor_parallel > 1 else ""
-    return f" and {world.size - 1} more, {config.parallel}{split}" if world.size > 1 else ""
+    return f" and {dist_ctx.world_size - 1} more, {config.parallel}{split}" if dist_ctx.world_size > 1 else ""
 
 
 def read_config(name: str) -> dict[str, Any]:

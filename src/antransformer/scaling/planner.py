@@ -1,5 +1,7 @@
-"""A training run for a budget: size, tokens, batch, learning rate by scaling laws; sharing, memory, hours by models of
-both (``training.memory``, ``training.throughput``). docs/scaling.md has the rules, and what they were checked against.
+"""Plans a training run for a budget of compute, time or tokens.
+
+Model size, batch and learning rate come from scaling laws. Memory and time come from the models in
+``training.cost_model``. docs/scaling.md describes the rules and compares them with measurements.
 """
 
 import math
@@ -19,67 +21,70 @@ from antransformer.scaling.fitting import FLOPS_PER_PARAMETER, Interval
 from antransformer.scaling.law_files import LawFile, Laws, nearest_shipped, outside, shown
 from antransformer.training import defaults
 from antransformer.training.cost_model import throughput
-from antransformer.training.cost_model.memory import Layout, Memory, memory
+from antransformer.training.cost_model.memory import Layout, Memory, estimate_memory
 
-HEAD_WIDTH = 64
-WIDEST = 16_384
-PAPER_WIDTH = 1536  # beyond, depth grows with the root of the width, as in published models: 80 layers at 8,192
-USABLE = 0.9  # of a device's memory; the rest is the context's, the libraries' and lost between blocks
-BETTER = 0.97  # of the time of a step, for which a less simple way to share is worth it
+HEAD_DIM = 64
+MAX_WIDTH = 16_384
+PAPER_WIDTH = 1536  # largest of the paper; see layers_of_width
+USABLE_MEMORY = 0.9  # fraction of a device; the CUDA context, libraries and fragmentation take the rest
+MAX_TIME_RATIO = 0.97  # a less simple layout must take less than this fraction of the time
+TOLERANCE = 1.1  # deviations up to this factor are not worth a note
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """What a run has.
+    """Hardware of a run.
 
     Attributes:
-        name: of the GPU, a key of ``throughput.GPUS``.
-        devices: how many.
-        node: of them in one machine.
-        network: bytes/s of each device to other machines.
+        gpu_name: type of all GPUs, a key of ``throughput.GPUS``.
+        devices: number of GPUs.
+        gpus_per_node: number of GPUs in one node.
+        network: bytes/s from each GPU to other nodes.
+
+    Raises:
+        ConfigError: several nodes, and the last one is not full.
     """
 
-    name: str
+    gpu_name: str
     devices: int
-    node: int
+    gpus_per_node: int
     network: float
 
     def __post_init__(self) -> None:
-        if self.devices > self.node and self.devices % self.node:
+        if self.devices > self.gpus_per_node and self.devices % self.gpus_per_node:
             raise ConfigError(
-                f"{self.devices} GPUs are not whole machines of {self.node}: change --gpus or --gpus-per-machine"
+                f"{self.devices} GPUs do not fill nodes of {self.gpus_per_node}: change --gpus or --gpus-per-machine"
             )
 
     @property
     def gpu(self) -> throughput.Gpu:
-        """Its figures."""
-        return throughput.GPUS[self.name]
+        """Data sheet of the GPU."""
+        return throughput.GPUS[self.gpu_name]
 
     @property
-    def peak(self) -> float:
-        """FLOP/s of all."""
-        return self.devices * self.gpu.peak
+    def peak_flops(self) -> float:
+        """Peak FLOP/s of all GPUs together."""
+        return self.devices * self.gpu.peak_flops
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One run.
+    """Planned training run.
 
     Attributes:
-        config: the model.
-        parameters: learnable numbers of it.
-        tokens: of the run, whole batches.
-        batch: sequences of a step.
+        config: model.
+        parameters: number of learnable parameters.
+        tokens: tokens of the run, a multiple of the batch.
+        batch: sequences per step.
         lr: peak learning rate.
-        lr_width: the width that it is for, as in ``TrainConfig``: that of the default, or 0, since laws give it for the
-            model's own.
-        cluster: what it runs on.
-        layout: how the devices share it.
-        memory: of one device.
-        mfu: expected share of the devices' peak.
-        hours: expected.
-        sources: where batch and learning rate come from.
-        notes: what else is to be known.
+        lr_width: width at which ``lr`` was tuned, as in ``TrainConfig``; 0 if a law gives the rate for this model.
+        cluster: hardware.
+        layout: distribution over the devices.
+        memory: memory of one device at its peak.
+        mfu: expected fraction of the peak FLOP/s.
+        hours: expected duration.
+        sources: origins of batch size and learning rate, one line each.
+        notes: warnings, one line each.
     """
 
     config: ModelConfig
@@ -98,21 +103,22 @@ class Plan:
 
     @property
     def compute(self) -> float:
-        """6 N D, by which scaling laws count."""
+        """Compute in FLOPs as scaling laws count it, 6 N D for N parameters and D tokens."""
         return float(FLOPS_PER_PARAMETER) * self.parameters * self.tokens
 
     @property
     def preset(self) -> str | None:
-        """The name of a shipped size that it has."""
-        sizes = (self.config.width, self.config.layers)
-        return next((name for name, it in PRESETS.items() if (it["width"], it["layers"]) == sizes), None)
+        """Name of the preset with the model's width and depth, if there is one."""
+        size = (self.config.width, self.config.layers)
+        return next((name for name, preset in PRESETS.items() if (preset["width"], preset["layers"]) == size), None)
 
     def settings(self) -> dict[str, Any]:
-        """What ``antransformer train --config`` takes, without the data."""
+        """Return the settings for ``antransformer train --config``, except for the data."""
         model = {"context": self.config.context}
         if not self.preset:
             model |= {"width": self.config.width, "layers": self.config.layers}
         size = {"preset": self.preset} if self.preset else {}
+        tensor_parallel = self.layout.tensor_parallel
         return {
             "architecture": self.config.architecture,
             **size,
@@ -123,147 +129,169 @@ class Plan:
             "lr": self.lr,
             "lr_width": self.lr_width,
             "precision": "bfloat16",
-            "parallel": self.layout.way,
-            **({"tensor_parallel": self.layout.tensor} if self.layout.tensor > 1 else {}),
+            "parallel": self.layout.strategy,
+            **({"tensor_parallel": tensor_parallel} if tensor_parallel > 1 else {}),
             "activation_checkpointing": self.layout.checkpointing,
         }
 
 
-def by_compute(
-    compute: float, template: ModelConfig, cluster: Cluster, file: LawFile, mfu: float | None = None
+def plan_for_flops(
+    flops: float, template: ModelConfig, cluster: Cluster, file: LawFile, mfu: float | None = None
 ) -> Plan:
-    """The best size for 6 N D FLOPs, and the tokens that they then suffice for.
+    """Plan the compute-optimal model size, with the tokens that the budget allows.
 
     Args:
-        compute: FLOPs.
-        template: architecture, vocabulary and context.
-        cluster: what it runs on.
-        file: laws.
-        mfu: share of the peak; None for the model's.
+        flops: budget in FLOPs, counted as 6 N D.
+        template: config with architecture, vocabulary size and context.
+        cluster: hardware.
+        file: scaling laws.
+        mfu: fraction of the peak FLOP/s; None to estimate it.
 
     Raises:
-        ConfigError: no law of the best size, or the model does not fit on the devices.
+        ConfigError: there is no law for the model size, or the model does not fit on the devices.
     """
-    laws = _sized(file, template.architecture)
-    best = laws.best_size(compute)
-    config = shape(best, template)
-    tokens = compute / (FLOPS_PER_PARAMETER * defaults.parameter_count(config))
-    plan = make(config, tokens, cluster, laws, mfu)
+    laws = _laws_with_size(file, template.architecture)
+    best_size = laws.best_size(flops)
+    config = config_of_size(best_size, template)
+    tokens = flops / (FLOPS_PER_PARAMETER * defaults.parameter_count(config))
+    plan = plan_run(config, tokens, cluster, laws, mfu)
     notes = plan.notes
-    if not 1 / 1.1 < plan.parameters / best < 1.1:
-        notes += (f"the best size would be {shown(best)} parameters; the nearest shape has {shown(plan.parameters)}",)
-    if far := outside("compute", compute, laws.compute or (compute, compute)):
-        notes += (f"best size: {far}",)
+    if not _about_equal(plan.parameters, best_size):
+        notes += (
+            f"the best size is {shown(best_size)} parameters; the nearest possible one has {shown(plan.parameters)}",
+        )
+    if extrapolation := outside("compute", flops, laws.compute or (flops, flops)):
+        notes += (f"best size: {extrapolation}",)
     return replace(plan, notes=notes)
 
 
-def by_hours(hours: float, template: ModelConfig, cluster: Cluster, file: LawFile, mfu: float | None = None) -> Plan:
-    """The best size for what the devices compute in so many hours; arguments and errors as in ``by_compute``."""
-    compute = cluster.peak * (mfu or throughput.ASSUMED_MFU) * hours * 3600
-    for _ in range(4):  # a size has operations a token, and a share of the peak, of its own
-        plan = by_compute(compute, template, cluster, file, mfu)
-        compute *= hours / plan.hours
+def plan_for_hours(
+    hours: float, template: ModelConfig, cluster: Cluster, file: LawFile, mfu: float | None = None
+) -> Plan:
+    """Plan the compute-optimal model size for a number of hours; other arguments and errors as ``plan_for_flops``."""
+    flops = cluster.peak_flops * (mfu or throughput.ASSUMED_MFU) * hours * 3600
+    # MFU and operations per token depend on the size, and the size on both: iterate. Four rounds converge.
+    for _ in range(4):
+        plan = plan_for_flops(flops, template, cluster, file, mfu)
+        flops *= hours / plan.hours
     return plan
 
 
-def _sized(file: LawFile, architecture: str) -> Laws:
+def _laws_with_size(file: LawFile, architecture: str) -> Laws:
     laws = file.of.get(architecture)
     if laws is None or laws.compute is None:
         raise ConfigError(
-            f"no law of the best size of {architecture} in {file.name}: give --fits with one, or --tokens and --size"
+            f"{file.name} has no law for the model size of {architecture}: give --fits FILE with one, or --tokens and "
+            "--size"
         )
     return laws
 
 
-def make(config: ModelConfig, tokens: float, cluster: Cluster, laws: Laws | None, mfu: float | None = None) -> Plan:
-    """All else of a run with this model on so many tokens; arguments and errors as in ``by_compute``.
+def plan_run(config: ModelConfig, tokens: float, cluster: Cluster, laws: Laws | None, mfu: float | None = None) -> Plan:
+    """Plan batch size, learning rate and layout for a given model and number of tokens.
+
+    Args:
+        config: model.
+        tokens: tokens of the run; the plan rounds them to full batches.
+        cluster: hardware.
+        laws: scaling laws of the architecture; None for the defaults.
+        mfu: fraction of the peak FLOP/s; None to estimate it.
 
     Raises:
-        ConfigError: the model does not fit on the devices, or a batch is less than a sequence by its law.
+        ConfigError: the model does not fit on the devices, or the law gives a batch of less than one sequence.
     """
     parameters = defaults.parameter_count(config)
-    batch, batch_source = _setting("batch", parameters, config.architecture, laws)
-    if laws and "batch" in laws.powers and batch < config.context:
+    batch_tokens, batch_source = _value_and_source("batch", parameters, config.architecture, laws)
+    if laws and "batch" in laws.powers and batch_tokens < config.context:
         raise ConfigError(
-            f"the law of the best batch gives {batch:,.3g} tokens, less than one sequence of {config.context:,}: fit "
-            "it to batches in tokens, or lower --context"
+            f"the law of the best batch gives {batch_tokens:,.3g} tokens, less than one sequence of "
+            f"{config.context:,}: fit it to batches in tokens, or decrease --context"
         )
-    lr, lr_source = _setting("lr", parameters, config.architecture, laws)
-    wanted = max(1, round(batch / config.context))
-    layout, need = share(config, wanted, cluster)
-    sequences = layout.copies * layout.passes * layout.micro_batch_size
+    lr, lr_source = _value_and_source("lr", parameters, config.architecture, laws)
+    best_batch = max(1, round(batch_tokens / config.context))
+    layout, memory = choose_layout(config, best_batch, cluster)
+    batch = layout.batch_size
     notes = []
-    if not 1 / 1.1 < sequences / wanted < 1.1:
+    if not _about_equal(batch, best_batch):
         notes.append(
-            f"the batch is {sequences:,} sequences, and by its law {wanted:,}: each of {layout.copies:,} devices or "
-            "groups takes the same number of them"
+            f"the batch is {batch:,} sequences instead of {best_batch:,}, because all {layout.data_parallel_size:,} "
+            "devices or groups process the same number"
         )
-    steps = max(1, round(tokens / (sequences * config.context)))
-    used = mfu or throughput.expected_mfu(config, layout, cluster.gpu, cluster.network)
-    whole = steps * sequences * config.context
-    if not 1 / 1.1 < whole / tokens < 1.1:
-        notes.append(f"the run has {shown(whole)} tokens in place of {shown(tokens)}: whole batches")
-    seconds = throughput.flops_per_token(config) * whole / (cluster.peak * used)
+    steps = max(1, round(tokens / (batch * config.context)))
+    run_tokens = steps * batch * config.context
+    if not _about_equal(run_tokens, tokens):
+        notes.append(f"the run has {shown(run_tokens)} tokens instead of {shown(tokens)}, to fill its batches")
+    mfu = mfu or throughput.expected_mfu(config, layout, cluster.gpu, cluster.network)
+    seconds = throughput.flops_per_token(config) * run_tokens / (cluster.peak_flops * mfu)
     return Plan(
-        config,
-        parameters,
-        whole,
-        sequences,
-        float(f"{lr:.3g}"),
-        defaults.SMALL_LR_WIDTH if _by_default("lr", parameters, laws) else 0,
-        cluster,
-        layout,
-        need,
-        used,
-        seconds / 3600,
-        (batch_source, lr_source),
-        tuple(notes),
+        config=config,
+        parameters=parameters,
+        tokens=run_tokens,
+        batch=batch,
+        lr=float(f"{lr:.3g}"),
+        lr_width=defaults.SMALL_LR_WIDTH if _uses_small_default("lr", parameters, laws) else 0,
+        cluster=cluster,
+        layout=layout,
+        memory=memory,
+        mfu=mfu,
+        hours=seconds / 3600,
+        sources=(batch_source, lr_source),
+        notes=tuple(notes),
     )
 
 
-def _setting(name: str, parameters: int, architecture: str, laws: Laws | None) -> tuple[float, str]:
-    """The batch in tokens, or the learning rate: by the laws given, the paper's or the small default; and whence."""
+def _about_equal(value: float, expected: float) -> bool:
+    return 1 / TOLERANCE < value / expected < TOLERANCE
+
+
+def _value_and_source(name: str, parameters: int, architecture: str, laws: Laws | None) -> tuple[float, str]:
+    """Return the batch in tokens or the learning rate, and a line with its origin.
+
+    The given laws come first, then the default for small models, then the paper's laws.
+    """
     title = {"batch": "batch", "lr": "learning rate"}[name]
     if laws and name in laws.powers:
         law = laws.powers[name]
-        return float(law(parameters)), _source(f"{title}: law of the same file", parameters, law.span)
-    if _by_default(name, parameters, laws):
-        small = {"batch": defaults.SMALL_BATCH_TOKENS, "lr": defaults.SMALL_LR[architecture]}[name]
-        return small, f"{title}: the default below 30M parameters, measured at nano"
+        return float(law(parameters)), _with_extrapolation(f"{title}: law of the same file", parameters, law.span)
+    if _uses_small_default(name, parameters, laws):
+        value = {"batch": defaults.SMALL_BATCH_TOKENS, "lr": defaults.SMALL_LR[architecture]}[name]
+        return value, f"{title}: the default below 30M parameters, measured at nano"
     coefficient, exponent = {"batch": defaults.BATCH_FITS, "lr": defaults.LR_FITS}[name][architecture]
     value = coefficient * parameters**exponent * (defaults.FITTED_SEQUENCE if name == "batch" else 1)
-    return value, _source(f"{title}: the paper's law", parameters, defaults.FITTED_PARAMETERS)
+    return value, _with_extrapolation(f"{title}: the paper's law", parameters, defaults.FITTED_PARAMETERS)
 
 
-def _by_default(name: str, parameters: int, laws: Laws | None) -> bool:
-    """Whether no law says it: the user's have none, and the paper's do not reach so far down."""
+def _uses_small_default(name: str, parameters: int, laws: Laws | None) -> bool:
+    """Return whether the model is smaller than those of the paper's laws, and no given law replaces them."""
     return parameters < defaults.FITTED_PARAMETERS[0] and not (laws and name in laws.powers)
 
 
-def _source(law: str, parameters: int, span: Interval) -> str:
-    far = outside("parameters", parameters, span)
-    return f"{law}; {far}" if far else law
+def _with_extrapolation(source: str, parameters: int, span: Interval) -> str:
+    extrapolation = outside("parameters", parameters, span)
+    return f"{source}; {extrapolation}" if extrapolation else source
 
 
 # Sizes
 
 
-def shape(parameters: float, template: ModelConfig) -> ModelConfig:
-    """The model of about so many parameters whose depth is nearest to what ``depth`` says.
+def config_of_size(parameters: float, template: ModelConfig) -> ModelConfig:
+    """Return a model with about ``parameters`` parameters and a depth close to ``layers_of_width``.
 
-    Widths are whole heads, and from 2,048 on multiples of eight, which eight devices can share.
+    The width is a multiple of the head dimension; from 2,048 on the number of heads is a multiple of eight, so that
+    tensor parallelism can split them.
     """
     sizes = []
-    for width in (*range(HEAD_WIDTH, 2048, HEAD_WIDTH), *range(2048, WIDEST + 1, 8 * HEAD_WIDTH)):
-        block, root = (4 + 3 * template.mlp_ratio) * width**2, 2 * template.vocab_size * width  # the matrices
-        layers = min(max(1, round((parameters - root) / block)), 4 * depth(width))
-        error = abs(math.log((layers * block + root) / parameters))
-        sizes.append((error + abs(math.log(layers / depth(width))), width, layers))
-    return with_shape(template, *min(sizes)[1:])
+    for width in (*range(HEAD_DIM, 2048, HEAD_DIM), *range(2048, MAX_WIDTH + 1, 8 * HEAD_DIM)):
+        block, root = (4 + 3 * template.mlp_ratio) * width**2, 2 * template.vocab_size * width  # matrices only
+        layers = min(max(1, round((parameters - root) / block)), 4 * layers_of_width(width))
+        size_error = abs(math.log((layers * block + root) / parameters))
+        sizes.append((size_error + abs(math.log(layers / layers_of_width(width))), width, layers))
+    _, width, layers = min(sizes)
+    return resized(template, width, layers)
 
 
-def with_shape(template: ModelConfig, width: int, layers: int) -> ModelConfig:
-    """The template in another size, with what its defaults depend on."""
+def resized(template: ModelConfig, width: int, layers: int) -> ModelConfig:
+    """Return the template with another width and depth; settings that depend on them take their defaults."""
     return ModelConfig(
         architecture=template.architecture,
         vocab_size=template.vocab_size,
@@ -273,76 +301,89 @@ def with_shape(template: ModelConfig, width: int, layers: int) -> ModelConfig:
     )
 
 
-def depth(width: int) -> int:
-    """Layers of a width: three for each 128, as the presets have on the whole; fewer beyond the paper's sizes."""
-    most = 3 * PAPER_WIDTH / 128
-    return max(1, round(3 * width / 128 if width <= PAPER_WIDTH else most * math.sqrt(width / PAPER_WIDTH)))
+def layers_of_width(width: int) -> int:
+    """Return the depth for a width: three layers per 128, as most presets have.
+
+    Beyond the paper's sizes depth grows with the square root of the width, as in published models: 80 layers at 8,192.
+    """
+    paper_layers = 3 * PAPER_WIDTH / 128
+    return max(1, round(3 * width / 128 if width <= PAPER_WIDTH else paper_layers * math.sqrt(width / PAPER_WIDTH)))
 
 
-# Sharing
+# Layouts
 
 
-def share(config: ModelConfig, batch: int, cluster: Cluster) -> tuple[Layout, Memory]:
-    """The simplest way that fits, unless another one takes less than ``BETTER`` of its expected time a step.
+def choose_layout(config: ModelConfig, batch: int, cluster: Cluster) -> tuple[Layout, Memory]:
+    """Return the simplest layout that fits, unless a later one takes less than ``MAX_TIME_RATIO`` of its time.
 
-    Simplest first: replicated, hybrid, sharded; then with activation checkpointing; then with tensor parallelism within
-    a machine. Of each, the largest micro batch that fits.
+    Each layout of ``candidate_layouts`` is tried with the largest micro batch that fits.
+
+    Args:
+        config: model.
+        batch: sequences per step; the layout may round it.
+        cluster: hardware.
 
     Raises:
-        ConfigError: none fits.
+        ConfigError: no layout fits.
     """
     best: tuple[float, Layout, Memory] | None = None
-    least = math.inf
-    for start in candidates(config, cluster):
-        for layout in passes_of(start, batch):
-            need = memory(config, layout, torch.bfloat16)
-            least = min(least, need.total)
-            if need.total <= USABLE * cluster.gpu.memory:
-                sequences = layout.copies * layout.passes * layout.micro_batch_size
-                seconds = throughput.step_seconds(config, layout, cluster.gpu, cluster.network) / sequences
-                if best is None or seconds < BETTER * best[0]:
-                    best = seconds, layout, need
+    least_bytes = math.inf
+    for candidate in candidate_layouts(config, cluster):
+        for layout in micro_batch_layouts(candidate, batch):
+            memory = estimate_memory(config, layout, torch.bfloat16)
+            least_bytes = min(least_bytes, memory.total)
+            if memory.total <= USABLE_MEMORY * cluster.gpu.memory:
+                # Per sequence, since layouts round the batch differently.
+                seconds = throughput.step_seconds(config, layout, cluster.gpu, cluster.network) / layout.batch_size
+                if best is None or seconds < MAX_TIME_RATIO * best[0]:
+                    best = seconds, layout, memory
                 break
     if best is None:
         raise ConfigError(
             f"{format_count(float(defaults.parameter_count(config)))} parameters do not fit on {cluster.devices:,} "
-            f"{cluster.name}: each would need {least / 1e9:,.0f} GB of its usable "
-            f"{USABLE * cluster.gpu.memory / 1e9:.0f} GB; raise --gpus, or choose a larger --gpu or a smaller model"
+            f"{cluster.gpu_name}: each needs {least_bytes / 1e9:,.0f} GB and has "
+            f"{USABLE_MEMORY * cluster.gpu.memory / 1e9:.0f} usable GB; increase --gpus, or choose a larger --gpu or a "
+            "smaller model"
         )
     return best[1], best[2]
 
 
-def candidates(config: ModelConfig, cluster: Cluster) -> Iterator[Layout]:
-    """Ways to share, the simplest first."""
-    ways = ["ddp"]
-    ways += ["hsdp"] if cluster.devices > cluster.node else []
-    ways += ["fsdp"] if cluster.devices > 1 else []
-    in_machine = min(cluster.node, cluster.devices)
-    for tensor, checkpointing, way in product((1, 2, 4, 8), (False, True), ways):
-        if in_machine % tensor or (tensor > 1 and not splits(config, tensor)):
+def candidate_layouts(config: ModelConfig, cluster: Cluster) -> Iterator[Layout]:
+    """Yield layouts, simplest first: ddp, hsdp, fsdp; then with activation checkpointing; then tensor-parallel."""
+    strategies = ["ddp"]
+    strategies += ["hsdp"] if cluster.devices > cluster.gpus_per_node else []
+    strategies += ["fsdp"] if cluster.devices > 1 else []
+    within_node = min(cluster.gpus_per_node, cluster.devices)
+    for tensor_parallel, checkpointing, strategy in product((1, 2, 4, 8), (False, True), strategies):
+        # Not across nodes: its all-reduces do not overlap with anything.
+        if within_node % tensor_parallel or (tensor_parallel > 1 and not can_split(config, tensor_parallel)):
             continue
-        yield Layout(way, cluster.devices, cluster.node, tensor, checkpointing)
+        yield Layout(strategy, cluster.devices, cluster.gpus_per_node, tensor_parallel, checkpointing)
 
 
-def splits(config: ModelConfig, tensor: int) -> bool:
-    """Whether so many devices can share the layers of a model."""
-    return bool(get(config.architecture).tensor_parallel) and config.heads % tensor == 0
+def can_split(config: ModelConfig, tensor_parallel: int) -> bool:
+    """Return whether the architecture supports tensor parallelism, and the heads divide evenly."""
+    return bool(get(config.architecture).tensor_parallel) and config.heads % tensor_parallel == 0
 
 
-def passes_of(layout: Layout, batch: int) -> Iterator[Layout]:
-    """The ways to go through a batch, that of the fewest passes first; the batch is rounded to what is even."""
-    each = max(1, round(batch / layout.copies))
-    for passes in dict.fromkeys(-(-each // micro) for micro in range(each, 0, -1)):
-        yield replace(layout, passes=passes, micro_batch_size=max(1, round(each / passes)))
+def micro_batch_layouts(layout: Layout, batch: int) -> Iterator[Layout]:
+    """Yield the layout with all ways to accumulate ``batch`` sequences, fewest passes first.
+
+    The batch is rounded to a multiple of the data-parallel size and of the passes.
+    """
+    per_device = max(1, round(batch / layout.data_parallel_size))
+    # dict.fromkeys removes duplicates and keeps the order.
+    for passes in dict.fromkeys(-(-per_device // micro) for micro in range(per_device, 0, -1)):
+        yield replace(layout, grad_accum_steps=passes, micro_batch_size=max(1, round(per_device / passes)))
 
 
 def default_laws(architecture: str, compute: float | None) -> LawFile:
-    """The shipped laws that were measured nearest.
+    """Return the shipped laws that were measured nearest to ``compute`` FLOPs.
 
     Raises:
         ConfigError: there are none for the architecture.
     """
     file = nearest_shipped(architecture, compute)
     if file is None:
-        raise ConfigError(f"no loss law measured for {architecture}: give --fits")
+        raise ConfigError(f"no shipped scaling law for {architecture}: give --fits FILE")
     return file

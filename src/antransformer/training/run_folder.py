@@ -159,7 +159,7 @@ def with_initial_model(settings: Mapping[str, Any], notify: Callable[[str], None
 
 
 def open_checkpoint(
-    path: Path, notify: Callable[[str], None] = print, world: DistributedContext = SINGLE_PROCESS
+    path: Path, notify: Callable[[str], None] = print, dist_ctx: DistributedContext = SINGLE_PROCESS
 ) -> tuple[Checkpoint, Tokenizer]:
     """The checkpoint to use of a run folder (its newest whole one) or of a checkpoint folder, and its tokenizer.
 
@@ -168,9 +168,9 @@ def open_checkpoint(
         DataError: the tokenizer can not be read, or is not the model's.
     """
     if (path / checkpoint.STATE_FILE).exists():
-        found = checkpoint.read(path, world)
+        found = checkpoint.read(path, dist_ctx)
     elif path.is_dir():
-        newest = checkpoint.newest(path / CHECKPOINTS, notify, world)
+        newest = checkpoint.newest(path / CHECKPOINTS, notify, dist_ctx)
         if newest is None:
             raise CheckpointError(f"{path}: no checkpoint in it; give a run folder such as runs/angpt-nano")
         found = newest

@@ -27,7 +27,7 @@ from antransformer.training.distributed.parallel import (
     DistributedContext,
     full_tensor,
     make_model,
-    share_gradients,
+    set_gradient_sync,
 )
 from antransformer.training.optimizer import make_optimizer
 from antransformer.training.run_folder import CHECKPOINTS, open_checkpoint, run_folder_of
@@ -71,7 +71,7 @@ class Trainer:
         folder: the run folder, laid out by ``run.create``.
         reporter: hears of progress.
         resume: go on from the newest whole checkpoint in the folder, if there is one.
-        world: the processes that train together; the first of them writes.
+        dist_ctx: the processes that train together; the first of them writes.
 
     Raises:
         ConfigError: no such device, or the processes can not share a batch evenly.
@@ -86,26 +86,28 @@ class Trainer:
         folder: Path,
         reporter: Reporter,
         resume: bool = False,
-        world: DistributedContext = SINGLE_PROCESS,
+        dist_ctx: DistributedContext = SINGLE_PROCESS,
     ) -> None:
         check_data(config, dataset)
-        self.world = world = replace(world, tensor=config.tensor_parallel, timeout=config.timeout)
+        self.dist_ctx = dist_ctx = replace(dist_ctx, tensor_parallel=config.tensor_parallel, timeout=config.timeout)
         self.config, self.dataset, self.folder, self.reporter = config, dataset, folder, reporter
         windows = ShuffledWindows(dataset.split("train"), config.model.context, config.seed)
-        self.batches = Prefetcher(windows, config.batch_size, world.data_rank, world.data_size)
+        self.batches = Prefetcher(windows, config.batch_size, dist_ctx.data_parallel_rank, dist_ctx.data_parallel_size)
         self.validation = dataset.split("val")
-        self.device = choose_device(config.device, world.local_rank, world.local_size)
+        self.device = choose_device(config.device, dist_ctx.local_rank, dist_ctx.local_world_size)
         self.precision = choose_precision(config.precision, self.device)
         torch.manual_seed(config.seed)
-        self.model = make_model(config, world, self.device, self.precision)
+        self.model = make_model(config, dist_ctx, self.device, self.precision)
         if config.precision == "fp8" and self.device.type == "cpu":
             reporter.note("fp8 is simulated on a CPU: its rounding is that of a GPU, its speed is not")
         self.optimizer = make_optimizer(self.model, config)
         bind(self.model, self.optimizer)
         self.loss: Callable[[Tensor, Tensor], Tensor] = (
-            torch.compile(self.model.loss) if config.compile and world.size == 1 else self.model.loss
+            torch.compile(self.model.loss) if config.compile and dist_ctx.world_size == 1 else self.model.loss
         )
-        self.writer = checkpoint.Writer(folder / CHECKPOINTS, config.keep_checkpoints, config.keep_every, world)
+        self.writer = checkpoint.CheckpointWriter(
+            folder / CHECKPOINTS, config.keep_checkpoints, config.keep_every, dist_ctx
+        )
         self.done, self.seconds = 0, 0.0  # completed steps; time spent in them
         self.skipped = 0  # of the steps, those that changed nothing
         if resume:
@@ -116,7 +118,7 @@ class Trainer:
         self.flops_per_step = throughput.flops_per_token(config.model) * config.batch_tokens
 
     def _resume(self) -> None:
-        found = checkpoint.newest(self.folder / CHECKPOINTS, self.reporter.note, self.world)
+        found = checkpoint.newest(self.folder / CHECKPOINTS, self.reporter.note, self.dist_ctx)
         if found is None:
             self.reporter.note(f"{self.folder}: no checkpoint yet, starting from step 0")
             return
@@ -148,7 +150,7 @@ class Trainer:
         self.reporter.note(f"resuming from {found.path}")
 
     def _start_from(self, init: Path) -> None:
-        found, tokenizer = open_checkpoint(init, self.reporter.note, self.world)
+        found, tokenizer = open_checkpoint(init, self.reporter.note, self.dist_ctx)
         if found.model != self.config.model:
             raise CheckpointError(f"{found.path}: of another model than the settings describe")
         if tokenizer.vocabulary() != self.dataset.tokenizer().vocabulary():
@@ -170,8 +172,8 @@ class Trainer:
             DivergedError: the loss, a gradient or a weight is not finite.
             WriteError, MachineError: a checkpoint, or the metrics, could not be written.
         """
-        config, world = self.config, self.world
-        log = None if world.rank else metrics.MetricsLog(self.folder, self.done, config.tensorboard)
+        config, dist_ctx = self.config, self.dist_ctx
+        log = None if dist_ctx.rank else metrics.MetricsLog(self.folder, self.done, config.tensorboard)
         pending: list[tuple[Tensor, Tensor]] = []  # not looked at yet: looking waits for the device
         started, counted = time.perf_counter(), self.done
         line: dict[str, Any] = {}
@@ -189,7 +191,7 @@ class Trainer:
                     received = (
                         0
                         if last
-                        else world.all_reduce_max(CHECKPOINT_FAILED if self.writer.failed() else stop.received or 0)
+                        else dist_ctx.all_reduce_max(CHECKPOINT_FAILED if self.writer.failed() else stop.received or 0)
                     )
                     if received == CHECKPOINT_FAILED:
                         self.writer.wait()
@@ -242,7 +244,7 @@ class Trainer:
         parts = list(zip(*(tokens.split(config.micro_batch_size) for tokens in batch), strict=True))
         total = torch.zeros((), device=self.device)
         for number, (part, target) in enumerate(parts, start=1):
-            share_gradients(self.model, number == len(parts))
+            set_gradient_sync(self.model, number == len(parts))
             with autocast(self.device, self.precision):
                 loss = self.loss(self._to_device(part), self._to_device(target)) * (len(part) / len(batch[0]))
             loss.backward()
@@ -268,7 +270,7 @@ class Trainer:
         They wait for the device to know that, as they do not where no step may be skipped.
         """
         finite = bool(torch.stack([loss, grad_norm]).isfinite().all())
-        if not self.world.all_reduce_max(not finite):
+        if not self.dist_ctx.all_reduce_max(not finite):
             return False
         allowed = self.config.max_skipped_steps
         if self.skipped == allowed:
@@ -280,8 +282,8 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Validation loss in nats per token, and in bits per byte of the text."""
-        world, context = self.world, self.config.model.context
-        rank, size = world.data_rank, world.data_size
+        dist_ctx, context = self.dist_ctx, self.config.model.context
+        rank, size = dist_ctx.data_parallel_rank, dist_ctx.data_parallel_size
         total, count = torch.zeros((), dtype=torch.float64), 0
         batches = eval_batches(self.validation, context, self.config.micro_batch_size * size, self.config.eval_tokens)
         for tokens, targets in batches:
@@ -291,7 +293,7 @@ class Trainer:
             if rank < len(tokens):  # else it only went along: the processes compute together or not at all
                 total += loss.double().cpu() * tokens[mine].numel()
             count += tokens.numel()
-        loss_per_token = float(world.sum(total)) / (count * world.tensor)
+        loss_per_token = float(dist_ctx.all_reduce_sum(total)) / (count * dist_ctx.tensor_parallel)
         tokens_per_byte = self.validation.tokens / self.validation.bytes
         return {"val_loss": loss_per_token, "bits_per_byte": loss_per_token * tokens_per_byte / math.log(2)}
 
@@ -319,7 +321,8 @@ class Trainer:
         """
         if not pending:
             return {}
-        values = self.world.sum(torch.stack([torch.stack(pair) for pair in pending])) / self.world.size
+        local_values = torch.stack([torch.stack(pair) for pair in pending])
+        values = self.dist_ctx.all_reduce_sum(local_values) / self.dist_ctx.world_size
         for step, pair in enumerate(values.tolist(), self.done - len(pending) + 1):
             for name, value in zip(("loss", "gradient norm"), pair, strict=True):
                 if not math.isfinite(value):
@@ -335,7 +338,7 @@ class Trainer:
     def _not_finite(self, what: str) -> DivergedError:
         with contextlib.suppress(WriteError):
             self.writer.wait()
-        good = checkpoint.newest(self.folder / CHECKPOINTS, self.reporter.note, self.world)
+        good = checkpoint.newest(self.folder / CHECKPOINTS, self.reporter.note, self.dist_ctx)
         return DivergedError(
             f"{what}; last good checkpoint: {good.path if good else 'none yet'}; try a lower --lr, or another --seed"
         )

@@ -1,8 +1,8 @@
 """Sharded tensors in safetensors files: each rank writes some shards and reads the shards that it holds.
 
-The format is that of torch's ``HuggingFaceStorageWriter``. The header of a file of shards gives the offsets of each shard
-in its tensor. A file without them has complete tensors. torch.distributed.checkpoint plans which slices are read, so
-a model can be loaded under another sharding than it was saved with, and no rank reads more than it holds.
+The format is the one of torch's ``HuggingFaceStorageWriter``. The header of a file of shards gives the offsets of each
+shard in its tensor. A file without them has complete tensors. torch.distributed.checkpoint plans which slices are read,
+so a model can be loaded under another sharding than it was saved with, and no rank reads more than it holds.
 """
 
 import contextlib
@@ -38,8 +38,8 @@ Box = tuple[tuple[int, int], ...]  # (offset, length) of a shard on each axis of
 class LocalShards:
     """Host copies of the shards that this rank writes.
 
-    A shard held by several ranks is written by one of them, chosen round-robin. Plain tensors, which all ranks hold, are
-    written by rank 0.
+    A shard held by several ranks is written by one of them, chosen round-robin. Plain tensors, which all ranks hold,
+    are written by rank 0.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], rank: int = 0) -> None:
@@ -76,7 +76,7 @@ class LocalShards:
 def _is_writer(value: DTensor, index: int) -> bool:
     """Return whether this rank writes its shard of the ``index``-th tensor.
 
-    Ranks that differ only along replicated mesh axes hold the same shard. They take turns by tensor, so that each writes
+    Ranks that differ only along replicated mesh axes hold the same shard. They take turns by tensor, so that all write
     about as many bytes.
     """
     holders, position = 1, 0

@@ -133,15 +133,18 @@ def estimate_memory(config: ModelConfig, layout: Layout, precision: torch.dtype)
     gathered = stream_bytes * root / tensor_parallel if distributed else 0.0
     tokens = layout.micro_batch_size * config.context
     block_input, in_block = tokens * config.width * stream_bytes, block_saved.of_tokens(tokens, tensor_parallel)
-    fixed, head_fixed = block_saved.fixed / tensor_parallel, head_saved.fixed / tensor_parallel
+    of_loss = head_saved.of_tokens(tokens, tensor_parallel) + loss_workspace(config, tokens, precision, tensor_parallel)
+    weight_copies = head_saved.fixed / tensor_parallel
+    if not layout.checkpointing:
+        weight_copies += config.layers * block_saved.fixed / tensor_parallel
     at_loss = Memory(
         parameters=parameters,
         gradients=accumulated,
         optimizer=2 * parameters,
-        weight_copies=head_fixed + (0.0 if layout.checkpointing else config.layers * block_saved.fixed / tensor_parallel),
+        weight_copies=weight_copies,
         gathered=gathered,
         activations=config.layers * (block_input if layout.checkpointing else in_block),
-        logits=head_saved.of_tokens(tokens, tensor_parallel) + loss_workspace(config, tokens, precision, tensor_parallel),
+        logits=of_loss,
     )
     # One block in progress, the next one prefetched; its gradients as computed and as they are reduced.
     in_progress = (stream_bytes * (root + 3 * block) + FLOAT32_BYTES * block) / tensor_parallel if distributed else 0.0
@@ -151,7 +154,7 @@ def estimate_memory(config: ModelConfig, layout: Layout, precision: torch.dtype)
         parameters=parameters,
         gradients=accumulated or reduced,
         optimizer=2 * parameters,
-        weight_copies=fixed,
+        weight_copies=block_saved.fixed / tensor_parallel,
         gathered=gathered + in_progress,
         activations=in_block + block_input,
         logits=0.0,

@@ -1,8 +1,8 @@
 """Finds out which ranks are dead or hung after a collective operation fails.
 
 A collective fails at once on the ranks next to a dead one, and after ``--timeout`` when a rank hangs. The exception of
-the failed collective does not say which rank caused it. So every healthy rank reports to torchrun's key-value store, and
-the error names the ranks that did not.
+the failed collective does not tell which rank caused it. So every healthy rank reports to torchrun's key-value store,
+and the error names the ranks that did not.
 """
 
 import contextlib

@@ -2,8 +2,8 @@
 
 The layout is that of arXiv:1909.08053. Projections that read the residual stream (qkv, up, gate) are split by rows, so
 each rank computes its own heads and hidden coordinates. Projections that write to it (out, down) are split by columns,
-and their outputs are summed over the ranks. Embedding and head are split by rows, that is, by token. The residual stream
-itself is replicated.
+and their outputs are summed over the ranks. Embedding and head are split by rows, that is, by token. The residual
+stream itself is replicated.
 
 Weights are DTensors, so bounds, optimizer and checkpoints know their layout. The forward pass computes with the local
 shards as plain tensors. It communicates at the end of a sublayer, and in the backward pass at its beginning.
@@ -28,7 +28,7 @@ from antransformer.models.registry import get
 def apply_tensor_parallel(model: Decoder, mesh: DeviceMesh) -> None:
     """Split a model on the meta device over a one-dimensional mesh, in place.
 
-    Arguments and result of ``loss`` stay the same. ``forward`` returns the logits of this rank's part of the vocabulary.
+    Arguments and result of ``loss`` stay the same. ``forward`` returns only the logits of this rank's tokens.
     """
     # Gathering a weight that two mesh axes split takes two collectives, of which DTensor warns. Only checkpoints do it.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
