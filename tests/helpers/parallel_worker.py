@@ -1,4 +1,4 @@
-"""What the tests of parallelism start with torchrun: one run after the other, as each of its processes.
+"""Script that tests start with torchrun: every rank trains the named cases, one after the other.
 
 python -m torch.distributed.run --nproc-per-node N tests/helpers/parallel_worker.py CORPUS FOLDER NAME...
 """
@@ -33,17 +33,22 @@ from antransformer.training.config import resolve_config
 from antransformer.training.distributed import parallel
 from antransformer.training.trainer import Trainer
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # started as a script, in a process of its own
+sys.path.insert(0, str(Path(__file__).parent.parent))  # a script does not have tests/ on its path
 
 from helpers.messages import mentions
 from helpers.small import SMALL, Notes, Watch, local
 
 ARCHITECTURES = ("angpt", "gpt+", "ngpt")
-SPLIT = ("angpt", "gpt+")
+TENSOR_PARALLEL = ("angpt", "gpt+")
 CASES = {
-    f"{a}-{way}": {"parallel": way, "model": {"architecture": a}} for a in ARCHITECTURES for way in ("ddp", "fsdp")
+    f"{name}-{strategy}": {"parallel": strategy, "model": {"architecture": name}}
+    for name in ARCHITECTURES
+    for strategy in ("ddp", "fsdp")
 }
-CASES |= {f"{a}-tensor": {"parallel": "fsdp", "tensor_parallel": 2, "model": {"architecture": a}} for a in SPLIT}
+CASES |= {
+    f"{name}-tensor": {"parallel": "fsdp", "tensor_parallel": 2, "model": {"architecture": name}}
+    for name in TENSOR_PARALLEL
+}
 CASES |= {
     "accumulated": {"parallel": "fsdp", "micro_batch_size": 1},
     "recomputed": {"parallel": "fsdp", "activation_checkpointing": True},
@@ -60,10 +65,12 @@ CASES |= {
     "skipped": {"parallel": "fsdp", "max_skipped_steps": 2},
     "clipped": {"parallel": "fsdp", "grad_clip": 0.05},
 }
-# Those that need four processes, or that time is left for there only.
-MORE = {f"{a}-hsdp": {"parallel": "hsdp", "model": {"architecture": a}} for a in ARCHITECTURES}
-MORE |= {f"{a}-tensor-ddp": {"tensor_parallel": 2, "model": {"architecture": a}} for a in SPLIT}
-MORE |= {
+# Cases that need four processes, or are left to the slow tests with four processes to save time.
+FOUR_PROCESS_CASES = {f"{name}-hsdp": {"parallel": "hsdp", "model": {"architecture": name}} for name in ARCHITECTURES}
+FOUR_PROCESS_CASES |= {
+    f"{name}-tensor-ddp": {"tensor_parallel": 2, "model": {"architecture": name}} for name in TENSOR_PARALLEL
+}
+FOUR_PROCESS_CASES |= {
     "tensor-hsdp": {"parallel": "hsdp", "tensor_parallel": 2},
     "tensor-accumulated": {"parallel": "fsdp", "tensor_parallel": 2, "micro_batch_size": 1},
     "tensor-recomputed": {"parallel": "fsdp", "tensor_parallel": 2, "activation_checkpointing": True},
@@ -73,130 +80,132 @@ MORE |= {
 
 
 def config_of(corpus, name):
-    """Settings of a case: 20 steps of 8 windows."""
-    case = (CASES | MORE)[name]
+    """Return the settings of a case: 20 steps of 8 windows."""
+    case = (CASES | FOUR_PROCESS_CASES)[name]
     base = {"data": str(corpus), "batch_tokens": 256, "tokens": 256 * 20, "log_every": 1, "eval_tokens": 2048}
     model = {**SMALL, **case.get("model", {})}
     return resolve_config({**base, "lr": 5e-3, "checkpoint_every": 10, "eval_every": 10, **case, "model": model}, 257)
 
 
 def main(corpus, folder, names):
-    with parallel.join() as world:
+    with parallel.init_distributed() as dist_ctx:
         torch.set_num_threads(1)
-        check_own_loops(world)
+        check_user_loops(dist_ctx)
         for name in names:
             dataset, resume = Dataset.open(corpus), (folder / name / "config.yaml").exists()
-            world.barrier()
+            dist_ctx.barrier()
             config = run.resumed_config(folder / name, {}) if resume else config_of(corpus, name)
-            trainer = Trainer(config, dataset, folder / name, Notes(), resume, world)
+            trainer = Trainer(config, dataset, folder / name, Notes(), resume, dist_ctx)
             if not resume:
                 check_start(trainer)
-                with world.rank_0_first():
-                    if world.rank == 0:
+                with dist_ctx.rank_0_first():
+                    if dist_ctx.rank == 0:
                         run.create_run_folder(folder / name, config, dataset)
-            if trainer.world.rank % config.tensor_parallel == 0:
+            if trainer.dist_ctx.rank % config.tensor_parallel == 0:
                 record_windows(trainer)
             if name != "broken":
                 trainer.optimizer.register_step_post_hook(lambda *_, trainer=trainer: check_bounds(trainer))
             if name in FAILURES:
-                fail_on_the_last_rank(trainer, world, name)
+                fail_on_the_last_rank(trainer, dist_ctx, name)
             elif name == "skipped":
-                skip_on_the_last_rank(trainer, world)
+                skip_on_the_last_rank(trainer, dist_ctx)
             else:
                 trainer.run()
-                check_traffic(trainer)
+                check_collectives(trainer)
         for name in ("angpt-fsdp", "angpt-tensor"):
             if name in names:
-                check_init(corpus, folder / name, world)
+                check_init(corpus, folder / name, dist_ctx)
 
 
 def record_windows(trainer):
-    """Of each step, the windows of which this process makes a share of the batch, a line each in the run folder."""
-    place = trainer.folder / f"windows-{trainer.world.size}-{trainer.world.rank}.jsonl"
-    windows, use = trainer.batches.windows, trainer.batches.batch
+    """Write the window numbers in this rank's share of each batch to a file in the run folder, one line per step."""
+    dist_ctx = trainer.dist_ctx
+    log = trainer.folder / f"windows-{dist_ctx.world_size}-{dist_ctx.rank}.jsonl"
+    windows, batch_of = trainer.batches.windows, trainer.batches.batch
 
     def recorded(step):
-        numbers, other = [], copy.copy(windows)
-        other.gather = numbers.extend
-        other.batch(step, trainer.config.batch_size, trainer.world.data_rank, trainer.world.data_size)
-        with place.open("a") as file:
+        # A copy whose last stage collects the numbers instead of reading the windows.
+        numbers, recorder = [], copy.copy(windows)
+        recorder.gather = numbers.extend
+        recorder.batch(step, trainer.config.batch_size, dist_ctx.data_parallel_rank, dist_ctx.data_parallel_size)
+        with log.open("a") as file:
             file.write(json.dumps([step + 1, [int(number) for number in numbers]]) + "\n")
-        batch = use(step)
+        batch = batch_of(step)
         assert all(torch.equal(*pair) for pair in zip(batch, windows.gather(np.array(numbers)), strict=True))
         return batch
 
     trainer.batches.batch = recorded
 
 
-def check_init(corpus, source, world):
-    """A run of several processes that starts from the weights of another such run has these weights."""
+def check_init(corpus, source, dist_ctx):
+    """A run with --init has the weights of the run that it starts from, with both sharded."""
     config = replace(config_of(corpus, "gpt+-fsdp"), init=str(source), model=config_of(corpus, source.name).model)
-    started = Trainer(config, Dataset.open(corpus), source.with_name("new"), Notes(), world=world).model.state_dict()
+    trainer = Trainer(config, Dataset.open(corpus), source.with_name("new"), Notes(), dist_ctx=dist_ctx)
     saved = checkpoint.restore(checkpoint.newest(source / "checkpoints", print), torch.device("cpu")).state_dict()
-    for name, value in started.items():
+    for name, value in trainer.model.state_dict().items():
         assert torch.equal(parallel.full_tensor(value), saved[name]), name
 
 
-def check_own_loops(world):
-    """``bind`` without our trainer: torch's DDP, FSDP2 on one of our models and on one of the user's own blocks."""
+def check_user_loops(dist_ctx):
+    """Check ``bind`` in a user's own training loop: DDP and FSDP2 on our models, FSDP2 on blocks of the library."""
     torch.manual_seed(0)
-    own = nn.Sequential(Embedding(50, 64), EncoderBlock(Attention(64, heads=2, causal=True), MLP(64)), Head(64, 50))
+    blocks = nn.Sequential(Embedding(50, 64), EncoderBlock(Attention(64, heads=2, causal=True), MLP(64)), Head(64, 50))
     for architecture in ("angpt", "ngpt"):
         model = build(ModelConfig(vocab_size=50, **SMALL, architecture=architecture))
-        check_own_loop(world, DistributedDataParallel(model))
-        check_own_loop(world, fully_shard(copy.deepcopy(model)))
-    check_own_loop(world, fully_shard(own))
+        check_user_loop(dist_ctx, DistributedDataParallel(model))
+        check_user_loop(dist_ctx, fully_shard(copy.deepcopy(model)))
+    check_user_loop(dist_ctx, fully_shard(blocks))
 
 
-def check_own_loop(world, model):
-    """Bounds hold after every step, on every process, and what replicated weights there are stay the same on all."""
+def check_user_loop(dist_ctx, model):
+    """Bounds hold after every step on every rank, and replicated weights stay equal on all."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
     watch = Watch(model, optimizer)
     for step in range(3):
-        tokens = torch.randint(0, 50, (4, 17), generator=torch.Generator().manual_seed(10 * step + world.rank))
+        tokens = torch.randint(0, 50, (4, 17), generator=torch.Generator().manual_seed(10 * step + dist_ctx.rank))
         torch.nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).backward()
         optimizer.step()
         optimizer.zero_grad()
     assert watch.steps == 3 and len(watch.bounds) >= 9
     for bound in watch.bounds:
-        first = bound.parameter.detach().clone()
-        if first is local(first):
-            dist.broadcast(first, 0)
-            assert torch.equal(bound.parameter, first)
+        of_rank_0 = bound.parameter.detach().clone()
+        if of_rank_0 is local(of_rank_0):  # replicated
+            dist.broadcast(of_rank_0, 0)
+            assert torch.equal(bound.parameter, of_rank_0)
 
 
 def check_start(trainer):
-    """The weights are those of a single process, but for the rounding of norms, and shared where they should be."""
+    """Initial weights equal those of a single process up to rounding, and are sharded as configured."""
     torch.manual_seed(trainer.config.seed)
-    alone = build(trainer.config.model).state_dict()
+    single = build(trainer.config.model).state_dict()
     for name, value in trainer.model.state_dict().items():
-        torch.testing.assert_close(parallel.full_tensor(value), alone[name], rtol=1e-6, atol=0)
-    whole = trainer.config.parallel == "ddp" and trainer.config.tensor_parallel == 1
+        torch.testing.assert_close(parallel.full_tensor(value), single[name], rtol=1e-6, atol=0)
+    replicated = trainer.config.parallel == "ddp" and trainer.config.tensor_parallel == 1
     weight = trainer.model.embedding.weight
-    assert (weight.to_local().shape == weight.shape) == whole
+    assert (weight.to_local().shape == weight.shape) == replicated
 
 
 def check_bounds(trainer):
-    """After every step they hold for every row on this rank."""
+    """Every row on this rank is within its bound."""
     for bound in trainer.model.bounds():
         lengths = norms(bound).to_local()
         assert lengths.numel() == 0 or lengths.max() <= 1 + 1e-6, bound.name
 
 
-def check_traffic(trainer):
-    """Bounds of rows need none but where their columns are split, and accumulated gradients go out once."""
-    with CommDebugMode() as traffic:
+def check_collectives(trainer):
+    """Bounds of rows communicate only where columns are split; accumulated gradients are reduced once per step."""
+    with CommDebugMode() as collectives:
         project_(bound for bound in trainer.model.bounds() if bound.axis == 1)
-    split = trainer.config.tensor_parallel > 1 and trainer.model.bounds()
-    assert traffic.get_total_counts() == (2 * trainer.config.model.layers if split else 0)
+    columns_split = trainer.config.tensor_parallel > 1 and trainer.model.bounds()
+    assert collectives.get_total_counts() == (2 * trainer.config.model.layers if columns_split else 0)
     if trainer.config.micro_batch_size < trainer.config.batch_size // 2 and trainer.config.parallel == "fsdp":
-        with Sums() as sums:
+        with ReduceScatterCounter() as counter:
             trainer.update(trainer.done)
-        assert sums.count == trainer.config.model.layers + 1
+        assert counter.count == trainer.config.model.layers + 1
 
 
-class Sums(TorchDispatchMode):
-    """Counts the messages that add up gradients and leave each rank its share."""
+class ReduceScatterCounter(TorchDispatchMode):
+    """Counts reduce-scatters, with which FSDP reduces gradients."""
 
     count = 0
 
@@ -213,12 +222,12 @@ FAILURES = {
 }
 
 
-def fail_on_the_last_rank(trainer, world, name):
-    """After 7 steps the last rank alone gets a gradient that is no number, a signal, or a full disk; all must end."""
+def fail_on_the_last_rank(trainer, dist_ctx, name):
+    """After 7 steps the last rank alone gets a NaN, a full disk or a signal: all ranks must end at the same step."""
     update, start = trainer.update, trainer.done
 
     def disturbed(step):
-        if step == start + 7 and world.rank == world.size - 1:
+        if step == start + 7 and dist_ctx.rank == dist_ctx.world_size - 1:
             if name == "broken":
                 trainer.model.embedding.register_forward_hook(lambda _module, _inputs, output: output * float("nan"))
             elif name == "unwritten":
@@ -233,16 +242,15 @@ def fail_on_the_last_rank(trainer, world, name):
         trainer.run()
     except FAILURES[name] as error:
         if name == "unwritten":
-            assert mentions(str(error), *f"10 {trainer.folder / 'checkpoints'} {os.strerror(errno.ENOSPC)}".split()), (
-                error
-            )
+            facts = f"10 {trainer.folder / 'checkpoints'} {os.strerror(errno.ENOSPC)}"
+            assert mentions(str(error), *facts.split()), error
             assert "step-" not in str(error), error  # no earlier checkpoint
             assert 10 <= trainer.done < 20
         else:
-            assert mentions(str(error), *(str(start + 7)).split()), error
+            assert mentions(str(error), str(start + 7)), error
             assert trainer.done == start + 7
     else:
-        raise AssertionError("the run went on")
+        raise AssertionError("the run did not end")
     finally:
         checkpoint.LocalShards.write = write
 
@@ -251,18 +259,18 @@ def full_disk(*_):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def skip_on_the_last_rank(trainer, world):
-    """At step 7 the last rank alone has a loss that is no number: all leave the step out."""
+def skip_on_the_last_rank(trainer, dist_ctx):
+    """At step 7 the last rank alone has a NaN loss: all ranks skip the step."""
     loss, update = trainer.loss, trainer.update
 
     def disturbed(step):
-        spoilt = step == 7 and world.rank == world.size - 1
-        trainer.loss = (lambda *batch: loss(*batch) * float("nan")) if spoilt else loss
+        spoiled = step == 7 and dist_ctx.rank == dist_ctx.world_size - 1
+        trainer.loss = (lambda *batch: loss(*batch) * float("nan")) if spoiled else loss
         before = state(trainer)
-        found = update(step)
-        kept = all(name in before and torch.equal(value, before[name]) for name, value in state(trainer).items())
-        assert kept == (not found) == (step == 7), step
-        return found
+        losses = update(step)
+        unchanged = all(name in before and torch.equal(value, before[name]) for name, value in state(trainer).items())
+        assert unchanged == (not losses) == (step == 7), step
+        return losses
 
     trainer.update = disturbed
     trainer.run()
@@ -270,11 +278,11 @@ def skip_on_the_last_rank(trainer, world):
 
 
 def state(trainer):
-    """Copies of this rank's weights and moments."""
-    found = dict(trainer.model.named_parameters())
+    """Return copies of this rank's weights and moments."""
+    tensors = dict(trainer.model.named_parameters())
     for number, moments in enumerate(trainer.optimizer.state.values()):
-        found |= {f"{number}.{name}": value for name, value in moments.items()}
-    return {name: getattr(value, "_local_tensor", value).detach().clone() for name, value in found.items()}
+        tensors |= {f"{number}.{name}": value for name, value in moments.items()}
+    return {name: getattr(value, "_local_tensor", value).detach().clone() for name, value in tensors.items()}
 
 
 if __name__ == "__main__":
