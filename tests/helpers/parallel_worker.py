@@ -175,7 +175,7 @@ def check_user_loop(dist_ctx, model):
 
 
 def check_start(trainer):
-    """Initial weights equal those of a single process up to rounding, and are sharded as configured."""
+    """Initial weights are the same as in a single process up to rounding, and are sharded as configured."""
     torch.manual_seed(trainer.config.seed)
     single = build(trainer.config.model).state_dict()
     for name, value in trainer.model.state_dict().items():

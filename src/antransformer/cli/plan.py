@@ -58,9 +58,7 @@ def add_arguments(parser: Parser) -> None:
     )
     group.add_argument("--context", metavar="N", help="sequence length in tokens (default 2048)")
     group.add_argument("--vocab-size", metavar="N", help=f"size of the vocabulary (default {PAPER_VOCABULARY})")
-    group.add_argument(
-        "--fits", type=Path, metavar="FILE", help="your scaling laws (antransformer fit --json FILE)"
-    )
+    group.add_argument("--fits", type=Path, metavar="FILE", help="your scaling laws (antransformer fit --json FILE)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the config to FILE (default: print it)")
 
 

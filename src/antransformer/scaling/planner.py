@@ -168,9 +168,12 @@ def plan_for_flops(
 def plan_for_hours(
     hours: float, template: ModelConfig, cluster: Cluster, file: LawFile, mfu: float | None = None
 ) -> Plan:
-    """Plan the compute-optimal model size for a number of hours; other arguments and errors as ``plan_for_flops``."""
+    """Plan the compute-optimal model size for a number of hours.
+
+    Other arguments and errors are the same as in ``plan_for_flops``.
+    """
     flops = cluster.peak_flops * (mfu or throughput.ASSUMED_MFU) * hours * 3600
-    # MFU and operations per token depend on the size, and the size on both: iterate. Four rounds converge.
+    # MFU and operations per token depend on the size, and the size depends on both: iterate.
     for _ in range(4):
         plan = plan_for_flops(flops, template, cluster, file, mfu)
         flops *= hours / plan.hours
@@ -262,7 +265,7 @@ def _value_and_source(name: str, parameters: int, architecture: str, laws: Laws 
 
 
 def _uses_small_default(name: str, parameters: int, laws: Laws | None) -> bool:
-    """Return whether the model is smaller than those of the paper's laws, and no given law replaces them."""
+    """Return whether the model is too small for the paper's laws, and no given law replaces them."""
     return parameters < defaults.FITTED_PARAMETERS[0] and not (laws and name in laws.powers)
 
 
@@ -381,7 +384,7 @@ def default_laws(architecture: str, compute: float | None) -> LawFile:
     """Return the shipped laws that were measured nearest to ``compute`` FLOPs.
 
     Raises:
-        ConfigError: there are none for the architecture.
+        ConfigError: no shipped file covers the architecture.
     """
     file = nearest_shipped(architecture, compute)
     if file is None:

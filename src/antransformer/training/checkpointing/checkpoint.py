@@ -87,7 +87,7 @@ class CheckpointWriter:
         dist_ctx: DistributedContext = SINGLE_PROCESS,
     ) -> None:
         self.folder, self.keep, self.keep_every = folder, keep, keep_every
-        # The thread's collectives must not mix with those of the training loop.
+        # The thread's collectives must not mix with collectives of the training loop.
         self.dist_ctx = dist_ctx.with_new_group()
         self._pending: concurrent.futures.Future[None] | None = None
         self._thread: Thread | None = None

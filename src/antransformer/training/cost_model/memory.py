@@ -130,6 +130,7 @@ def estimate_memory(config: ModelConfig, layout: Layout, precision: torch.dtype)
     # FSDP keeps unsharded gradients until the last micro batch, since only that one reduces them.
     unsharded = FLOAT32_BYTES * (blocks + root) / tensor_parallel if distributed else parameters
     accumulated = unsharded if layout.grad_accum_steps > 1 else 0.0
+    # FSDP's root module, with embedding and head, stays gathered for the whole step.
     gathered = stream_bytes * root / tensor_parallel if distributed else 0.0
     tokens = layout.micro_batch_size * config.context
     block_input, in_block = tokens * config.width * stream_bytes, block_saved.of_tokens(tokens, tensor_parallel)
@@ -137,6 +138,7 @@ def estimate_memory(config: ModelConfig, layout: Layout, precision: torch.dtype)
     weight_copies = head_saved.fixed / tensor_parallel
     if not layout.checkpointing:
         weight_copies += config.layers * block_saved.fixed / tensor_parallel
+    # At the loss the activations of all blocks are saved, with checkpointing only their inputs.
     at_loss = Memory(
         parameters=parameters,
         gradients=accumulated,
@@ -148,8 +150,9 @@ def estimate_memory(config: ModelConfig, layout: Layout, precision: torch.dtype)
     )
     # One block in progress, the next one prefetched; its gradients as computed and as they are reduced.
     in_progress = (stream_bytes * (root + 3 * block) + FLOAT32_BYTES * block) / tensor_parallel if distributed else 0.0
-    # On one device the gradient of the embedding, which comes last, stands in for the workspace of the backward pass.
+    # On one device the gradient of the embedding, which comes last, represents the workspace of the backward pass.
     reduced = FLOAT32_BYTES * blocks / (tensor_parallel * layout.shards) if distributed else parameters
+    # At the end one block's activations are left, saved or recomputed, and all gradients have been computed.
     at_end = Memory(
         parameters=parameters,
         gradients=accumulated or reduced,
@@ -238,7 +241,7 @@ def _saved_bytes(module: nn.Module, inputs: tuple[Tensor, Any], dtype: torch.dty
         name: torch.empty(parameter.shape, dtype=dtype, requires_grad=True)
         for name, parameter in module.named_parameters()
     }
-    # Identified by storage, because views share the memory of their base.
+    # Identified by storage, because views share the memory of their base. Counted once, though several nodes save it.
     weight_storages = {weight.untyped_storage()._cdata for weight in weights.values()}
     saved: dict[int, Tensor] = {}
 

@@ -249,7 +249,7 @@ def make_mesh(strategy: str, dist_ctx: DistributedContext, device: torch.device)
 
 
 def set_timeouts(mesh: DeviceMesh, seconds: int) -> None:
-    """Let collectives fail after ``seconds``, those of the mesh on GPUs after twice that.
+    """Let collectives fail after ``seconds``; GPU collectives of the mesh after twice that time.
 
     Until this call torch's default of 30 minutes holds, because ranks wait while rank 0 prepares data.
     """
@@ -289,7 +289,7 @@ def set_gradient_sync(model: Decoder, enabled: bool) -> None:
 
 
 class ReplicatedInitMode(TorchDispatchMode):
-    """Makes random initialization of sharded parameters equal to that of a single process.
+    """Makes random initialization of sharded parameters the same as in a single process.
 
     Every rank draws the full tensor on the CPU, one parameter at a time, and keeps its shard.
     """
