@@ -32,7 +32,6 @@ from antransformer.diagnostics.diagnose import (
 )
 from antransformer.diagnostics.figure import diagnosis_figure
 from antransformer.errors import MissingExtraError
-from antransformer.reporting.loss_curve import FIGURE_FORMATS
 from antransformer.training.checkpointing.checkpoint import restore
 from antransformer.training.config import Count, convert
 from antransformer.training.device import choose_device
@@ -40,6 +39,7 @@ from antransformer.training.run_folder import open_checkpoint, saved_settings
 
 USAGE = "antransformer diagnose --checkpoint RUN [options]"
 TOKENS = 16_384
+FIGURE_FORMATS = (".png", ".pdf", ".svg")
 
 
 def add_arguments(parser: Parser) -> None:

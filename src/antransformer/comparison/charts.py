@@ -14,13 +14,13 @@ from antransformer.reporting.figure import (
     PAPER,
     Chart,
     budget_ticks,
+    integer_ticks,
     legend,
     log_ticks,
     mark_diverged,
     new_figure,
     styled,
     token_axis,
-    whole_ticks,
 )
 from antransformer.reporting.labels import (
     SeriesStyle,
@@ -244,7 +244,7 @@ def residual_by_layer(results: Results, logs: Mapping[str, Lines]) -> Chart:
     for axes, title in zip(panels, ("start", "middle", "end"), strict=True):
         axes.set_title(title)
         axes.set_yscale("log")
-        whole_ticks(axes.xaxis)
+        integer_ticks(axes.xaxis)
     log_ticks(panels[0].yaxis)
     panels[0].set(ylabel="norm of the residual stream")
     panels[1].set(xlabel="after block (0: embedding)")

@@ -14,8 +14,8 @@ from antransformer.comparison.charts import Lines
 from antransformer.comparison.findings import PairwiseSpeedup, final_difference, significant, variant_differences
 from antransformer.comparison.statistics import Difference, holm, sensitivity
 from antransformer.comparison.summary import METHOD, diverged_in_words, method, p_in_words, seeds_in_words, summary
-from antransformer.reporting.html import Section, how_section, save, table, value_in_words
-from antransformer.reporting.labels import display_name, format_count, style_of
+from antransformer.reporting.html import Section, method_section, save, table
+from antransformer.reporting.labels import display_name, format_count, format_value, style_of
 from antransformer.results.comparison import Results, Variant
 from antransformer.training.metrics import read_metrics
 
@@ -52,7 +52,7 @@ def _comparison(results: Results, folder: Path) -> list[Section]:
         _curve_section(results, folder),
         _inside_section(results, folder),
         Section("All numbers", _all_numbers(results)),
-        how_section(results.setup, _rules(results)),
+        method_section(results.setup, _rules(results)),
     ]
 
 
@@ -107,7 +107,7 @@ def _search_section(results: Results) -> Section:
     )
     rows = [row for setting in settings for item in results.variants if (row := _sensitivity_row(item, setting))]
     head = ["variant", "setting", "trials", "best", "3x too small", "3x too large"]
-    lost = table("Loss lost at a wrong setting", head, rows)
+    lost = table("Loss lost at a wrong setting", head, rows, text_columns=["setting"])
     return Section("Search for settings", above, [charts.search(results, setting) for setting in settings], lost)
 
 
@@ -189,14 +189,14 @@ def _all_numbers(results: Results) -> str:
                 _bits(variant, longest),
                 f"{variant.seconds_per_step:.4g}" if math.isfinite(variant.seconds_per_step) else "diverged",
                 diverged_in_words(variant.runs),
-                "\n".join(f"{display_name(key)} {value_in_words(value)}" for key, value in _own_settings(variant)),
+                "\n".join(f"{display_name(key)} {format_value(value)}" for key, value in _own_settings(variant)),
             ]
         )
     note = (
         "<p>Validation loss in nats per token, mean ± standard deviation over seeds. Differences are paired over "
         f"seeds, with {CONFIDENCE:.0%} intervals and p values of the paired t-test.</p>"
     )
-    return note + table("Results of every variant", head, rows)
+    return note + table("Results of every variant", head, rows, text_columns=["settings"])
 
 
 # The page of an ablation
@@ -213,7 +213,7 @@ def _ablation(results: Results) -> list[Section]:
     return [
         Section("Differences", note, [charts.forest(results, differences, known)]),
         Section("All numbers", _ablation_table(results, differences, known)),
-        how_section(results.setup, _rules(results)),
+        method_section(results.setup, _rules(results)),
     ]
 
 
@@ -236,14 +236,14 @@ def _ablation_table(results: Results, differences: Sequence[Difference], signifi
                 p_in_words(p),
                 outcome if known else "diverged" if math.isnan(difference.mean) else "not significant",
                 ", ".join(
-                    f"{display_name(key)} {value_in_words(value)}"
+                    f"{display_name(key)} {format_value(value)}"
                     for key, value in variant.settings.items()
                     if default.get(key) != value
                 ),
             ]
         )
     head = ["variant", f"loss at {format_count(longest)}", "difference", "p, corrected", "outcome", "what is changed"]
-    return table("Results of every variant", head, rows)
+    return table("Results of every variant", head, rows, text_columns=head[-2:])
 
 
 # How it was made

@@ -1,1 +1,1 @@
-"""Shared by all reports: labels, figures, HTML pages, the loss curve of a run."""
+"""Parts that all reports share: labels, figures, HTML pages, the loss curve of a run."""

@@ -1,7 +1,4 @@
-"""How the charts of a report look: colours, names of variants, axes; needs the extra ``analysis``.
-
-A variant has one colour and one marker in all charts.
-"""
+"""Matplotlib style of all charts: colours, sizes, legends, axes; needs the extra ``analysis``."""
 
 import io
 import math
@@ -12,20 +9,17 @@ from pathlib import Path
 from typing import Any, Literal, ParamSpec, Protocol
 
 from antransformer.extras import require
-from antransformer.reporting.labels import (
-    format_count,
-    style_of,
-)
+from antransformer.reporting.labels import format_count, style_of
 
-# The colours of everything but data: for a light page, and what takes their place in an SVG on a dark one.
+# Colours of everything except data on a light page, and their replacements in an SVG on a dark page.
 INK, GRID, PAPER = "#20242a", "#dde1e6", "#fdfdfe"
 DARK = {INK: "#e3e6ea", GRID: "#3a4049", PAPER: "#191c21"}
 
-SIZE = (4.7, 3.3)  # inches; text of 9 points is legible on a phone, where a chart is 340 pixels wide
+SIZE = (4.7, 3.3)  # inches; makes text of 9 points legible on a phone, where a chart is 340 pixels wide
 RC_PARAMS: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib
+    "font.family": "DejaVu Sans",  # shipped with matplotlib, so the same on every machine
     "font.size": 9.3,
-    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
+    "text.parse_math": False,  # a name may contain dollar signs
     "text.color": INK,
     "axes.labelcolor": INK,
     "axes.edgecolor": INK,
@@ -46,51 +40,52 @@ RC_PARAMS: dict[Any, Any] = {
     "figure.titlesize": 11,
     "lines.linewidth": 1.6,
     "lines.markersize": 5,
-    "svg.fonttype": "path",  # the same letters in every browser
+    "svg.fonttype": "path",  # same letters in every browser
 }
 
+# A date in the file would make equal charts differ.
 NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A picture, and what is said beside it.
+    """A figure with the texts that accompany it on the page.
 
     Attributes:
-        name: of its file, without the ending.
-        title: a few words.
-        note: how to read it.
-        alt: what it shows, in words and numbers.
-        figure: matplotlib's, without the title.
+        name: file name without its extension.
+        title: heading of a few words.
+        caption: how to read the figure.
+        alt: content of the figure in words and numbers, for screen readers.
+        figure: matplotlib figure without a title.
     """
 
     name: str
     title: str
-    note: str
+    caption: str
     alt: str
     figure: Any
 
     def svg(self) -> str:
-        """As SVG that follows the light or dark setting of the page around it."""
-        text = io.StringIO()
-        with style({"svg.hashsalt": self.name}):  # the same results give the same bytes
-            self.figure.savefig(text, format="svg", transparent=True, metadata=NO_METADATA)
-        drawn = text.getvalue()
-        drawn = drawn[drawn.index("<svg") :]
-        names = {colour: f"--c{index}" for index, colour in enumerate(DARK)}
-        for colour, name in names.items():
-            drawn = drawn.replace(colour, f"var({name})")
-        light = "".join(f"{name}:{colour};" for colour, name in names.items())
-        dark = "".join(f"{name}:{DARK[colour]};" for colour, name in names.items())
+        """SVG text that follows the light or dark setting of the browser; equal figures give equal bytes."""
+        buffer = io.StringIO()
+        with style({"svg.hashsalt": self.name}):  # ids in the file are random otherwise
+            self.figure.savefig(buffer, format="svg", transparent=True, metadata=NO_METADATA)
+        text = buffer.getvalue()
+        text = text[text.index("<svg") :]
+        variables = {colour: f"--c{index}" for index, colour in enumerate(DARK)}
+        for colour, variable in variables.items():
+            text = text.replace(colour, f"var({variable})")
+        light = "".join(f"{variable}:{colour};" for colour, variable in variables.items())
+        dark = "".join(f"{variable}:{DARK[colour]};" for colour, variable in variables.items())
         theme = f":root{{{light}}}@media (prefers-color-scheme:dark){{:root{{{dark}}}}}"
-        return drawn.replace('<style type="text/css">', f'<style type="text/css">{theme}', 1)
+        return text.replace('<style type="text/css">', f'<style type="text/css">{theme}', 1)
 
     def save_png(self, folder: Path) -> Path:
-        """Write ``folder/NAME.png``; the title goes into the figure, to stay."""
+        """Write ``folder/NAME.png`` with the title inside the figure, and return its path."""
         path = folder / f"{self.name}.png"
         with style():
-            for above in self.figure.legends:
-                above.set_title(self.title)
+            for figure_legend in self.figure.legends:  # the legend is where a suptitle would be
+                figure_legend.set_title(self.title)
             if not self.figure.legends:
                 self.figure.suptitle(self.title)
             self.figure.savefig(path, dpi=200, facecolor="white")
@@ -101,12 +96,16 @@ P = ParamSpec("P")
 
 
 def style(more: Mapping[Any, Any] | None = None) -> Any:
-    """Matplotlib's settings for our charts, as a context."""
+    """Context manager that applies our matplotlib settings, and additional ones.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
     return require("matplotlib", "analysis").rc_context({**RC_PARAMS, **(more or {})})
 
 
 def styled(draw: Callable[P, Chart]) -> Callable[P, Chart]:
-    """Draws within ``style``."""
+    """Decorate a function that draws a chart, so that it draws within ``style``."""
 
     @wraps(draw)
     def styled(*args: P.args, **kwargs: P.kwargs) -> Chart:
@@ -123,7 +122,16 @@ def new_figure(
     width: float = SIZE[0],
     share: Literal["all", "row"] = "all",
 ) -> tuple[Any, Any]:
-    """A figure, as wide as the page where nothing else is said, and its axes, which ``share`` the y axis or not."""
+    """Create a figure and its axes.
+
+    Args:
+        rows, columns: number of panels.
+        height, width: size in inches.
+        share: panels that share a y axis.
+
+    Returns:
+        The matplotlib figure, and its axes as ``Figure.subplots`` returns them.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -131,42 +139,42 @@ def new_figure(
 
 
 class Named(Protocol):
-    """What has a look: a variant, or its fit."""
+    """An object with the name of a variant: the variant, or its fit."""
 
     @property
     def name(self) -> str:
-        """As ``look`` takes it."""
+        """Name as ``style_of`` takes it."""
 
 
 def legend(figure: Any, variants: Sequence[Named]) -> None:
-    """Above the axes, where no line runs through it."""
+    """Add a legend of the variants above the axes, where it covers no data."""
     from matplotlib.lines import Line2D
 
-    drawn = [style_of(variant.name) for variant in variants]
-    handles = [Line2D([], [], color=item.colour, marker=item.marker, label=item.label) for item in drawn]
+    styles = [style_of(variant.name) for variant in variants]
+    handles = [Line2D([], [], color=item.colour, marker=item.marker, label=item.label) for item in styles]
     figure.legend(handles=handles, loc="outside upper left", ncols=min(3, len(handles)), alignment="left")
 
 
-def mark_diverged(axes: Any, x: Iterable[float], colour: str, place: int) -> None:
-    """Diverged runs, at the top edge; those of several variants below each other."""
-    for at in x:
-        axes.plot(at, 0.98 - 0.06 * place, "x", color=colour, ms=7, mew=1.8, transform=axes.get_xaxis_transform())
+def mark_diverged(axes: Any, x: Iterable[float], colour: str, row: int) -> None:
+    """Mark diverged runs with crosses at the top edge of the axes; each variant has its own ``row``."""
+    for value in x:
+        axes.plot(value, 0.98 - 0.06 * row, "x", color=colour, ms=7, mew=1.8, transform=axes.get_xaxis_transform())
 
 
 def budget_ticks(axes: Any, budgets: Sequence[int]) -> None:
-    """A logarithmic axis with the budgets on it."""
+    """Make the x axis logarithmic, with a tick at each budget whose label has room."""
     axes.set_xscale("log")
-    shown = [budgets[0]]
+    ticks = [budgets[0]]
     for budget in budgets:
-        if (budget / shown[-1]) ** 8 > budgets[-1] / budgets[0]:  # labels need room
-            shown.append(budget)
-    axes.set_xticks(shown, [format_count(budget) for budget in shown])
+        if (budget / ticks[-1]) ** 8 > budgets[-1] / budgets[0]:  # a label takes about an eighth of the axis
+            ticks.append(budget)
+    axes.set_xticks(ticks, [format_count(budget) for budget in ticks])
     axes.minorticks_off()
     axes.set_xlim(budgets[0] / 1.2, budgets[-1] * 1.2)
 
 
 def token_axis(axes: Any, ticks: int = 5) -> None:
-    """A linear axis of tokens."""
+    """Make the x axis a linear axis of tokens."""
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(ticks, steps=[1, 2, 2.5, 5, 10]))
@@ -174,25 +182,27 @@ def token_axis(axes: Any, ticks: int = 5) -> None:
     axes.set(xlabel="tokens")
 
 
-def whole_ticks(axis: Any) -> None:
-    """Whole numbers only."""
+def integer_ticks(axis: Any) -> None:
+    """Restrict the ticks of an axis to at most five integers."""
     from matplotlib.ticker import MaxNLocator
 
     axis.set_major_locator(MaxNLocator(4, integer=True))
 
 
 def log_ticks(axis: Any, unit: str = "") -> None:
-    """Plain numbers, enough of them: a logarithmic axis here often spans less than a decade.
+    """Label a logarithmic axis with plain numbers, also where it spans less than a decade.
 
-    Of three panels in a row each has room for fewer.
+    The x axes of three or more panels in a row get fewer ticks, since they are narrow.
     """
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
     low, high = axis.get_view_interval()
     decades = math.log10(high / low)
     narrow = axis.axis_name == "x" and axis.axes.get_gridspec().ncols > 2
-    most, each = (3, [1, 3]) if narrow else (6, [1, 2, 5])  # numbers in all, and in a decade
-    subs = each if len(each) * decades < 1.1 * most else [1]
-    axis.set_major_locator(MaxNLocator(most, steps=[1, 2, 5, 10]) if decades < 0.9 else LogLocator(subs=subs))
+    max_ticks, per_decade = (3, [1, 3]) if narrow else (6, [1, 2, 5])
+    subs = per_decade if len(per_decade) * decades < 1.1 * max_ticks else [1]
+    # Powers of ten alone would leave an axis of less than a decade without two labels.
+    linear = MaxNLocator(max_ticks, steps=[1, 2, 5, 10])
+    axis.set_major_locator(linear if decades < 0.9 else LogLocator(subs=subs))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(lambda value, _: f"{value:g}{unit}")

@@ -1,9 +1,11 @@
-"""Display names, colours, markers and number formats; needs no matplotlib."""
+"""Display names, colours, markers and number formats of reports; independent of matplotlib."""
 
 import math
 import re
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from antransformer.errors import ConfigError
 from antransformer.models.registry import get
@@ -11,7 +13,7 @@ from antransformer.models.registry import get
 
 @dataclass(frozen=True)
 class SeriesStyle:
-    """How a variant is called and drawn."""
+    """Label, colour and marker of one variant, the same in every chart."""
 
     label: str
     colour: str
@@ -46,29 +48,38 @@ def style_of(name: str) -> SeriesStyle:
 
 
 def format_count(number: float) -> str:
-    """250K, 1.0M or 1.25M."""
+    """Format a count with three significant digits and a unit, such as 250K, 1.0M or 1.25M."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if number >= 0.9995 * size:
+        if number >= 0.9995 * size:  # 999.5K rounds to 1.0M
             text = f"{number / size:.3g}"
             return f"{text}.0{unit}" if len(text) == 1 else text + unit
     return f"{number:g}"
 
 
+def format_value(value: Any) -> str:
+    """Format the value of a setting: integers with thousands separators, lists and mappings joined by commas."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(format_value, value))
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {format_value(item)}" for name, item in value.items())
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def finite_or_diverged(value: float) -> str:
+    """Format a loss or a time with three decimals; NaN and infinity become ``diverged``."""
+    return f"{value:.3f}" if math.isfinite(value) else "diverged"
+
+
 def display_name(setting: str) -> str:
-    """A setting's name for a reader."""
+    """Display name of a setting, without the name of its group."""
     return {"lr": "learning rate", "muon_lr": "learning rate of Muon"}.get(setting, setting.rpartition(".")[2])
 
 
 def slug(name: str) -> str:
-    """For a file's name."""
+    """Lower-case form of a name for use in file names."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower())
 
 
 def time_unit(seconds: float) -> tuple[str, int]:
-    """What to count so many seconds in, and how many of them it has."""
+    """Unit that suits a duration, and the length of that unit in seconds."""
     return ("hours", 3600) if seconds > 4 * 3600 else ("minutes", 60) if seconds > 240 else ("seconds", 1)
-
-
-def finite_or_diverged(value: float) -> str:
-    """A loss with three decimals."""
-    return f"{value:.3f}" if math.isfinite(value) else "diverged"

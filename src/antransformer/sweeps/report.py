@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 
-from antransformer.reporting.html import Section, how_section, save, table
+from antransformer.reporting.html import Section, method_section, save, table
 from antransformer.reporting.labels import format_count, style_of
 from antransformer.results.sweep import Sweep
 from antransformer.sweeps import charts as sweep_charts
@@ -29,7 +29,7 @@ def write(sweep: Sweep, folder: Path) -> list[Path]:
     if sweep.coordinates:
         draws = (sweep_charts.stream_by_width, sweep_charts.turned_by_width, sweep_charts.logits_by_width)
         sections.append(Section("Activations", "", [draw(sweep.coordinates) for draw in draws]))
-    sections += [Section("All runs", _all_runs(sweep)), how_section(sweep.setup, RULES)]
+    sections += [Section("All runs", _all_runs(sweep)), method_section(sweep.setup, RULES)]
     return save(folder, title, lead(sweep), facts, sections)
 
 
