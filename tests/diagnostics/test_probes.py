@@ -41,27 +41,27 @@ def test_norms_are_those_of_a_forward_pass_by_hand(architecture):
     model, tokens = model_of(architecture), some_tokens()
     optimizer = adam(model)
     train(model, optimizer)
-    found = probe(model, optimizer, tokens)
-    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    measured = probe(model, optimizer, tokens)
+    assert json.loads(json.dumps(measured, allow_nan=False)) == measured
     with torch.no_grad():
-        assert found["residual_norm"][-1] == pytest.approx(float(model.hidden(tokens).norm(dim=-1).mean()), rel=1e-5)
+        assert measured["residual_norm"][-1] == pytest.approx(float(model.hidden(tokens).norm(dim=-1).mean()), rel=1e-5)
         blocks, model.blocks = model.blocks, model.blocks[:1]
-        assert found["residual_norm"][1] == pytest.approx(float(model.hidden(tokens).norm(dim=-1).mean()), rel=1e-5)
-        assert found["residual_norm"][0] == pytest.approx(float(model.embed(tokens).norm(dim=-1).mean()), rel=1e-5)
+        assert measured["residual_norm"][1] == pytest.approx(float(model.hidden(tokens).norm(dim=-1).mean()), rel=1e-5)
+        assert measured["residual_norm"][0] == pytest.approx(float(model.embed(tokens).norm(dim=-1).mean()), rel=1e-5)
         model.blocks = blocks
-    assert len(found["residual_norm"]) == 3
+    assert len(measured["residual_norm"]) == 3
     if architecture == "ngpt":
-        assert found["residual_norm"] == pytest.approx([1, 1, 1], abs=1e-5)
-        assert found["row_norm"] == pytest.approx({"mean": 1, "min": 1, "max": 1}, abs=1e-5)
+        assert measured["residual_norm"] == pytest.approx([1, 1, 1], abs=1e-5)
+        assert measured["row_norm"] == pytest.approx({"mean": 1, "min": 1, "max": 1}, abs=1e-5)
     else:
         matrices = [weight for weight in model.parameters() if weight.ndim == 2]
         rows = torch.cat([weight.detach().norm(dim=1) for weight in matrices])
         by_hand = {"mean": float(rows.mean()), "min": float(rows.min()), "max": float(rows.max())}
-        assert found["row_norm"] == pytest.approx(by_hand, rel=1e-5)
-    assert (found["alpha"] is None) == (architecture not in ("angpt", "ngpt"))
+        assert measured["row_norm"] == pytest.approx(by_hand, rel=1e-5)
+    assert (measured["alpha"] is None) == (architecture not in ("angpt", "ngpt"))
 
 
-def test_alpha_is_told_by_layer_and_sublayer():
+def test_alpha_by_layer_and_sublayer():
     model = model_of()
     with torch.no_grad():
         model.blocks[1].mlp_residual.alpha.value.mul_(3)
@@ -72,19 +72,19 @@ def test_alpha_is_told_by_layer_and_sublayer():
 @pytest.mark.parametrize("ablation", ABLATIONS)
 def test_ablations_can_be_probed(ablation):
     model = model_of(ablation=ablation)
-    found = probe(model, adam(model), some_tokens())
-    assert all(math.isfinite(value) for value in found["residual_norm"])
+    measured = probe(model, adam(model), some_tokens())
+    assert all(math.isfinite(value) for value in measured["residual_norm"])
     alpha = None if ablation == "no-lerp" else [pytest.approx([0.05, 0.05])] * 2
-    assert found["alpha"] == alpha
+    assert measured["alpha"] == alpha
 
 
 @pytest.mark.parametrize("architecture", BUILT_IN)
-def test_a_probe_leaves_no_trace(architecture):
+def test_probe_leaves_model_optimizer_and_random_state_unchanged(architecture):
     model = model_of(architecture)
     optimizer = adam(model)
     train(model, optimizer)
     model.loss(some_tokens(), some_tokens()).backward()
-    model.blocks[0].eval()  # modes that differ, to be kept as they are
+    model.blocks[0].eval()  # a mode that differs from that of the model
     before = [
         (weight.detach().clone(), weight.grad.clone(), optimizer.state[weight]["exp_avg"].clone())
         for weight in model.parameters()
@@ -101,7 +101,7 @@ def test_a_probe_leaves_no_trace(architecture):
 
 
 def variance_after(gradients, make=torch.optim.Adam, **options):
-    """The relative variance after an optimizer saw these gradients, one a step."""
+    """Relative variance after one optimizer step with each of these gradients."""
     weight = nn.Parameter(torch.zeros_like(gradients[0]))
     optimizer = make([weight], lr=1e-3, **options)
     for gradient in gradients:
@@ -120,12 +120,12 @@ def test_first_moment_of_noise_is_noise():
     noise = torch.randn(400, 2000, generator=generator)
     kept = (1 - 0.9) / (1 + 0.9)
     assert variance_after(noise, betas=(0.9, 0.999)) == pytest.approx(1 - kept, abs=0.03)
-    # A mean of as many standard deviations as make signal and noise of the average equal halves it.
+    # With this mean, signal and noise of the average are equal, which halves the ratio.
     assert variance_after(noise + math.sqrt(kept), betas=(0.9, 0.999)) == pytest.approx(0.5, abs=0.03)
 
 
 @pytest.mark.parametrize("betas", [(0.9, 0.95), (0.5, 0.9)])
-def test_variance_against_averages_written_out(betas):
+def test_variance_against_explicit_weighted_averages(betas):
     gradients = torch.randn(7, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     weights, squares = (torch.tensor([beta ** (6 - step) for step in range(7)], dtype=torch.float64) for beta in betas)
     weights, squares = weights / weights.sum(), squares / squares.sum()
@@ -134,7 +134,7 @@ def test_variance_against_averages_written_out(betas):
     assert variance_after(gradients, betas=betas) == pytest.approx(float(expected), rel=1e-6)
 
 
-def test_variance_where_there_is_none():
+def test_variance_is_none_without_both_moments():
     gradient = torch.ones(3)
     assert variance_after([gradient], torch.optim.SGD, momentum=0.9) is None
     model = model_of()

@@ -13,7 +13,7 @@ import pytest
 
 from antransformer.cli import main, sweep
 from antransformer.data import Dataset
-from antransformer.diagnostics.coord_check import STEPS, Coordinates, coord_check
+from antransformer.diagnostics.coord_check import STEPS, CoordCheck, coord_check
 from antransformer.errors import ConfigError, DataError
 from antransformer.results.observations import Observations, read_observations, swept
 from antransformer.results.sweep import Sweep
@@ -73,7 +73,7 @@ def found(corpus, **choices):
     """A sweep without the coordinates of real models."""
     made = sweeper(corpus, **choices)
     made.coordinates = lambda: tuple(
-        Coordinates(
+        CoordCheck(
             name,
             width,
             step,
@@ -146,7 +146,7 @@ def test_by_its_rule_a_step_turns_the_stream_as_far_at_four_times_the_width(corp
         model = {**COMMON["model"], "width": width}
         settings = {"model": model, "batch_tokens": 512, "tokens": 5120, "data": str(corpus), "lr": 1e-2, **rule}
         config = resolve_config(settings, 257)
-        return np.array(coord_check(config, Dataset.open(corpus))[1].turned)
+        return np.array(coord_check(config, Dataset.open(corpus))[1].rotation_deg)
 
     narrow = turned(32, lr_width=32)
     assert turned(128, lr_width=32) == pytest.approx(narrow, rel=0.1)
@@ -247,7 +247,11 @@ def test_a_sweep_leaves_runs_a_page_and_what_fit_reads(small_sweep, capsys):
     assert [(run.width, run.lr) for run in results.runs] == [(16, 1e-3), (16, 1e-2)]
     assert [(it.width, it.step) for it in results.coordinates] == [(16, 0), (16, STEPS)]
     start, end = results.coordinates
-    assert start.turned == () and len(end.turned) == len(end.stream) and all(1 < it < 120 for it in end.turned)
+    assert (
+        start.rotation_deg == ()
+        and len(end.rotation_deg) == len(end.stream)
+        and all(1 < it < 120 for it in end.rotation_deg)
+    )
     assert start.stream[0] == pytest.approx(16**-0.5, rel=0.01)  # a unit norm
     assert (folder / "report.html").stat().st_size > 10_000
     files = {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*") if path.is_file()}

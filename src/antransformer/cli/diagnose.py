@@ -1,6 +1,6 @@
-"""Look at the norms inside a trained model: residual stream, blocks, factors, residual steps and weights.
+"""Measure norms inside a trained model: residual stream, blocks, factors, residual steps and weight vectors.
 
-Prints tables for any checkpoint, says what they mean, and draws them into diagnose.png in the run folder.
+Prints tables and a summary, and draws a figure: diagnose.png in the run folder.
 
 examples:
   antransformer diagnose --checkpoint runs/angpt-nano
@@ -19,23 +19,11 @@ from rich.table import Table
 
 from antransformer.cli.common import DEFAULT_DATA, check_target, new_table, open_data
 from antransformer.cli.options import Parser
-from antransformer.diagnostics.diagnose import (
-    LEGEND,
-    Diagnosis,
-    FactorError,
-    Spread,
-    diagnose,
-    mean_error,
-    meaning,
-    number,
-    text_tokens,
-)
+from antransformer.diagnostics.diagnosis import LEGEND, Diagnosis, FactorError, Spread, mean_abs_error
 from antransformer.diagnostics.figure import diagnosis_figure
+from antransformer.diagnostics.summary import format_number, summarize
 from antransformer.errors import MissingExtraError
-from antransformer.training.checkpointing.checkpoint import restore
 from antransformer.training.config import Count, convert
-from antransformer.training.device import choose_device
-from antransformer.training.run_folder import open_checkpoint, saved_settings
 
 USAGE = "antransformer diagnose --checkpoint RUN [options]"
 TOKENS = 16_384
@@ -43,80 +31,88 @@ FIGURE_FORMATS = (".png", ".pdf", ".svg")
 
 
 def add_arguments(parser: Parser) -> None:
-    """Options of the verb."""
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="RUN", help="run folder, or one checkpoint")
+    """Add the options of ``antransformer diagnose``."""
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="RUN", help="run folder or checkpoint folder")
     parser.add_argument(
-        "--data", metavar="DIR", help="prepared data, of which the held-out text is read (default: the run's)"
+        "--data", metavar="DIR", help="prepared data with the validation text (default: the run's data)"
     )
     parser.add_argument(
-        "--tokens", metavar="TOKENS", help="how much text to look at (default 16,384, at least one sequence)"
+        "--tokens",
+        metavar="TOKENS",
+        help=f"number of tokens of text to measure (default {TOKENS:,}, at least one sequence)",
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default auto)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="the picture (default diagnose.png in the run folder)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there too")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="figure file (default RUN/diagnose.png)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all measurements to this file")
 
 
 def run(parsed: argparse.Namespace) -> None:
-    """Measure, print, draw."""
-    found, tokenizer = open_checkpoint(parsed.checkpoint, notify=lambda text: print(text, file=sys.stderr))
-    folder = found.path.parent.parent
-    picture = parsed.out or folder / "diagnose.png"
-    check_target("--out", picture, FIGURE_FORMATS)
+    """Diagnose a checkpoint, print tables and write the figure."""
+    # torch is imported here, so that --help and mistyped options are fast.
+    from antransformer.diagnostics.diagnose import diagnose, text_tokens
+    from antransformer.training.checkpointing.checkpoint import restore
+    from antransformer.training.device import choose_device
+    from antransformer.training.run_folder import open_checkpoint, saved_settings
+
+    checkpoint, tokenizer = open_checkpoint(parsed.checkpoint, notify=lambda text: print(text, file=sys.stderr))
+    folder = checkpoint.path.parent.parent
+    figure_path = parsed.out or folder / "diagnose.png"
+    check_target("--out", figure_path, FIGURE_FORMATS)
     if parsed.json:
         check_target("--json", parsed.json)
     device = choose_device(parsed.device)
     dataset = open_data(parsed.data or saved_settings(folder).get("data", DEFAULT_DATA))
-    count = max(TOKENS, found.model.context) if parsed.tokens is None else convert(parsed.tokens, Count, "--tokens")
-    tokens = text_tokens(dataset, tokenizer, found.model, count)
-    diagnosis = diagnose(restore(found, device), tokens)
-    title = f"{folder.name} ({diagnosis.architecture}), step {found.step:,}"
-    print(f"{title}: {diagnosis.tokens:,} tokens of held-out text from {dataset.path}\n")
-    show(diagnosis)
+    context = checkpoint.model.context
+    count = max(TOKENS, context) if parsed.tokens is None else convert(parsed.tokens, Count, "--tokens")
+    tokens = text_tokens(dataset, tokenizer, checkpoint.model, count)
+    diagnosis = diagnose(restore(checkpoint, device), tokens)
+    title = f"{folder.name} ({diagnosis.architecture}), step {checkpoint.step:,}"
+    print(f"{title}: {diagnosis.tokens:,} tokens of validation text from {dataset.path}\n")
+    print_tables(diagnosis)
     if parsed.json:
-        content = {"checkpoint": str(found.path), "step": found.step, "data": str(dataset.path), **asdict(diagnosis)}
-        parsed.json.write_text(
-            json.dumps({**content, "meaning": meaning(diagnosis)}, indent=2) + "\n", encoding="utf-8"
-        )
-        print(f"figures: {parsed.json}")
+        source = {"checkpoint": str(checkpoint.path), "step": checkpoint.step, "data": str(dataset.path)}
+        content = {**source, **asdict(diagnosis), "summary": summarize(diagnosis)}
+        parsed.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        print(f"measurements: {parsed.json}")
     try:
-        diagnosis_figure(diagnosis, title, picture)
-        print(f"picture: {picture}")
+        diagnosis_figure(diagnosis, title, figure_path)
+        print(f"figure: {figure_path}")
     except MissingExtraError as error:
-        print(f"no picture: {error}")
+        print(f"no figure: {error}")
 
 
-def show(diagnosis: Diagnosis) -> None:
-    """Print tables and words."""
+def print_tables(diagnosis: Diagnosis) -> None:
+    """Print tables of a diagnosis, then its summary."""
     console = Console(highlight=False)
-    console.print("Norm of the residual stream after the last block, mean and deviation over tokens", style="bold")
+    console.print("Norm of the residual stream after the last block, mean ± std over tokens", style="bold")
     console.print(residual_table(diagnosis))
-    console.print("Norm of the output over norm of the input, on text", style="bold")
+    console.print("Output norm over input norm, on text", style="bold")
     console.print(ratio_table(diagnosis))
     if diagnosis.factors:
-        console.print("Factors, and those that the measured norms need, means over layers", style="bold")
+        console.print("Factors in use and factors needed by the measured norms, means over layers", style="bold")
         console.print(factor_table(diagnosis))
         console.print(f"{LEGEND}\n")
     else:
         console.print(f"{diagnosis.architecture} has no constant factors to compare with measured norms.\n")
-    for sentence in meaning(diagnosis):
+    for sentence in summarize(diagnosis):
         console.print(sentence)
     console.print()
 
 
 def residual_table(diagnosis: Diagnosis) -> Table:
-    """Text beside repeated tokens (arXiv:2505.22014, table O.1)."""
+    """Norms on text and on repeated tokens (arXiv:2505.22014, table O.1)."""
     text, repeated = (diagnosis.residual_norm[kind][-1] for kind in ("text", "repeated"))
     table = new_table("input", "norm")
     table.add_row("text", plus_minus(text))
     table.add_row(
         f"{len(diagnosis.repeated_ids)} frequent tokens, each {diagnosis.repeated_length} times", plus_minus(repeated)
     )
-    table.add_row("ratio", number(text.mean / repeated.mean))
+    table.add_row("ratio", format_number(text.mean / repeated.mean))
     return table
 
 
 def ratio_table(diagnosis: Diagnosis) -> Table:
-    """Blocks and sublayers (arXiv:2505.22014, table N.1)."""
+    """Norm ratios of blocks and sublayers by layer (arXiv:2505.22014, table N.1)."""
     layers = len(diagnosis.norm_ratio["block"])
     marks = {layers // 2: "middle", layers - 1: "last", 0: "first"}
     table = new_table("", "", *diagnosis.norm_ratio)
@@ -127,7 +123,7 @@ def ratio_table(diagnosis: Diagnosis) -> Table:
 
 
 def factor_table(diagnosis: Diagnosis) -> Table:
-    """Errors of the factors (arXiv:2505.22014, table N.2)."""
+    """Errors of the constant factors by map (arXiv:2505.22014, table N.2)."""
     columns = ("\nerror", "\nspread")
     table = new_table("", "factor", "random:\nneeded", *columns, "text:\nneeded", *columns, "worst\nlayer")
     for name, kinds in diagnosis.factors.items():
@@ -144,11 +140,11 @@ def factor_table(diagnosis: Diagnosis) -> Table:
 
 
 def factor_cells(layers: list[FactorError]) -> tuple[str, str, str]:
-    """Needed factor, size of the error, and spread, as means over layers."""
+    """Needed factor, absolute error in percent, and spread, as means over layers."""
     needed, spread = mean(layer.needed for layer in layers), mean(layer.spread for layer in layers)
-    return f"{needed:.3f}", f"{number(100 * mean_error(layers))}%", f"{spread:.1%}"
+    return f"{needed:.3f}", f"{format_number(100 * mean_abs_error(layers))}%", f"{spread:.1%}"
 
 
 def plus_minus(spread: Spread) -> str:
-    """Mean and standard deviation."""
-    return f"{number(spread.mean)} ± {number(spread.std, like=spread.mean)}"
+    """Format mean ± standard deviation with equal decimals."""
+    return f"{format_number(spread.mean)} ± {format_number(spread.std, precision_of=spread.mean)}"

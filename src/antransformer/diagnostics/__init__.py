@@ -1,1 +1,1 @@
-"""Measurements inside a trained or training model."""
+"""Measurements of norms and activations, in trained models and during training."""

@@ -1,10 +1,11 @@
-"""How large the coordinates of activations are at each width, at the start and after a few steps, and how far it turned
-them.
+"""Coordinate check of muP: how the size of activations depends on the width, and how far training rotates them.
 
-The check of muP (arXiv:2203.03466; microsoft/mup, ``coord_check.py``): where they grow or shrink with the width in
-training although they did not at the start, the learning rate is not that of all widths. The learning rate here is one
-for all widths, or of the matrices that which follows from the config's ``lr_width``, and constant. A normalized stream
-can not grow: there it is the angle that tells.
+Source: arXiv:2203.03466; microsoft/mup, ``coord_check.py``. If activations are equally large at all widths at
+initialization, but grow or shrink with the width after a few steps, the learning rate does not transfer. A normalized
+residual stream cannot grow, so the rotation is measured too.
+
+The learning rate is constant over the steps. It is the same for all widths, or scaled per width by the config's
+``lr_width``.
 """
 
 import math
@@ -14,26 +15,28 @@ import torch
 from torch import Tensor
 
 from antransformer.data import Dataset, eval_batches
-from antransformer.diagnostics.probes import PROBE_TOKENS, stream
+from antransformer.diagnostics.probes import PROBE_TOKENS, residual_stream
 from antransformer.training.config import Count, TrainConfig
 from antransformer.training.dry_run import dry_run_trainer
 from antransformer.training.trainer import Trainer
 
 STEPS = 10
-LEAST_ANGLE = 0.02  # degrees
+MIN_ANGLE_DEG = 0.02  # float32 cosines cannot resolve smaller angles
 
 
 @dataclass(frozen=True)
-class Coordinates:
-    """How large the coordinates of activations are at one width after so many steps, and how far they have turned.
+class CoordCheck:
+    """Size of activations at one width and step, and their rotation since initialization.
 
     Attributes:
-        architecture, width: of the model.
-        step: 0 for the initial weights.
-        stream: root mean square of the residual stream after the embedding and after each block; infinite where it is
-            not finite.
-        logits: the same of the logits.
-        turned: mean angle in degrees between the stream at these places and what it was at step 0; empty there.
+        architecture: architecture of the model.
+        width: width of the model.
+        step: number of training steps; 0 is initialization.
+        stream: root mean square of the residual stream after the embedding and after each block (layers + 1 values);
+            infinite if it overflowed.
+        logits: root mean square of the logits; infinite if they overflowed.
+        rotation_deg: mean angle in degrees between the residual stream now and at step 0 (layers + 1 values); empty
+            at step 0.
     """
 
     architecture: str
@@ -41,15 +44,15 @@ class Coordinates:
     step: int
     stream: tuple[float, ...]
     logits: float
-    turned: tuple[float, ...]
+    rotation_deg: tuple[float, ...]
 
 
-def coord_check(config: TrainConfig, dataset: Dataset) -> list[Coordinates]:
-    """Of a model before its first step and after the last of ``STEPS``; nothing is written.
+def coord_check(config: TrainConfig, dataset: Dataset) -> list[CoordCheck]:
+    """Measure a model at initialization and after ``STEPS`` training steps, without writing files.
 
     Args:
-        config: of a run; its schedule is replaced by a constant learning rate.
-        dataset: verified data.
+        config: settings of a run; its schedule is replaced by a constant learning rate.
+        dataset: prepared data.
     """
     tokens = Count(STEPS * config.batch_tokens)
     trainer = dry_run_trainer(replace(config, tokens=tokens, warmup_fraction=0.0, min_lr_ratio=1.0), dataset)
@@ -59,28 +62,29 @@ def coord_check(config: TrainConfig, dataset: Dataset) -> list[Coordinates]:
     for step in range(STEPS):
         trainer.update(step + 1)
     end = _activations(trainer, text)
-    turned = tuple(_angle(before, after) for before, after in zip(start[:-1], end[:-1], strict=True))
-    return [_measured(config, 0, start, ()), _measured(config, STEPS, end, turned)]
+    rotation = tuple(_mean_angle_deg(before, after) for before, after in zip(start[:-1], end[:-1], strict=True))
+    return [_measurement(config, 0, start, ()), _measurement(config, STEPS, end, rotation)]
 
 
 @torch.no_grad()
 def _activations(trainer: Trainer, text: Tensor) -> list[Tensor]:
-    """The residual stream after the embedding and after each block, and the logits."""
-    activations = list(stream(trainer.model, text))
-    return [activation.float() for activation in (*activations, trainer.model.logits(activations[-1]))]
+    """Residual stream after the embedding and after each block, then the logits, in float32."""
+    hidden = list(residual_stream(trainer.model, text))
+    return [activation.float() for activation in (*hidden, trainer.model.logits(hidden[-1]))]
 
 
-def _measured(config: TrainConfig, step: int, activations: list[Tensor], turned: tuple[float, ...]) -> Coordinates:
-    *sizes, logits = (_finite(activation.square().mean().sqrt()) for activation in activations)
-    return Coordinates(config.model.architecture, config.model.width, step, tuple(sizes), logits, turned)
+def _measurement(config: TrainConfig, step: int, activations: list[Tensor], rotation: tuple[float, ...]) -> CoordCheck:
+    *stream, logits = (_finite_or_inf(activation.square().mean().sqrt()) for activation in activations)
+    return CoordCheck(config.model.architecture, config.model.width, step, tuple(stream), logits, rotation)
 
 
-def _angle(before: Tensor, after: Tensor) -> float:
-    """Mean over the tokens, in degrees, as far as float32 tells it from none."""
+def _mean_angle_deg(before: Tensor, after: Tensor) -> float:
+    """Mean angle over the tokens in degrees, at least ``MIN_ANGLE_DEG``."""
     cosines = torch.cosine_similarity(before, after, dim=-1).clamp(-1, 1)
-    return max(_finite(cosines.arccos().mean().rad2deg()), LEAST_ANGLE)
+    return max(_finite_or_inf(cosines.arccos().mean().rad2deg()), MIN_ANGLE_DEG)
 
 
-def _finite(number: Tensor) -> float:
+def _finite_or_inf(number: Tensor) -> float:
+    """A float in which NaN counts as infinity, since both mean that the model diverged."""
     value = float(number)
     return value if math.isfinite(value) else math.inf

@@ -1,14 +1,14 @@
-"""Pictures of runs; needs the extra ``plots``."""
+"""Figure of a diagnosis; needs the extra ``plots``."""
 
 from pathlib import Path
 from typing import Any
 
-from antransformer.diagnostics.diagnose import Diagnosis, Spread
+from antransformer.diagnostics.diagnosis import Diagnosis, Spread
 from antransformer.extras import require
 
 
 def diagnosis_figure(diagnosis: Diagnosis, title: str, path: Path) -> None:
-    """Draw the figures into ``path``, in the format that its ending says.
+    """Draw all measurements into ``path``; its extension selects the format.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -39,17 +39,17 @@ def _draw_residual(panel: Any, diagnosis: Diagnosis) -> None:
     for kind, spreads in diagnosis.residual_norm.items():
         _draw_spreads(panel, range(len(spreads)), spreads, labels[kind])
     panel.set(ylabel="norm", title="residual stream")
-    _count_blocks(panel, "after block (0: embedding)")
-    _readable(panel)
+    _block_axis(panel, "after block (0: embedding)")
+    _finish(panel)
 
 
 def _draw_ratio(panel: Any, diagnosis: Diagnosis) -> None:
     panel.axhline(1, color="gray", lw=1, ls="--")
     for name, spreads in diagnosis.norm_ratio.items():
         _draw_spreads(panel, range(1, len(spreads) + 1), spreads, name)
-    panel.set(ylabel="norm of output / norm of input", title="blocks and sublayers, on text")
-    _count_blocks(panel, "block")
-    _readable(panel)
+    panel.set(ylabel="output norm / input norm", title="blocks and sublayers on text")
+    _block_axis(panel, "block")
+    _finish(panel)
 
 
 def _draw_rows(panel: Any, diagnosis: Diagnosis) -> None:
@@ -65,36 +65,37 @@ def _draw_factors(panel: Any, diagnosis: Diagnosis) -> None:
     panel.axhline(1, color="gray", lw=1, ls="--")
     for shift, (kind, marker) in enumerate((("random", "o"), ("text", "s"))):
         points = [
-            (place + 0.3 * shift - 0.15, 1 + layer.error)
-            for place, kinds in enumerate(diagnosis.factors.values())
+            (position + 0.3 * shift - 0.15, 1 + layer.error)
+            for position, kinds in enumerate(diagnosis.factors.values())
             for layer in kinds[kind]
         ]
         panel.scatter(*zip(*points, strict=True), s=22, marker=marker, alpha=0.6, label=f"{kind} inputs, by layer")
     panel.set_xticks(range(len(diagnosis.factors)), diagnosis.factors)
     panel.set(ylabel="factor in use / factor needed", title="factors")
-    _readable(panel)
+    _finish(panel)
 
 
 def _draw_alpha(panel: Any, diagnosis: Diagnosis) -> None:
     assert diagnosis.alpha is not None
-    panel.axhline(diagnosis.alpha_start, color="gray", lw=1, ls="--", label="at the start")
+    panel.axhline(diagnosis.alpha_start, color="gray", lw=1, ls="--", label="at initialization")
     for name, values in zip(("attention", "mlp"), zip(*diagnosis.alpha, strict=True), strict=True):
         panel.plot(range(1, len(values) + 1), values, "o-", ms=4, label=name)
-    panel.set(ylabel="mean alpha", title="residual steps")
-    _count_blocks(panel, "block")
-    _readable(panel)
+    panel.set(ylabel="mean alpha", title="residual steps alpha")
+    _block_axis(panel, "block")
+    _finish(panel)
 
 
-def _draw_spreads(panel: Any, places: range, spreads: list[Spread], label: str) -> None:
-    """A line with a band of one standard deviation, which stays above zero for a logarithmic axis."""
+def _draw_spreads(panel: Any, x: range, spreads: list[Spread], label: str) -> None:
+    """Draw means as a line with a band of one standard deviation."""
     means = [spread.mean for spread in spreads]
-    line = panel.plot(places, means, "o-", ms=4, label=label)[0]
+    line = panel.plot(x, means, "o-", ms=4, label=label)[0]
+    # The band stays positive, since the axis may be logarithmic.
     low = [max(spread.mean - spread.std, spread.mean / 10) for spread in spreads]
-    panel.fill_between(places, low, [spread.mean + spread.std for spread in spreads], alpha=0.2, color=line.get_color())
+    panel.fill_between(x, low, [spread.mean + spread.std for spread in spreads], alpha=0.2, color=line.get_color())
 
 
-def _readable(panel: Any) -> None:
-    """A legend, and a logarithmic axis where the values span more than a decade, else one that begins at 0."""
+def _finish(panel: Any) -> None:
+    """Add a legend; use a logarithmic y axis if values span more than a decade, else one that starts at 0."""
     low, high = panel.dataLim.intervaly
     if high > 10 * low > 0:
         panel.set_yscale("log")
@@ -103,6 +104,6 @@ def _readable(panel: Any) -> None:
     panel.legend()
 
 
-def _count_blocks(panel: Any, label: str) -> None:
+def _block_axis(panel: Any, label: str) -> None:
     panel.set_xlabel(label)
     panel.locator_params(axis="x", integer=True)

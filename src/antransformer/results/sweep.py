@@ -6,13 +6,13 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from antransformer.diagnostics.coord_check import Coordinates
+from antransformer.diagnostics.coord_check import CoordCheck
 from antransformer.errors import DataError
 from antransformer.files import read_json, replace_text
 
 FILE = "sweep.json"
 FORMAT = "antransformer-sweep"
-VERSION = 2
+VERSION = 3  # version 2 has "turned" instead of "rotation_deg"
 
 SMALLEST, LARGEST = 1e-30, 1e30  # beyond, products and powers would overflow
 
@@ -55,7 +55,7 @@ class Sweep:
 
     setup: dict[str, Any]
     runs: tuple[SweepRun, ...]
-    coordinates: tuple[Coordinates, ...] = ()
+    coordinates: tuple[CoordCheck, ...] = ()
 
     def joined(self, earlier: "Sweep") -> "Sweep":
         """With what an earlier one in the same folder holds beside it, and the commands that this came from."""
@@ -91,7 +91,7 @@ class Sweep:
         path = folder / FILE
         try:
             content = read_json(path)
-            if content["format"] != FORMAT or content["version"] != VERSION:
+            if content["format"] != FORMAT or content["version"] not in (2, VERSION):
                 raise ValueError("another format or version")
             runs = tuple(_checked(SweepRun, entry) for entry in content["runs"])
             setup = content["setup"]
@@ -100,7 +100,8 @@ class Sweep:
             for name, kind in (("settings", dict), ("commands_before", list)):
                 if not isinstance(setup.get(name, kind()), kind):
                     raise ValueError(f"{name} can not be {setup[name]!r}")
-            return cls(setup, runs, tuple(_checked(Coordinates, entry) for entry in content["coordinates"]))
+            entries = [{"rotation_deg": entry.get("turned"), **entry} for entry in content["coordinates"]]
+            return cls(setup, runs, tuple(_checked(CoordCheck, entry) for entry in entries))
         except OSError as error:
             raise DataError(f"{folder}: no sweep in it ({FILE}: {error.strerror})") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:

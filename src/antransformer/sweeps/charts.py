@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from antransformer.diagnostics.coord_check import Coordinates
+from antransformer.diagnostics.coord_check import CoordCheck
 from antransformer.reporting.figure import (
     INK,
     PAPER,
@@ -195,8 +195,8 @@ def law_in_words(level: TokenBudget, architecture: str) -> str:
 
 
 @styled
-def stream_by_width(found: Sequence[Coordinates]) -> Chart:
-    """Coordinates of the residual stream against width, before and after a few steps, a panel an architecture."""
+def stream_by_width(found: Sequence[CoordCheck]) -> Chart:
+    """RMS of the residual stream against width, before and after a few steps, one panel per architecture."""
     names = list(dict.fromkeys(it.architecture for it in found))
     figure, panels = _panels(len(names))
     steps = sorted({it.step for it in found})
@@ -225,19 +225,21 @@ def stream_by_width(found: Sequence[Coordinates]) -> Chart:
 
 
 @styled
-def turned_by_width(found: Sequence[Coordinates]) -> Chart:
+def turned_by_width(found: Sequence[CoordCheck]) -> Chart:
     """How far the residual stream has turned in a few steps against width, a panel an architecture."""
-    last = [it for it in found if it.turned]
+    last = [it for it in found if it.rotation_deg]
     names = list(dict.fromkeys(it.architecture for it in last))
     figure, panels = _panels(len(names))
     words = []
     for axes, name in zip(panels, names, strict=False):
         own = sorted(_of(last, name), key=lambda it: it.width)
-        for depth in range(len(own[0].turned)):
-            line = [(it.width, it.turned[depth]) for it in own if math.isfinite(it.turned[depth])]
-            shade = _shade(range(max(2, len(own[0].turned))), depth)
+        for depth in range(len(own[0].rotation_deg)):
+            line = [(it.width, it.rotation_deg[depth]) for it in own if math.isfinite(it.rotation_deg[depth])]
+            shade = _shade(range(max(2, len(own[0].rotation_deg))), depth)
             axes.plot(*_columns(line), marker="o", ms=3, color=style_of(name).colour, alpha=shade, lw=1.2)
-        words.append(f"{style_of(name).label}, embedding: " + ", ".join(f"{it.width} {it.turned[0]:.0f}" for it in own))
+        words.append(
+            f"{style_of(name).label}, embedding: " + ", ".join(f"{it.width} {it.rotation_deg[0]:.0f}" for it in own)
+        )
         _width_axis(axes, own, "linear")
         axes.set_title(style_of(name).label)
     panels[0].set(ylabel="angle from the start (degrees)")
@@ -250,7 +252,7 @@ def turned_by_width(found: Sequence[Coordinates]) -> Chart:
 
 
 @styled
-def logits_by_width(found: Sequence[Coordinates]) -> Chart:
+def logits_by_width(found: Sequence[CoordCheck]) -> Chart:
     """Root mean square of the logits against width, before and after a few steps."""
     figure, axes = new_figure()
     names = list(dict.fromkeys(it.architecture for it in found))
@@ -270,7 +272,7 @@ def logits_by_width(found: Sequence[Coordinates]) -> Chart:
     return Chart("logits", "Logits against width", note, f"{'; '.join(words)}.", figure)
 
 
-def _of(found: Iterable[Coordinates], name: str) -> list[Coordinates]:
+def _of(found: Iterable[CoordCheck], name: str) -> list[CoordCheck]:
     return [it for it in found if it.architecture == name]
 
 
@@ -323,7 +325,7 @@ def _size_legend(figure: Any, panels: Any) -> None:
     figure.legend(handles=handles, loc="outside upper left", ncols=4, alignment="left")
 
 
-def _width_axis(axes: Any, found: Sequence[Coordinates], vertical: str = "log") -> None:
+def _width_axis(axes: Any, found: Sequence[CoordCheck], vertical: str = "log") -> None:
     widths = sorted({it.width for it in found})
     axes.set_xscale("log")
     axes.set_yscale(vertical)
@@ -335,7 +337,7 @@ def _width_axis(axes: Any, found: Sequence[Coordinates], vertical: str = "log") 
     axes.set(xlabel="width")
 
 
-def _unit_norm(panels: Any, found: Sequence[Coordinates]) -> None:
+def _unit_norm(panels: Any, found: Sequence[CoordCheck]) -> None:
     widths = np.array(sorted({it.width for it in found}), float)
     for axes in panels[: len({it.architecture for it in found})]:
         axes.plot(widths, widths**-0.5, ":", color=INK, lw=1, label="_")

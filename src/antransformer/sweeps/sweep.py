@@ -14,7 +14,7 @@ import numpy as np
 
 from antransformer.comparison.experiment import fill_defaults, provenance
 from antransformer.data import Dataset
-from antransformer.diagnostics.coord_check import Coordinates, coord_check
+from antransformer.diagnostics.coord_check import CoordCheck, coord_check
 from antransformer.errors import ConfigError
 from antransformer.models import ModelConfig, registry
 from antransformer.results.sweep import Sweep, SweepRun
@@ -223,7 +223,7 @@ class Sweeper:
             self.setup(time.monotonic() - started, ended), runs, self.coordinates() if self.plan.by_width else ()
         )
 
-    def coordinates(self) -> tuple[Coordinates, ...]:
+    def coordinates(self) -> tuple[CoordCheck, ...]:
         """Of every architecture and size, at the middle of its grid and the smallest batch."""
         self.stage("activations")
         cells = {(cell.architecture, cell.size): cell for cell in sorted(self.plan.grids, key=lambda cell: -cell.batch)}
