@@ -1,1 +1,1 @@
-"""Benchmarks: variants timed in alternation within one process."""
+"""Benchmarks of speed and memory: variants are timed in alternation within one process."""

@@ -1,11 +1,11 @@
-"""The speed of data: text to tokens, and tokens to the training loop.
+"""Speed of data: from text to tokens, and from tokens to the training loop.
 
-Both are timed by the clock on the wall: what counts is who waits.
+Both are timed in wall-clock time, because the result is how long someone waits.
 """
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -15,8 +15,9 @@ import numpy as np
 import tokenizers
 import torch
 
-from antransformer.benchmarks.models import ours
-from antransformer.benchmarks.timing import Row, alternate, compare, quartiles
+from antransformer.benchmarks.models import our_setup
+from antransformer.benchmarks.settings import Settings, require_positive
+from antransformer.benchmarks.timing import Benchmark, Row, alternate, make_rows, quartiles
 from antransformer.data import (
     Prefetcher,
     Shard,
@@ -34,96 +35,125 @@ from antransformer.data.stdlib import VOCABULARY
 from antransformer.models import ModelConfig
 from antransformer.training.device import autocast
 
-SAMPLE_BYTES = 16 << 20  # of text where none is given
-HELD_OUT = 0.5  # of the documents, so that a few of them do for both sides
-SHARD_TOKENS = 1 << 20  # at least, of the random ones that training is timed on
+SAMPLE_BYTES = 16 << 20  # size of the default text
+VAL_FRACTION = 0.5  # so that a few documents suffice for both splits
+MIN_SHARD_TOKENS = 1 << 20
+
+LIBRARY, PREPARE = "tokenizers", "prepare"
+SYNCHRONOUS, PREFETCHED = "synchronous", "prefetched"
 
 
-def sample() -> list[Path]:
-    """Files of the standard library's source, 16 MiB of them."""
-    sizes = [(path, path.stat().st_size) for path in stdlib_files()]
-    behind = np.cumsum([size for _, size in sizes])
-    return [path for (path, _), end in zip(sizes, behind, strict=True) if end <= max(SAMPLE_BYTES, sizes[0][1])]
+@dataclass(frozen=True, kw_only=True)
+class DataSettings(Settings):
+    """Settings of ``bench_data``.
 
-
-def bench_tokens(text: Sequence[str | Path], names: Sequence[str], rounds: int) -> Iterator[Row]:
-    """Time ``prepare``, from files to shards, beside the library ``tokenizers`` on the same text in memory.
-
-    Args:
-        text: inputs as ``prepare`` takes them.
-        names: tokenizers as it takes them; none for bytes and a BPE that is trained on the text.
-        rounds: how many times.
+    Attributes:
+        text: inputs as ``prepare`` takes them; empty for 16 MiB of the standard library's source.
+        tokenizers: tokenizers as ``prepare`` takes them; empty for bytes and a BPE trained on the text.
+        batch: number of sequences in a training step.
 
     Raises:
-        DataError: as ``prepare``.
+        ConfigError: a number is less than 1.
     """
-    texts = [text for text, _ in Corpus.find(text).documents()]
+
+    text: tuple[str | Path, ...] = ()
+    tokenizers: tuple[str, ...] = ()
+    batch: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(batch=self.batch)
+
+
+def bench_data(settings: DataSettings) -> Benchmark:
+    """Time ``prepare`` and the loading of batches.
+
+    Raises:
+        DataError: a text or tokenizer cannot be read, as in ``prepare``.
+    """
+    text = settings.text or stdlib_sample()
+    rows = [*_time_prepare(text, settings.tokenizers, settings.rounds), *_time_loading(settings)]
+    facts = {"model": settings.model.mapping(), "batch": settings.batch, "dtype": str(settings.dtype)}
+    return Benchmark("data", facts, rows)
+
+
+def stdlib_sample() -> list[Path]:
+    """Source files of the standard library, 16 MiB in total."""
+    sizes = [(path, path.stat().st_size) for path in stdlib_files()]
+    ends = np.cumsum([size for _, size in sizes])
+    return [path for (path, _), end in zip(sizes, ends, strict=True) if end <= max(SAMPLE_BYTES, sizes[0][1])]
+
+
+def _time_prepare(text: Sequence[str | Path], names: Sequence[str], rounds: int) -> Iterator[Row]:
+    """Time ``prepare``, from files to shards, against the library tokenizers on the same text in memory."""
+    documents = [document for document, _ in Corpus.find(text).documents()]
     with TemporaryDirectory() as folder:
         if not names:
-            train_bpe(texts, VOCABULARY).save(Path(folder, f"bpe-{VOCABULARY}.json"))
-            names = ["byte", str(Path(folder, f"bpe-{VOCABULARY}.json"))]
+            bpe = Path(folder, f"bpe-{VOCABULARY}.json")
+            train_bpe(documents, VOCABULARY).save(bpe)
+            names = ["byte", str(bpe)]
         for number, name in enumerate(names):
-            words = load_tokenizer(name)
-            made = prepare(text, Path(folder, "made", str(number)), tokenizer=name, val_fraction=HELD_OUT)
-            tokens = sum(split.tokens for split in made.splits.values())
-            library = tokenizers.Tokenizer.from_str(words.to_json())
+            tokenizer = load_tokenizer(name)
+            dataset = prepare(text, Path(folder, "data", str(number)), tokenizer=name, val_fraction=VAL_FRACTION)
+            tokens = sum(split.tokens for split in dataset.splits.values())
+            library = tokenizers.Tokenizer.from_str(tokenizer.to_json())
             calls: dict[str, Callable[[], object]] = {
-                "tokenizers": partial(library.encode_batch_fast, texts),
-                "prepare": partial(prepared, text, name),
+                LIBRARY: partial(library.encode_batch_fast, documents),
+                PREPARE: partial(_prepare_and_discard, text, name),
             }
-            times = alternate({key: partial(wall, call) for key, call in calls.items()}, rounds)["all"]
-            yield from compare({"of": words.name}, times, tokens, "tokenizers")
+            times = alternate({key: partial(_wall_seconds, call) for key, call in calls.items()}, rounds)["total"]
+            yield from make_rows({"workload": tokenizer.name}, times, tokens, LIBRARY)
 
 
-def prepared(text: Sequence[str | Path], tokenizer: str) -> None:
-    """All of ``prepare``, into a folder that is removed."""
+def _prepare_and_discard(text: Sequence[str | Path], tokenizer: str) -> None:
+    """Run ``prepare`` completely, into a temporary folder."""
     with TemporaryDirectory() as folder:
-        prepare(text, Path(folder, "data"), tokenizer=tokenizer, val_fraction=HELD_OUT)
+        prepare(text, Path(folder, "data"), tokenizer=tokenizer, val_fraction=VAL_FRACTION)
 
 
-def wall(call: Callable[[], object]) -> dict[str, float]:
-    """Seconds of a call."""
+def _wall_seconds(call: Callable[[], object]) -> dict[str, float]:
     start = time.perf_counter()
     call()
-    return {"all": time.perf_counter() - start}
+    return {"total": time.perf_counter() - start}
 
 
-def bench_loading(shape: ModelConfig, batch: int, rounds: int, device: torch.device, dtype: torch.dtype) -> list[Row]:
-    """Time training steps of anGPT on batches that are read when they are needed, and on some that are read ahead."""
+def _time_loading(settings: DataSettings) -> list[Row]:
+    """Time training steps of anGPT with batches read synchronously and with prefetched batches."""
+    shape, device = settings.model, settings.device
     with TemporaryDirectory() as folder:
-        windows = ShuffledWindows(random_split(Path(folder), shape), shape.context, seed=0)
+        windows = ShuffledWindows(_random_split(Path(folder), shape), shape.context, seed=0)
         torch.manual_seed(0)
         with device:
-            model, _, optimizer = ours(shape, "angpt")
+            model, _, optimizer = our_setup(shape, "angpt")
+        numbers = count()
 
         def step(source: Callable[[int], Batch]) -> dict[str, float]:
             start = time.perf_counter()
             tokens, targets = source(next(numbers))
             waited = time.perf_counter() - start
-            with autocast(device, dtype):
+            with autocast(device, settings.dtype):
                 model(tokens.to(device), targets.to(device)).backward()
             optimizer.step()
             optimizer.zero_grad()
             if device.type != "cpu":
                 torch.accelerator.synchronize(device)
-            return {"all": time.perf_counter() - start, "waiting": waited}
+            return {"total": time.perf_counter() - start, "waiting": waited}
 
-        numbers = count()
         sources: dict[str, Callable[[int], Batch]] = {
-            "in turn": partial(windows.batch, global_batch=batch),
-            "ahead": Prefetcher(windows, batch).batch,
+            SYNCHRONOUS: partial(windows.batch, global_batch=settings.batch),
+            PREFETCHED: Prefetcher(windows, settings.batch).batch,
         }
-        times = alternate({name: partial(step, source) for name, source in sources.items()}, rounds)
-    rows = compare({"of": "training"}, times["all"], batch * shape.context, "in turn")
+        times = alternate({name: partial(step, source) for name, source in sources.items()}, settings.rounds)
+    rows = make_rows({"workload": "training"}, times["total"], settings.batch * shape.context, SYNCHRONOUS)
     return [
-        replace(row, waiting=quartiles([part / all for part, all in zip(waited, row.seconds, strict=True)]))
+        replace(row, waiting=quartiles([wait / total for wait, total in zip(waited, row.seconds, strict=True)]))
         for row, waited in zip(rows, times["waiting"].values(), strict=True)
     ]
 
 
-def random_split(folder: Path, shape: ModelConfig) -> Split:
-    """One shard of random tokens."""
-    dtype, size = dtype_for(shape.vocab_size), max(SHARD_TOKENS, 2 * shape.context)
+def _random_split(folder: Path, shape: ModelConfig) -> Split:
+    """Split with one shard of random tokens."""
+    dtype, size = dtype_for(shape.vocab_size), max(MIN_SHARD_TOKENS, 2 * shape.context)
     path = folder / "train-00000.bin"
     np.random.default_rng(0).integers(shape.vocab_size, size=size, dtype=DTYPES[dtype]).tofile(path)
     return Split("train", 1, size, size, dtype, (Shard(path, size, ""),))

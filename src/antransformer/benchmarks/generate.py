@@ -1,10 +1,10 @@
-"""The speed of generation: filling the cache with a prompt, then one token after the other, greedily.
+"""Speed of greedy generation: prefill (filling the cache with a prompt) and decode (one token after another).
 
-Our architectures stand beside transformers' Qwen3, which is GPT+ but for details (tests/test_parity.py holds that), in
-the same shape, with random weights, the same prompt, and one loop for all.
+Our architectures are timed against Qwen3 of transformers, which equals GPT+ except for details (see
+``tests/models/test_parity.py``). All have the same shape, random weights, the same prompt, and the same loop.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from inspect import signature
@@ -13,53 +13,51 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from antransformer.benchmarks.models import OURS, qwen3_config, replace_architecture
-from antransformer.benchmarks.timing import Mode, Row, alternate, compare, now
+from antransformer.benchmarks.models import qwen3_config
+from antransformer.benchmarks.settings import (
+    OUR_ARCHITECTURES,
+    Mode,
+    Settings,
+    replace_architecture,
+    require_positive,
+)
+from antransformer.benchmarks.timing import Benchmark, Row, alternate, make_rows, now
 from antransformer.errors import ConfigError, MissingExtraError
 from antransformer.inference import fold
 from antransformer.inference.sampling import next_logits
-from antransformer.models import Cache, Decoder, ModelConfig, build
+from antransformer.models import Cache, Decoder, build
 
-Step = Callable[[Tensor, Any], Tensor]  # new tokens (B, T) and the cache to logits (B, V) of the next token
+Step = Callable[[Tensor, Any], Tensor]  # new token ids (B, T) and the cache -> logits (B, V) of the next token
 
-BASELINE = "folded"
+BASELINE = "folded"  # anGPT with its factors folded into the weights
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What is timed.
+class GenerationSettings(Settings):
+    """Settings of ``bench_generate``; weights and cache have ``dtype``.
 
     Attributes:
-        model: the shape; its architecture is angpt, the others take theirs from it.
         batches: numbers of sequences.
-        prompt: tokens of each prompt.
-        new: tokens to make.
-        modes: as written, or through torch.compile.
-        rounds: how many times each variant is timed.
-        device: where.
-        dtype: of weights and cache.
+        prompt_tokens: number of tokens of each prompt.
+        max_new_tokens: number of tokens to generate.
+        modes: eager execution, ``torch.compile``, or both.
 
     Raises:
-        ConfigError: a number is below 1, or the tokens do not fit the context.
+        ConfigError: a number is less than 1, or the tokens do not fit into the context.
     """
 
-    model: ModelConfig
     batches: tuple[int, ...]
-    prompt: int
-    new: int
-    modes: tuple[Mode, ...]
-    rounds: int
-    device: torch.device
-    dtype: torch.dtype
+    prompt_tokens: int
+    max_new_tokens: int
+    modes: tuple[Mode, ...] = ("eager",)
 
     def __post_init__(self) -> None:
-        for name, value in (("prompt", self.prompt), ("new", self.new)):
-            if value < 1:
-                raise ConfigError(f"{name} must be at least 1, got {value}")
-        if self.prompt + self.new > self.model.context:
+        super().__post_init__()
+        require_positive(batch=min(self.batches), prompt_tokens=self.prompt_tokens, max_new_tokens=self.max_new_tokens)
+        if self.prompt_tokens + self.max_new_tokens > self.model.context:
             raise ConfigError(
-                f"a prompt of {self.prompt:,} tokens and {self.new:,} new ones do not fit the context of "
-                f"{self.model.context:,}: lower one of them, or raise model.context"
+                f"a prompt of {self.prompt_tokens:,} tokens and {self.max_new_tokens:,} new tokens exceed the context "
+                f"of {self.model.context:,}: lower one of them, or raise model.context"
             )
 
 
@@ -68,62 +66,69 @@ class GenerationVariant:
     """A model to generate with.
 
     Attributes:
-        cache: an empty cache for a number of sequences.
-        prefill: the step that fills it with the prompt.
-        decode: the step of a single token.
+        new_cache: makes an empty cache for a number of sequences.
+        prefill: step that fills the cache with the prompt.
+        decode: step of a single token.
     """
 
-    cache: Callable[[int], Any]
+    new_cache: Callable[[int], Any]
     prefill: Step
     decode: Step
 
 
-def bench_generate(settings: Settings, note: Callable[[str], None]) -> list[Row]:
-    """Time all variants at every mode and batch; ``note`` is told what begins, and what is left out."""
-    variants = ours(settings)
+def bench_generate(settings: GenerationSettings, log: Callable[[str], None]) -> Benchmark:
+    """Time all variants in every mode and with every batch; ``log`` receives progress and skipped variants."""
+    variants = _our_variants(settings)
     try:
-        variants |= qwen3(settings)
+        variants |= _qwen3_variants(settings)
     except MissingExtraError as error:
-        note(f"qwen3 is left out: {error}")
-    return [
-        row
-        for mode in settings.modes
-        for batch in settings.batches
-        for row in timed(variants, settings, mode, batch, note)
-    ]
+        log(f"skipping qwen3: {error}")
+    rows = []
+    for mode in settings.modes:
+        for batch in settings.batches:
+            log(f"{mode}, batch {batch}")
+            rows += _time_batch(variants, settings, mode, batch)
+    facts = {
+        "model": settings.model.mapping(),
+        "prompt_tokens": settings.prompt_tokens,
+        "max_new_tokens": settings.max_new_tokens,
+        "dtype": str(settings.dtype),
+        "baseline": BASELINE,
+    }
+    return Benchmark("generate", facts, rows)
 
 
-def timed(
-    variants: dict[str, GenerationVariant], settings: Settings, mode: Mode, batch: int, note: Callable[[str], None]
-) -> Iterator[Row]:
-    """The rows of one mode and batch."""
-    note(f"{mode}, batch {batch}")
+def _time_batch(
+    variants: dict[str, GenerationVariant], settings: GenerationSettings, mode: Mode, batch: int
+) -> list[Row]:
     if mode == "compiled":
-        torch.compiler.reset()  # what was compiled for another batch would be made to fit all
-        variants = {name: compiled(variant) for name, variant in variants.items()}
+        torch.compiler.reset()  # otherwise dimensions that differ between batches become dynamic, which is slower
+        variants = {name: _compiled(variant) for name, variant in variants.items()}
     generator = torch.Generator().manual_seed(0)
-    shape = (batch, settings.prompt)
+    shape = (batch, settings.prompt_tokens)
     prompt = torch.randint(settings.model.vocab_size, shape, generator=generator).to(settings.device)
-    calls = {name: partial(measure, variant, prompt, settings.new) for name, variant in variants.items()}
+    calls = {name: partial(_time_parts, item, prompt, settings.max_new_tokens) for name, item in variants.items()}
     times = alternate(calls, settings.rounds)
-    for part, tokens in (("prefill", batch * settings.prompt), ("decode", batch * settings.new)):
-        yield from compare({"mode": mode, "batch": batch, "part": part}, times[part], tokens, BASELINE)
+    rows = []
+    for part, tokens in (("prefill", settings.prompt_tokens), ("decode", settings.max_new_tokens)):
+        rows += make_rows({"mode": mode, "batch": batch, "part": part}, times[part], batch * tokens, BASELINE)
+    return rows
 
 
-def measure(variant: GenerationVariant, prompt: Tensor, new: int) -> dict[str, float]:
-    """Seconds of both parts for a prompt (B, T), on whose device the model is."""
-    cache = variant.cache(len(prompt))
+def _time_parts(variant: GenerationVariant, prompt: Tensor, new_tokens: int) -> dict[str, float]:
+    """Seconds of prefill and decode for a prompt (B, T) on the model's device."""
+    cache = variant.new_cache(len(prompt))
     started = now(prompt.device)
     token = variant.prefill(prompt, cache).argmax(-1, keepdim=True)
-    filled = now(prompt.device)
-    for _ in range(new):
+    prefilled = now(prompt.device)
+    for _ in range(new_tokens):
         token = variant.decode(token, cache).argmax(-1, keepdim=True)
-    return {"prefill": filled - started, "decode": now(prompt.device) - filled}
+    return {"prefill": prefilled - started, "decode": now(prompt.device) - prefilled}
 
 
-def compiled(variant: GenerationVariant) -> GenerationVariant:
-    """The same through torch.compile; of all shapes only the length of the cache changes from call to call."""
-    torch._dynamo.config.recompile_limit = 64  # all our models run the same code object
+def _compiled(variant: GenerationVariant) -> GenerationVariant:
+    """Compile both steps; in decode, only the length of the cache is a dynamic shape."""
+    torch._dynamo.config.recompile_limit = 64  # all our models share one code object, and each recompiles it
     return replace(
         variant,
         prefill=torch.compile(variant.prefill, dynamic=False, fullgraph=True),
@@ -131,31 +136,30 @@ def compiled(variant: GenerationVariant) -> GenerationVariant:
     )
 
 
-def ours(settings: Settings) -> dict[str, GenerationVariant]:
-    """Our architectures, anGPT folded and as it is trained."""
+def _our_variants(settings: GenerationSettings) -> dict[str, GenerationVariant]:
+    """Our architectures as trained, and anGPT folded."""
     torch.manual_seed(0)
     with settings.device:
-        models = {name: build(replace_architecture(settings.model, name)) for name in OURS}
+        models = {name: build(replace_architecture(settings.model, name)) for name in OUR_ARCHITECTURES}
     models = {BASELINE: fold(models["angpt"]), **models}
-    return {name: our_variant(model.to(settings.dtype).eval()) for name, model in models.items()}
+    return {name: _our_variant(model.to(settings.dtype).eval()) for name, model in models.items()}
 
 
-def our_variant(model: Decoder) -> GenerationVariant:
-    """One of our models."""
-
-    def step(new: Tensor, cache: Cache) -> Tensor:
-        return next_logits(model, new, cache)
+def _our_variant(model: Decoder) -> GenerationVariant:
+    def step(tokens: Tensor, cache: Cache) -> Tensor:
+        return next_logits(model, tokens, cache)
 
     return GenerationVariant(partial(Cache, model), step, step)
 
 
-def qwen3(settings: Settings) -> dict[str, GenerationVariant]:
-    """transformers' Qwen3 of the same shape, with its fused attention and each of its two caches.
+def _qwen3_variants(settings: GenerationSettings) -> dict[str, GenerationVariant]:
+    """Qwen3 of transformers with fused attention, once with each of its two caches.
 
-    Which cache is faster depends: compiled, the static one in decoding and the growing one in prefill. The static one
-    comes first, since torch.compile makes the growing shapes of the other fit every variant after it.
+    Compiled, the static cache is faster in decode and the dynamic one in prefill. The static one is first, because
+    compiling the growing shapes of the dynamic cache makes the shapes of later variants dynamic.
 
-    Raises as ``qwen3_config``.
+    Raises:
+        MissingExtraError: transformers is not installed, or too old.
     """
     config = qwen3_config(settings.model)
     from transformers import DynamicCache, Qwen3ForCausalLM, StaticCache
@@ -163,15 +167,15 @@ def qwen3(settings: Settings) -> dict[str, GenerationVariant]:
     with settings.device:
         model: nn.Module = Qwen3ForCausalLM(config)
     model.to(settings.dtype).eval()
-    # Since 5.24 it has another name, and the old one costs a warning.
+    # transformers 5.24 renamed the parameter; the old name causes a warning.
     name = "cache" if "cache" in signature(Qwen3ForCausalLM.forward).parameters else "past_key_values"
 
-    def step(new: Tensor, cache: DynamicCache | StaticCache) -> Tensor:
-        with torch.no_grad():  # as a decorator it would cost what compiling gains
-            return model(input_ids=new, logits_to_keep=1, **{name: cache}).logits[:, -1].float()
+    def step(tokens: Tensor, cache: DynamicCache | StaticCache) -> Tensor:
+        with torch.no_grad():  # as a decorator it would cancel the gain of compiling
+            return model(input_ids=tokens, logits_to_keep=1, **{name: cache}).logits[:, -1].float()
 
-    room = settings.prompt + settings.new
+    length = settings.prompt_tokens + settings.max_new_tokens
     return {
-        "qwen3 static": GenerationVariant(lambda _batch: StaticCache(config=config, max_cache_len=room), step, step),
+        "qwen3 static": GenerationVariant(lambda _batch: StaticCache(config=config, max_cache_len=length), step, step),
         "qwen3": GenerationVariant(lambda _batch: DynamicCache(config=config), step, step),
     }

@@ -1,20 +1,22 @@
-"""Growth: how the time and the memory of a training step rise with width, layers, context and batch.
+"""Growth of the time and memory of a training step with width, layers, context and batch.
 
-An exponent p says that something grows as size^p. That of the time stands beside the one that the count of operations
-asks for over the same sizes, that of the memory beside the one of ``training.memory``.
+An exponent p means that a quantity grows as size^p. The exponent of the time is compared with that of the number of
+operations, the exponent of the memory with that of ``training.cost_model.memory``.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from antransformer.benchmarks.models import OURS, make, replace_architecture
-from antransformer.benchmarks.timing import Mode, Row, alternate, compare, peak_memory, seconds
-from antransformer.benchmarks.train_step import Settings, compiled, held, steps
+from antransformer.benchmarks.models import build_variants
+from antransformer.benchmarks.settings import OUR_ARCHITECTURES, Mode, replace_architecture
+from antransformer.benchmarks.timing import Benchmark, Row, alternate, make_rows, peak_memory, time_call
+from antransformer.benchmarks.train_step import StepSettings, in_mode, make_step, state_bytes
 from antransformer.models import ModelConfig
 from antransformer.reporting.figure import INK, Chart, legend, log_ticks, new_figure, style, styled
 from antransformer.reporting.labels import style_of
@@ -27,150 +29,167 @@ FACTORS = (1, 2, 4, 8)
 
 @dataclass(frozen=True)
 class Growth:
-    """Exponents of one variant along one axis: over all sizes, and over the last doubling.
+    """Exponents of one variant along one axis.
 
     Attributes:
-        mode, axis, name: of what.
-        time, end: measured, of the seconds of a step.
-        asked, end_asked: of its operations.
-        memory, memory_asked: of the bytes at the peak, measured and modelled.
+        mode: eager or compiled.
+        axis: size that was varied.
+        variant: name of the variant.
+        time: measured exponent of the step time over all sizes.
+        time_expected: exponent of the number of operations over all sizes.
+        last_time: measured exponent of the step time over the last doubling.
+        last_time_expected: exponent of the number of operations over the last doubling.
+        memory: measured exponent of the peak memory.
+        memory_expected: exponent of the memory model.
     """
 
     mode: str
     axis: str
-    name: str
+    variant: str
     time: float
-    asked: float
-    end: float
-    end_asked: float
+    time_expected: float
+    last_time: float
+    last_time_expected: float
     memory: float
-    memory_asked: float
+    memory_expected: float
 
 
-def bench_sweep(settings: Settings, note: Callable[[str], None]) -> list[Row]:
-    """Time all variants at each size along each axis, the other sizes as in the settings.
+@dataclass(frozen=True)
+class _Named:
+    """A variant, for the legend of a chart."""
+
+    name: str
+
+
+def bench_growth(settings: StepSettings, folder: Path, log: Callable[[str], None]) -> Benchmark:
+    """Time training steps at several sizes along each axis, with all other sizes as in the settings.
+
+    Args:
+        settings: settings of the smallest sizes.
+        folder: existing folder for one chart per mode.
+        log: receives progress, skipped variants and the paths of charts.
+
+    Returns:
+        The benchmark ``step``, whose facts have the exponents as ``growth``.
 
     Raises:
-        MissingExtraError: matplotlib, which draws it, is not installed.
+        MissingExtraError: matplotlib is not installed.
     """
-    style()
-    return [row for mode in settings.modes for axis in AXES for row in along(settings, mode, axis, note)]
+    style()  # fails before the measurements if matplotlib is missing
+    rows = [row for mode in settings.modes for axis in AXES for row in _time_axis(settings, mode, axis, log)]
+    for mode in settings.modes:
+        chart = growth_chart(settings, [row for row in rows if row.task["mode"] == mode])
+        log(f"figure: {chart.save_png(folder)}")
+    growth = [asdict(item) for item in exponents(settings, rows)]
+    return Benchmark("step", {**settings.facts(rows[0].variant), "growth": growth}, rows)
 
 
-def along(settings: Settings, mode: Mode, axis: str, note: Callable[[str], None]) -> list[Row]:
-    """The rows of one axis, of which all sizes and variants take turns."""
-    shapes = {size: at(settings, axis, size) for size in sizes(settings, axis)}
-    note(f"{mode}, {axis} {', '.join(map(str, shapes))}")
-    made = {size: make(it.variants, it.model, it.device, note) for size, it in shapes.items()}
-    calls, fixed = {}, {}
-    for size, trainees in made.items():
-        for name, trainee in compiled(trainees, mode).items():
-            calls[f"{size} {name}"] = steps(trainee, shapes[size])
-            fixed[f"{size} {name}"] = trainee
-    timers = {key: partial(seconds, call, settings.device) for key, call in calls.items()}
-    times = alternate(timers, settings.rounds)["all"]
+def _time_axis(settings: StepSettings, mode: Mode, axis: str, log: Callable[[str], None]) -> list[Row]:
+    """Rows of one axis; all sizes and variants are timed in one alternation."""
+    by_size = {size: _resized(settings, axis, size) for size in _sizes(settings, axis)}
+    log(f"{mode}, {axis} {', '.join(map(str, by_size))}")
+    setups = {
+        size: in_mode(build_variants(resized.variants, resized.model, resized.device, log), mode)
+        for size, resized in by_size.items()
+    }
+    steps = {
+        (size, name): make_step(setup, by_size[size]) for size, named in setups.items() for name, setup in named.items()
+    }
+    timers = {f"{size} {name}": partial(time_call, step, settings.device) for (size, name), step in steps.items()}
+    times = alternate(timers, settings.rounds)["total"]
     rows = []
-    for size, it in shapes.items():
-        tokens = it.batch * it.model.context
-        mine = {name: times[f"{size} {name}"] for name in made[size]}
-        for row in compare({"mode": mode, "axis": axis, "size": size}, mine, tokens, next(iter(mine))):
-            key = f"{size} {row.variant}"
-            rows.append(replace(row, memory=peak_memory(calls[key], it.device) + held(fixed[key])))
+    for size, resized in by_size.items():
+        tokens = resized.batch * resized.model.context
+        at_size = {name: times[f"{size} {name}"] for name in setups[size]}
+        for row in make_rows({"mode": mode, "axis": axis, "size": size}, at_size, tokens, next(iter(at_size))):
+            step_memory = peak_memory(steps[size, row.variant], resized.device)
+            rows.append(replace(row, memory=step_memory + state_bytes(setups[size][row.variant])))
     return rows
 
 
-def sizes(settings: Settings, axis: str) -> list[int]:
-    """From that of the settings on, doubled."""
+def _sizes(settings: StepSettings, axis: str) -> list[int]:
+    """Sizes along an axis: that of the settings, times each of ``FACTORS``."""
     base = settings.batch if axis == "batch" else getattr(settings.model, axis)
     return [factor * base for factor in FACTORS]
 
 
-def at(settings: Settings, axis: str, size: int) -> Settings:
-    """The settings with one size changed."""
+def _resized(settings: StepSettings, axis: str, size: int) -> StepSettings:
+    """Settings with another size along one axis."""
     if axis == "batch":
         return replace(settings, batch=size)
     return replace(settings, model=ModelConfig(**{**settings.model.mapping(), axis: size}))
 
 
-def growths(settings: Settings, rows: Sequence[Row]) -> list[Growth]:
-    """Exponents of all that was measured by ``bench_sweep`` with these settings."""
-    found: dict[tuple[str, str, str], list[Row]] = {}
+def exponents(settings: StepSettings, rows: Sequence[Row]) -> list[Growth]:
+    """Exponents of each mode, axis and variant, from rows measured with these settings."""
+    grouped: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
-        found.setdefault((row.task["mode"], row.task["axis"], row.variant), []).append(row)
-    return [
-        _growth(key, mine, [at(settings, row.task["axis"], row.task["size"]) for row in mine])
-        for key, mine in found.items()
-    ]
+        grouped.setdefault((row.task["mode"], row.task["axis"], row.variant), []).append(row)
+    return [_exponents_of(settings, *key, group) for key, group in grouped.items()]
 
 
-def _growth(key: tuple[str, str, str], rows: list[Row], shapes: list[Settings]) -> Growth:
-    size = [row.task["size"] for row in rows]
-    taken = [float(np.median(row.seconds)) for row in rows]
-    asked = [operations(it) for it in shapes]
-    needed = [modelled(it, key[2]) for it in shapes]
+def _exponents_of(settings: StepSettings, mode: str, axis: str, variant: str, rows: list[Row]) -> Growth:
+    sizes = [row.task["size"] for row in rows]
+    resized = [_resized(settings, axis, size) for size in sizes]
+    seconds = [float(np.median(row.seconds)) for row in rows]
+    operations = [_operations(item) for item in resized]
     return Growth(
-        *key,
-        time=exponent(size, taken),
-        asked=exponent(size, asked),
-        end=exponent(size[-2:], taken[-2:]),
-        end_asked=exponent(size[-2:], asked[-2:]),
-        memory=exponent(size, [row.memory or math.nan for row in rows]),
-        memory_asked=exponent(size, needed),
+        mode,
+        axis,
+        variant,
+        time=exponent(sizes, seconds),
+        time_expected=exponent(sizes, operations),
+        last_time=exponent(sizes[-2:], seconds[-2:]),
+        last_time_expected=exponent(sizes[-2:], operations[-2:]),
+        memory=exponent(sizes, [row.memory or math.nan for row in rows]),
+        memory_expected=exponent(sizes, [_modelled_bytes(item, variant) for item in resized]),
     )
 
 
 def exponent(x: Sequence[float], y: Sequence[float]) -> float:
-    """p of y = c x^p, by least squares of the logarithms."""
+    """Exponent p of y = c x^p, by least squares of the logarithms."""
     return float(np.polyfit(np.log(x), np.log(y), 1)[0])
 
 
-def operations(settings: Settings) -> float:
-    """Of a step."""
+def _operations(settings: StepSettings) -> float:
+    """FLOPs of one step."""
     return settings.batch * settings.model.context * flops_per_token(settings.model)
 
 
-def modelled(settings: Settings, variant: str) -> float:
-    """Bytes of a step; a library's model counts as GPT+, whose shape it has."""
-    model = replace_architecture(settings.model, variant if variant in OURS else "gpt+")
-    return estimate_memory(model, Layout(micro_batch_size=settings.batch), settings.precision).total
+def _modelled_bytes(settings: StepSettings, variant: str) -> float:
+    """Peak memory of a step according to the memory model; models of other libraries count as GPT+ of equal shape."""
+    model = replace_architecture(settings.model, variant if variant in OUR_ARCHITECTURES else "gpt+")
+    return estimate_memory(model, Layout(micro_batch_size=settings.batch), settings.dtype).total
 
 
 @styled
-def growth_chart(settings: Settings, rows: Sequence[Row]) -> Chart:
-    """Seconds and memory of a step along each axis, in one mode; dashed, what the operations of the first would do."""
+def growth_chart(settings: StepSettings, rows: Sequence[Row]) -> Chart:
+    """Time and memory of a step along each axis in one mode, with the growth of the number of operations."""
     figure, axes = new_figure(2, len(AXES), height=4.4, width=9.4, share="row")
     names = list(dict.fromkeys(row.variant for row in rows))
     for column, axis in enumerate(AXES):
-        mine = [row for row in rows if row.task["axis"] == axis]
+        sizes = _sizes(settings, axis)
+        time_panel, memory_panel = axes[0][column], axes[1][column]
         for name in names:
-            of_name = [row for row in mine if row.variant == name]
-            size = [row.task["size"] for row in of_name]
-            drawn = style_of(name)
-            for place, y in enumerate(
-                (
-                    [float(np.median(row.seconds)) * 1e3 for row in of_name],
-                    [(row.memory or 0) / 2**20 for row in of_name],
-                )
-            ):
-                axes[place][column].plot(size, y, color=drawn.colour, marker=drawn.marker)
-                if place == 0 and name == names[0]:
-                    asked = np.array([operations(at(settings, axis, it)) for it in size])
-                    axes[0][column].plot(size, asked / asked[-1] * y[-1], "--", color=INK, lw=1)
-        for place, unit in enumerate(("ms a step", "MiB")):
-            _logarithmic(axes[place][column], sizes(settings, axis))
-            axes[place][column].set(xlabel=axis, ylabel="" if column else unit)
-    legend(figure, [_Name(name) for name in names])
-    each = "; ".join(
-        f"{it.name} {it.axis}: time {it.time:.2f} where {it.asked:.2f} is asked for, memory {it.memory:.2f}"
-        for it in growths(settings, rows)
+            group = [row for row in rows if (row.task["axis"], row.variant) == (axis, name)]
+            milliseconds = [float(np.median(row.seconds)) * 1e3 for row in group]
+            line = {"color": style_of(name).colour, "marker": style_of(name).marker}
+            time_panel.plot(sizes, milliseconds, **line)
+            memory_panel.plot(sizes, [(row.memory or 0) / 2**20 for row in group], **line)
+            if name == names[0]:
+                operations = np.array([_operations(_resized(settings, axis, size)) for size in sizes])
+                time_panel.plot(sizes, operations / operations[-1] * milliseconds[-1], "--", color=INK, lw=1)
+        for panel, unit in ((time_panel, "ms per step"), (memory_panel, "MiB")):
+            _logarithmic(panel, sizes)
+            panel.set(xlabel=axis, ylabel="" if column else unit)
+    legend(figure, [_Named(name) for name in names])
+    alt = "; ".join(
+        f"{item.variant} {item.axis}: time {item.time:.2f}, expected {item.time_expected:.2f}, memory {item.memory:.2f}"
+        for item in exponents(settings, rows)
     )
-    note = "Dashed: in proportion to the operations, through the first variant's last point."
-    return Chart(f"growth-{rows[0].task['mode']}", "Growth of a training step", note, f"Exponents: {each}.", figure)
-
-
-@dataclass(frozen=True)
-class _Name:
-    name: str
+    caption = "Dashed: proportional to the number of operations, through the last point of the first variant."
+    mode = rows[0].task["mode"]
+    return Chart(f"growth-{mode}", "Growth of a training step", caption, f"Exponents: {alt}.", figure)
 
 
 def _logarithmic(axes: Any, ticks: list[int]) -> None:

@@ -1,7 +1,7 @@
-"""The speed of two parts of a training step: the loss behind the last block, and the optimizer with the bounds."""
+"""Speed of two parts of a training step: the loss after the last block, and the optimizer with the bounds."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -9,66 +9,102 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from antransformer import functional
-from antransformer.benchmarks.models import replace_architecture
-from antransformer.benchmarks.timing import Row, alternate, compare, peak_memory, seconds
+from antransformer.benchmarks.settings import Settings, replace_architecture, require_positive
+from antransformer.benchmarks.timing import Benchmark, Row, alternate, make_rows, peak_memory, time_call
 from antransformer.bounds import bind
-from antransformer.models import ModelConfig, build
+from antransformer.models import build
 from antransformer.training.config import resolve_config
 from antransformer.training.optimizer import make_optimizer
 
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden (B, T, d), weight (V, d), targets (B, T) to the mean loss
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden (B, T, d), weight (V, d), targets (B, T) -> mean loss
+
+UNCHUNKED = "unchunked"
+OPTIMIZER, WITH_BOUNDS = "optimizer", "with bounds"
 
 
-def whole(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """The loss of logits that are all there at once."""
-    return F.cross_entropy(F.linear(hidden, weight).flatten(0, 1).float(), targets.flatten())
+@dataclass(frozen=True, kw_only=True)
+class LossSettings(Settings):
+    """Settings of ``bench_loss``; hidden states and weights have ``dtype``.
 
+    Attributes:
+        batch: number of sequences.
+        vocab_sizes: vocabulary sizes to measure.
 
-def torch_chunked(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """The loss in torch's own chunks (from 2.13 on), of a size that it chooses."""
-    options = torch.nn.LinearCrossEntropyOptions()
-    return F.linear_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), options=options)
+    Raises:
+        ConfigError: a number is less than 1.
+    """
+
+    batch: int = 8
+    vocab_sizes: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(batch=self.batch)
 
 
 def losses() -> dict[str, Loss]:
-    """Ways to compute the loss of a head, by name."""
-    ways: dict[str, Loss] = {"whole": whole, "chunks": functional.cross_entropy}
-    return {**ways, "torch's chunks": torch_chunked} if hasattr(F, "linear_cross_entropy") else ways
+    """Implementations of the cross-entropy of a linear head, by name."""
+    implementations: dict[str, Loss] = {UNCHUNKED: _unchunked, "chunked": functional.cross_entropy}
+    if hasattr(F, "linear_cross_entropy"):  # torch 2.13 and newer
+        implementations["torch chunked"] = _torch_chunked
+    return implementations
 
 
-def bench_loss(
-    shapes: list[ModelConfig], batch: int, rounds: int, device: torch.device, dtype: torch.dtype
-) -> Iterator[Row]:
-    """Time loss and its gradients for so many sequences of the shapes' contexts, on random numbers of that dtype."""
-    for shape in shapes:
+def bench_loss(settings: LossSettings) -> Benchmark:
+    """Time the loss with its gradients on random hidden states, for each vocabulary size."""
+    rows = [row for size in settings.vocab_sizes for row in _time_loss(settings, size)]
+    model = settings.model
+    facts = {"width": model.width, "context": model.context, "batch": settings.batch, "dtype": str(settings.dtype)}
+    return Benchmark("loss", facts, rows)
+
+
+def bench_optimizer(settings: Settings) -> Benchmark:
+    """Time optimizer steps with and without bounds, on constant gradients."""
+    rows = [row for architecture in ("angpt", "ngpt") for row in _time_optimizer(settings, architecture)]
+    return Benchmark("optimizer", {"model": settings.model.mapping()}, rows, unit="parameters/s")
+
+
+def _time_loss(settings: LossSettings, vocab_size: int) -> list[Row]:
+    torch.manual_seed(0)
+    model, device, dtype = settings.model, settings.device, settings.dtype
+    shape = (settings.batch, model.context)
+    hidden = torch.randn(*shape, model.width, device=device, dtype=dtype, requires_grad=True)
+    weight = torch.randn(vocab_size, model.width, device=device, dtype=dtype)
+    weight = (weight / model.width**0.5).requires_grad_()
+    targets = torch.randint(vocab_size, shape, device=device)
+
+    def gradients(loss: Loss) -> None:
+        torch.autograd.grad(loss(hidden, weight, targets), (hidden, weight))
+
+    calls = {name: partial(gradients, loss) for name, loss in losses().items()}
+    times = alternate({name: partial(time_call, call, device) for name, call in calls.items()}, settings.rounds)
+    rows = make_rows({"vocabulary": vocab_size}, times["total"], targets.numel(), UNCHUNKED)
+    return [replace(row, memory=peak_memory(calls[row.variant], device)) for row in rows]
+
+
+def _time_optimizer(settings: Settings, architecture: str) -> list[Row]:
+    calls = {}
+    for name in (OPTIMIZER, WITH_BOUNDS):
         torch.manual_seed(0)
-        hidden = torch.randn(batch, shape.context, shape.width, device=device, dtype=dtype, requires_grad=True)
-        weight = torch.randn(shape.vocab_size, shape.width, device=device, dtype=dtype)
-        weight = (weight / shape.width**0.5).requires_grad_()
-        targets = torch.randint(shape.vocab_size, (batch, shape.context), device=device)
+        with settings.device:
+            model = build(replace_architecture(settings.model, architecture))
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter) / parameter.numel() ** 0.5
+        config = resolve_config({"model": model.config.mapping()}, settings.model.vocab_size)
+        optimizer = make_optimizer(model, config)
+        if name == WITH_BOUNDS:
+            bind(model, optimizer)
+        calls[name] = partial(time_call, optimizer.step, settings.device)
+    times = alternate(calls, settings.rounds)["total"]
+    return make_rows({"architecture": architecture}, times, model.parameter_count(), OPTIMIZER)
 
-        def call(loss: Loss, hidden: Tensor = hidden, weight: Tensor = weight, targets: Tensor = targets) -> None:
-            torch.autograd.grad(loss(hidden, weight, targets), (hidden, weight))
 
-        calls = {name: partial(call, loss) for name, loss in losses().items()}
-        times = alternate({name: partial(seconds, work, device) for name, work in calls.items()}, rounds)["all"]
-        for row in compare({"vocabulary": shape.vocab_size}, times, batch * shape.context, "whole"):
-            yield replace(row, memory=peak_memory(calls[row.variant], device))
+def _unchunked(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Loss that materializes all logits at once."""
+    return F.cross_entropy(F.linear(hidden, weight).flatten(0, 1).float(), targets.flatten())
 
 
-def bench_optimizer(shape: ModelConfig, rounds: int, device: torch.device) -> Iterator[Row]:
-    """Time steps of the optimizer with and without bounds, on gradients that stay the same."""
-    for architecture in ("angpt", "ngpt"):
-        calls = {}
-        for name in ("optimizer", "with bounds"):
-            torch.manual_seed(0)
-            with device:
-                model = build(replace_architecture(shape, architecture))
-            for parameter in model.parameters():
-                parameter.grad = torch.randn_like(parameter) / parameter.numel() ** 0.5
-            optimizer = make_optimizer(model, resolve_config({"model": model.config.mapping()}, shape.vocab_size))
-            if name == "with bounds":
-                bind(model, optimizer)
-            calls[name] = partial(seconds, optimizer.step, device)
-        times = alternate(calls, rounds)["all"]
-        yield from compare({"architecture": architecture}, times, model.parameter_count(), "optimizer")
+def _torch_chunked(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Chunked loss of torch, which chooses the chunk size itself."""
+    options = torch.nn.LinearCrossEntropyOptions()
+    return F.linear_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), options=options)

@@ -1,25 +1,27 @@
-"""Benchmarks: variants timed side by side, in alternation within one process.
+"""Timing of variants in alternation, and the results of benchmarks.
 
-On a machine that does other things too, or whose clock follows its temperature, a time drifts by tens of percent within
-minutes. Variants that take turns drift together: of a comparison, the ratio within each round is what can be trusted,
-and its quartiles over rounds say how far.
+Clock rate, temperature and other processes change the speed of a machine by tens of percent within minutes. Variants
+timed in alternation are affected equally. Only the ratio within a round is therefore reliable, and its quartiles over
+rounds show its uncertainty.
 """
 
+import contextlib
 import platform
 import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from antransformer.training.profiling import quiet
 
-Mode = Literal["eager", "compiled"]
-Times = dict[str, dict[str, list[float]]]  # part of the work -> variant -> seconds, one a round
+Times = dict[str, dict[str, list[float]]]  # part of the work -> variant -> seconds of each round
+PACKAGES = ("torch", "transformers", "x-transformers", "nGPT-pytorch", "tokenizers")
 
 
 @dataclass(frozen=True)
@@ -33,17 +35,17 @@ class Quartiles:
 
 @dataclass(frozen=True)
 class Row:
-    """One variant at one task.
+    """Result of one variant at one task.
 
     Attributes:
-        task: what was timed, by the name of each of its choices, such as {"batch": 16, "part": "decode"}.
-        variant: its name.
-        seconds: of each round.
-        speed: units of work a second.
-        ratio: this speed over that of the baseline in the same round.
-        memory: bytes in use at the peak, where that was measured.
-        utilization: share of the device's speed that was used, where that is known.
-        waiting: share of the time that was spent waiting for data, where that was measured.
+        task: choices that define the task, such as {"batch": 16, "part": "decode"}.
+        variant: name of the variant.
+        seconds: time of each round.
+        speed: units of work per second.
+        ratio: speed divided by the speed of the baseline in the same round.
+        memory: peak memory in bytes, if measured.
+        utilization: fraction of the attainable FLOP/s, if measured.
+        waiting: fraction of the time spent waiting for data, if measured.
     """
 
     task: dict[str, Any]
@@ -56,56 +58,78 @@ class Row:
     waiting: Quartiles | None = None
 
 
+@dataclass(frozen=True)
+class Benchmark:
+    """Results of one benchmark.
+
+    Attributes:
+        name: name of the benchmark.
+        facts: settings and further results, ready for JSON.
+        rows: results of all variants and tasks.
+        unit: unit of ``Row.speed``.
+    """
+
+    name: str
+    facts: dict[str, Any]
+    rows: list[Row]
+    unit: str = "tokens/s"
+
+    def content(self, device: torch.device) -> dict[str, Any]:
+        """Results as JSON types, with the machine and the versions of the libraries that were compared."""
+        rows = [asdict(row) for row in self.rows]
+        machine = {"machine": machine_info(device), "versions": installed_versions()}
+        return {"benchmark": self.name, "unit": self.unit, **self.facts, **machine, "rows": rows}
+
+
 def quartiles(values: Sequence[float]) -> Quartiles:
-    """Of at least one value; between two values they are interpolated."""
+    """Quartiles of one or more values, with linear interpolation."""
     low, median, high = statistics.quantiles([*values, *values[:1]][: max(2, len(values))], n=4, method="inclusive")
     return Quartiles(low, median, high)
 
 
 def alternate(variants: Mapping[str, Callable[[], Mapping[str, float]]], rounds: int) -> Times:
-    """Let all variants take turns, after one turn each that does not count.
+    """Time all variants in alternation, after one uncounted warm-up call each.
 
     Args:
-        variants: by name; a call does the work once and returns the seconds of each part of it.
-        rounds: how many times, each in an order of its own: what one leaves in caches and memory is found by the next,
-            which should not always be the same.
+        variants: functions by name; each does the work once and returns the seconds of each part of it.
+        rounds: number of timings. Each round has its own random order, because a variant affects the caches and memory
+            that the next one starts with.
     """
     for call in variants.values():
         call()
     times: Times = {}
-    for turn in range(rounds):
-        for name in random.Random(turn).sample(list(variants), len(variants)):
+    for round_number in range(rounds):
+        for name in random.Random(round_number).sample(list(variants), len(variants)):
             for part, seconds in variants[name]().items():
-                times.setdefault(part, {other: [] for other in variants})[name].append(seconds)
+                times.setdefault(part, {variant: [] for variant in variants})[name].append(seconds)
     return times
 
 
-def compare(task: Mapping[str, Any], seconds: Mapping[str, list[float]], amount: float, baseline: str) -> list[Row]:
-    """A row for each variant.
+def make_rows(task: Mapping[str, Any], times: Mapping[str, list[float]], amount: float, baseline: str) -> list[Row]:
+    """Rows of all variants at one task.
 
     Args:
-        task: what was timed.
-        seconds: of each variant, round by round.
-        amount: units of work in each time.
-        baseline: the variant that the others are compared with.
+        task: choices that define the task.
+        times: seconds of each round, by variant.
+        amount: units of work done in each time.
+        baseline: variant that ratios refer to.
     """
     return [
         Row(
             task=dict(task),
             variant=name,
-            seconds=times,
-            speed=quartiles([amount / time for time in times]),
-            ratio=quartiles([base / time for base, time in zip(seconds[baseline], times, strict=True)]),
+            seconds=seconds,
+            speed=quartiles([amount / time for time in seconds]),
+            ratio=quartiles([base / time for base, time in zip(times[baseline], seconds, strict=True)]),
         )
-        for name, times in seconds.items()
+        for name, seconds in times.items()
     ]
 
 
 def now(device: torch.device) -> float:
-    """Seconds on a clock, once the device has done all that it was given.
+    """Time in seconds, after waiting for all work submitted to the device.
 
-    With one thread of a CPU the clock is the time that this process has had of it: the same where nothing else runs,
-    and where something does, its turns do not count.
+    With one CPU thread it is the CPU time of this process, which excludes time taken by other processes.
     """
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
@@ -114,18 +138,17 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def seconds(call: Callable[[], object], device: torch.device) -> dict[str, float]:
-    """How long a call takes."""
+def time_call(call: Callable[[], object], device: torch.device) -> dict[str, float]:
+    """Seconds of one call, under the key ``total``."""
     started = now(device)
     call()
-    return {"all": now(device) - started}
+    return {"total": now(device) - started}
 
 
 def peak_memory(call: Callable[[], object], device: torch.device) -> int:
-    """Bytes that a call has allocated at its peak, over what was there when it began.
+    """Peak memory of a call in bytes, in addition to the memory allocated before it.
 
-    On a CPU torch's profiler reports every allocation and release of tensors. That leaves out what libraries reserve
-    for themselves, and what the process holds otherwise.
+    On a CPU, the sum of all tensors that torch's profiler reports; other memory of the process is not included.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -140,7 +163,16 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> int:
     return max(accumulate((size for _, size in changes), initial=0))
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """What the times were taken on."""
+def machine_info(device: torch.device) -> dict[str, Any]:
+    """Device, processor, number of threads and version of torch."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {"device": str(device), "name": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of those ``PACKAGES`` that are installed."""
+    versions = {}
+    for package in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return versions

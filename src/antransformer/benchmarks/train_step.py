@@ -1,127 +1,130 @@
-"""The speed of training: steps of forward, backward, optimizer and bound.
+"""Speed and memory of training steps: forward, backward, optimizer and bounds.
 
-Every variant has its own model, loss and optimizer (``bench_models``), and all see the same tokens.
+Every variant has its own model, loss and optimizer (``benchmarks.models``); all train on the same tokens.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from antransformer.benchmarks.models import TRAINEES, Trainee, make
-from antransformer.benchmarks.timing import Mode, Row, alternate, compare, peak_memory, quartiles, seconds
+from antransformer.benchmarks.models import TrainingSetup, build_variants
+from antransformer.benchmarks.settings import VARIANTS, Mode, Settings, require_positive
+from antransformer.benchmarks.timing import Benchmark, Row, alternate, make_rows, peak_memory, quartiles, time_call
 from antransformer.errors import ConfigError
-from antransformer.models import ModelConfig
 from antransformer.training import profiling
 from antransformer.training.cost_model.throughput import flops_per_token, peak_flops
 from antransformer.training.device import autocast
 
-BASELINE = "gpt+"
-PRODUCT = 1024  # rows and columns of the matrices whose product says what the device can do
+MATMUL_SIZE = 1024  # rows and columns of the matrices whose product estimates the attainable FLOP/s
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What is timed.
+class StepSettings(Settings):
+    """Settings of ``bench_step``; sequences have the length of the model's context.
 
     Attributes:
-        model: the shape, and with its context the length of the sequences; each variant has its own architecture.
-        variants: names among ``TRAINEES``; the first is the baseline.
+        variants: names from ``VARIANTS``; the first is the baseline.
         batch: number of sequences in a step.
-        modes: as written, or through torch.compile.
-        rounds: how many times each variant is timed.
-        device: where.
-        precision: of the matrix products; parameters are float32.
-        profile: a folder for a trace of one step of each variant, or None.
+        modes: eager execution, ``torch.compile``, or both.
+        profile: folder for a trace of one step of each variant, or None.
 
     Raises:
-        ConfigError: a variant is unknown.
+        ConfigError: a variant is unknown, or a number is less than 1.
     """
 
-    model: ModelConfig
-    variants: tuple[str, ...]
-    batch: int
-    modes: tuple[Mode, ...]
-    rounds: int
-    device: torch.device
-    precision: torch.dtype
+    variants: tuple[str, ...] = VARIANTS
+    batch: int = 8
+    modes: tuple[Mode, ...] = ("eager",)
     profile: Path | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(batch=self.batch)
         for name in self.variants:
-            if name not in TRAINEES:
-                raise ConfigError(f"unknown variant {name!r}: choose from {', '.join(TRAINEES)}")
+            if name not in VARIANTS:
+                raise ConfigError(f"unknown variant {name!r}: choose from {', '.join(VARIANTS)}")
+
+    def facts(self, baseline: str) -> dict[str, Any]:
+        """Settings that a benchmark of steps reports."""
+        return {
+            "model": self.model.mapping(),
+            "batch": self.batch,
+            "dtype": str(self.dtype),
+            "baseline": baseline,
+        }
 
 
-def bench_step(settings: Settings, note: Callable[[str], None]) -> list[Row]:
-    """Time all variants in every mode; ``note`` is told what begins, and what is left out."""
-    trainees = make(settings.variants, settings.model, settings.device, note)
-    return [row for mode in settings.modes for row in timed(trainees, settings, mode, note)]
+def bench_step(settings: StepSettings, log: Callable[[str], None]) -> Benchmark:
+    """Time training steps of all variants in every mode; ``log`` receives progress and skipped variants."""
+    setups = build_variants(settings.variants, settings.model, settings.device, log)
+    rows = [row for mode in settings.modes for row in _time_mode(setups, settings, mode, log)]
+    return Benchmark("step", settings.facts(rows[0].variant), rows)
 
 
-def timed(trainees: dict[str, Trainee], settings: Settings, mode: Mode, note: Callable[[str], None]) -> Iterator[Row]:
-    """The rows of one mode."""
-    note(f"{mode}: {', '.join(trainees)}")
-    trainees = compiled(trainees, mode)
-    calls = {name: steps(trainee, settings) for name, trainee in trainees.items()}
-    timers = {name: partial(seconds, call, settings.device) for name, call in calls.items()}
-    times = alternate({**timers, "product": partial(seconds, product(settings), settings.device)}, settings.rounds)[
-        "all"
-    ]
-    peaks = attainable(times.pop("product"), settings)
+def _time_mode(
+    setups: dict[str, TrainingSetup], settings: StepSettings, mode: Mode, log: Callable[[str], None]
+) -> Iterator[Row]:
+    log(f"{mode}: {', '.join(setups)}")
+    setups = in_mode(setups, mode)
+    steps = {name: make_step(setup, settings) for name, setup in setups.items()}
+    # The matrix product takes part in the alternation, so that utilization refers to the same clock rate.
+    calls = {**steps, "matmul": _matmul(settings)}
+    timers = {name: partial(time_call, call, settings.device) for name, call in calls.items()}
+    times = alternate(timers, settings.rounds)["total"]
+    peaks = _attainable_flops(times.pop("matmul"), settings)
     tokens = settings.batch * settings.model.context
     flops = tokens * flops_per_token(settings.model)
-    for row in compare({"mode": mode}, times, tokens, next(iter(times))):
-        shares = [flops / time / peak for time, peak in zip(row.seconds, peaks, strict=True)]
-        memory = peak_memory(calls[row.variant], settings.device) + held(trainees[row.variant])
+    for row in make_rows({"mode": mode}, times, tokens, next(iter(times))):
+        utilization = quartiles([flops / time / peak for time, peak in zip(row.seconds, peaks, strict=True)])
+        memory = peak_memory(steps[row.variant], settings.device) + state_bytes(setups[row.variant])
         if settings.profile:
-            trace = settings.profile / f"{mode}-{row.variant}.json"
-            profiling.of_call(calls[row.variant], trace, note)
-        yield replace(row, memory=memory, utilization=quartiles(shares))
+            profiling.of_call(steps[row.variant], settings.profile / f"{mode}-{row.variant}.json", log)
+        yield replace(row, memory=memory, utilization=utilization)
 
 
-def compiled(trainees: dict[str, Trainee], mode: Mode) -> dict[str, Trainee]:
-    """The trainees in this mode."""
+def in_mode(setups: dict[str, TrainingSetup], mode: Mode) -> dict[str, TrainingSetup]:
+    """Training setups whose losses are compiled in mode ``compiled``."""
     if mode == "eager":
-        return trainees
+        return setups
     torch.compiler.reset()
-    torch._dynamo.config.recompile_limit = 64  # all our models run the same code object
-    return {name: it._replace(loss=torch.compile(it.loss, dynamic=False)) for name, it in trainees.items()}
+    torch._dynamo.config.recompile_limit = 64  # all our models share one code object, and each recompiles it
+    return {name: setup._replace(loss=torch.compile(setup.loss, dynamic=False)) for name, setup in setups.items()}
 
 
-def steps(trainee: Trainee, settings: Settings) -> Callable[[], None]:
-    """What takes one training step on the same tokens each time."""
+def make_step(setup: TrainingSetup, settings: StepSettings) -> Callable[[], None]:
+    """Function that performs one training step, always on the same random tokens."""
     generator = torch.Generator().manual_seed(0)
     shape = (settings.batch, settings.model.context + 1)
     tokens = torch.randint(settings.model.vocab_size, shape, generator=generator).to(settings.device)
 
     def step() -> None:
-        with autocast(settings.device, settings.precision):
-            loss = trainee.loss(tokens)
+        with autocast(settings.device, settings.dtype):
+            loss = setup.loss(tokens)
         loss.backward()
-        trainee.optimizer.step()
-        trainee.optimizer.zero_grad()
+        setup.optimizer.step()
+        setup.optimizer.zero_grad()
 
     return step
 
 
-def product(settings: Settings) -> Callable[[], Tensor]:
-    """A large square matrix product, the fastest thing that there is."""
-    one, other = torch.randn(2, PRODUCT, PRODUCT, device=settings.device, dtype=settings.precision)
-    return lambda: one @ other
-
-
-def attainable(times: list[float], settings: Settings) -> list[float]:
-    """FLOP/s that the device could do in each round: the data sheet's, or else those of the product."""
-    known = peak_flops(settings.device, settings.precision)
-    return [known or 2 * PRODUCT**3 / time for time in times]
-
-
-def held(trainee: Trainee) -> int:
-    """Bytes of parameters and optimizer state."""
-    tensors = [*trainee.model.parameters(), *trainee.model.buffers()]
-    tensors += [value for state in trainee.optimizer.state.values() for value in state.values()]
+def state_bytes(setup: TrainingSetup) -> int:
+    """Bytes of parameters, buffers and optimizer state."""
+    tensors = [*setup.model.parameters(), *setup.model.buffers()]
+    tensors += [value for state in setup.optimizer.state.values() for value in state.values()]
     return sum(tensor.nbytes for tensor in tensors)
+
+
+def _matmul(settings: StepSettings) -> Callable[[], Tensor]:
+    a, b = torch.randn(2, MATMUL_SIZE, MATMUL_SIZE, device=settings.device, dtype=settings.dtype)
+    return lambda: a @ b
+
+
+def _attainable_flops(matmul_seconds: list[float], settings: StepSettings) -> list[float]:
+    """Attainable FLOP/s in each round: from the data sheet, or measured by a matrix product if that is unknown."""
+    peak = peak_flops(settings.device, settings.dtype)
+    return [peak or 2 * MATMUL_SIZE**3 / seconds for seconds in matmul_seconds]

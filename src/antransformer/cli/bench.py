@@ -1,335 +1,320 @@
-"""Measure speed, side by side in alternation: medians over rounds, with quartiles.
+"""Measure speed and memory of variants in alternation: medians and quartiles over rounds.
 
-step: training (forward, backward, optimizer, bound), of our architectures and of other libraries in the same shape,
-each with its own model, loss and optimizer: tokens a second, memory at the peak, and the share that is used of what
-the device could do. That is what its data sheet says, or on a CPU the speed of a large matrix product in the round.
+step: training steps of our architectures and of other libraries in the same shape (forward, backward, optimizer,
+bounds). Reports tokens per second, peak memory, and the fraction of the attainable FLOP/s. That peak comes from the
+data sheet of the GPU; on a CPU it is measured with a large matrix product.
 
-loss: the loss of the head's product and its gradients, whole and in chunks, with memory at the peak; of vocabularies of
-512 and 50,304 unless one is given.
+loss: cross-entropy of the head with its gradients, with and without chunks, and its peak memory. Vocabulary sizes are
+512 and 50,304 unless --model.vocab-size is given.
 
-data: tokens a second from text files to shards (``prepare``), beside the library tokenizers alone on the same text in
-memory; and training with batches that are read in turn or ahead, with the share of the time that it waits for them.
+optimizer: optimizer steps with and without bounds, in parameters per second.
 
-optimizer: steps of the optimizer with and without the bounds, in parameters a second.
+data: "antransformer prepare" against the library tokenizers on the same text in memory; and training with synchronous
+and prefetched batches, with the fraction of time spent waiting for data.
 
-generate: tokens a second while the cache is filled with a prompt and while new tokens are made, of our architectures
-and of transformers' Qwen3 in the same shape, with random weights.
+generate: prefill and decode of our architectures and of Qwen3 (transformers) in the same shape, with random weights.
 
-With --sweep: the exponent p of size^p by which time and memory grow, beside the one that the count of operations, or
-the model of memory, asks for; "at the end" is over the last doubling.
+The ratio is the speed divided by that of the first variant in the same round (generate: the folded anGPT).
 
-The ratio is that to the speed of the first variant (of generate: the folded anGPT) in the same round.
+With --sweep, time and memory are measured at several sizes. An exponent p means growth as size^p. "expected" is the
+exponent of the number of operations, or of the memory model.
 
 examples:
-  antransformer bench --what step --mode both
-  antransformer bench --what step --preset 32m --model.context 256 --variants gpt+ angpt --profile traces
-  antransformer bench --what data --text 'corpus/*.jsonl' --tokenizer path/to/tokenizer.json
-  antransformer bench --what generate --preset 125m --mode both --dtype bfloat16 --json speed.json
+  antransformer bench step --mode both
+  antransformer bench step --preset 32m --model.context 256 --variants gpt+ angpt --profile traces
+  antransformer bench data --text 'corpus/*.jsonl' --tokenizer path/to/tokenizer.json
+  antransformer bench generate --preset 125m --mode both --dtype bfloat16 --json speed.json
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from antransformer.benchmarks import data as bench_data
-from antransformer.benchmarks import generate as bench_generate
-from antransformer.benchmarks import growth as bench_sweep
-from antransformer.benchmarks import loss_and_optimizer as bench_parts
-from antransformer.benchmarks import train_step as bench_step
-from antransformer.benchmarks.models import SHAPE, TRAINEES, versions
-from antransformer.benchmarks.timing import Mode, Quartiles, Row, machine
+from antransformer.benchmarks.settings import MODES, SHAPE, VARIANTS, Mode
 from antransformer.cli.common import check_target, new_table
 from antransformer.cli.options import Parser, add_config, settings_of
-from antransformer.errors import ConfigError
-from antransformer.models import ModelConfig
-from antransformer.models.config import PAPER_VOCABULARY, preset_sizes
+from antransformer.errors import ConfigError, UsageError
+from antransformer.models.config import PAPER_VOCABULARY, ModelConfig, preset_sizes
 from antransformer.training.config import normalize_settings
-from antransformer.training.device import choose_device, choose_precision
 
-USAGE = "antransformer bench --what NAME [options]"
-MODES: dict[str, tuple[Mode, ...]] = {
-    "eager": ("eager",),
-    "compiled": ("compiled",),
-    "both": ("eager", "compiled"),
-}
-WIDEST = 200  # columns of a table
-VOCABULARIES = [512, PAPER_VOCABULARY]
-# Of what is measured, the options that it has of those that not all have, with their defaults.
+if TYPE_CHECKING:
+    from antransformer.benchmarks.timing import Benchmark, Quartiles, Row
+
+USAGE = "antransformer bench BENCHMARK [options]"
+TABLE_WIDTH = 200  # columns, if the output is not a terminal
+LOSS_VOCABULARIES = (512, PAPER_VOCABULARY)
+GROWTH_VARIANTS = ("gpt+", "angpt")
+# Options that not every benchmark has, with their defaults for those that have them.
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "step": {"batch": [8], "variants": list(TRAINEES), "mode": "eager", "profile": None, "sweep": None},
+    "step": {"batch": [8], "variants": None, "mode": "eager", "profile": None, "sweep": None},
     "loss": {"batch": [8]},
-    "data": {"batch": [8], "text": [], "tokenizer": []},
     "optimizer": {},
-    "generate": {"batch": [1, 16], "prompt": 512, "new": 128, "mode": "eager"},
+    "data": {"batch": [8], "text": [], "tokenizer": []},
+    "generate": {"batch": [1, 16], "prompt_tokens": 512, "max_new_tokens": 128, "mode": "eager"},
 }
+
+
+class RefuseWhat(argparse.Action):
+    """The former option ``--what``, which became a positional argument."""
+
+    def __call__(self, _parser: object, _namespace: object, values: object, _option: object = None) -> NoReturn:
+        """Raise a ``UsageError`` with the present form."""
+        raise UsageError(f"--what is now a positional argument: antransformer bench {values or 'BENCHMARK'}")
 
 
 def add_arguments(parser: Parser) -> None:
-    """Options of the verb."""
-    parser.add_argument("--what", choices=BENCHES, required=True, help="what to measure")
+    """Add the options of ``antransformer bench``."""
+    parser.add_argument("benchmark", choices=DEFAULTS, metavar="BENCHMARK", help=", ".join(DEFAULTS))
+    parser.add_argument("--what", nargs="?", action=RefuseWhat, help=argparse.SUPPRESS)
     parser.add_argument("--preset", default="nano", metavar="NAME", help="size of the models (default nano)")
+    parser.add_argument("--batch", type=int, nargs="+", metavar="N", help="batch size (default 8; generate: 1 16)")
     parser.add_argument(
-        "--batch", type=int, nargs="+", metavar="N", help="sequences at once (default 8; generate: 1 16)"
-    )
-    parser.add_argument("--variants", nargs="+", metavar="NAME", help=f"step: of {', '.join(TRAINEES)} (default all)")
-    parser.add_argument(
-        "--text", nargs="+", metavar="INPUT", help="data: as of prepare (default 16 MiB of Python's standard library)"
+        "--variants", nargs="+", metavar="NAME", help=f"step: from {', '.join(VARIANTS)} (default all; first: baseline)"
     )
     parser.add_argument(
-        "--tokenizer", nargs="+", metavar="NAME", help="data: as of prepare (default byte, and a BPE of 4,096 ids)"
+        "--text", nargs="+", metavar="INPUT", help="data: inputs of prepare (default: 16 MiB of the standard library)"
     )
-    parser.add_argument("--prompt", type=int, metavar="N", help="generate: tokens of a prompt (default 512)")
-    parser.add_argument("--new", type=int, metavar="N", help="generate: tokens to make (default 128)")
-    parser.add_argument("--mode", choices=MODES, help="through torch.compile or not (default eager)")
-    parser.add_argument("--rounds", type=int, default=15, metavar="N", help="turns of each variant (default 15)")
-    parser.add_argument("--threads", type=int, metavar="N", help="of the CPU (default: as torch chooses)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default auto)")
+    parser.add_argument(
+        "--tokenizer", nargs="+", metavar="NAME", help="data: tokenizers (default: byte and a BPE of 4,096 ids)"
+    )
+    parser.add_argument("--prompt-tokens", type=int, metavar="N", help="generate: length of a prompt (default 512)")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="generate: tokens to generate (default 128)")
+    parser.add_argument("--mode", choices=(*MODES, "both"), help="step, generate: with torch.compile (default eager)")
+    parser.add_argument("--rounds", type=int, default=15, metavar="N", help="timings of each variant (default 15)")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: chosen by torch)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16"),
         default="auto",
-        help="of the matrix products; generate: of the weights too (default auto: bfloat16 on a GPU)",
+        help="dtype of matrix products; generate: also of weights (default auto: bfloat16 on GPUs)",
     )
     parser.add_argument(
         "--profile",
         type=Path,
         metavar="FOLDER",
-        help="step: write a trace of one step of each variant there, and print its ten dearest operations",
+        help="step: write a trace of one step of each variant there, and print its ten most expensive operations",
     )
     parser.add_argument(
         "--sweep",
         type=Path,
         metavar="FOLDER",
-        help="step: at one, two, four and eight times each of width, layers, context and batch, with exponents and a "
-        "picture there (variants by default gpt+ and angpt)",
+        help="step: measure 1, 2, 4 and 8 times the width, layers, context and batch; print exponents and write a "
+        f"figure there (default variants: {' '.join(GROWTH_VARIANTS)})",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures of every round there too")
-    group = parser.add_argument_group("model settings", "to change what the preset says")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results of every round to this file")
+    group = parser.add_argument_group("model settings", "override the preset")
     add_config(group, ModelConfig, prefix="model.", only=SHAPE)
 
 
 def run(parsed: argparse.Namespace) -> None:
-    """Measure and print."""
-    some = parsed.variants is None
-    complete(parsed)
-    if parsed.sweep and some:
-        parsed.variants = ["gpt+", "angpt"]
-    for name, value in (("rounds", parsed.rounds), ("batch", min(parsed.batch or [1]))):
-        if value < 1:
-            raise ConfigError(f"{name} must be at least 1, got {value}")
+    """Run a benchmark and print its table."""
+    import torch
+
+    from antransformer.training.device import choose_device, choose_precision
+
+    apply_defaults(parsed)
     if parsed.json:
         check_target("--json", parsed.json)
     if parsed.threads is not None:
         if parsed.threads < 1:
             raise ConfigError(f"--threads must be at least 1, got {parsed.threads}")
         torch.set_num_threads(parsed.threads)
-    facts, rows = BENCHES[parsed.what](parsed)
+    device = choose_device(parsed.device)
+    shared = {"rounds": parsed.rounds, "device": device, "dtype": choose_precision(parsed.dtype, device)}
+    benchmark = BENCHMARKS[parsed.benchmark](parsed, shared)
     console = Console(highlight=False)
     if not console.is_terminal:
-        console.width = WIDEST  # nobody's lines are cut
-    console.print(table(rows))
-    if "growth" in facts:
-        console.print(growth_table(facts["growth"]))
+        console.width = TABLE_WIDTH  # lines in a file or pipe are not cut
+    console.print(result_table(benchmark))
+    if "growth" in benchmark.facts:
+        console.print(growth_table(benchmark.facts["growth"]))
     if parsed.json:
-        facts |= {"machine": machine(choose_device(parsed.device)), "versions": versions()}
-        content = {"what": parsed.what, **facts, "rows": [asdict(row) for row in rows]}
-        parsed.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        print(f"figures: {parsed.json}")
+        parsed.json.write_text(json.dumps(benchmark.content(device), indent=2) + "\n", encoding="utf-8")
+        print(f"results: {parsed.json}")
 
 
-def complete(parsed: argparse.Namespace) -> None:
-    """Fill in the defaults of what is measured.
+def apply_defaults(parsed: argparse.Namespace) -> None:
+    """Fill in the defaults of the chosen benchmark.
 
     Raises:
-        ConfigError: an option was given that it does not have.
+        ConfigError: an option belongs to another benchmark.
     """
+    defaults = DEFAULTS[parsed.benchmark]
     for name in sorted({name for options in DEFAULTS.values() for name in options}):
-        if name in DEFAULTS[parsed.what]:
-            if getattr(parsed, name) is None:
-                setattr(parsed, name, DEFAULTS[parsed.what][name])
-        elif getattr(parsed, name) is not None:
-            having = ", ".join(what for what, options in DEFAULTS.items() if name in options)
-            raise ConfigError(f"--{name} is an option of {having}, not of {parsed.what}: leave it out")
+        if name not in defaults and getattr(parsed, name) is not None:
+            owners = ", ".join(benchmark for benchmark, options in DEFAULTS.items() if name in options)
+            raise ConfigError(f"--{name.replace('_', '-')} is an option of bench {owners}, not of {parsed.benchmark}")
+        if name in defaults and getattr(parsed, name) is None:
+            setattr(parsed, name, defaults[name])
 
 
-def steps(parsed: argparse.Namespace) -> tuple[dict[str, Any], list[Row]]:
-    """What was measured of training, and its rows."""
-    device = choose_device(parsed.device)
-    settings = bench_step.Settings(
-        model=shape(parsed),
-        variants=tuple(parsed.variants),
-        batch=one(parsed.batch),
-        modes=MODES[parsed.mode],
-        rounds=parsed.rounds,
-        device=device,
-        precision=choose_precision(parsed.dtype, device),
-        profile=parsed.profile,
-    )
-    for option, path in (("--profile", parsed.profile), ("--sweep", parsed.sweep)):
-        if path:
-            make_folder(option, path)
+def bench_step(parsed: argparse.Namespace, shared: dict[str, Any]) -> "Benchmark":
+    """Run ``bench step``, with --sweep at several sizes."""
+    from antransformer.benchmarks.growth import bench_growth
+    from antransformer.benchmarks.train_step import StepSettings
+    from antransformer.benchmarks.train_step import bench_step as time_steps
+
     if parsed.sweep and parsed.profile:
-        raise ConfigError("--profile is of one shape, and --sweep of many: leave one out")
-    rows = (bench_sweep.bench_sweep if parsed.sweep else bench_step.bench_step)(settings, tell)
-    facts: dict[str, Any] = {
-        "model": settings.model.mapping(),
-        "batch": settings.batch,
-        "dtype": str(settings.precision),
-        "baseline": rows[0].variant,
-    }
-    if parsed.sweep:
-        facts["growth"] = [asdict(it) for it in bench_sweep.growths(settings, rows)]
-        for mode in settings.modes:
-            chart = bench_sweep.growth_chart(settings, [row for row in rows if row.task["mode"] == mode])
-            tell(f"picture: {chart.save_png(parsed.sweep)}")
-    return facts, rows
-
-
-def loss(parsed: argparse.Namespace) -> tuple[dict[str, Any], list[Row]]:
-    """What was measured of the loss, and its rows."""
-    device, batch = choose_device(parsed.device), one(parsed.batch)
-    dtype = choose_precision(parsed.dtype, device)
-    given = shape(parsed)
-    sizes = [given.vocab_size] if "vocab_size" in settings_of(parsed).get("model", {}) else VOCABULARIES
-    shapes = [replace(given, vocab_size=size) for size in sizes]
-    rows = list(bench_parts.bench_loss(shapes, batch, parsed.rounds, device, dtype))
-    return {"width": given.width, "context": given.context, "batch": batch, "dtype": str(dtype)}, rows
-
-
-def data(parsed: argparse.Namespace) -> tuple[dict[str, Any], list[Row]]:
-    """What was measured of the data, and its rows."""
-    device, batch, model = choose_device(parsed.device), one(parsed.batch), shape(parsed)
-    dtype = choose_precision(parsed.dtype, device)
-    rows = list(bench_data.bench_tokens(parsed.text or bench_data.sample(), parsed.tokenizer, parsed.rounds))
-    rows += bench_data.bench_loading(model, batch, parsed.rounds, device, dtype)
-    return {"model": model.mapping(), "batch": batch, "dtype": str(dtype)}, rows
-
-
-def optimizer(parsed: argparse.Namespace) -> tuple[dict[str, Any], list[Row]]:
-    """What was measured of the optimizer, and its rows."""
-    model = shape(parsed)
-    rows = list(bench_parts.bench_optimizer(model, parsed.rounds, choose_device(parsed.device)))
-    return {"model": model.mapping()}, rows
-
-
-def generation(parsed: argparse.Namespace) -> tuple[dict[str, Any], list[Row]]:
-    """What was measured of generation, and its rows."""
-    device = choose_device(parsed.device)
-    settings = bench_generate.Settings(
-        model=shape(parsed, context=parsed.prompt + parsed.new),
-        batches=tuple(parsed.batch),
-        prompt=parsed.prompt,
-        new=parsed.new,
-        modes=MODES[parsed.mode],
-        rounds=parsed.rounds,
-        device=device,
-        dtype=choose_precision(parsed.dtype, device),
+        raise ConfigError("--profile traces one shape, --sweep measures many: give only one of them")
+    settings = StepSettings(
+        model=model_config(parsed),
+        variants=tuple(parsed.variants or (GROWTH_VARIANTS if parsed.sweep else VARIANTS)),
+        batch=single_batch(parsed),
+        modes=modes(parsed),
+        profile=parsed.profile,
+        **shared,
     )
-    rows = bench_generate.bench_generate(settings, tell)
-    facts = {
-        "model": settings.model.mapping(),
-        "prompt": settings.prompt,
-        "new": settings.new,
-        "dtype": str(settings.dtype),
-        "baseline": bench_generate.BASELINE,
-    }
-    return facts, rows
+    for option, folder in (("--profile", parsed.profile), ("--sweep", parsed.sweep)):
+        if folder:
+            make_folder(option, folder)
+    return bench_growth(settings, parsed.sweep, log) if parsed.sweep else time_steps(settings, log)
 
 
-def shape(parsed: argparse.Namespace, **sizes: int) -> ModelConfig:
-    """The preset with these sizes, and those given on the command line."""
-    given = normalize_settings({"preset": parsed.preset, **settings_of(parsed)}, "command line").get("model", {})
-    return ModelConfig(**{**preset_sizes(parsed.preset), "vocab_size": PAPER_VOCABULARY, **sizes, **given})
+def bench_loss(parsed: argparse.Namespace, shared: dict[str, Any]) -> "Benchmark":
+    """Run ``bench loss``."""
+    from antransformer.benchmarks.loss_and_optimizer import LossSettings
+    from antransformer.benchmarks.loss_and_optimizer import bench_loss as time_losses
+
+    model = model_config(parsed)
+    vocab_sizes = (model.vocab_size,) if "vocab_size" in settings_of(parsed).get("model", {}) else LOSS_VOCABULARIES
+    return time_losses(LossSettings(model=model, vocab_sizes=vocab_sizes, batch=single_batch(parsed), **shared))
 
 
-def one(batches: list[int]) -> int:
-    """The batch, where there can be only one.
+def bench_optimizer(parsed: argparse.Namespace, shared: dict[str, Any]) -> "Benchmark":
+    """Run ``bench optimizer``."""
+    from antransformer.benchmarks.loss_and_optimizer import bench_optimizer as time_optimizers
+    from antransformer.benchmarks.settings import Settings
+
+    return time_optimizers(Settings(model=model_config(parsed), **shared))
+
+
+def bench_data(parsed: argparse.Namespace, shared: dict[str, Any]) -> "Benchmark":
+    """Run ``bench data``."""
+    from antransformer.benchmarks.data import DataSettings
+    from antransformer.benchmarks.data import bench_data as time_data
+
+    return time_data(
+        DataSettings(
+            model=model_config(parsed),
+            text=tuple(parsed.text),
+            tokenizers=tuple(parsed.tokenizer),
+            batch=single_batch(parsed),
+            **shared,
+        )
+    )
+
+
+def bench_generate(parsed: argparse.Namespace, shared: dict[str, Any]) -> "Benchmark":
+    """Run ``bench generate``."""
+    from antransformer.benchmarks.generate import GenerationSettings
+    from antransformer.benchmarks.generate import bench_generate as time_generation
+
+    settings = GenerationSettings(
+        model=model_config(parsed, context=parsed.prompt_tokens + parsed.max_new_tokens),
+        batches=tuple(parsed.batch),
+        prompt_tokens=parsed.prompt_tokens,
+        max_new_tokens=parsed.max_new_tokens,
+        modes=modes(parsed),
+        **shared,
+    )
+    return time_generation(settings, log)
+
+
+BENCHMARKS: dict[str, Callable[[argparse.Namespace, dict[str, Any]], "Benchmark"]] = {
+    "step": bench_step,
+    "loss": bench_loss,
+    "optimizer": bench_optimizer,
+    "data": bench_data,
+    "generate": bench_generate,
+}
+
+
+def model_config(parsed: argparse.Namespace, **sizes: int) -> ModelConfig:
+    """Config of the preset with these sizes, overridden by the command line."""
+    settings = normalize_settings({"preset": parsed.preset, **settings_of(parsed)}, "command line").get("model", {})
+    return ModelConfig(**{**preset_sizes(parsed.preset), "vocab_size": PAPER_VOCABULARY, **sizes, **settings})
+
+
+def modes(parsed: argparse.Namespace) -> tuple[Mode, ...]:
+    """Modes that ``--mode`` selects."""
+    return MODES if parsed.mode == "both" else (parsed.mode,)
+
+
+def single_batch(parsed: argparse.Namespace) -> int:
+    """Batch size of a benchmark that takes only one.
 
     Raises:
-        ConfigError: there are several.
+        ConfigError: ``--batch`` has several values.
     """
-    if len(batches) > 1:
-        raise ConfigError(f"--batch takes one number here, got {len(batches)}")
-    return batches[0]
+    if len(parsed.batch) > 1:
+        raise ConfigError(f"--batch takes one number in bench {parsed.benchmark}, got {len(parsed.batch)}")
+    return parsed.batch[0]
 
 
 def make_folder(option: str, path: Path) -> None:
-    """Make a folder for results, before the work.
+    """Create a folder for results before the measurements.
 
     Raises:
-        ConfigError: it can not be made.
+        ConfigError: the folder cannot be created.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"{option} {path} can not be made: {error.strerror}; give the name of a folder") from error
+        raise ConfigError(f"{option} {path}: cannot create this folder ({error.strerror})") from error
 
 
-def tell(text: str) -> None:
-    """Progress, which is no result."""
+def log(text: str) -> None:
+    """Print progress to standard error, since standard output holds the results."""
     print(text, file=sys.stderr, flush=True)
 
 
-BENCHES: dict[str, Callable[[argparse.Namespace], tuple[dict[str, Any], list[Row]]]] = {
-    "step": steps,
-    "loss": loss,
-    "data": data,
-    "optimizer": optimizer,
-    "generate": generation,
-}
-
-
-def table(rows: Sequence[Row]) -> Table:
-    """Medians and quartiles, and what else was measured."""
+def result_table(benchmark: "Benchmark") -> Table:
+    """Table of medians and quartiles, and of memory, utilization and waiting where they were measured."""
+    rows = benchmark.rows
     names = [*rows[0].task, "variant"]
-    more = [name for name in EXTRA if any(extra(row, name) for row in rows)]
-    unit = "parameters/s" if "architecture" in rows[0].task else "tokens/s"
-    shown = new_table(*names, unit, "quartiles", "ratio", "quartiles", *more)
-    shown.show_edge, shown.padding = False, (0, 0, 0, 0)  # a terminal of 80 columns has room for all
-    for place, column in enumerate(shown.columns):
-        column.justify, column.no_wrap = "left" if place < len(names) else "right", True
+    optional = [name for name in ("MiB", "util.", "waiting") if any(optional_cell(row, name) for row in rows)]
+    table = new_table(*names, benchmark.unit, "quartiles", "ratio", "quartiles", *optional)
+    table.show_edge, table.padding = False, (0, 0, 0, 0)  # fits into a terminal of 80 columns
+    for index, column in enumerate(table.columns):
+        column.justify, column.no_wrap = "left" if index < len(names) else "right", True
     for number, row in enumerate(rows, start=1):
-        last = number == len(rows) or rows[number].task != row.task
-        cells = [*spread(row.speed, ",.0f"), *spread(row.ratio, ".2f"), *(extra(row, name) for name in more)]
-        shown.add_row(
+        table.add_row(
             *(f"{value:,}" if isinstance(value, int) else value for value in row.task.values()),
             row.variant,
-            *cells,
-            end_section=last,
+            *median_and_quartiles(row.speed, ",.0f"),
+            *median_and_quartiles(row.ratio, ".2f"),
+            *(optional_cell(row, name) for name in optional),
+            end_section=number == len(rows) or rows[number].task != row.task,
         )
-    return shown
+    return table
 
 
-def growth_table(growths: Sequence[dict[str, Any]]) -> Table:
-    """Exponents, measured and asked for: of the time over all sizes and over the last doubling, and of the memory."""
-    shown = new_table("mode", "axis", "variant", "time", "asked", "at the end", "asked", "memory", "asked")
-    for column in shown.columns[1:3]:
+def growth_table(growth: Sequence[dict[str, Any]]) -> Table:
+    """Table of measured and expected exponents."""
+    table = new_table("mode", "axis", "variant", "time", "expected", "last doubling", "expected", "memory", "expected")
+    for column in table.columns[1:3]:
         column.justify = "left"
-    for it in growths:
-        numbers = (it[key] for key in ("time", "asked", "end", "end_asked", "memory", "memory_asked"))
-        shown.add_row(it["mode"], it["axis"], it["name"], *(f"{number:.2f}" for number in numbers))
-    return shown
+    keys = ("time", "time_expected", "last_time", "last_time_expected", "memory", "memory_expected")
+    for item in growth:
+        table.add_row(item["mode"], item["axis"], item["variant"], *(f"{item[key]:.2f}" for key in keys))
+    return table
 
 
-EXTRA = ("MiB", "used", "waits")
-
-
-def extra(row: Row, name: str) -> str:
-    """What not all rows have: memory at the peak, shares of the device's speed used and of the time spent waiting."""
+def optional_cell(row: "Row", name: str) -> str:
+    """Cell of a measurement that not all benchmarks have, empty if it is missing."""
     if name == "MiB":
         return "" if row.memory is None else f"{row.memory / 2**20:,.{1 if row.memory < 2**27 else 0}f}"
-    share = row.utilization if name == "used" else row.waiting
-    return "" if share is None else f"{share.median:{'.0%' if name == 'used' else '.2%'}}"
+    value, number_format = (row.utilization, ".0%") if name == "util." else (row.waiting, ".2%")
+    return "" if value is None else f"{value.median:{number_format}}"
 
 
-def spread(value: Quartiles, style: str) -> tuple[str, str]:
-    """Median, and ``low-high``."""
-    return f"{value.median:{style}}", f"{value.low:{style}}-{value.high:{style}}"
+def median_and_quartiles(value: "Quartiles", number_format: str) -> tuple[str, str]:
+    """Cells of the median and of the quartiles as ``low-high``."""
+    return f"{value.median:{number_format}}", f"{value.low:{number_format}}-{value.high:{number_format}}"

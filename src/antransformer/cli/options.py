@@ -5,6 +5,7 @@ import dataclasses
 import typing
 from typing import Any, NoReturn
 
+from antransformer import renamed
 from antransformer.errors import ConfigError, UsageError
 from antransformer.training.config import Count, convert, nearest
 
@@ -41,6 +42,8 @@ class Parser(argparse.ArgumentParser):
         known = [option for action in self._actions for option in action.option_strings]
         if not name.startswith("-"):
             raise UsageError(f"unexpected argument {word} (see {self.prog} --help)")
+        if name in renamed.OPTIONS:
+            raise UsageError(f"{name} is now {renamed.OPTIONS[name]} (see {self.prog} --help)")
         raise UsageError(f"unknown option {name}{nearest(name, known)} (see {self.prog} --help)")
 
 
