@@ -89,6 +89,7 @@ def test_generation_is_timed_for_all_variants(tmp_path, capsys):
     assert (
         content["benchmark"] == "generate" and content["dtype"] == "torch.bfloat16" and content["baseline"] == "folded"
     )
+    assert (content["unit"], content["prompt_tokens"], content["max_new_tokens"]) == ("tokens/s", 8, 4)
     assert content["model"]["layers"] == 2 and content["machine"]["threads"] == 1
     lines = [line for line in out.splitlines() if line.strip().startswith("eager")]
     for line, row in zip(lines, content["rows"], strict=True):
