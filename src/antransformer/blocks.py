@@ -1,7 +1,7 @@
-"""Whole blocks, and an encoder-decoder, from the modules of ``nn``.
+"""Transformer blocks and an encoder-decoder, built from the modules of ``nn``.
 
-What goes in has unit norm, and what comes out about unit norm: embed ids with ``nn.Embedding``, and put an exact norm
-behind the projection of real-valued inputs.
+Inputs must have unit norm, and outputs have about unit norm. Embed ids with ``nn.Embedding``; normalize the projection
+of real-valued inputs exactly.
 """
 
 from collections.abc import Iterable
@@ -12,11 +12,11 @@ from antransformer.nn import Attention, Residual
 
 
 class EncoderBlock(nn.Module):
-    """Attention and MLP, each normalized exactly and interpolated into the stream (arXiv:2505.22014, table 1).
+    """Self-attention and MLP, each normalized and interpolated into the residual stream (arXiv:2505.22014, table 1).
 
     Args:
-        attention: of the width d; a causal one makes this the block of a language model.
-        mlp: of the same width; any module that maps (B, T, d) to (B, T, d) will do.
+        attention: self-attention of width d. Causal attention makes this the block of a language model.
+        mlp: any module that maps (B, T, d) to (B, T, d).
 
     >>> import torch
     >>> from antransformer.functional import normalize
@@ -33,17 +33,17 @@ class EncoderBlock(nn.Module):
         self.mlp_residual = Residual(attention.width)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Residual stream (B, T, d) to the same; mask as in ``Attention``."""
+        """Map the residual stream (B, T, d) to (B, T, d); mask as in ``Attention``."""
         x = self.attention_residual(x, self.attention(x, mask=mask))
         return self.mlp_residual(x, self.mlp(x))
 
 
 class DecoderBlock(EncoderBlock):
-    """An encoder block with cross-attention between its two parts.
+    """Self-attention, cross-attention to a memory, and MLP, each normalized and interpolated into the residual stream.
 
     Args:
-        attention: among the tokens of the stream, as a rule causal.
-        cross: from them to the memory.
+        attention: self-attention, usually causal.
+        cross: attention from the residual stream to the memory.
         mlp: as in ``EncoderBlock``.
 
     >>> import torch
@@ -63,18 +63,18 @@ class DecoderBlock(EncoderBlock):
     def forward(  # type: ignore[override]
         self, x: Tensor, memory: Tensor, mask: Tensor | None = None, memory_mask: Tensor | None = None
     ) -> Tensor:
-        """Residual stream (B, T, d) and memory (B, S, d) to the stream; masks as in ``Attention``."""
+        """Map the residual stream (B, T, d) and a memory (B, S, d) to (B, T, d); masks as in ``Attention``."""
         x = self.attention_residual(x, self.attention(x, mask=mask))
         x = self.cross_residual(x, self.cross(x, memory, memory_mask))
         return self.mlp_residual(x, self.mlp(x))
 
 
 class EncoderDecoder(nn.Module):
-    """Encoder blocks over a source, then decoder blocks over a target that look at what the encoder made of it.
+    """Encoder blocks over a source, followed by decoder blocks over a target with the encoded source as memory.
 
     Args:
-        encoder: the blocks, in order.
-        decoder: the same.
+        encoder: encoder blocks, in order.
+        decoder: decoder blocks, in order.
 
     >>> import torch
     >>> from antransformer.functional import normalize
@@ -91,7 +91,10 @@ class EncoderDecoder(nn.Module):
         self.encoder, self.decoder = nn.ModuleList(encoder), nn.ModuleList(decoder)
 
     def forward(self, source: Tensor, target: Tensor, source_mask: Tensor | None = None) -> Tensor:
-        """Embedded source (B, S, d) and target (B, T, d), of unit norm, to (B, T, d); mask as in ``Attention``."""
+        """Map source (B, S, d) and target (B, T, d), embedded with unit norm, to (B, T, d).
+
+        ``source_mask`` is as in ``Attention``.
+        """
         for block in self.encoder:
             source = block(source, source_mask)
         for block in self.decoder:

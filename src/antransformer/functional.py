@@ -1,8 +1,8 @@
-"""The operations of the method, and of the architectures compared with it, as pure functions of tensors.
+"""Operations of the method, and of the architectures compared with it, as pure functions of tensors.
 
-Shapes: B batch, T tokens, S tokens that are looked at, d model width, f MLP width, n heads, h head width. Norms and
-factors are computed in float32 and cast back to the activation's dtype, so that half-precision activations stay half
-precision and the attention kernel stays fast.
+Shapes: B batch, T queries, S keys, d model width, f MLP width, n heads, h head width. Norms and factors are computed in
+float32 and cast back to the activation's dtype. So half-precision activations stay half precision, which the fast
+attention kernels need.
 """
 
 import math
@@ -17,27 +17,30 @@ from torch.autograd.function import once_differentiable
 
 from antransformer import factors, kernels
 
-NORM_EPS = 1e-12  # only keeps a zero vector from becoming NaN; unit-norm activations never come near it
+NORM_EPS = 1e-12  # keeps a zero vector from becoming NaN; norms of activations are never this small
 
 
 def normalize(x: Tensor) -> Tensor:
-    """Exact L2 normalization over the last axis: x / ||x||, in x's shape and dtype (arXiv:2410.01131, eq. 1)."""
+    """Exact L2 normalization over the last axis: x / ||x||, in the shape and dtype of x (arXiv:2410.01131, eq. 1)."""
     precision = torch.promote_types(x.dtype, torch.float32)
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=precision)
     return x * length.clamp_min(NORM_EPS).reciprocal().to(x.dtype)
 
 
 def linear(x: Tensor, weight: Tensor, scale: float | Tensor = 1.0, bias: Tensor | None = None) -> Tensor:
-    """``scale * (weight x) + bias``, a number as part of the matrix product, a vector applied to the weight.
+    """Scaled linear map ``scale * (weight x) + bias``.
+
+    A constant scale is part of the matrix product; a vector is multiplied into the weight.
 
     Args:
-        x: (..., fan_in).
-        weight: (fan_out, fan_in).
-        scale: a constant factor, or a vector (fan_out,) of one scale per output neuron.
-        bias: (fan_out,), not scaled.
+        x: input (..., fan_in).
+        weight: weight (fan_out, fan_in).
+        scale: constant factor, or a vector (fan_out,) with one scale for each output.
+        bias: bias (fan_out,), not scaled.
 
     Returns:
-        (..., fan_out), of about unit norm for x of unit norm, rows of unit norm, ``factors.linear`` and no bias.
+        Tensor (..., fan_out). Its norm is about 1 if x and the rows of the weight have unit norm, the scale is
+        ``factors.linear(fan_in, fan_out)`` and there is no bias.
 
     >>> x, weight = normalize(torch.randn(100, 256)), normalize(torch.randn(1024, 256))
     >>> round(linear(x, weight, factors.linear(256, 1024)).norm(dim=-1).mean().item(), 1)
@@ -56,9 +59,9 @@ def linear(x: Tensor, weight: Tensor, scale: float | Tensor = 1.0, bias: Tensor 
 
 
 class _ScaledProduct(torch.autograd.Function):
-    """scale * (x weight^T) of x (tokens, fan_in) and weight (fan_out, fan_in).
+    """Product scale * (x weight^T) of x (tokens, fan_in) and weight (fan_out, fan_in), forward and backward.
 
-    The scale is the product's own, in both passes: no scaled copy of the weight is made, or kept.
+    The scale is the alpha of the matrix product, so no scaled copy of the weight is made or saved for backward.
     """
 
     @staticmethod
@@ -71,14 +74,15 @@ class _ScaledProduct(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
-        for_x = _scaled_mm(gradient, weight, ctx.scale) if ctx.needs_input_grad[0] else None
-        for_weight = _scaled_mm(gradient.T, x, ctx.scale) if ctx.needs_input_grad[1] else None
-        return for_x, for_weight, None
+        grad_x = _scaled_mm(grad_output, weight, ctx.scale) if ctx.needs_input_grad[0] else None
+        grad_weight = _scaled_mm(grad_output.T, x, ctx.scale) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight, None
 
 
 def _scaled_mm(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    # beta=0 ignores the first argument, which addmm requires.
     return torch.addmm(a.new_zeros(1), a, b, beta=0, alpha=scale)
 
 
@@ -90,21 +94,21 @@ def mlp(
     activation: Callable[[Tensor], Tensor] = F.silu,
     std: float = 0.5,
 ) -> Tensor:
-    """Feed-forward map of unit norm: down (up x * activation(gate x)), or without a gate down activation(up x).
+    """Normalized MLP: down (up x * activation(gate x)), or down activation(up x) without a gate.
 
-    What the activation gets has the standard deviation ``std``, and its factor is derived from that
-    (arXiv:2505.22014, section 4.2, there for SiLU at 1/2).
+    Pre-activations are scaled to the standard deviation ``std``, for which the factor of the activation is derived
+    (arXiv:2505.22014, section 4.2, which has SiLU at 1/2).
 
     Args:
-        x: (..., d), of about unit norm.
-        up: (f, d), rows of unit norm.
-        down: (d, f), rows of unit norm.
-        gate: (f, d), rows of unit norm; None for a plain MLP.
-        activation: elementwise.
-        std: standard deviation of its input, positive.
+        x: input (..., d), about unit norm.
+        up: weight (f, d), rows of unit norm.
+        down: weight (d, f), rows of unit norm.
+        gate: weight (f, d), rows of unit norm; None for an MLP without a gate.
+        activation: elementwise function.
+        std: standard deviation of the pre-activations, positive.
 
     Returns:
-        (..., d), of about unit norm.
+        Tensor (..., d), about unit norm.
 
     Raises:
         ValueError: see ``factors.activation``.
@@ -121,7 +125,7 @@ def mlp(
 
 
 class MLPFactors(NamedTuple):
-    """Constants on the weights of an MLP."""
+    """Constant factors of the three linear maps of an MLP; ``gate`` is 1 where there is none."""
 
     up: float
     gate: float
@@ -130,27 +134,24 @@ class MLPFactors(NamedTuple):
 
 @lru_cache(maxsize=64)
 def mlp_factors(width: int, hidden: int, gated: bool, activation: Callable[[Tensor], Tensor], std: float) -> MLPFactors:
-    """What makes an MLP of unit norm; arguments and errors as in ``mlp``.
-
-    Coordinates of ``W x`` have variance 1 / width, so that std * sqrt(width) gives the activation its input. With a
-    gate nu_act rides on the up projection, which the hidden activations are linear in; without, on the down projection.
-    """
-    spread, nu_act = std * math.sqrt(width), factors.activation(activation, std)
-    if gated:
-        return MLPFactors(factors.linear(width, hidden) * nu_act, spread, factors.linear(hidden, width))
-    return MLPFactors(spread, 1.0, factors.linear(hidden, width) * nu_act / math.sqrt(hidden))
+    """Factors that give an MLP about unit norm; arguments and errors as in ``mlp``."""
+    # Coordinates of W x have variance 1 / width, so this factor gives pre-activations the standard deviation std.
+    to_std, nu_act = std * math.sqrt(width), factors.activation(activation, std)
+    if gated:  # the hidden activations are linear in the up projection, so nu_act can be part of its factor
+        return MLPFactors(factors.linear(width, hidden) * nu_act, to_std, factors.linear(hidden, width))
+    return MLPFactors(to_std, 1.0, factors.linear(hidden, width) * nu_act / math.sqrt(hidden))
 
 
 def interpolate(x: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
     """Residual update of anGPT: (x + alpha (y - x)) * nu(alpha), elementwise (arXiv:2505.22014, section 4.2).
 
     Args:
-        x: the residual stream (..., d), of about unit norm.
-        y: the sublayer's output (..., d), of unit norm.
-        alpha: (d,), how far each coordinate moves towards y.
+        x: residual stream (..., d), about unit norm.
+        y: sublayer output (..., d), unit norm.
+        alpha: step size (d,) of each coordinate towards y.
 
     Returns:
-        (..., d), of about unit norm where x and y are uncorrelated.
+        Residual stream (..., d), about unit norm if x and y are uncorrelated.
 
     >>> x, y = normalize(torch.randn(100, 256)), normalize(torch.randn(100, 256))
     >>> round(interpolate(x, y, torch.full((256,), 0.3)).norm(dim=-1).mean().item(), 1)
@@ -161,17 +162,17 @@ def interpolate(x: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
 
 
 def interpolate_norm(x: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
-    """``interpolate(x, norm(y), alpha)`` in one pass each way.
+    """Fused ``interpolate(x, normalize(y), alpha)``, in one pass forward and one backward.
 
-    Computed in float32 (float64 for float64), whatever the dtypes of x and y. There is no second derivative.
+    Computed in float32 (float64 for float64) whatever the dtypes of x and y. There is no second derivative.
 
     Args:
-        x: the residual stream (..., d), of about unit norm.
-        y: the sublayer's output (..., d), of any norm.
-        alpha: (d,), or (1,) for all coordinates.
+        x: residual stream (..., d), about unit norm.
+        y: sublayer output (..., d), any norm.
+        alpha: step size (d,), or (1,) for all coordinates.
 
     Returns:
-        (..., d), in x's dtype.
+        Residual stream (..., d), in the dtype of x.
 
     >>> x, y, alpha = normalize(torch.randn(100, 256)), torch.randn(100, 256), torch.full((256,), 0.3)
     >>> bool(interpolate_norm(x, y, alpha).isclose(interpolate(x, normalize(y), alpha), atol=1e-6).all())
@@ -190,68 +191,68 @@ class _InterpolateNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return interpolate_norm_backward(gradient, *ctx.saved_tensors)
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return interpolate_norm_backward(grad_output, *ctx.saved_tensors)
 
 
 def interpolate_norm_forward(x: Tensor, y: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
-    """``interpolate_norm`` and 1 / ||y||, (..., 1)."""
+    """Result of ``interpolate_norm``, and 1 / ||y|| (..., 1), which backward needs."""
     if kernels.use_triton(x):
         from antransformer.kernels import interpolate_norm as kernel
 
         return kernel.forward(x, y, alpha)
     precision = torch.promote_types(x.dtype, torch.float32)
     inverse = torch.linalg.vector_norm(y, dim=-1, keepdim=True, dtype=precision).clamp_min(NORM_EPS).reciprocal()
-    keep, move, _ = _shares(alpha.to(precision))
-    return (y * inverse).mul_(move).add_(x * keep).to(x.dtype), inverse
+    x_weight, y_weight, _ = _interpolation_weights(alpha.to(precision))
+    return (y * inverse).mul_(y_weight).add_(x * x_weight).to(x.dtype), inverse
 
 
 def interpolate_norm_backward(
-    gradient: Tensor, x: Tensor, y: Tensor, alpha: Tensor, inverse: Tensor
+    grad_output: Tensor, x: Tensor, y: Tensor, alpha: Tensor, inverse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, y and alpha, each in its dtype."""
+    """Gradients of x, y and alpha, each in the dtype of its tensor; ``inverse`` is 1 / ||y||."""
     if kernels.use_triton(x):
         from antransformer.kernels import interpolate_norm as kernel
 
-        return kernel.backward(gradient, x, y, alpha, inverse)
-    given, alpha = alpha, alpha.to(inverse.dtype)
-    keep, move, cubed = _shares(alpha)
+        return kernel.backward(grad_output, x, y, alpha, inverse)
+    a = alpha.to(inverse.dtype)
+    x_weight, y_weight, nu_cubed = _interpolation_weights(a)
     unit, tokens = y * inverse, tuple(range(x.ndim - 1))
-    along = gradient * unit
-    # d keep = -alpha nu^3 d alpha, and d move = (1 - alpha) nu^3 d alpha
-    for_alpha = cubed * ((1 - alpha) * along.sum(tokens) - alpha * (gradient * x).sum(tokens, dtype=inverse.dtype))
-    for_y = (gradient * move).sub_(unit.mul_(along.mul_(move).sum(-1, keepdim=True))).mul_(inverse)
-    return (gradient * keep).to(x.dtype), for_y.to(y.dtype), for_alpha.sum_to_size(given.shape).to(given.dtype)
+    product = grad_output * unit
+    # d x_weight / d alpha = -alpha nu^3, and d y_weight / d alpha = (1 - alpha) nu^3.
+    grad_alpha = nu_cubed * ((1 - a) * product.sum(tokens) - a * (grad_output * x).sum(tokens, dtype=inverse.dtype))
+    # The gradient through y / ||y|| has no component along y.
+    radial = product.mul_(y_weight).sum(-1, keepdim=True)
+    grad_y = (grad_output * y_weight).sub_(unit.mul_(radial)).mul_(inverse)
+    grad_alpha = grad_alpha.sum_to_size(alpha.shape).to(alpha.dtype)
+    return (grad_output * x_weight).to(x.dtype), grad_y.to(y.dtype), grad_alpha
 
 
-def _shares(alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(1 - alpha) nu and alpha nu, which x and y are multiplied by, and nu^3."""
+def _interpolation_weights(alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights (1 - alpha) nu of x and alpha nu of y, and nu^3 for their derivatives."""
     nu = factors.residual(alpha)
     return (1 - alpha) * nu, alpha * nu, nu**3
 
 
 def interpolate_exact(x: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
-    """Residual update of nGPT: norm(x + alpha (y - x)), elementwise alpha of shape (d,) (arXiv:2410.01131, eq. 10)."""
+    """Residual update of nGPT: normalize(x + alpha (y - x)), with alpha (d,) (arXiv:2410.01131, eq. 10)."""
     return normalize(torch.lerp(x, y.to(x.dtype), alpha.to(x.dtype)))
 
 
 class Rotary(NamedTuple):
-    """Cosines and sines of the rotated part of each head, each (T, rotary_dim / 2) or (B, T, rotary_dim / 2)."""
+    """Cosines and sines of the rotary angles, each (T, rotary_dim / 2) or (B, T, rotary_dim / 2)."""
 
     cos: Tensor
     sin: Tensor
 
 
 def rotary_tables(positions: Tensor, rotary_dim: int, base: float) -> Rotary:
-    """Angles position * base^(-2i / rotary_dim) for the ``rotary_dim`` (even) leading coordinates of each head.
+    """Cosines and sines of the angles position * base^(-2i / rotary_dim), in float32.
 
     Args:
-        positions: integer positions (T,), or (B, T) where sequences of a batch start at different positions.
-        rotary_dim: how many coordinates of a head are rotated; the rest pass unchanged.
-        base: wavelength base, 10,000 as a rule.
-
-    Returns:
-        Tables in float32.
+        positions: integer positions (T,), or (B, T) if the sequences of a batch start at different positions.
+        rotary_dim: number of leading coordinates of each head that are rotated, even.
+        base: wavelength base, usually 10,000.
     """
     exponent = torch.arange(0, rotary_dim, 2, device=positions.device, dtype=torch.float32) / rotary_dim
     angles = positions.to(torch.float32).unsqueeze(-1) * base**-exponent
@@ -259,37 +260,37 @@ def rotary_tables(positions: Tensor, rotary_dim: int, base: float) -> Rotary:
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Rotary position embedding on the leading part of each head (arXiv:2104.09864; halves paired as in GPT-NeoX).
+    """Rotary position embedding of the leading coordinates of each head (arXiv:2104.09864).
+
+    Coordinate i is paired with i + rotary_dim / 2, as in GPT-NeoX.
 
     Args:
         x: queries or keys (B, T, n, h).
-        rotary: tables of T positions; coordinates past their width are left as they are.
+        rotary: tables for T positions. Coordinates from rotary_dim on are unchanged.
     """
     half = rotary.cos.shape[-1]
     cos, sin = (table.unsqueeze(-2).to(x.dtype) for table in rotary)
     first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
-    turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
-    return torch.cat([*turned, rest], dim=-1)
+    rotated = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
+    return torch.cat([*rotated, rest], dim=-1)
 
 
 def split_heads(qkv: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Split a fused projection (B, T, n * 3 * h) into q, k, v of shape (B, T, n, h) each.
-
-    The rows of the fused weight are ordered head by head, so that a block of its rows holds whole heads.
-    """
+    """Split a fused projection (B, T, n * 3 * h) into q, k and v (B, T, n, h)."""
+    # Rows of the fused weight are ordered head by head, so tensor parallelism can split them between heads.
     q, k, v = qkv.unflatten(-1, (-1, 3, head_dim)).unbind(-2)
     return q, k, v
 
 
 class LayerCache(NamedTuple):
-    """Room for the keys and values of one layer, (B, capacity, n, h) each, and how many positions are filled."""
+    """Buffers (B, capacity, n, h) for the keys and values of one layer, and the number of filled positions."""
 
     k: Tensor
     v: Tensor
     length: int
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write new positions behind the filled ones; returns all keys and values so far."""
+        """Write k and v (B, T, n, h) after the filled positions; return all keys and values so far."""
         steps = k.shape[1]
         self.k.narrow(1, self.length, steps).copy_(k)
         self.v.narrow(1, self.length, steps).copy_(v)
@@ -297,12 +298,12 @@ class LayerCache(NamedTuple):
 
 
 class AttentionContext(NamedTuple):
-    """Where the tokens of a batch stand, and what they may look at.
+    """Positions of the tokens of a batch, and the keys visible to each.
 
     Attributes:
-        rotary: tables of their positions.
-        mask: (B, 1, T, S), true where a token may look; None for a causal batch without padding.
-        kv_cache: keys and values of the tokens before them, in generation.
+        rotary: rotary tables of the positions.
+        mask: boolean (B, 1, T, S), true where a key is visible; None for a causal batch without padding.
+        kv_cache: keys and values of the preceding tokens during generation.
     """
 
     rotary: Rotary
@@ -320,55 +321,62 @@ def attention(
     window: int | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Attention on q and k of unit norm: softmax(score_scale * norm(q) norm(k)^T) v (arXiv:2505.22014, table 1).
+    """Attention with normalized q and k: softmax(score_scale * normalize(q) normalize(k)^T) v.
+
+    Source: arXiv:2505.22014, table 1.
 
     Args:
-        q: (B, T, n, h), of any norm.
-        k: (B, S, m, h), of any norm; n is a multiple of m: m = n is multi-head, m = 1 multi-query, and all between
-            them grouped-query attention (arXiv:2305.13245).
-        v: (B, S, m, h), each head of unit norm.
-        score_scale: a number, or a learned tensor (1,); sqrt(h) gives scores of random directions unit variance.
-        rotary: tables of the positions of q and k; None for none.
-        causal: a token at position t sees positions up to t.
-        window: and only those nearer than ``window`` to its own; None for no limit.
-        mask: boolean, (T, S) or (B, 1 or n, T, S) or what broadcasts to it, true where a token may look as well.
+        q: queries (B, T, n, h), any norm.
+        k: keys (B, S, m, h), any norm. n is a multiple of m: m = n is multi-head attention, m = 1 multi-query, and
+            values between them grouped-query (arXiv:2305.13245).
+        v: values (B, S, m, h), each head of unit norm.
+        score_scale: number, or learned tensor (1,). sqrt(h) gives scores of random directions unit variance.
+        rotary: rotary tables for q and k; None for no rotary embedding.
+        causal: whether position t attends only to positions up to t.
+        window: attend only to positions at a distance below ``window``; None for no limit.
+        mask: boolean, broadcastable to (B, n, T, S), true where a key is visible. It is combined with ``causal`` and
+            ``window``.
 
     Returns:
-        (B, T, n * h): heads concatenated. Of a token that sees r values alike, each head has norm 1 / sqrt(r); of one
-        that looks at a single value, norm 1; of one that may look nowhere, norm 0.
+        Concatenated heads (B, T, n * h). A head that averages r independent values has norm 1 / sqrt(r). A head that
+        attends to a single value has norm 1. A query with no visible key gives 0.
 
     Raises:
         ValueError: the window is not positive.
 
     >>> x = normalize(torch.randn(2, 10, 4, 64))
     >>> y = attention(x, x, x, score_scale=8.0, causal=True)
-    >>> y.shape, bool((y[:, 0].unflatten(-1, (4, 64)).norm(dim=-1) - 1 < 1e-6).all())  # the first sees only itself
+    >>> y.shape, bool((y[:, 0].unflatten(-1, (4, 64)).norm(dim=-1) - 1 < 1e-6).all())  # token 0 sees only itself
     (torch.Size([2, 10, 256]), True)
     """
     if rotary is not None:
         q, k = rotate(q, rotary), rotate(k, rotary)
     if window is not None or (causal and mask is not None):
-        near = visible(q.shape[1], k.shape[1], causal, window, q.device)
-        mask, causal = (near if mask is None else mask & near), False
+        positional = visibility_mask(q.shape[1], k.shape[1], causal, window, q.device)
+        mask, causal = (positional if mask is None else mask & positional), False
     scale = score_scale.to(q.dtype) if isinstance(score_scale, Tensor) else score_scale
     return softmax_attention(normalize(q) * scale, normalize(k), v, mask, causal)
 
 
-def visible(queries: int, keys: int, causal: bool, window: int | None, device: torch.device) -> Tensor:
-    """Where a token may look, (T, S), true where it may; positions of both count from 0. Raises as ``attention``."""
+def visibility_mask(queries: int, keys: int, causal: bool, window: int | None, device: torch.device) -> Tensor:
+    """Boolean mask (T, S), true where a key is visible. Positions of queries and keys count from 0.
+
+    Raises:
+        ValueError: the window is not positive.
+    """
     distance = torch.arange(queries, device=device).unsqueeze(1) - torch.arange(keys, device=device)
-    seen = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
+    mask = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
     if window is None:
-        return seen
+        return mask
     if window < 1:
-        raise ValueError(f"window must be at least 1, a token itself, got {window}")
-    return seen & (distance.abs() < window)
+        raise ValueError(f"window must be at least 1 (the token itself), got {window}")
+    return mask & (distance.abs() < window)
 
 
 def softmax_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False, scale: float = 1.0
 ) -> Tensor:
-    """softmax(scale * q k^T) v in torch's fused kernel; shapes as in ``attention``."""
+    """Attention softmax(scale * q k^T) v by torch's fused kernel; shapes as in ``attention``."""
     y = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
@@ -385,28 +393,28 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext, sca
     """Causal softmax attention: softmax(scale * q k^T) v.
 
     Args:
-        q, k, v: (B, T, n, h).
-        ctx: mask and cache.
-        scale: constant on the scores; a learnable one is multiplied into q by the caller, which keeps the fused kernel.
+        q, k, v: queries, keys and values (B, T, n, h).
+        ctx: mask and key-value cache. New keys and values are appended to the cache.
+        scale: constant factor of the scores. Multiply a learnable one into q, since the fused kernel takes constants.
 
     Returns:
-        (B, T, n * h), heads concatenated.
+        Concatenated heads (B, T, n * h).
     """
     if ctx.kv_cache is not None:
         k, v = ctx.kv_cache.extend(k, v)
-    # One new token sees all before it.
+    # A single new token sees all preceding ones, so it needs no mask.
     return softmax_attention(q, k, v, ctx.mask, causal=ctx.mask is None and q.shape[1] > 1, scale=scale)
 
 
 def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Mean next-token loss in nats of the logits ``weight hidden``, which are never whole in memory.
+    """Mean next-token loss in nats of the logits ``hidden @ weight.T``, computed in chunks.
 
-    They are made for some tokens at a time, together with the gradients, and found in the cache by each pass over them.
-    Losses are computed in float32 (float64 for float64). There is no second derivative.
+    Logits are computed for a few tokens at a time together with their gradients, so the full (tokens, V) matrix is
+    never materialized. Losses are in float32 (float64 for float64). There is no second derivative.
 
     Args:
-        hidden: (B, T, d).
-        weight: (V, d).
+        hidden: final hidden states (B, T, d).
+        weight: output weight (V, d).
         targets: token ids (B, T).
 
     >>> hidden, weight = torch.randn(2, 10, 64), torch.randn(300, 64)
@@ -421,54 +429,59 @@ def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return _cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), train)[0]
 
 
-# Tokens whose logits are made at once. On a CPU the fastest of those tried; elsewhere a product of enough work.
+# Tokens in a chunk. 128 was the fastest size tried on CPUs, where logits then stay in cache; accelerators need larger
+# products to be busy.
 CHUNK = {"cpu": 128}
 LARGE_CHUNK = 2048
 
 
-# As an operator of its own torch.compile takes it whole, where it would unroll the loop.
+# A custom operator, since torch.compile would unroll the loop over chunks.
 @torch.library.custom_op("antransformer::cross_entropy", mutates_args=())
 def _cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, train: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean loss, and where ``train`` is true the gradients of the summed loss; else two tensors without meaning."""
+    """Mean loss, and the gradients of the summed loss with respect to hidden (tokens, d) and weight (V, d).
+
+    Without ``train`` both gradients are empty placeholders, since an operator has a fixed number of outputs.
+    """
     precision = torch.promote_types(hidden.dtype, torch.float32)
     total = torch.zeros((), dtype=precision, device=hidden.device)
-    for_hidden = torch.empty_like(hidden if train else hidden[:0])
-    for_weight = torch.zeros_like(weight if train else weight[:0], dtype=precision)
+    grad_hidden = torch.empty_like(hidden if train else hidden[:0])
+    grad_weight = torch.zeros_like(weight if train else weight[:0], dtype=precision)
     rows = CHUNK.get(hidden.device.type, LARGE_CHUNK)
     for start in range(0, len(hidden), rows):
-        part, wanted = hidden[start : start + rows], targets[start : start + rows, None]
-        scores = torch.log_softmax(part @ weight.T, -1, dtype=precision)
-        total -= scores.gather(1, wanted).sum()
+        chunk, target = hidden[start : start + rows], targets[start : start + rows, None]
+        scores = torch.log_softmax(chunk @ weight.T, -1, dtype=precision)
+        total -= scores.gather(1, target).sum()
         if train:
+            # The gradient of the logits is softmax minus one-hot, made in place of the log-probabilities.
             scores.exp_()
-            scores.scatter_add_(1, wanted, scores.new_full(wanted.shape, -1.0))
-            slope = scores.to(hidden.dtype)
-            torch.mm(slope, weight, out=for_hidden[start : start + rows])
+            scores.scatter_add_(1, target, scores.new_full(target.shape, -1.0))
+            grad_logits = scores.to(hidden.dtype)
+            torch.mm(grad_logits, weight, out=grad_hidden[start : start + rows])
             if precision == weight.dtype:
-                for_weight.addmm_(slope.T, part)
-            else:
-                for_weight.add_(slope.T @ part)
-    return total / len(hidden), for_hidden, for_weight
+                grad_weight.addmm_(grad_logits.T, chunk)
+            else:  # products of half precision are summed over chunks in float32
+                grad_weight.add_(grad_logits.T @ chunk)
+    return total / len(hidden), grad_hidden, grad_weight
 
 
 @_cross_entropy.register_fake
 def _(hidden: Tensor, weight: Tensor, targets: Tensor, train: bool) -> tuple[Tensor, Tensor, Tensor]:
     precision = torch.promote_types(hidden.dtype, torch.float32)
-    for_weight = torch.empty_like(weight if train else weight[:0], dtype=precision)
-    return hidden.new_empty((), dtype=precision), torch.empty_like(hidden if train else hidden[:0]), for_weight
+    grad_weight = torch.empty_like(weight if train else weight[:0], dtype=precision)
+    return hidden.new_empty((), dtype=precision), torch.empty_like(hidden if train else hidden[:0]), grad_weight
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*output[1:])
     ctx.dtype = inputs[1].dtype
 
 
-def _backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _scale_gradients(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
-        raise RuntimeError("cross_entropy has no second derivative: leave create_graph out")
-    for_hidden, for_weight = ctx.saved_tensors
-    gradient = gradient / len(for_hidden)
-    return (for_hidden * gradient).to(for_hidden.dtype), (for_weight * gradient).to(ctx.dtype), None, None
+        raise RuntimeError("cross_entropy has no second derivative: do not set create_graph")
+    grad_hidden, grad_weight = ctx.saved_tensors
+    scale = grad_output / len(grad_hidden)  # forward saved the gradients of the sum
+    return (grad_hidden * scale).to(grad_hidden.dtype), (grad_weight * scale).to(ctx.dtype), None, None
 
 
-_cross_entropy.register_autograd(_backward, setup_context=_keep)
+_cross_entropy.register_autograd(_scale_gradients, setup_context=_save_gradients)

@@ -1,9 +1,8 @@
-"""Thin modules around ``functional``: what holds a parameter of the method.
+"""Modules that hold the parameters of the method, as thin shells around ``functional``.
 
-Shapes: B batch, T tokens, S tokens that are looked at, d model width. A vector of unit norm goes in and one of about
-unit norm comes out, which is what the constant factors are for. All are initialised when made, and again by
-``reset_parameters``. ``antransformer.bind(model, optimizer)`` bounds the rows of every ``Linear``, ``Embedding`` and
-``Head`` in any model.
+Shapes: B batch, T queries, S keys, d model width. Constant factors keep norms: for inputs of unit norm the outputs have
+about unit norm. Constructors initialise the parameters, and ``reset_parameters`` initialises them again.
+``antransformer.bind(model, optimizer)`` bounds the rows of every ``Linear``, ``Embedding`` and ``Head`` of a model.
 """
 
 import math
@@ -18,23 +17,23 @@ from antransformer.errors import ConfigError
 
 
 class ScaledParameter(nn.Module):
-    """A learnable vector s that Adam moves at a chosen relative speed.
+    """Learnable vector s that Adam moves at a chosen relative speed.
 
-    Stored as a surrogate ``value`` that starts at ``scale``; s = (init / scale) * value. Adam's step has about the size
-    of the learning rate whatever the parameter's, so s moves by (init / scale) * LR: one global learning rate serves
-    matrices and scales alike (arXiv:2410.01131, section 2.5; arXiv:2505.22014, appendix F).
+    The parameter is a surrogate ``value`` with initial value ``scale``, and s = (init / scale) * value. A step of Adam
+    has about the size of the learning rate, whatever the parameter. So s moves by (init / scale) * LR, and one learning
+    rate serves matrices and scales alike (arXiv:2410.01131, section 2.5; arXiv:2505.22014, appendix F).
 
     Args:
         size: number of entries.
-        init: the value that s starts from.
-        scale: size of the surrogate, positive; the smaller, the faster s moves.
+        init: initial value of s.
+        scale: initial value of the surrogate, positive. A smaller scale lets s move faster.
 
     Raises:
         ConfigError: the scale is not positive.
 
     >>> s = ScaledParameter(256, init=0.05, scale=0.03)
     >>> with torch.no_grad():
-    ...     before, _, after = s(), s.value.add_(0.003), s()  # a step of Adam at this rate moves it by a tenth
+    ...     before, _, after = s(), s.value.add_(0.003), s()  # a step of Adam at lr 0.003 moves s by a tenth
     >>> round(before[0].item(), 3), round(after[0].item(), 3)
     (0.05, 0.055)
     """
@@ -48,30 +47,30 @@ class ScaledParameter(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Put s back at ``init``."""
+        """Set s to ``init``."""
         nn.init.constant_(self.value, self.scale)
 
     def forward(self) -> Tensor:
-        """The vector s, (size,), in the parameter's dtype."""
+        """Vector s (size,), in the dtype of the parameter."""
         return self.value * (self.init / self.scale)
 
     def extra_repr(self) -> str:
-        """Size and start, for ``print(model)``."""
+        """Size, initial value and scale, for ``print(model)``."""
         return f"{len(self.value)}, init={self.init:g}, scale={self.scale:g}"
 
 
 class Linear(nn.Module):
-    """``factor * (W x)``, rows of W starting at unit norm and bounded by it: twin of ``functional.linear``.
+    """Linear map ``factor * (W x)`` with rows of W that start at unit norm and are bounded by it.
 
-    A bias is added unscaled, starts at zero and is bounded as one vector. The factor holds without it: the output's
-    square norm becomes 1 + ||bias||^2, at most 2, and all outputs share a direction. Put an exact norm behind it.
+    Module form of ``functional.linear``. A bias starts at zero, is added unscaled and is bounded as one vector. The
+    factor does not account for it: the square norm of the output becomes 1 + ||bias||^2, at most 2, and all outputs
+    share a direction. So normalize the output exactly if there is a bias.
 
     Args:
         fan_in: width of the input.
         fan_out: width of the output.
-        factor: the constant that brings the output to the wanted norm; None derives the one for unit norm,
-            ``factors.linear(fan_in, fan_out)``.
-        bias: whether there is one.
+        factor: constant factor of the output; None for ``factors.linear(fan_in, fan_out)``, which gives unit norm.
+        bias: whether to add a bias.
 
     >>> y = Linear(256, 1024)(functional.normalize(torch.randn(100, 256)))
     >>> y.shape, round(y.norm(dim=-1).mean().item(), 1)
@@ -92,17 +91,17 @@ class Linear(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        """(..., fan_in) to (..., fan_out), with a learned scale (fan_out,) of each output where one is given."""
+        """Map (..., fan_in) to (..., fan_out); ``scale`` (fan_out,) is an additional learned scale of the outputs."""
         return functional.linear(x, self.weight, self.factor if scale is None else scale * self.factor, self.bias)
 
     def extra_repr(self) -> str:
-        """Shape and factor, for ``print(model)``."""
+        """Sizes, factor and bias, for ``print(model)``."""
         fan_out, fan_in = self.weight.shape
         return f"{fan_in}, {fan_out}, factor={self.factor:.4g}, bias={self.bias is not None}"
 
 
 class Embedding(nn.Embedding):
-    """Vectors of unit norm for ids (...), bounded by it: (..., d). Its function is torch's, ``F.embedding``.
+    """Embedding of ids (...) as vectors (..., d) that start at unit norm and are bounded by it.
 
     Args:
         count: number of ids.
@@ -121,9 +120,10 @@ class Embedding(nn.Embedding):
 
 
 class Head(Linear):
-    """Readout: s * (W x) with a learnable s for each output, twin of ``functional.linear`` with a vector.
+    """Output layer s * (W x) with a learnable scale s for each output; module form of ``functional.linear``.
 
-    W x lies between -1 and 1, a cosine; s makes logits, or values, of the size that the loss wants.
+    Rows of W and x have unit norm, so W x is a cosine between -1 and 1. The scale s lets logits or values leave this
+    range.
 
     Args:
         width: model width d.
@@ -138,19 +138,19 @@ class Head(Linear):
         super().__init__(width, outputs, factor=1.0)
         self.output_scale = ScaledParameter(outputs, 1.0, scale)
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # its scale is its own
-        """(..., d) to (..., outputs)."""
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # the scale is a parameter here
+        """Map (..., d) to (..., outputs)."""
         return super().forward(x, self.output_scale())
 
 
 class Residual(nn.Module):
-    """Interpolated residual update with its factor: (x + alpha (norm(y) - x)) * nu(alpha).
+    """Interpolated residual update with its factor: (x + alpha (normalize(y) - x)) * nu(alpha).
 
-    Twin of ``functional.interpolate_norm``.
+    Module form of ``functional.interpolate_norm``.
 
     Args:
-        width: model width d; alpha has one entry a coordinate.
-        alpha: its initial value.
+        width: model width d, the number of entries of alpha.
+        alpha: initial value of alpha.
         scale: see ``ScaledParameter``.
 
     >>> x, y = functional.normalize(torch.randn(100, 256)), torch.randn(100, 256)
@@ -163,12 +163,12 @@ class Residual(nn.Module):
         self.alpha = ScaledParameter(width, alpha, scale)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Residual stream x, of about unit norm, and sublayer output y, of any, both (..., width)."""
+        """Update the residual stream x (about unit norm) with the sublayer output y (any norm), both (..., width)."""
         return functional.interpolate_norm(x, y, self.alpha())
 
 
 class ExactResidual(Residual):
-    """nGPT's residual update: the same interpolation, normalized exactly; arguments as for ``Residual``.
+    """Residual update of nGPT: an interpolation that is normalized exactly; arguments as for ``Residual``.
 
     >>> x, y = functional.normalize(torch.randn(2, 100, 256))
     >>> round(ExactResidual(256, alpha=0.3)(x, x).norm(dim=-1).max().item(), 4)
@@ -176,19 +176,19 @@ class ExactResidual(Residual):
     """
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Residual stream x and sublayer output y, of any norm, both (..., width)."""
+        """Update the residual stream x with the sublayer output y (any norm), both (..., width)."""
         return functional.interpolate_exact(x, functional.normalize(y), self.alpha())
 
 
 class MLP(nn.Module):
-    """Feed-forward map, gated or plain, with the factor of its activation derived: twin of ``functional.mlp``.
+    """MLP with or without a gate, whose factors include that of the activation; module form of ``functional.mlp``.
 
     Args:
         width: model width d.
         hidden: hidden width, 4 d by default.
         gated: down(up x * activation(gate x)) if true, down(activation(up x)) otherwise.
-        activation: elementwise, a function or a module without parameters.
-        std: standard deviation of what the activation gets: the larger, the less linear it is.
+        activation: elementwise function, or a module without parameters.
+        std: standard deviation of the pre-activations. A larger one makes the activation less linear.
 
     >>> y = MLP(256, gated=False, activation=F.gelu)(functional.normalize(torch.randn(100, 256)))
     >>> round(y.norm(dim=-1).mean().item(), 1)
@@ -212,32 +212,32 @@ class MLP(nn.Module):
         self.down_proj = Linear(hidden, width, nu.down)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., d) to (..., d)."""
+        """Map (..., d) to (..., d)."""
         if self.gate_proj is None:
             return self.down_proj(self.activation(self.up_proj(x)))
         return self.down_proj(self.up_proj(x) * self.activation(self.gate_proj(x)))
 
 
 class Attention(nn.Module):
-    """Self- or cross-attention on q and k of unit norm with a learnable scale on the scores.
+    """Self- or cross-attention on normalized q and k, with a learnable scale of the scores.
 
-    Projections around its twin ``functional.attention``. The output has unit norm where each token looks at a single
-    other, and shrinks to 1 / sqrt(r) where it averages r of them: put an exact norm behind it, as the blocks do.
+    Projections around ``functional.attention``. The output has unit norm where each token attends to a single other
+    one, and norm 1 / sqrt(r) where it averages r of them. So normalize it exactly, as the blocks do.
 
     Args:
         width: model width d.
         heads: number of heads, of width d / heads.
-        kv_heads: number of key and value heads, a divisor of ``heads``; ``heads`` by default (multi-head), 1 is
+        kv_heads: number of key and value heads, a divisor of ``heads``. The default is ``heads`` (multi-head); 1 gives
             multi-query attention.
-        causal: a token sees itself and those before it.
-        window: a token sees itself and those nearer than ``window``; None for no limit.
-        rotary: share of each head's width with rotary embedding, 0 for none, 1 for all. Positions count from 0 in both
+        causal: whether a token attends only to itself and preceding tokens.
+        window: attend only to tokens at a distance below ``window``; None for no limit.
+        rotary: fraction of each head's width with rotary embedding, from 0 to 1. Positions count from 0 in both
             sequences of a cross-attention.
-        out_scale: a constant on the output; ``factors.attention(S)`` undoes dense attention over S tokens.
+        out_scale: constant factor of the output; ``factors.attention(S)`` compensates uniform attention over S tokens.
 
     Raises:
-        ConfigError: heads do not divide the width, or kv_heads the heads; the rotary part is no even width; the window
-            is not positive.
+        ConfigError: heads do not divide the width, kv_heads do not divide the heads, the rotary width is not even, or
+            the window is not positive.
 
     >>> x, memory = functional.normalize(torch.randn(2, 10, 256)), functional.normalize(torch.randn(2, 7, 256))
     >>> Attention(256, heads=8, kv_heads=2, causal=True, rotary=0.5)(x).shape
@@ -263,31 +263,34 @@ class Attention(nn.Module):
         if kv_heads < 1 or heads % kv_heads:
             raise ConfigError(f"kv_heads must divide the {heads} heads, got {kv_heads}")
         if window is not None and window < 1:
-            raise ConfigError(f"window must be at least 1, a token itself, got {window}")
-        head = width // heads
-        self.rotary_dim = round(rotary * head)
+            raise ConfigError(f"window must be at least 1 (the token itself), got {window}")
+        head_dim = width // heads
+        self.rotary_dim = round(rotary * head_dim)
         if not 0 <= rotary <= 1 or self.rotary_dim % 2:
-            raise ConfigError(f"rotary must be in [0, 1] and an even part of a head of width {head}, got {rotary}")
-        self.width, self.head_dim, self.causal, self.window = width, head, causal, window
-        to_heads = factors.linear(width, head)  # each head has unit norm
-        self.q_proj = Linear(width, width, to_heads)
-        self.k_proj = Linear(width, kv_heads * head, to_heads)
-        self.v_proj = Linear(width, kv_heads * head, to_heads)
+            raise ConfigError(
+                f"rotary must be in [0, 1] and leave an even part of the head width {head_dim}, got {rotary}"
+            )
+        self.width, self.head_dim, self.causal, self.window = width, head_dim, causal, window
+        nu_qkv = factors.linear(width, head_dim)  # gives each head unit norm, not their concatenation
+        self.q_proj = Linear(width, width, nu_qkv)
+        self.k_proj = Linear(width, kv_heads * head_dim, nu_qkv)
+        self.v_proj = Linear(width, kv_heads * head_dim, nu_qkv)
         self.out_proj = Linear(width, width, out_scale / math.sqrt(heads))
         self.score_scale = nn.Parameter(torch.empty(1))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Scores of random unit vectors get unit variance."""
+        """Set the scale so that scores of random unit vectors have unit variance."""
         nn.init.constant_(self.score_scale, math.sqrt(self.head_dim))
 
     def forward(self, x: Tensor, memory: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """(B, T, d) to (B, T, d).
+        """Attend from x (B, T, d) to the memory; returns (B, T, d).
 
         Args:
-            x: what looks.
-            memory: what is looked at (B, S, d), if it is not x.
-            mask: boolean, broadcast to (B, heads, T, S), true where a token may look; for padding (B, 1, 1, S).
+            x: input of the queries.
+            memory: input of the keys and values (B, S, d); None for self-attention.
+            mask: boolean, broadcastable to (B, heads, T, S), true where a key is visible. Padding masks have the shape
+                (B, 1, 1, S).
         """
         memory = x if memory is None else memory
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))
@@ -300,7 +303,7 @@ class Attention(nn.Module):
         return self.out_proj(y)
 
     def extra_repr(self) -> str:
-        """Heads and what they see, for ``print(model)``."""
+        """Heads, masks and rotary width, for ``print(model)``."""
         heads, kv_heads = (len(proj.weight) // self.head_dim for proj in (self.q_proj, self.k_proj))
         rotary = f"{self.rotary_dim} of {self.head_dim}"
         return f"heads={heads}, kv_heads={kv_heads}, causal={self.causal}, window={self.window}, rotary={rotary}"
@@ -308,5 +311,5 @@ class Attention(nn.Module):
 
 @torch.no_grad()
 def unit_rows_(weight: Tensor) -> Tensor:
-    """Fill with rows drawn uniformly from the unit sphere, in place."""
+    """Fill a weight (rows, width) in place with rows drawn uniformly from the unit sphere."""
     return weight.normal_().copy_(functional.normalize(weight))

@@ -99,7 +99,7 @@ def test_the_bound_is_its_twin_and_leaves_every_bit_inside(shape, dtype, toleran
     assert torch.equal(weight[inside], before[inside])
 
 
-def test_project_takes_the_kernel_for_whole_rows_only(monkeypatch):
+def test_project_uses_the_kernel_for_contiguous_rows_only(monkeypatch):
     monkeypatch.setattr(kernels, "use_triton", lambda x: True)
     monkeypatch.setattr(bound, "project_rows_", lambda weight, strict: weight.fill_(7))
     rows, columns, vector = (torch.ones(3, 4), torch.ones(3, 4), torch.ones(4))
@@ -107,9 +107,9 @@ def test_project_takes_the_kernel_for_whole_rows_only(monkeypatch):
     assert (rows == 7).all()
     torch.testing.assert_close(columns, torch.full((3, 4), 3**-0.5))
     torch.testing.assert_close(vector, torch.full((4,), 0.5))
-    turned = torch.ones(4, 3).T
-    project_([Bound("turned", turned)])
-    torch.testing.assert_close(turned, torch.full((3, 4), 0.5))
+    transposed = torch.ones(4, 3).T
+    project_([Bound("transposed", transposed)])
+    torch.testing.assert_close(transposed, torch.full((3, 4), 0.5))
 
 
 COMPILE = """
@@ -119,7 +119,7 @@ from triton.compiler import ASTSource
 from antransformer.kernels import bound, interpolate_norm
 
 for kernel in (interpolate_norm._forward, interpolate_norm._backward, bound._project):
-    constants = {"BLOCK": 1024, "LEAST": 1.0, "PRECISION": triton.language.float32}
+    constants = {"BLOCK": 1024, "MIN_LENGTH": 1.0, "PRECISION": triton.language.float32}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     numbers = dict.fromkeys(("rows", "width", "programs"), "i32") | dict.fromkeys(constants, "constexpr")
     signature = {name: numbers.get(name, "*fp32") for name in kernel.arg_names}
@@ -128,12 +128,12 @@ for kernel in (interpolate_norm._forward, interpolate_norm._backward, bound._pro
 """
 
 
-def test_kernels_compile_for_a_gpu_that_is_not_there():
+def test_kernels_compile_without_a_gpu():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     assert len(result.stdout.split()) == 3
 
 
-def test_kernels_are_for_gpus_and_not_for_the_compiler():
+def test_kernels_are_used_on_gpus_and_not_by_the_compiler():
     assert kernels.use_triton(torch.zeros(1, device=DEVICE)) == (DEVICE == "cuda")

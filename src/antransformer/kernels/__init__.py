@@ -1,8 +1,8 @@
-"""Triton kernels of operations whose plain form reads and writes a tensor more often than it has to.
+"""Triton kernels for operations that plain torch runs in more passes over memory than necessary.
 
-Each has a twin in torch's operations beside its caller, of the same arguments and results, which a CPU takes and
-``torch.compile`` too: the compiler fuses what it sees both passes of, and a kernel of ours would be in its way. Triton
-comes with the CUDA builds of torch; a kernel's file imports it, and is imported only where ``wanted`` says so.
+The caller of each kernel also has the same operation in plain torch, which runs on CPUs and under ``torch.compile``:
+the compiler fuses it with its neighbours, which a custom kernel would prevent. Triton comes with the CUDA builds of
+torch. Kernel files import it, so they are imported only after ``use_triton`` returned true.
 """
 
 from functools import cache
@@ -13,12 +13,12 @@ from torch import Tensor
 
 
 def use_triton(x: Tensor) -> bool:
-    """Whether a kernel is to work on this tensor."""
+    """Whether to run a Triton kernel on this tensor: it is on a GPU, not being compiled, and Triton is installed."""
     return x.is_cuda and not torch.compiler.is_compiling() and _has_triton()
 
 
 def row_sizes(width: int) -> dict[str, int]:
-    """Options of a kernel that has a row of this width in registers."""
+    """Launch options of a kernel that keeps a row of this width in registers: block size and warps."""
     block = 1 << (width - 1).bit_length()
     return {"BLOCK": block, "num_warps": min(16, max(1, block // 256))}
 
