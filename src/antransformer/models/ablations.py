@@ -1,9 +1,9 @@
-"""Ablations: anGPT with one part of the method changed or left out (arXiv:2505.22014, section 5).
+"""Ablations: anGPT with one part of the method changed or removed (arXiv:2505.22014, section 5).
 
-They are made from outside, by exchanging factors, residual updates or bounds, so that angpt.py stays the method.
-Of the constant factors only nu_uz on the gate reaches the function, the exact norms cancel the rest: wherever
-nu_uz = 1/2, at the usual MLP ratio of 4, constant-x2 and constant-none are one function. The bounds do not enter the
-function at all; strict, model-axis and tangent change how a model trains.
+Ablations replace factors, residual updates or bounds of a finished model, so that angpt.py contains only the method.
+Of the constant factors only nu_uz of the gate changes the function; exact normalization cancels the others. At the
+usual MLP ratio of 4, nu_uz is 1/2, so constant-x2 and constant-none are the same function. Bounds do not change the
+function: strict and model-axis change only training.
 """
 
 from collections.abc import Callable
@@ -22,44 +22,44 @@ from antransformer.models.ngpt import model_axis
 from antransformer.nn import Residual
 
 Change = Callable[[float], float]
-MakeResidual = Callable[[int, float, float], nn.Module]  # from the arguments of Residual
+MakeResidual = Callable[[int, float, float], nn.Module]  # called with the arguments of Residual
 
 
 class RescaledResidual(Residual):
-    """The interpolation with nu(alpha) multiplied by ``times``."""
+    """Interpolation with nu(alpha) multiplied by ``multiplier``."""
 
-    def __init__(self, width: int, alpha: float, scale: float, times: float) -> None:
+    def __init__(self, width: int, alpha: float, scale: float, multiplier: float) -> None:
         super().__init__(width, alpha, scale)
-        self.times = times
+        self.multiplier = multiplier
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Residual stream x and sublayer output y, both (..., width)."""
-        return super().forward(x, y) * self.times
+        """Update the residual stream x with the sublayer output y, both (..., width)."""
+        return super().forward(x, y) * self.multiplier
 
 
 class BareResidual(Residual):
-    """The interpolation without its factor: x + alpha (y - x)."""
+    """Interpolation without its factor: x + alpha (normalize(y) - x)."""
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Residual stream x and sublayer output y, both (..., width)."""
+        """Update the residual stream x with the sublayer output y, both (..., width)."""
         return torch.lerp(x, normalize(y).to(x.dtype), self.alpha().to(x.dtype))
 
 
 class SumResidual(nn.Module):
-    """The plain residual with its factor: (x + y) / sqrt(2)."""
+    """Residual sum with its factor: (x + normalize(y)) / sqrt(2)."""
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Residual stream x and sublayer output y, both (..., width)."""
+        """Update the residual stream x with the sublayer output y, both (..., width)."""
         return (x + normalize(y)) * factors.sum_residual()
 
 
 class ChangedAnGPT(AnGPT):
-    """anGPT with other constant factors in its blocks, or with another residual update.
+    """anGPT with other constant factors in its blocks, or another residual update.
 
     Args:
         config: sizes and options.
-        constants: from each constant factor nu to the one in its place.
-        residual: makes the residual update of a sublayer.
+        constants: function from a constant factor nu to its replacement.
+        residual: constructor of the residual update of a sublayer.
     """
 
     def __init__(
@@ -75,68 +75,67 @@ class ChangedAnGPT(AnGPT):
 
 
 class StrictAnGPT(AnGPT):
-    """anGPT whose bounded vectors keep norm 1, as in nGPT."""
+    """anGPT with strict bounds: norms are exactly 1, as in nGPT."""
 
     def bounds(self) -> list[Bound]:
-        """anGPT's, strict."""
+        """Bounds of anGPT, made strict."""
         return [replace(bound, strict=True) for bound in super().bounds()]
 
 
 class ModelAxisAnGPT(AnGPT):
-    """anGPT bounded along the model axis: columns of the projections into the residual stream, as in nGPT."""
+    """anGPT with bounds along the model axis, as in nGPT: columns of projections that write to the residual stream."""
 
     def bounds(self) -> list[Bound]:
-        """anGPT's, along nGPT's axes."""
+        """Bounds of anGPT along the axes of nGPT."""
         return [replace(bound, axis=model_axis(bound.name)) for bound in super().bounds()]
 
     def reset_parameters(self) -> None:
-        """Unit norm along the axis of each bound."""
+        """Initialise with unit norm along the axis of each bound."""
         super().reset_parameters()
         project_(replace(bound, strict=True) for bound in self.bounds())
 
 
 def change_constants(block: nn.Module, config: ModelConfig, change: Change) -> None:
-    """Put ``change(nu)`` in the place of every constant factor nu of a block of anGPT.
-
-    Two factors, nu_uz and nu_act, ride on the up projection. The gate's own scale is no factor and stays.
-    """
+    """Replace every constant factor nu of an anGPT block by ``change(nu)``."""
     assert isinstance(block, Block)
     attention, mlp = block.attention, block.mlp
     for linear in (attention.qkv_proj, attention.out_proj, mlp.down_proj):
         linear.factor = change(linear.factor)
+    # The factor of the up projection is a product of two. The scale of the gate is an option and no factor.
     nu_uz = factors.linear(config.width, config.mlp_hidden)
     nu_act = mlp.up_proj.factor / nu_uz
     mlp.up_proj.factor = change(nu_uz) * change(nu_act)
     mlp.gate_proj.factor = change(nu_uz) * gate_scale(config)
 
 
-def times(number: float) -> Change:
-    """Every factor multiplied by a number."""
-    return lambda nu: number * nu
+def multiply(multiplier: float) -> Change:
+    """Change that multiplies a factor by a number."""
+    return lambda nu: multiplier * nu
 
 
-def left_out(_nu: float) -> float:
-    """1 in the place of a factor."""
+def remove(_nu: float) -> float:
+    """Change that replaces a factor by 1."""
     return 1.0
 
 
 def scalar_alpha(_width: int, alpha: float, scale: float) -> Residual:
-    """The interpolation with one alpha for all coordinates."""
+    """Interpolation with one alpha for all coordinates."""
     return Residual(1, alpha, scale)
 
 
-def all_times(number: float) -> Callable[[ModelConfig], AnGPT]:
-    """Constant factors and nu(alpha) multiplied by a number."""
-    return partial(ChangedAnGPT, constants=times(number), residual=partial(RescaledResidual, times=number))
+def multiply_all(multiplier: float) -> Callable[[ModelConfig], AnGPT]:
+    """Constructor of an anGPT whose constant factors and nu(alpha) are multiplied by a number."""
+    residual = partial(RescaledResidual, multiplier=multiplier)
+    return partial(ChangedAnGPT, constants=multiply(multiplier), residual=residual)
 
 
 ABLATIONS: dict[str, Callable[[ModelConfig], AnGPT]] = {
-    "constant-x0.5": partial(ChangedAnGPT, constants=times(0.5)),
-    "constant-x2": partial(ChangedAnGPT, constants=times(2)),
-    "constant-none": partial(ChangedAnGPT, constants=left_out),
-    "all-x0.5": all_times(0.5),
-    "all-x2": all_times(2),
-    "all-none": partial(ChangedAnGPT, constants=left_out, residual=BareResidual),
+    "constant-x0.5": partial(ChangedAnGPT, constants=multiply(0.5)),
+    "constant-x2": partial(ChangedAnGPT, constants=multiply(2)),
+    "constant-none": partial(ChangedAnGPT, constants=remove),
+    "all-x0.5": multiply_all(0.5),
+    "all-x2": multiply_all(2),
+    "all-none": partial(ChangedAnGPT, constants=remove, residual=BareResidual),
     "residual-none": partial(ChangedAnGPT, residual=BareResidual),
     "no-lerp": partial(ChangedAnGPT, residual=lambda *_: SumResidual()),
     "scalar-alpha": partial(ChangedAnGPT, residual=scalar_alpha),

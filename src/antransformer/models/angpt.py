@@ -1,9 +1,9 @@
 """anGPT, the approximately normalized GPT (arXiv:2505.22014, table 1, right column).
 
-Reads like that column. Every constant factor is part of a matrix product, where it costs least; nu_act rides on the up
-projection, since act(u, z) is linear in u. The exact norms behind the output and down projections cancel nu_p, nu_act
-and nu_d (and those of q and k their share of nu_qkv): these factors keep the hidden activations at their norms and the
-function is the same without.
+Constant factors are parts of matrix products, where they cost nothing. nu_act is part of the up projection's factor,
+since act(u, z) = u * SiLU(z) is linear in u. The exact normalization of both sublayer outputs cancels nu_p, nu_act and
+nu_d, and that of q and k cancels their part of nu_qkv. These factors keep hidden activations at their intended norms;
+the function is the same without them.
 """
 
 import math
@@ -22,22 +22,23 @@ from antransformer.nn import Linear, Residual, ScaledParameter, unit_rows_
 
 
 class Attention(nn.Module):
-    """Causal attention on q and k of unit norm, with a learnable scalar on the scores."""
+    """Causal attention with normalized q and k and a learnable scalar on the scores."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        width, head = config.width, config.head_dim
-        self.head_dim = head
-        self.qkv_proj = Linear(width, 3 * width, factor=factors.linear(width, head))
-        self.out_proj = Linear(width, width, factor=math.sqrt(head / width))
+        width, head_dim = config.width, config.head_dim
+        self.head_dim = head_dim
+        # Each head has unit norm, so their concatenation has norm sqrt(d / h), which nu_p compensates.
+        self.qkv_proj = Linear(width, 3 * width, factor=factors.linear(width, head_dim))
+        self.out_proj = Linear(width, width, factor=math.sqrt(head_dim / width))
         self.score_scale = nn.Parameter(torch.empty(1))
 
     def reset_parameters(self) -> None:
-        """Scores of random unit vectors get unit variance."""
+        """Set the scale so that scores of random unit vectors have unit variance."""
         nn.init.constant_(self.score_scale, math.sqrt(self.head_dim))
 
     def forward(self, x: Tensor, ctx: AttentionContext) -> Tensor:
-        """(B, T, d) to (B, T, d)."""
+        """Map (B, T, d) to (B, T, d)."""
         q, k, v = split_heads(self.qkv_proj(x), self.head_dim)
         q = normalize(rotate(q, ctx.rotary)) * self.score_scale.to(q.dtype)
         k = normalize(rotate(k, ctx.rotary))
@@ -59,7 +60,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, d) to (B, T, d)."""
+        """Map (B, T, d) to (B, T, d)."""
         return self.down_proj(self.up_proj(x) * F.silu(self.gate_proj(x)))
 
 
@@ -74,13 +75,13 @@ class Block(nn.Module):
         self.mlp_residual = Residual(config.width, config.alpha_init, config.s_scale)
 
     def forward(self, x: Tensor, ctx: AttentionContext) -> Tensor:
-        """Residual stream (B, T, d) to the same."""
+        """Map the residual stream (B, T, d) to (B, T, d)."""
         x = self.attention_residual(x, self.attention(x, ctx))
         return self.mlp_residual(x, self.mlp(x))
 
 
 class AnGPT(Decoder):
-    """The model; every row of every weight matrix is bounded by 1."""
+    """The approximately normalized GPT; rows of all weight matrices have norm at most 1."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config, Block)
@@ -88,16 +89,16 @@ class AnGPT(Decoder):
         self.logit_scale = ScaledParameter(config.vocab_size, 1.0, config.s_scale)
 
     def head(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """s_Z * (W_h x), with s_Z applied to the weight."""
+        """Logits are s_Z * (W_h x); s_Z is multiplied into the weight."""
         weight = self.lm_head.weight
         return hidden, weight * self.logit_scale().to(weight.dtype).unsqueeze(1)
 
     def bounds(self) -> list[Bound]:
-        """Rows of all matrices, of the embedding and of the head."""
+        """Rows of all matrices, including embedding and head."""
         return [Bound(name, weight, axis=1) for name, weight in self.named_parameters() if weight.ndim == 2]
 
     def reset_parameters(self) -> None:
-        """Unit rows everywhere."""
+        """Draw all rows uniformly from the unit sphere and set all scales to their initial values."""
         unit_rows_(self.embedding.weight)
         for module in self.modules():
             if isinstance(module, (Linear, ScaledParameter, Attention)):
@@ -105,14 +106,13 @@ class AnGPT(Decoder):
 
 
 def gate_scale(config: ModelConfig) -> float:
-    """The constant on the gate beside nu_uz.
-
-    The printed form has none and leaves |z| <= 1/2, an almost linear gate; nGPT has sqrt(d), which the printed
-    nu_act = 3.74 implies (z of standard deviation 1/2); sqrt(f) gives z unit variance.
-    """
-    return {"none": 1.0, "sqrt_width": math.sqrt(config.width), "sqrt_mlp": math.sqrt(config.mlp_hidden)}[
-        config.gate_scale
-    ]
+    """Constant factor of the gate, in addition to nu_uz."""
+    scales = {
+        "none": 1.0,  # as printed in the paper, which leaves |z| <= 1/2: an almost linear gate
+        "sqrt_width": math.sqrt(config.width),  # as in nGPT; z has deviation 1/2, which the printed nu_act implies
+        "sqrt_mlp": math.sqrt(config.mlp_hidden),  # gives z unit variance
+    }
+    return scales[config.gate_scale]
 
 
 ARCHITECTURE = Architecture(

@@ -1,4 +1,4 @@
-"""What all architectures share: embed, blocks, head, loss."""
+"""Skeleton shared by all architectures: embedding, blocks, output head, loss, and the cache for generation."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -25,11 +25,11 @@ TENSOR_PARALLEL = {
 
 
 class Decoder(nn.Module, ABC):
-    """Skeleton of a causal language model; a subclass adds its blocks, its head and its bounds.
+    """Causal language model without its blocks, head and bounds, which a subclass adds.
 
     Args:
         config: sizes and options.
-        block: makes one block; a block maps (hidden (B, T, d), ctx) to hidden.
+        block: constructor of a block, a module that maps (hidden (B, T, d), ctx) to hidden.
     """
 
     def __init__(self, config: ModelConfig, block: Callable[[ModelConfig], nn.Module]) -> None:
@@ -40,28 +40,31 @@ class Decoder(nn.Module, ABC):
 
     @abstractmethod
     def head(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Whose product the logits are: the residual stream (..., d) as the head reads it, and a weight (V, d)."""
+        """Return (hidden (..., d), weight (V, d)) such that logits = hidden @ weight.T.
+
+        Logits are not computed here, since ``functional.cross_entropy`` computes them in chunks.
+        """
 
     @abstractmethod
     def bounds(self) -> list[Bound]:
-        """The constraints on the weights; empty for a model without."""
+        """Constraints on the weights; an empty list for a model without bounds."""
 
     @abstractmethod
     def reset_parameters(self) -> None:
         """Draw the initial weights from torch's global generator."""
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Token ids (B, T) to the residual stream before the first block, (B, T, d)."""
+        """Map token ids (B, T) to the residual stream before the first block (B, T, d)."""
         return self.embedding(tokens)
 
     def hidden(self, tokens: Tensor, cache: "Cache | None" = None) -> Tensor:
-        """Token ids (B, T) to the residual stream after the last block, (B, T, d).
+        """Map token ids (B, T) to the residual stream after the last block (B, T, d).
 
-        With a cache the tokens follow those that it holds, and it holds them too afterwards.
+        With a cache the tokens continue its sequences, and their keys and values are appended to it.
 
         Raises:
-            ValueError: more tokens than the context, or an id outside the vocabulary (the latter is checked on a CPU;
-                an accelerator reports it by itself).
+            ValueError: the sequence is longer than the context, or an id is outside the vocabulary. Ids are checked on
+                CPUs only, since accelerators raise an error of their own.
         """
         check_tokens(tokens, self.config, cache.length if cache else 0)
         x = self.embed(tokens)
@@ -73,45 +76,45 @@ class Decoder(nn.Module, ABC):
         return x
 
     def attention_context(self, tokens: Tensor, cache: "Cache | None") -> AttentionContext:
-        """Positions and visibility of new tokens (B, T), behind those of the cache."""
+        """Positions and visible keys of tokens (B, T) that continue the sequences of the cache."""
         if cache is not None:
             return cache.attention_context(tokens.shape[1])
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         return AttentionContext(functional.rotary_tables(positions, self.config.rotary_dim, self.config.rope_theta))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Residual stream (..., d) to logits (..., V)."""
+        """Map the residual stream after the last block (..., d) to logits (..., V)."""
         return F.linear(*self.head(hidden))
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Token ids (B, T) to logits (B, T, V), or with targets to their ``loss``; raises as ``hidden``."""
+        """Return logits (B, T, V) of token ids (B, T), or the mean loss if targets are given; raises as ``hidden``."""
         hidden = self.hidden(tokens)
         return self.logits(hidden) if targets is None else functional.cross_entropy(*self.head(hidden), targets)
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats of ``targets`` (B, T) given ``tokens`` (B, T); raises as ``hidden``."""
-        return self(tokens, targets)  # through forward, where sharded training begins and ends
+        return self(tokens, targets)  # through __call__, since FSDP gathers weights in hooks of the forward pass
 
     def parameter_count(self) -> int:
-        """Number of learnable numbers."""
+        """Number of learnable parameters, in scalars."""
         return sum(parameter.numel() for parameter in self.parameters())
 
 
 class Cache:
-    """Keys and values of all layers for a batch that grows token by token, without gradients.
+    """Key-value cache of all layers for generation without gradients.
 
     Args:
-        model: the model that it is for; dtype and device are those of its embedding.
+        model: model that uses the cache; its embedding gives the dtype and the device.
         batch: number of sequences.
-        padding: (B,) number of padding tokens on the left of each, or None for none.
+        padding: number of padding tokens on the left of each sequence (B,), or None for no padding.
     """
 
     def __init__(self, model: Decoder, batch: int, padding: Tensor | None = None) -> None:
         config, weight = model.config, model.embedding.weight
-        # In memory the keys of a head lie together, position by position: so attention reads them fastest.
+        # Contiguous positions within each head, the layout that attention reads fastest.
         shape = (config.layers, 2, batch, config.heads, config.context, config.head_dim)
-        store = torch.empty(shape, dtype=weight.dtype, device=weight.device)
-        self.layers = [layer.transpose(2, 3).unbind() for layer in store]
+        buffer = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+        self.layers = [layer.transpose(2, 3).unbind() for layer in buffer]
         self.positions = torch.arange(config.context, device=weight.device)
         tables = functional.rotary_tables(self.positions, config.rotary_dim, config.rope_theta)
         self.rotary = Rotary(*(table.to(weight.dtype) for table in tables))
@@ -119,37 +122,37 @@ class Cache:
         self.length = 0
 
     def layer(self, index: int) -> LayerCache:
-        """The part of one block."""
+        """Keys and values of the block with this index."""
         k, v = self.layers[index]
         return LayerCache(k, v, self.length)
 
     def attention_context(self, steps: int) -> AttentionContext:
-        """Positions and visibility of so many tokens behind those that are there."""
+        """Positions and visible keys of the next ``steps`` tokens."""
         if self.padding is None and (steps == 1 or not self.length):
             cos, sin = self.rotary
             return AttentionContext(Rotary(cos.narrow(0, self.length, steps), sin.narrow(0, self.length, steps)))
-        seen = self.positions[: self.length + steps]
-        new = seen[self.length :]
-        mask = (seen <= new.unsqueeze(-1))[None, None]
+        keys = self.positions[: self.length + steps]
+        queries = keys[self.length :]
+        mask = (keys <= queries.unsqueeze(-1))[None, None]
         if self.padding is not None:
-            # A padding token sees itself, since softmax over nothing is not a number; nobody sees it.
-            begun = seen >= self.padding[:, None, None, None]
-            mask = (mask & begun) | (seen == new.unsqueeze(-1))
-            new = (new - self.padding.unsqueeze(-1)).clamp_min(0)
-        return AttentionContext(Rotary(self.rotary.cos[new], self.rotary.sin[new]), mask)
+            # No token sees padding, except a padding token itself: softmax over no keys would be NaN.
+            is_text = keys >= self.padding[:, None, None, None]
+            mask = (mask & is_text) | (keys == queries.unsqueeze(-1))
+            queries = (queries - self.padding.unsqueeze(-1)).clamp_min(0)
+        return AttentionContext(Rotary(self.rotary.cos[queries], self.rotary.sin[queries]), mask)
 
 
-def check_tokens(tokens: Tensor, config: ModelConfig, before: int = 0) -> None:
-    """Refuse what the model can not embed, in words.
+def check_tokens(tokens: Tensor, config: ModelConfig, cached: int = 0) -> None:
+    """Check length and ids of tokens (B, T) that follow ``cached`` ones.
 
     Raises:
         ValueError: see ``Decoder.hidden``.
     """
-    length = before + tokens.shape[-1]
+    length = cached + tokens.shape[-1]
     if length > config.context:
         raise ValueError(f"a sequence of {length} tokens is longer than the context of {config.context}")
+    # On other devices reading the ids would wait for the device.
     if tokens.device.type == "cpu" and not torch.compiler.is_compiling() and tokens.numel():
         low, high = (int(token) for token in tokens.aminmax())
         if low < 0 or high >= config.vocab_size:
-            bad = low if low < 0 else high
-            raise ValueError(f"token id {bad} is outside the vocabulary of {config.vocab_size}")
+            raise ValueError(f"token id {low if low < 0 else high} is outside the vocabulary of {config.vocab_size}")

@@ -1,4 +1,4 @@
-"""DyT: GPT+ with an elementwise tanh in place of each norm (arXiv:2503.10622, "Transformers without Normalization")."""
+"""DyT: GPT+ with an elementwise tanh instead of each norm (arXiv:2503.10622, "Transformers without Normalization")."""
 
 import math
 
@@ -11,7 +11,7 @@ from antransformer.models.registry import Architecture
 
 
 class DynamicTanh(nn.Module):
-    """gamma * tanh(alpha x) + beta: alpha a learnable scalar, gamma (``weight``) and beta (``bias``) vectors."""
+    """Elementwise gamma * tanh(alpha x) + beta with a learnable scalar alpha, ``weight`` gamma and ``bias`` beta."""
 
     def __init__(self, width: int, alpha_init: float) -> None:
         super().__init__()
@@ -21,20 +21,20 @@ class DynamicTanh(nn.Module):
         self.bias = nn.Parameter(torch.empty(width))
 
     def reset_parameters(self) -> None:
-        """Put it back to tanh(alpha_init x)."""
+        """Set the function to tanh(alpha_init x)."""
         nn.init.constant_(self.alpha, self.alpha_init)
         nn.init.ones_(self.weight)
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., width) to the same."""
+        """Map (..., width) to (..., width)."""
         return self.weight * torch.tanh(self.alpha * x) + self.bias
 
 
 class DyT(GPTPlus):
-    """GPT+ without norms but those of q and k, and with a learnable scalar on the embedding.
+    """GPT+ with tanh instead of its norms (q and k stay normalized) and a learnable scale of the embedding.
 
-    The paper starts alpha before attention higher than elsewhere only from a width of 2048 on; at 1024 both are 1.
+    All alphas start at the same value. The paper uses a larger one before attention only at widths of 2048 and more.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -46,11 +46,11 @@ class DyT(GPTPlus):
         self.final_norm = DynamicTanh(config.width, config.dyt_alpha_init)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """(B, T) to (B, T, d), scaled: tanh has no use for coordinates as small as those of unit vectors."""
+        """Map token ids (B, T) to scaled embeddings (B, T, d); tanh is almost linear on the small unscaled ones."""
         return super().embed(tokens) * self.embedding_scale
 
     def reset_parameters(self) -> None:
-        """GPT+'s weights; the scalar on the embedding brings its rows to coordinates of variance 1."""
+        """Initialise as GPT+; the embedding scale gives coordinates of variance 1."""
         super().reset_parameters()
         nn.init.constant_(self.embedding_scale, math.sqrt(self.config.width))
         for module in self.modules():

@@ -1,7 +1,7 @@
 """GPT: GPT+ without QK norm.
 
-The baseline of the paper's second comparison (arXiv:2505.22014, section 5): q and k keep their lengths, and the scores
-are those of arXiv:1706.03762, with no learnable scalar.
+Baseline of the second comparison in arXiv:2505.22014, section 5. q and k are not normalized, and scores have the
+constant scale of arXiv:1706.03762.
 """
 
 from torch import Tensor, nn
@@ -22,14 +22,14 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(config.width, config.width, bias=False)
 
     def forward(self, x: Tensor, ctx: AttentionContext) -> Tensor:
-        """(B, T, d) to (B, T, d)."""
+        """Map (B, T, d) to (B, T, d)."""
         q, k, v = split_heads(self.qkv_proj(x), self.head_dim)
         q, k = rotate(q, ctx.rotary), rotate(k, ctx.rotary)
         return self.out_proj(causal_attention(q, k, v, ctx, scale=self.head_dim**-0.5))
 
 
 class GPT(GPTPlus):
-    """GPT+ with this attention in its blocks."""
+    """GPT+ with plain attention in its blocks."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)

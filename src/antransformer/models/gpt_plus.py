@@ -1,7 +1,7 @@
 """GPT+, the baseline: a well-built GPT with pre-norm RMSNorm, rotary embedding, gated MLP and QK norm.
 
-arXiv:2505.22014, table 1, left column. It shares no code with the method beyond rotary embedding and the attention
-kernel, and is never a special case of it.
+arXiv:2505.22014, table 1, left column. It shares only rotary embedding, normalization of q and k, and the attention
+kernel with anGPT, so that the baseline is not a special case of the method.
 """
 
 import math
@@ -20,7 +20,7 @@ RMS_EPS = 1e-6
 
 
 class Attention(nn.Module):
-    """Causal attention on q and k of unit norm, with a learnable scalar on the scores."""
+    """Causal attention with normalized q and k and a learnable scalar on the scores."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Attention(nn.Module):
         self.score_scale = nn.Parameter(torch.empty(1))
 
     def forward(self, x: Tensor, ctx: AttentionContext) -> Tensor:
-        """(B, T, d) to (B, T, d)."""
+        """Map (B, T, d) to (B, T, d)."""
         q, k, v = split_heads(self.qkv_proj(x), self.head_dim)
         q = normalize(rotate(q, ctx.rotary)) * self.score_scale.to(q.dtype)
         k = normalize(rotate(k, ctx.rotary))
@@ -47,7 +47,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.mlp_hidden, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, d) to (B, T, d)."""
+        """Map (B, T, d) to (B, T, d)."""
         return self.down_proj(self.up_proj(x) * F.silu(self.gate_proj(x)))
 
 
@@ -62,13 +62,13 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, ctx: AttentionContext) -> Tensor:
-        """Residual stream (B, T, d) to the same."""
+        """Map the residual stream (B, T, d) to (B, T, d)."""
         x = x + self.attention(self.attention_norm(x), ctx)
         return x + self.mlp(self.mlp_norm(x))
 
 
 class GPTPlus(Decoder):
-    """The model; its weights are not bounded, they decay."""
+    """The baseline GPT+, trained with weight decay instead of bounds."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config, Block)
@@ -76,15 +76,15 @@ class GPTPlus(Decoder):
         self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
 
     def head(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """W_h (rms(x) * gamma_h)."""
+        """Logits are W_h (rms(x) * gamma_h)."""
         return self.final_norm(hidden), self.lm_head.weight
 
     def bounds(self) -> list[Bound]:
-        """None."""
+        """No bounds."""
         return []
 
     def reset_parameters(self) -> None:
-        """Gaussian weights and gains of 1."""
+        """Draw Gaussian weights and set the gains of the norms to 1."""
         for name, weight in self.named_parameters():
             if name.endswith("norm.weight"):
                 nn.init.ones_(weight)
@@ -96,7 +96,7 @@ class GPTPlus(Decoder):
                 nn.init.normal_(weight, std=self.config.init_std)
 
     def output_std(self) -> float:
-        """Standard deviation of the weights that write to the residual stream; it shrinks with depth (as in GPT-2)."""
+        """Initial standard deviation of ``out_proj`` and ``down_proj``; it shrinks with depth, as in GPT-2."""
         return self.config.init_std / math.sqrt(2 * self.config.layers)
 
 

@@ -1,7 +1,7 @@
-"""LayerNorm Scaling: GPT+ whose norms shrink with depth (arXiv:2502.05795, "The Curse of Depth").
+"""LayerNorm Scaling: GPT+ with norms scaled down by depth (arXiv:2502.05795, "The Curse of Depth").
 
-What block l reads is rms(x) * gamma / sqrt(l), so that the variance of the residual stream grows less with depth and
-deep blocks keep their share in it.
+Block l reads rms(x) * gamma / sqrt(l). The variance of the residual stream then grows more slowly with depth, and deep
+blocks contribute more.
 """
 
 import torch.nn.functional as F
@@ -13,19 +13,19 @@ from antransformer.models.registry import Architecture
 
 
 class ScaledNorm(nn.RMSNorm):
-    """rms(x) * gamma / sqrt(depth), depth counting from 1."""
+    """RMS norm with scale: rms(x) * gamma / sqrt(depth), where depth counts from 1."""
 
     def __init__(self, width: int, depth: int) -> None:
         super().__init__(width, eps=RMS_EPS)
         self.scale = depth**-0.5
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., width) to the same; the constant rides on gamma."""
+        """Map (..., width) to (..., width)."""
         return F.rms_norm(x, self.normalized_shape, self.weight * self.scale, self.eps)
 
 
 class LNScaling(GPTPlus):
-    """GPT+ with these norms before attention and MLP; the norm before the head is GPT+'s."""
+    """GPT+ with scaled norms before attention and MLP; the norm before the head is not scaled."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
@@ -34,8 +34,10 @@ class LNScaling(GPTPlus):
             block.mlp_norm = ScaledNorm(config.width, depth)
 
     def output_std(self) -> float:
-        """That of all other weights: its authors found that the scaling and an initialisation that shrinks with depth
-        do not combine, since both damp the blocks."""
+        """Initial standard deviation of ``out_proj`` and ``down_proj``, the same as of all other weights.
+
+        The authors found that an initialisation that shrinks with depth does not combine with scaled norms.
+        """
         return self.config.init_std
 
 

@@ -1,7 +1,7 @@
 """nGPT, the normalized transformer on the hypersphere (arXiv:2410.01131).
 
-Every vector along the model axis has unit norm after every step: rows of the projections that read the residual stream,
-columns of those that write to it. Exact norms stand where anGPT has factors.
+Weight vectors along the model axis have unit norm after every step: rows of projections that read the residual stream,
+columns of projections that write to it. Exact normalization takes the place of anGPT's constant factors.
 """
 
 import math
@@ -18,7 +18,7 @@ from antransformer.nn import ExactResidual, Linear, ScaledParameter, unit_rows_
 
 
 class Attention(nn.Module):
-    """Causal attention on q and k of unit norm, with one learnable vector s_qk on both."""
+    """Causal attention with normalized q and k and one learnable vector s_qk that scales both."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class Attention(nn.Module):
         self.qk_scale = ScaledParameter(config.width, 1.0, config.s_scale)
 
     def forward(self, x: Tensor, ctx: AttentionContext) -> Tensor:
-        """(B, T, d) to (B, T, d)."""
+        """Map (B, T, d) to (B, T, d)."""
         q, k, v = split_heads(self.qkv_proj(x), self.head_dim)
         s_qk = self.qk_scale().to(q.dtype).unflatten(0, (-1, self.head_dim))
         q, k = normalize(rotate(q, ctx.rotary)) * s_qk, normalize(rotate(k, ctx.rotary)) * s_qk
@@ -36,7 +36,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Gated MLP with a learnable scale on each hidden coordinate of u and z."""
+    """Gated MLP with a learnable scale for each hidden coordinate of u and z."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -47,13 +47,13 @@ class MLP(nn.Module):
         self.gate_scale = ScaledParameter(config.mlp_hidden, 1.0, config.s_scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, d) to (B, T, d)."""
+        """Map (B, T, d) to (B, T, d)."""
         u, z = self.up_proj(x, self.up_scale()), self.gate_proj(x, self.gate_scale())
         return self.down_proj(u * F.silu(z))
 
 
 class Block(nn.Module):
-    """Attention and MLP, each normalized, interpolated, and the result normalized again."""
+    """Attention and MLP, each normalized and interpolated; the result is normalized again."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -63,13 +63,13 @@ class Block(nn.Module):
         self.mlp_residual = ExactResidual(config.width, config.alpha_init, config.s_scale)
 
     def forward(self, x: Tensor, ctx: AttentionContext) -> Tensor:
-        """Residual stream (B, T, d) to the same, of unit norm."""
+        """Map the residual stream (B, T, d) to (B, T, d), unit norm."""
         x = self.attention_residual(x, self.attention(x, ctx))
         return self.mlp_residual(x, self.mlp(x))
 
 
 class NGPT(Decoder):
-    """The model; every weight vector along the model axis has norm 1."""
+    """The normalized transformer; weight vectors along the model axis have norm 1."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config, Block)
@@ -77,12 +77,12 @@ class NGPT(Decoder):
         self.logit_scale = ScaledParameter(config.vocab_size, 1.0, config.s_scale)
 
     def head(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """s_Z * (W_h x), with s_Z applied to the weight."""
+        """Logits are s_Z * (W_h x); s_Z is multiplied into the weight."""
         weight = self.lm_head.weight
         return hidden, weight * self.logit_scale().to(weight.dtype).unsqueeze(1)
 
     def bounds(self) -> list[Bound]:
-        """Strict; columns for the two projections into the residual stream, rows for all else."""
+        """Strict bounds along the model axis: columns of ``out_proj`` and ``down_proj``, rows of all other matrices."""
         return [
             Bound(name, weight, axis=model_axis(name), strict=True)
             for name, weight in self.named_parameters()
@@ -90,7 +90,7 @@ class NGPT(Decoder):
         ]
 
     def reset_parameters(self) -> None:
-        """Gaussian weights, normalized along the model axis."""
+        """Draw Gaussian weights, normalize them along the model axis, and set all scales to their initial values."""
         unit_rows_(self.embedding.weight)
         for module in self.modules():
             if isinstance(module, (Linear, ScaledParameter)):
@@ -99,7 +99,7 @@ class NGPT(Decoder):
 
 
 def model_axis(name: str) -> int:
-    """The axis of a matrix along which the model width lies: 0 for what writes to the residual stream, else 1."""
+    """Axis of length d of the matrix with this name: 0 if it writes to the residual stream, else 1."""
     return 0 if name.endswith(("out_proj.weight", "down_proj.weight")) else 1
 
 
