@@ -21,7 +21,7 @@ def seed():
 
 
 class Layer(nn.Module):
-    """A user's block, in part modules, in part functions."""
+    """A block that mixes modules and functional calls."""
 
     def __init__(self, width=256, hidden=1024, inplace=False):
         super().__init__()
@@ -40,10 +40,10 @@ def torch_layer(width=256, **more):
     return nn.TransformerEncoderLayer(width, 4, 4 * width, activation="gelu", batch_first=True, **more)
 
 
-def test_figures_are_those_of_a_computation_by_hand():
+def test_rows_agree_with_a_computation_by_hand():
     layer, x = Layer(), torch.randn(20, 30, 256) + 0.5
-    found = {(row.name, row.kind): row for row in derive(layer, x).rows}
-    assert list(found) == [
+    rows = {(row.name, row.kind): row for row in derive(layer, x).rows}
+    assert list(rows) == [
         ("up", "linear"), ("act", "relu"), ("down", "linear"), ("Layer", "gelu"), ("Layer", "residual")
     ]  # fmt: skip
     layer.eval()
@@ -52,11 +52,11 @@ def test_figures_are_those_of_a_computation_by_hand():
         hidden = layer.up(normed)
         active = F.relu(hidden)
         y = F.gelu(layer.down(active))
-        rows = layer.down.weight / layer.down.weight.square().sum(1).mean().sqrt()
+        weight = layer.down.weight / layer.down.weight.square().sum(1).mean().sqrt()
         unit = F.normalize(active, dim=-1)
-        gain = (unit @ rows.T).norm(dim=-1).flatten()
+        gain = (unit @ weight.T).norm(dim=-1).flatten()
         sides = (F.normalize(x, dim=-1) + F.normalize(y, dim=-1)).norm(dim=-1).flatten()
-    down, act, residual = found["down", "linear"], found["act", "relu"], found["Layer", "residual"]
+    down, act, residual = rows["down", "linear"], rows["act", "relu"], rows["Layer", "residual"]
     assert down.predicted == 2.0
     assert down.data == pytest.approx(gain.square().mean().rsqrt().item(), rel=1e-4)
     assert down.data_scatter == pytest.approx((gain.std() / gain.mean()).item(), rel=1e-2)
@@ -80,11 +80,11 @@ def test_predicted_factors_hold_on_random_inputs_of_a_wide_model():
             assert row.data == pytest.approx(row.predicted, rel=0.1)
 
 
-def test_what_suits_the_method_gets_no_warning_and_a_narrow_model_does(capsys):
+def test_a_wide_model_gets_no_warnings_and_a_narrow_one_does(capsys):
     wide = derive(torch_layer(), torch.randn(16, 20, 256))
     assert wide.warnings == []
     assert capsys.readouterr().out == f"{wide}\n"
-    assert len(str(wide).splitlines()) == 1 + len(wide.rows) + 2  # in place of warnings a line that there are none
+    assert len(str(wide).splitlines()) == 1 + len(wide.rows) + 2  # one line instead of warnings
     narrow = derive(torch_layer(16), torch.randn(16, 20, 16))
     scatter = {row.name: row.random_scatter for row in narrow.rows}["linear2"]
     assert any(all(word in text for word in ("linear2", "16", f"{scatter:.0%}")) for text in narrow.warnings)
@@ -95,22 +95,22 @@ def test_what_suits_the_method_gets_no_warning_and_a_narrow_model_does(capsys):
 def test_correlated_inputs_are_named():
     linear = nn.Linear(256, 256)
     with torch.no_grad():
-        linear.weight[:, 0] *= 3  # a direction that the weights favour
-    lean = torch.zeros(256)
-    lean[0] = 20
-    found = derive(linear, torch.randn(400, 256) + lean)
+        linear.weight[:, 0] *= 3  # larger in the common direction of the inputs
+    offset = torch.zeros(256)
+    offset[0] = 20
+    found = derive(linear, torch.randn(400, 256) + offset)
     (warning,), (row,) = found.warnings, found.rows
-    assert f"{row.predicted / row.data - 1:.0%}" in warning  # how much too large the output is
+    assert f"{row.predicted / row.data - 1:.0%}" in warning  # by how much the output is too large
     assert 0.6 < row.correlation < 0.7 and f"{row.correlation:.0%}" in warning
     with torch.no_grad():
         linear.weight[:, 0] *= 0.1
-    found = derive(linear, torch.randn(400, 256) + lean)
-    (low,), (row,) = found.warnings, found.rows
-    assert row.predicted < row.data and f"{1 - row.predicted / row.data:.0%}" in low
-    assert re.sub(r"\d+", "", low) != re.sub(r"\d+", "", warning)  # too small is told from too large
+    found = derive(linear, torch.randn(400, 256) + offset)
+    (opposite,), (row,) = found.warnings, found.rows
+    assert row.predicted < row.data and f"{1 - row.predicted / row.data:.0%}" in opposite
+    assert re.sub(r"\d+", "", opposite) != re.sub(r"\d+", "", warning)  # too small differs from too large
     with torch.no_grad():
         linear.weight[:, 0] *= 10
-    found = derive(linear, torch.randn(400, 256) * (1 + lean))
+    found = derive(linear, torch.randn(400, 256) * (1 + offset))
     (warning,), (row,) = found.warnings, found.rows
     assert re.findall(r"[\d.]+%", warning) == [f"{row.predicted / row.data - 1:.0%}"]
 
@@ -134,15 +134,15 @@ def test_attention_is_measured_between_dense_and_sparse(fused):
             if fused:
                 return F.scaled_dot_product_attention(q, k, k, is_causal=causal)
             scores = q @ k.transpose(-1, -2) / 8
-            barred = torch.full(scores.shape[-2:], -math.inf if causal else 0.0).triu(1)
-            return (scores + barred).softmax(-1)
+            mask = torch.full(scores.shape[-2:], -math.inf if causal else 0.0).triu(1)
+            return (scores + mask).softmax(-1)
 
     k = torch.randn(8, 4, 32, 64)
     (row,) = derive(Attend(), (torch.zeros_like(k), k)).rows
     assert (row.kind, row.name, row.width) == ("attention", "Attend", 32)
     assert (row.predicted, row.data, row.data_scatter) == pytest.approx((math.sqrt(32), math.sqrt(32), 0), abs=1e-4)
     causal = derive(Attend(), (torch.zeros_like(k), k, True))
-    mean = sum(1 / factors.attention(seen) ** 2 for seen in range(1, 33)) / 32
+    mean = sum(1 / factors.attention(keys) ** 2 for keys in range(1, 33)) / 32
     assert causal.rows[0].predicted == causal.rows[0].data == pytest.approx(mean**-0.5)
     assert causal.warnings == []
     sparse = derive(Attend(), (100 * k, k))
@@ -153,14 +153,14 @@ def test_attention_is_measured_between_dense_and_sparse(fused):
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-def test_a_model_is_left_as_it_was(inplace):
+def test_the_model_is_not_changed(inplace):
     layer, x = Layer(inplace=inplace), torch.randn(4, 30, 256)
     layer.norm.eval()
     state, before = torch.get_rng_state(), {name: value.clone() for name, value in layer.state_dict().items()}
-    given = x.clone()
+    inputs = x.clone()
     found = derive(layer, x)
     assert [row.kind for row in found.rows] == ["linear", "relu", "linear", "gelu", "residual"]
-    assert torch.equal(torch.get_rng_state(), state) and torch.equal(x, given)
+    assert torch.equal(torch.get_rng_state(), state) and torch.equal(x, inputs)
     assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
     assert [part.training for part in layer.modules()] == [True, False, True, True, True, True]
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in layer.modules())
@@ -168,7 +168,7 @@ def test_a_model_is_left_as_it_was(inplace):
     assert layer(x).grad_fn is not None
 
 
-def test_arguments_by_name_and_a_module_that_is_called_twice():
+def test_named_arguments_and_a_module_that_is_called_twice():
     layer = Layer()
     twice = derive(nn.Sequential(layer, layer), torch.randn(50, 256)).rows
     assert [row.name for row in twice][::5] == ["0.up", "0.up #2"]
@@ -199,12 +199,12 @@ def test_a_model_of_transformers():
     assert max(abs(row.predicted / row.data - 1) for row in rows) < 0.1
 
 
-def test_picture_and_what_is_refused(tmp_path, monkeypatch):
-    derive(Layer(), torch.randn(50, 256), picture=tmp_path / "derived.png")
+def test_figure_and_errors(tmp_path, monkeypatch):
+    derive(Layer(), torch.randn(50, 256), figure=tmp_path / "derived.png")
     assert (tmp_path / "derived.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(MissingExtraError, match=r"'antransformer\[plots\]'"):
-        derive(Layer(), torch.randn(50, 256), picture=tmp_path / "derived.png")
+        derive(Layer(), torch.randn(50, 256), figure=tmp_path / "derived.png")
     with pytest.raises(ConfigError, match="LayerNorm"):
         derive(nn.LayerNorm(8), torch.randn(4, 8))
 

@@ -1,9 +1,9 @@
-"""Does an architecture suit the method? The factors of any model of plain torch modules, predicted and measured.
+"""Check whether an architecture suits the method: predicted and measured factors of any torch model.
 
-One forward pass over given data is watched from below torch's modules, so that functional calls and sums are seen too:
+One forward pass is intercepted below torch's modules, so functional calls and sums are measured too:
 
-    found = derive(model, batch)   # prints the table and what speaks against the method
-    found.rows, found.warnings
+    derivation = derive(model, batch)   # prints the table, and warnings where assumptions fail
+    derivation.rows, derivation.warnings
 """
 
 import math
@@ -24,21 +24,20 @@ from antransformer.extras import require
 from antransformer.functional import normalize
 
 RANDOM_INPUTS = 1024
-RANDOM_SEED = 250522014  # no run's seed: its weights would be drawn from the same numbers as the inputs
+RANDOM_SEED = 250522014  # unlikely as a run's seed, with which weights and random inputs would be the same numbers
 
-# What the words of the warnings stand for.
-CONCENTRATED = (
-    0.1  # standard deviation of a norm over its mean on random inputs; n random coordinates have sqrt(1 / 2n)
-)
-ACCURATE = 0.1  # error of a factor on the data
-SHARED = 0.25  # of the inputs' square norm, in a direction common to all
-CORRELATED = 0.2  # cosine between the two sides of a residual
-MASKED = 5000.0  # a score so far below the largest is a mask's
-SPARSE = 0.25  # keys that a token looks at, effectively, over those that it may look at
+# Limits beyond which a row gets a warning.
+MAX_SCATTER = 0.1  # standard deviation over mean of a norm on random inputs; sqrt(1 / 2n) for n random coordinates
+MAX_FACTOR_ERROR = 0.1  # relative error of the predicted factor on the data
+MAX_COMMON = 0.25  # fraction of the inputs' square norm in their common direction
+MAX_CORRELATION = 0.2  # cosine between the two sides of a residual sum
+MIN_EFFECTIVE_KEYS = 0.25  # fraction of the visible keys that a token effectively attends to
+
+MASK_MARGIN = 5000.0  # scores this far below the largest one are masked
 
 aten = torch.ops.aten
-PRODUCTS = {aten.mm: 0, aten.addmm: 1}  # and at which place the input stands, followed by the weight
-DERIVED = (aten.mul, aten._to_copy)  # a weight with a factor, or in half precision, is still that weight
+PRODUCTS = {aten.mm: 0, aten.addmm: 1}  # matrix products, and the position of the input, which the weight follows
+WEIGHT_COPIES = (aten.mul, aten._to_copy)  # a scaled or cast weight still counts as that weight
 SUMS = (aten.add, aten.add_)
 SOFTMAXES = (aten._softmax, aten._safe_softmax)
 ELEMENTWISE = (
@@ -51,21 +50,21 @@ ELEMENTWISE = (
 
 @dataclass(frozen=True)
 class Row:
-    """One map of the model.
+    """Predicted and measured factors of one map of the model.
 
     Attributes:
-        name: of its weight's module, or of the module that computes it.
-        kind: ``linear``, ``residual``, ``attention``, or the activation's name.
-        width: the smallest width that its norm has to concentrate in; of attention, the mean number of visible keys.
-        predicted: the factor of the theory: ``factors.linear`` of its sizes, ``factors.activation`` at the standard
-            deviation that its inputs have, ``factors.sum_residual``, ``factors.attention``.
-        random: the factor that unit norm needs on random inputs; nan for attention.
-        data: the same on the given data.
-        random_scatter: standard deviation over mean of the output's norm, on random inputs.
-        data_scatter: the same over the tokens of the data.
-        correlation: of a linear map, the share of its inputs' square norm in a direction that all have in common; of a
-            residual the mean cosine between its sides; of attention the share of visible keys that are effectively
-            looked at; else nan.
+        name: name of the module of the weight, or of the module that computes the map.
+        kind: ``linear``, ``residual``, ``attention``, or the name of the activation.
+        width: smallest width in which the norm has to concentrate; for attention, the mean number of visible keys.
+        predicted: factor of the theory: ``factors.linear``, ``factors.sum_residual``, ``factors.attention``, or
+            ``factors.activation`` at the standard deviation of the inputs.
+        random: factor that gives unit norm on random inputs; NaN for attention.
+        data: factor that gives unit norm on the data.
+        random_scatter: standard deviation over mean of the output norm, on random inputs.
+        data_scatter: standard deviation over mean of the output norm, over the tokens of the data.
+        correlation: for a linear map, the fraction of the inputs' square norm in their common direction. For a residual
+            sum, the mean cosine between its sides. For attention, the fraction of the visible keys that are effectively
+            attended to. Otherwise NaN.
     """
 
     name: str
@@ -79,20 +78,20 @@ class Row:
     correlation: float
 
     def factors(self) -> tuple[float, float, float]:
-        """Predicted, on random inputs, on the data."""
+        """Factors predicted, needed on random inputs, and needed on the data."""
         return self.predicted, self.random, self.data
 
 
 @dataclass(frozen=True)
 class Derivation:
-    """All maps in the order of their computation; ``str`` makes the table and the warnings of it."""
+    """All maps in the order of their computation; ``str()`` gives the table and the warnings."""
 
     rows: list[Row]
 
     @property
     def warnings(self) -> list[str]:
-        """Where the method's assumptions fail, in sentences."""
-        return [f"{row.name} ({row.kind}): {text}" for row in self.rows for text in objections(row)]
+        """One sentence for each failed assumption of the method."""
+        return [f"{row.name} ({row.kind}): {text}" for row in self.rows for text in row_warnings(row)]
 
     def __str__(self) -> str:
         head = ["map", "kind", "predicted", "random", "data", "scatter, random", "scatter, data"]
@@ -102,31 +101,35 @@ class Derivation:
         ]
         widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
         lines = [
-            "  ".join(cell.ljust(size) if place < 2 else cell.rjust(size) for place, (cell, size) in enumerate(pairs))
-            for pairs in (list(zip(line, widths, strict=True)) for line in [head, *cells])
+            "  ".join(
+                cell.ljust(width) if column < 2 else cell.rjust(width)
+                for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+            )
+            for line in [head, *cells]
         ]
-        return "\n".join([*lines, "", *(self.warnings or ["Nothing here speaks against the method."])])
+        return "\n".join([*lines, "", *(self.warnings or ["All assumptions of the method hold on this model."])])
 
 
 @torch.no_grad()
-def derive(module: nn.Module, example_input: Any, picture: Path | str | None = None) -> Derivation:
-    """Measure the factors that a model needs beside those that the theory predicts; prints the table.
+def derive(module: nn.Module, example_input: Any, figure: Path | str | None = None) -> Derivation:
+    """Compare the factors that the theory predicts for a model with those it needs, and print the table.
 
-    The module is watched in evaluation mode and left as it was. Weights count as scaled to unit rows (in root mean
-    square), the sides of a residual as scaled to unit norm: what is measured is how norms change, not how large they
-    are. Seen are products with a weight, elementwise activations, sums of two activations of the same shape (at most 3
-    axes, the last of which is the width), and softmaxes over keys. Convolutions are not; an activation that is written
-    out in sums and a tanh shows as these.
+    The module runs once in evaluation mode and is not changed. The measurement is of changes of norms, not of their
+    size: weights are scaled to unit rows (root mean square), and the sides of a residual sum to unit norm.
+
+    Measured are products with a weight, elementwise activations, softmaxes over keys, and sums of two activations of
+    the same shape (at most 3 axes, the last of them the width). Convolutions are not measured. An activation written as
+    sums and a tanh appears as these.
 
     Args:
-        module: any, uncompiled; tokens lie on all axes but the last.
-        example_input: what it is called with: a tensor, a tuple of arguments, or a mapping of named ones. Some hundred
-            tokens at least, since scatter is over tokens.
-        picture: a file to draw the table into, for which the extra ``plots`` is needed.
+        module: any model that is not compiled. Its tokens are on all axes but the last.
+        example_input: tensor, tuple of arguments, or mapping of named arguments for a call of the module. Scatter is
+            over tokens, so use at least a few hundred.
+        figure: image file to draw the table into; needs the extra ``plots``.
 
     Raises:
-        ConfigError: the model does nothing that has a factor.
-        MissingExtraError: a picture is asked for and matplotlib is not installed.
+        ConfigError: the model has no map with a factor.
+        MissingExtraError: a figure is requested, and matplotlib is not installed.
 
     >>> model = nn.Sequential(nn.Linear(256, 1024, bias=False), nn.ReLU(), nn.Linear(1024, 256, bias=False))
     >>> rows = derive(model, torch.randn(500, 256)).rows  # doctest: +ELLIPSIS
@@ -135,78 +138,76 @@ def derive(module: nn.Module, example_input: Any, picture: Path | str | None = N
     >>> [(row.kind, round(row.predicted * 2) / 2) for row in rows]
     [('linear', 0.5), ('relu', 2.5), ('linear', 2.0)]
     """
-    watch = Watch(module)
-    training = {part: part.training for part in module.modules()}
+    tracer = Tracer(module)
+    training = {child: child.training for child in module.modules()}
     module.eval()
     try:
-        with watch.modules(), _open_attention(), watch:
+        with tracer.module_names(), _decomposed_attention(), tracer:
             if isinstance(example_input, Mapping):
                 module(**example_input)
             else:
                 module(*(example_input if isinstance(example_input, tuple) else (example_input,)))
     finally:
-        for part, mode in training.items():
-            part.training = mode
-    if not watch.rows:
-        raise ConfigError(
-            f"{type(module).__name__} computes nothing that has a factor: no linear map, activation or sum"
-        )
-    found = Derivation(watch.rows)
-    print(found)
-    if picture is not None:
-        derivation_figure(found, Path(picture))
-    return found
+        for child, mode in training.items():
+            child.training = mode
+    if not tracer.rows:
+        raise ConfigError(f"{type(module).__name__} has no map with a factor: no linear map, activation or sum")
+    derivation = Derivation(tracer.rows)
+    print(derivation)
+    if figure is not None:
+        derivation_figure(derivation, Path(figure))
+    return derivation
 
 
-def objections(row: Row) -> Iterator[str]:
-    """What speaks against the method at one map."""
-    if row.random_scatter > CONCENTRATED:
+def row_warnings(row: Row) -> Iterator[str]:
+    """One sentence for each assumption of the method that fails at a map."""
+    if row.random_scatter > MAX_SCATTER:
         yield (
-            f"a width of {row.width} is too small: its norm scatters by {row.random_scatter:.0%} even on random "
-            "inputs; put an exact norm behind it, or make it wider"
+            f"width {row.width} is too small: the norm scatters by {row.random_scatter:.0%} even on random inputs; "
+            "normalize the output exactly, or use a larger width"
         )
     if row.kind == "attention":
-        if row.correlation < SPARSE:
+        if row.correlation < MIN_EFFECTIVE_KEYS:
             yield (
-                f"attention is sparse: a token looks at {row.correlation:.0%} of the {row.width} keys that it sees, so "
-                f"that sqrt(keys) is {row.predicted / row.data:.1f} times what is needed; put an exact norm behind it"
+                f"attention is sparse: tokens attend to {row.correlation:.0%} of the {row.width} visible keys, so "
+                f"sqrt(keys) is {row.predicted / row.data:.1f} times the factor needed; normalize the output exactly"
             )
         return
     if row.kind == "residual":
-        if abs(row.correlation) > CORRELATED:
+        if abs(row.correlation) > MAX_CORRELATION:
             yield (
-                f"its two sides are correlated (cosine {row.correlation:+.2f}), where its factor takes them as "
-                "independent; put an exact norm before the next map"
+                f"the two sides are correlated (cosine {row.correlation:+.2f}), but the factor assumes independence; "
+                "normalize the sum exactly"
             )
         return
     error = row.predicted / row.data - 1
-    if abs(error) > ACCURATE:
-        reason = "its inputs are not the random ones that the factor assumes"
-        if row.correlation > SHARED:
-            reason = f"its inputs are strongly correlated, {row.correlation:.0%} of their square norm in one direction"
-        yield f"on the data its output is {abs(error):.0%} too {'large' if error > 0 else 'small'}: {reason}"
+    if abs(error) > MAX_FACTOR_ERROR:
+        reason = "the inputs are not random, as the factor assumes"
+        if row.correlation > MAX_COMMON:
+            reason = f"the inputs are correlated, with {row.correlation:.0%} of their square norm in one direction"
+        yield f"on the data the output is {abs(error):.0%} too {'large' if error > 0 else 'small'}: {reason}"
 
 
-class Watch(TorchDispatchMode):
-    """While entered, measures each map that torch computes into ``rows``."""
+class Tracer(TorchDispatchMode):
+    """Dispatch mode that measures each map that torch computes, as ``rows``."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.rows: list[Row] = []
         self.module = module
-        self.inside: list[str] = []  # names of the modules that are computing, the innermost last
-        named = ((name, value) for name, value in module.named_parameters() if value.ndim == 2)
-        self.weights = {value.untyped_storage().data_ptr(): name.rpartition(".")[0] for name, value in named}
-        self.kept: list[Tensor] = []  # weights made on the way, so that no other tensor takes their place in memory
+        self.running: list[str] = []  # names of the modules whose forward is running, the innermost last
+        matrices = ((name, value) for name, value in module.named_parameters() if value.ndim == 2)
+        self.weights = {value.untyped_storage().data_ptr(): name.rpartition(".")[0] for name, value in matrices}
+        self.weight_copies: list[Tensor] = []  # kept alive, so that no other tensor gets their address
         self.generator = torch.Generator().manual_seed(RANDOM_SEED)
 
     @contextmanager
-    def modules(self) -> Iterator[None]:
-        """Keeps account of which module is computing."""
+    def module_names(self) -> Iterator[None]:
+        """While active, hooks keep the names of the running modules."""
         handles = []
-        for name, part in self.module.named_modules():
-            handles += [part.register_forward_pre_hook(self.enter(name or type(part).__name__))]
-            handles += [part.register_forward_hook(self.leave)]
+        for name, child in self.module.named_modules():
+            handles += [child.register_forward_pre_hook(self.enter(name or type(child).__name__))]
+            handles += [child.register_forward_hook(self.leave)]
         try:
             yield
         finally:
@@ -214,19 +215,19 @@ class Watch(TorchDispatchMode):
                 handle.remove()
 
     def enter(self, name: str) -> Callable[..., None]:
-        """A hook that notes that a module begins."""
+        """Forward pre-hook of the module of this name."""
 
         def hook(*_: Any) -> None:
-            self.inside.append(name)
+            self.running.append(name)
 
         return hook
 
     def leave(self, *_: Any) -> None:
-        """Hook: the innermost module has ended."""
-        self.inside.pop()
+        """Forward hook of every module."""
+        self.running.pop()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Compute, and look at what may be one of the maps."""
+        """Run an operation, and measure it if it is one of the maps."""
         kwargs, packet = kwargs or {}, func.overloadpacket
         if packet in PRODUCTS:
             x, weight = args[PRODUCTS[packet] :][:2]
@@ -240,84 +241,85 @@ class Watch(TorchDispatchMode):
         output = func(*args, **kwargs)
         if packet in SOFTMAXES and output.ndim > 2 and args[1] % output.ndim == output.ndim - 1:
             self.attention(args[0], output)
-        if packet in DERIVED and (name := self.weight_name(args[0])) is not None:
+        if packet in WEIGHT_COPIES and (name := self.weight_name(args[0])) is not None:
             self.weights[output.untyped_storage().data_ptr()] = name
-            self.kept.append(output)
+            self.weight_copies.append(output)
         return output
 
     def weight_name(self, tensor: Tensor) -> str | None:
-        """Of the module whose weight this is, if it is one."""
+        """Name of the module whose weight this is; None for any other tensor."""
         return self.weights.get(tensor.untyped_storage().data_ptr())
 
     def is_residual(self, x: Any, y: Any) -> bool:
-        """Whether a sum is one of two activations: not of a position table, a bias, a mask or rotated halves."""
-        both = isinstance(x, Tensor) and isinstance(y, Tensor) and x.shape == y.shape and 1 < x.ndim < 4
-        return both and x.is_floating_point() and not isinstance(x, nn.Parameter) and not isinstance(y, nn.Parameter)
+        """Whether both summands are activations, not a position table, a bias, a mask or the halves of a rotation."""
+        if not isinstance(x, Tensor) or not isinstance(y, Tensor) or x.shape != y.shape or not 1 < x.ndim < 4:
+            return False
+        return x.is_floating_point() and not isinstance(x, nn.Parameter) and not isinstance(y, nn.Parameter)
 
     def linear(self, name: str, x: Tensor, weight: Tensor) -> None:
-        """``x`` (tokens, fan_in) times ``weight`` (fan_in, fan_out)."""
+        """Measure the product of ``x`` (tokens, fan_in) and ``weight`` (fan_in, fan_out)."""
         fan_in, fan_out = weight.shape
         weight = weight.float()
         weight = weight / (weight.square().sum() / fan_out).sqrt().clamp_min(torch.finfo().tiny)
         x = normalize(x.float())
         common = float(x.mean(0).square().sum())
-        random, data = ((given @ weight).norm(dim=-1) for given in (self.directions(fan_in, x), x))
-        self.add(name, "linear", min(fan_in, fan_out), factors.linear(fan_in, fan_out), random, data, common)
+        random, data = ((inputs @ weight).norm(dim=-1) for inputs in (self.directions(fan_in, x), x))
+        self.add_map(name, "linear", min(fan_in, fan_out), factors.linear(fan_in, fan_out), random, data, common)
 
     def activation(self, kind: str, fn: Callable[[Tensor], Tensor], z: Tensor) -> None:
-        """Elementwise ``fn`` of ``z`` (..., width)."""
+        """Measure the elementwise ``fn`` on ``z`` (..., width)."""
         z, root = z.float(), math.sqrt(z.shape[-1])
         std = float(z.square().mean().sqrt())
         if std == 0 or not math.isfinite(std):
             return
         nu = factors.activation(fn, std)
         directions = self.directions(z.shape[-1], z) * (root * std)
-        random, data = (fn(given).norm(dim=-1) / root for given in (directions, z))
-        self.add(self.inside[-1], kind, z.shape[-1], nu, random, data, math.nan)
+        random, data = (fn(inputs).norm(dim=-1) / root for inputs in (directions, z))
+        self.add_map(self.running[-1], kind, z.shape[-1], nu, random, data, math.nan)
 
     def residual(self, x: Tensor, y: Tensor) -> None:
-        """``x + y``, both (..., width)."""
+        """Measure ``x + y``, both (..., width)."""
         x, y, width = normalize(x.float()), normalize(y.float()), x.shape[-1]
         random, data = self.directions(width, x) + self.directions(width, x), x + y
         cosine = float((x * y).sum(-1).mean())
         nu = factors.sum_residual()
-        self.add(self.inside[-1], "residual", width, nu, random.norm(dim=-1), data.norm(dim=-1), cosine)
+        self.add_map(self.running[-1], "residual", width, nu, random.norm(dim=-1), data.norm(dim=-1), cosine)
 
-    def attention(self, scores: Tensor, share: Tensor) -> None:
-        """Scores (..., T, S) of keys, and the weights that tokens give them."""
-        visible = (scores > scores.amax(-1, keepdim=True) - MASKED).sum(-1)
-        square = share.float().square().sum(-1)
-        looking = visible > 0
-        visible, square = visible[looking].float(), square[looking]
+    def attention(self, scores: Tensor, weights: Tensor) -> None:
+        """Measure attention with scores and softmax weights (..., T, S)."""
+        visible = (scores > scores.amax(-1, keepdim=True) - MASK_MARGIN).sum(-1)
+        square = weights.float().square().sum(-1)  # square norm of an average of independent unit vectors
+        unmasked = visible > 0
+        visible, square = visible[unmasked].float(), square[unmasked]
         dense = 1 / visible
         effective = float((1 / (square * visible)).mean())
         predicted = float(dense.mean().rsqrt())
-        gain = (square / dense).sqrt()  # of one token over that of dense attention
+        gain = (square / dense).sqrt()  # norm of each token's output, relative to uniform attention
         data, scatter = float(square.mean().rsqrt()), float(gain.std(correction=0) / gain.mean())
         keys = round(float(visible.mean()))
-        self.put(Row(self.inside[-1], "attention", keys, predicted, math.nan, data, math.nan, scatter, effective))
+        self.add_row(Row(self.running[-1], "attention", keys, predicted, math.nan, data, math.nan, scatter, effective))
 
-    def directions(self, width: int, like: Tensor) -> Tensor:
-        """Random unit vectors (RANDOM_INPUTS, width)."""
-        return normalize(torch.randn(RANDOM_INPUTS, width, generator=self.generator)).to(like.device)
+    def directions(self, width: int, x: Tensor) -> Tensor:
+        """Random unit vectors (RANDOM_INPUTS, width) on the device of x."""
+        return normalize(torch.randn(RANDOM_INPUTS, width, generator=self.generator)).to(x.device)
 
-    def add(
+    def add_map(
         self, name: str, kind: str, width: int, predicted: float, random: Tensor, data: Tensor, correlation: float
     ) -> None:
-        """A map with the norms of its outputs, where inputs have unit norm."""
+        """Add a map with its output norms for inputs of unit norm, on random inputs and on the data."""
         needed = [float(gain.square().mean().rsqrt()) for gain in (random, data)]
         scatter = [float(gain.std(correction=0) / gain.mean()) for gain in (random, data)]
-        self.put(Row(name, kind, width, predicted, needed[0], needed[1], scatter[0], scatter[1], correlation))
+        self.add_row(Row(name, kind, width, predicted, needed[0], needed[1], scatter[0], scatter[1], correlation))
 
-    def put(self, row: Row) -> None:
-        """Keep a row; one with the name and kind of another gets a number."""
+    def add_row(self, row: Row) -> None:
+        """Add a row; a number tells it from earlier rows with the same name and kind."""
         before = sum(other.kind == row.kind and other.name.partition(" #")[0] == row.name for other in self.rows)
         self.rows.append(replace(row, name=f"{row.name} #{before + 1}") if before else row)
 
 
 @contextmanager
-def _open_attention() -> Iterator[None]:
-    """Attention and whole layers in their parts, where fused kernels would hide them."""
+def _decomposed_attention() -> Iterator[None]:
+    """While active, attention and transformer layers run as single operations instead of fused kernels."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -336,7 +338,7 @@ def _percent(value: float) -> str:
 
 
 def derivation_figure(derivation: Derivation, path: Path) -> None:
-    """Draw predicted over measured factors, and how norms scatter, map by map, in the format of the path's ending.
+    """Plot predicted over needed factors and the scatter of norms for each map; the suffix gives the file format.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -344,15 +346,15 @@ def derivation_figure(derivation: Derivation, path: Path) -> None:
     rows = derivation.rows
     figure = require("matplotlib.figure", "plots").Figure(figsize=(9, 1.4 + 0.22 * len(rows)), layout="constrained")
     ratio, scatter = figure.subplots(1, 2, sharey=True)
-    places = range(len(rows))
+    positions = range(len(rows))
     for label, marker, size in (("random", "o", 6), ("data", "s", 4)):
-        ratio.plot([row.predicted / getattr(row, label) for row in rows], places, marker, ms=size, label=label)
-        scatter.plot([getattr(row, f"{label}_scatter") for row in rows], places, marker, ms=size)
+        ratio.plot([row.predicted / getattr(row, label) for row in rows], positions, marker, ms=size, label=label)
+        scatter.plot([getattr(row, f"{label}_scatter") for row in rows], positions, marker, ms=size)
     ratio.axvline(1, color="gray", lw=1, ls="--")
-    ratio.set(xlabel="predicted factor / needed factor", yticks=places)
+    ratio.set(xlabel="predicted factor / needed factor", yticks=positions)
     ratio.set_yticklabels([f"{row.name}, {row.kind}" for row in rows], fontsize=7)
     ratio.invert_yaxis()
-    scatter.set(xlabel="scatter of the norm (deviation / mean)", xlim=(0, None))
+    scatter.set(xlabel="scatter of the norm (standard deviation / mean)", xlim=(0, None))
     ratio.legend()
     for panel in (ratio, scatter):
         panel.grid(alpha=0.3)
