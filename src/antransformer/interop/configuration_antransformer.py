@@ -1,4 +1,4 @@
-"""The sizes and options of a model, for Hugging Face's transformers. Stands alone: an exported folder holds a copy."""
+"""Configuration for Hugging Face's transformers. Exported folders have a copy of this file."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from transformers import PreTrainedConfig
 
 
 class AntransformerConfig(PreTrainedConfig):
-    """The fields of ``antransformer.ModelConfig`` by their names there, and readable by those of transformers."""
+    """Fields of ``antransformer.ModelConfig``, also readable under the names that transformers uses."""
 
     model_type = "antransformer"
     keys_to_ignore_at_inference = ["cache", "past_key_values"]
@@ -16,7 +16,7 @@ class AntransformerConfig(PreTrainedConfig):
         "num_hidden_layers": "layers",
         "num_attention_heads": "heads",
         "max_position_embeddings": "context",
-        # Names in folders that version 1 exported.
+        # Names in folders exported by version 1. Those also have nu_p, which is ignored.
         "head_width": "head_dim",
         "rotary_base": "rope_theta",
     }
@@ -30,7 +30,7 @@ class AntransformerConfig(PreTrainedConfig):
     mlp_ratio: int = 4
     rotary_fraction: float = 0.5
     rope_theta: float = 10_000.0
-    # Options of some architectures; None in the others.
+    # Options of single architectures; None in all others.
     alpha_init: Any = 0.05
     s_scale: Any = 0.03
     gate_scale: Any = "sqrt_width"
@@ -49,10 +49,10 @@ class AntransformerConfig(PreTrainedConfig):
 
     @property
     def mlp_hidden(self) -> int:
-        """Width of the MLP's hidden activations."""
+        """Hidden width of the MLP."""
         return self.width * self.mlp_ratio
 
     @property
     def rotary_dim(self) -> int:
-        """How many coordinates of each head are rotated, an even number."""
+        """Number of coordinates of each head with rotary embedding, even."""
         return round(self.head_dim * self.rotary_fraction)

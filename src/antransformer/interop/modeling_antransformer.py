@@ -1,14 +1,14 @@
 """anGPT (arXiv:2505.22014), nGPT (arXiv:2410.01131), GPT+ and its variants for Hugging Face's transformers.
 
-Stands alone: an exported folder holds a copy, which needs nothing of the package antransformer. The functions are those
-of ``antransformer.models``, the parameters have their names there. A block is
+Exported folders have a copy of this file, so it imports nothing from antransformer. Functions and parameter names are
+those of ``antransformer.models``. A block is
 
     x = residual(x, attention(norm(x)))
     x = residual(x, mlp(norm(x)))
 
-and ``PARTS`` says what stands there for attention, mlp, norm and residual in each architecture.
+and ``PARTS`` has the attention, MLP, norm and residual of each architecture.
 
-Shapes: B batch, T new tokens, S all tokens so far, d model width, n heads, h head width.
+Shapes: B batch, T new tokens, S all tokens so far, d model width, n heads, h head width, V vocabulary.
 """
 
 import math
@@ -33,32 +33,43 @@ RMS_EPS = 1e-6
 Rotary = tuple[Tensor, Tensor]
 
 
-def norm(x: Tensor) -> Tensor:
-    """x / ||x|| over the last axis, with the length in float32."""
+def normalize(x: Tensor) -> Tensor:
+    """Exact L2 normalization over the last axis, x / ||x||, with the norm in float32."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
     return x * length.clamp_min(1e-12).reciprocal().to(x.dtype)
 
 
 def rotary_tables(positions: Tensor, config: AntransformerConfig) -> Rotary:
-    """Cosines and sines of positions (B, T), each (B, T, rotated / 2), in float32."""
+    """Cosines and sines of the rotary angles at positions (B, T), each (B, T, rotary_dim / 2), in float32."""
     exponent = torch.arange(0, config.rotary_dim, 2, device=positions.device, dtype=torch.float32) / config.rotary_dim
     angles = positions.to(torch.float32).unsqueeze(-1) * config.rope_theta**-exponent
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Rotary position embedding on the leading coordinates of each head, x (B, T, n, h)."""
+    """Rotary position embedding of the leading coordinates of each head, x (B, T, n, h)."""
     half = rotary[0].shape[-1]
     cos, sin = (table.unsqueeze(-2).to(x.dtype) for table in rotary)
     first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
-    turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
-    return torch.cat([*turned, rest], dim=-1)
+    rotated = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
+    return torch.cat([*rotated, rest], dim=-1)
 
 
 def eager_attention(
     module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, **_: Any
 ) -> tuple[Tensor, Tensor]:
-    """Attention written out, to see its weights: q, k, v (B, n, T or S, h) to (B, T, n, h) and weights (B, n, T, S)."""
+    """Attention without a fused kernel, which also returns its weights.
+
+    Args:
+        module: attention module; required by transformers' interface and not used.
+        q: queries (B, n, T, h).
+        k, v: keys and values (B, n, S, h).
+        mask: additive mask, or None.
+        scaling: factor of the scores.
+
+    Returns:
+        Output (B, T, n, h) and attention weights (B, n, T, S).
+    """
     scores = q @ k.transpose(2, 3) * scaling
     if mask is not None:
         scores = scores + mask
@@ -67,14 +78,14 @@ def eager_attention(
 
 
 def silu_factor(std: float) -> float:
-    """nu_act: 1 / sqrt(E SiLU(z)^2) for z ~ N(0, std^2), by the trapezoid rule."""
+    """Factor nu_act = 1 / sqrt(E SiLU(z)^2) for z ~ N(0, std^2), by the trapezoid rule."""
     z = torch.linspace(-38, 38, 2**16 + 1, dtype=torch.float64, device="cpu")
     density = torch.exp(-z.square() / 2)
     return float(((density * F.silu(z * std).square()).sum() / density.sum()).rsqrt())
 
 
 class Linear(nn.Module):
-    """``scale * (W x)``, the scale applied to the weight: a constant factor, or a vector of one scale an output."""
+    """Linear map ``scale * (W x)`` with the scale multiplied into the weight: a constant, or one scale per output."""
 
     def __init__(self, fan_in: int, fan_out: int) -> None:
         super().__init__()
@@ -82,18 +93,18 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(fan_out, fan_in))
 
     def reset_parameters(self) -> None:
-        """Rows of about unit norm."""
+        """Draw rows of about unit norm."""
         nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        """(..., fan_in) to (..., fan_out), with a scale (fan_out,) in the place of the factor."""
+        """Map (..., fan_in) to (..., fan_out); a scale (fan_out,) replaces the constant factor."""
         if scale is not None:
             return F.linear(x, self.weight * scale.to(self.weight.dtype).unsqueeze(1))
         return F.linear(x, self.weight if self.factor == 1.0 else self.weight * self.factor)
 
 
 class ScaledParameter(nn.Module):
-    """(init / scale) * value, where ``value`` starts at ``scale``; the smaller that is, the faster it moves."""
+    """Learnable vector (init / scale) * value, where ``value`` starts at ``scale``. A smaller scale is faster."""
 
     def __init__(self, size: int, init: float, scale: float) -> None:
         super().__init__()
@@ -101,16 +112,16 @@ class ScaledParameter(nn.Module):
         self.value = nn.Parameter(torch.empty(size))
 
     def reset_parameters(self) -> None:
-        """All entries at ``init``."""
+        """Set all entries to ``init``."""
         nn.init.constant_(self.value, self.scale)
 
     def forward(self) -> Tensor:
-        """The vector."""
+        """Vector (size,)."""
         return self.value * (self.init / self.scale)
 
 
 class Attention(nn.Module):
-    """Causal attention on q and k as they are: softmax(q k^T / sqrt(h)) v."""
+    """Causal attention softmax(q k^T / sqrt(h)) v."""
 
     def __init__(self, config: AntransformerConfig, layer_idx: int) -> None:
         super().__init__()
@@ -120,13 +131,13 @@ class Attention(nn.Module):
         self.out_proj = Linear(config.width, config.width)
 
     def scaled(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """q and k (B, T, n, h) after what the architecture does to their lengths."""
+        """Scale or normalize q and k (B, T, n, h) as the architecture does."""
         return q, k
 
     def forward(
         self, x: Tensor, rotary: Rotary, mask: Tensor | None, cache: Cache | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """(B, T, d) to the same, and the attention's weights where they are kept."""
+        """Map (B, T, d) to (B, T, d); returns also the attention weights, or None if the kernel has none."""
         q, k, v = self.qkv_proj(x).unflatten(-1, (-1, 3, self.config.head_dim)).unbind(-2)
         q, k = self.scaled(rotate(q, rotary), rotate(k, rotary))
         q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
@@ -138,7 +149,7 @@ class Attention(nn.Module):
 
 
 class UnitAttention(Attention):
-    """On q and k of unit norm, with a learnable scalar on the scores."""
+    """Attention with normalized q and k and a learnable scalar on the scores."""
 
     def __init__(self, config: AntransformerConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
@@ -146,16 +157,16 @@ class UnitAttention(Attention):
         self.score_scale = nn.Parameter(torch.empty(1))
 
     def reset_parameters(self) -> None:
-        """Scores of random unit vectors get unit variance."""
+        """Set the scale so that scores of random unit vectors have unit variance."""
         nn.init.constant_(self.score_scale, math.sqrt(self.config.head_dim))
 
     def scaled(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Unit norm; the scalar on q."""
-        return norm(q) * self.score_scale.to(q.dtype), norm(k)
+        """Normalize q and k; multiply the scalar into q."""
+        return normalize(q) * self.score_scale.to(q.dtype), normalize(k)
 
 
 class FactoredAttention(UnitAttention):
-    """The same with anGPT's factors."""
+    """Attention of anGPT: normalized q and k, and constant factors."""
 
     def __init__(self, config: AntransformerConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
@@ -164,7 +175,7 @@ class FactoredAttention(UnitAttention):
 
 
 class SphereAttention(Attention):
-    """On q and k of unit norm, with nGPT's learnable vector on both."""
+    """Attention of nGPT: normalized q and k, both scaled by a learnable vector."""
 
     def __init__(self, config: AntransformerConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
@@ -172,9 +183,9 @@ class SphereAttention(Attention):
         self.qk_scale = ScaledParameter(config.width, 1.0, config.s_scale)
 
     def scaled(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Unit norm times the vector, head by head."""
+        """Normalize q and k, and multiply both by the vector's part for each head."""
         scale = self.qk_scale().to(q.dtype).unflatten(0, (-1, self.config.head_dim))
-        return norm(q) * scale, norm(k) * scale
+        return normalize(q) * scale, normalize(k) * scale
 
 
 class MLP(nn.Module):
@@ -187,12 +198,12 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.mlp_hidden, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, d) to the same."""
+        """Map (B, T, d) to (B, T, d)."""
         return self.down_proj(self.up_proj(x) * F.silu(self.gate_proj(x)))
 
 
 class FactoredMLP(MLP):
-    """The same with anGPT's factors; that of the activation rides on the up projection."""
+    """MLP of anGPT: constant factors, of which nu_act is part of the up projection's."""
 
     def __init__(self, config: AntransformerConfig) -> None:
         super().__init__(config)
@@ -204,7 +215,7 @@ class FactoredMLP(MLP):
 
 
 class ScaledMLP(MLP):
-    """The same with nGPT's learnable vectors on u and z."""
+    """MLP of nGPT: learnable vectors scale u and z."""
 
     def __init__(self, config: AntransformerConfig) -> None:
         super().__init__(config)
@@ -213,32 +224,32 @@ class ScaledMLP(MLP):
         self.gate_factor = math.sqrt(config.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, d) to the same."""
+        """Map (B, T, d) to (B, T, d)."""
         u, z = self.up_proj(x, self.up_scale()), self.gate_proj(x, self.gate_scale() * self.gate_factor)
         return self.down_proj(u * F.silu(z))
 
 
 class RMSNorm(nn.RMSNorm):
-    """rms(x) * gamma."""
+    """RMS norm rms(x) * gamma; ``depth`` is not used."""
 
     def __init__(self, config: AntransformerConfig, depth: int) -> None:
         super().__init__(config.width, eps=RMS_EPS)
 
 
 class ScaledNorm(RMSNorm):
-    """rms(x) * gamma / sqrt(depth), depth counting from 1 (arXiv:2502.05795)."""
+    """RMS norm rms(x) * gamma / sqrt(depth), where depth counts from 1 (arXiv:2502.05795)."""
 
     def __init__(self, config: AntransformerConfig, depth: int) -> None:
         super().__init__(config, depth)
         self.scale = depth**-0.5
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., d) to the same."""
+        """Map (..., d) to (..., d)."""
         return F.rms_norm(x, self.normalized_shape, self.weight * self.scale, self.eps)
 
 
 class DynamicTanh(nn.Module):
-    """gamma * tanh(alpha x) + beta (arXiv:2503.10622)."""
+    """Elementwise gamma * tanh(alpha x) + beta (arXiv:2503.10622)."""
 
     def __init__(self, config: AntransformerConfig, depth: int) -> None:
         super().__init__()
@@ -248,54 +259,54 @@ class DynamicTanh(nn.Module):
         self.bias = nn.Parameter(torch.empty(config.width))
 
     def reset_parameters(self) -> None:
-        """tanh(alpha_init x)."""
+        """Set the function to tanh(alpha_init x)."""
         nn.init.constant_(self.alpha, self.alpha_init)
         nn.init.ones_(self.weight)
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., d) to the same."""
+        """Map (..., d) to (..., d)."""
         return self.weight * torch.tanh(self.alpha * x) + self.bias
 
 
 class Sum(nn.Module):
-    """x + y."""
+    """Residual sum x + y."""
 
     def __init__(self, config: AntransformerConfig) -> None:
         super().__init__()
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Stream x and sublayer output y, both (..., d)."""
+        """Update the residual stream x with the sublayer output y, both (..., d)."""
         return x + y
 
 
 class Interpolation(nn.Module):
-    """anGPT's update: (x + alpha (norm(y) - x)) * nu(alpha)."""
+    """Residual update of anGPT: (x + alpha (normalize(y) - x)) * nu(alpha)."""
 
     def __init__(self, config: AntransformerConfig) -> None:
         super().__init__()
         self.alpha = ScaledParameter(config.width, config.alpha_init, config.s_scale)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Stream x and sublayer output y, both (..., d); computed in float32."""
+        """Update the residual stream x with the sublayer output y, both (..., d), in float32."""
         precision = torch.promote_types(x.dtype, torch.float32)
         alpha = self.alpha().to(precision)
         nu = torch.rsqrt(alpha.square() + (1 - alpha).square())
-        return (x * ((1 - alpha) * nu) + norm(y.to(precision)) * (alpha * nu)).to(x.dtype)
+        return (x * ((1 - alpha) * nu) + normalize(y.to(precision)) * (alpha * nu)).to(x.dtype)
 
 
 class ExactInterpolation(Interpolation):
-    """nGPT's: norm(x + alpha (norm(y) - x))."""
+    """Residual update of nGPT: normalize(x + alpha (normalize(y) - x))."""
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Stream x and sublayer output y, both (..., d)."""
-        return norm(torch.lerp(x, norm(y).to(x.dtype), self.alpha().to(x.dtype)))
+        """Update the residual stream x with the sublayer output y, both (..., d)."""
+        return normalize(torch.lerp(x, normalize(y).to(x.dtype), self.alpha().to(x.dtype)))
 
 
 class Bound(NamedTuple):
-    """Vectors of a weight, along an axis, that are kept at norm <= 1, or at norm 1 where strict.
+    """Constraint on the vectors of a weight along an axis: norm at most 1, or exactly 1 if strict.
 
-    ``antransformer.bind(model, optimizer)`` keeps them so while the model is trained on.
+    ``antransformer.bind(model, optimizer)`` projects the weights after each optimizer step.
     """
 
     name: str
@@ -305,18 +316,18 @@ class Bound(NamedTuple):
 
 
 def model_axis_bound(name: str, weight: Tensor) -> Bound:
-    """Norm 1 along the model width: columns of what writes to the stream, rows of all else."""
+    """Strict bound along the model width: columns of ``out_proj`` and ``down_proj``, rows of all other matrices."""
     return Bound(name, weight, axis=0 if name.endswith(("out_proj.weight", "down_proj.weight")) else 1, strict=True)
 
 
 class Parts(NamedTuple):
-    """What an architecture has at the places where they differ.
+    """Modules and bounds that differ between architectures.
 
     Attributes:
-        attention, mlp, norm, residual: of a block; the norm stands before the head too.
-        bound: the bound on a weight matrix, or None where they are free.
-        scaled_head: whether a learnable vector is on the logits.
-        scaled_embedding: whether a learnable scalar is on the embedding.
+        attention, mlp, norm, residual: constructors of the modules of a block; the norm is also used before the head.
+        bound: bound of a weight matrix, by its name; None for no bounds.
+        scaled_head: whether a learnable vector scales the logits.
+        scaled_embedding: whether a learnable scalar scales the embedding.
     """
 
     attention: Callable[[AntransformerConfig, int], nn.Module]
@@ -339,7 +350,7 @@ PARTS = {
 
 
 class Block(GradientCheckpointingLayer):
-    """Attention and MLP, each joined to the residual stream."""
+    """Attention and MLP, each added to or interpolated into the residual stream."""
 
     def __init__(self, config: AntransformerConfig, layer_idx: int) -> None:
         super().__init__()
@@ -354,14 +365,14 @@ class Block(GradientCheckpointingLayer):
     def forward(
         self, x: Tensor, rotary: Rotary, mask: Tensor | None, cache: Cache | None = None, **kwargs: Any
     ) -> Tensor:
-        """Stream (B, T, d) to the same."""
+        """Map the residual stream (B, T, d) to (B, T, d)."""
         y, _ = self.attention(self.attention_norm(x), rotary, mask, cache, **kwargs)
         x = self.attention_residual(x, y)
         return self.mlp_residual(x, self.mlp(self.mlp_norm(x)))
 
 
 class AntransformerForCausalLM(PreTrainedModel, GenerationMixin):
-    """The language model; embedding and head are not tied."""
+    """Causal language model; embedding and head are not tied."""
 
     config: AntransformerConfig
     config_class = AntransformerConfig
@@ -382,11 +393,11 @@ class AntransformerForCausalLM(PreTrainedModel, GenerationMixin):
         self.final_norm = parts.norm(config, 1)
         self.lm_head = Linear(config.width, config.vocab_size)
         self.logit_scale = ScaledParameter(config.vocab_size, 1.0, config.s_scale) if parts.scaled_head else None
-        self.gradient_checkpointing = False  # transformers sets it, and keeps no cache then
+        self.gradient_checkpointing = False  # set by transformers, which then disables the cache
         self.post_init()
 
     def bounds(self) -> list[Bound]:
-        """The constraints on the weights; empty for an architecture without."""
+        """Constraints on the weights; an empty list for an architecture without bounds."""
         bound = PARTS[self.config.architecture].bound
         matrices = [(name, weight) for name, weight in self.named_parameters() if weight.ndim == 2]
         return [bound(name, weight) for name, weight in matrices] if bound else []
@@ -406,16 +417,16 @@ class AntransformerForCausalLM(PreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Token ids (B, T), or their embeddings (B, T, d), to logits (B, T, V); arguments as in all of transformers.
+        """Map token ids (B, T), or their embeddings (B, T, d), to logits (B, T, V); arguments as usual in transformers.
 
-        The loss is the mean cross-entropy of each label (B, T) given the tokens before it; -100 is left out.
-        ``past_key_values`` is what transformers before 5.24 calls the cache.
+        The loss is the mean cross-entropy of labels (B, T) given the preceding tokens; labels of -100 are ignored.
+        ``past_key_values`` is the name of ``cache`` in transformers before 5.24.
 
         Raises:
-            ValueError: both ids and embeddings are given, or neither.
+            ValueError: both ids and embeddings are given, or neither is.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds")
+            raise ValueError("give either input_ids or inputs_embeds, and not both")
         x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         if self.embedding_scale is not None:
             x = x * self.embedding_scale
@@ -429,19 +440,21 @@ class AntransformerForCausalLM(PreTrainedModel, GenerationMixin):
         rotary = rotary_tables(position_ids, self.config)
         for block in self.blocks:
             x = block(x, rotary, mask, cache=cache, **kwargs)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.logits(x[:, kept])
+        positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.logits(x[:, positions])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss, logits, cache)  # by position: the name of the last differs between releases
+        return CausalLMOutputWithPast(
+            loss, logits, cache
+        )  # by position: the name of the cache differs between releases
 
     def logits(self, x: Tensor) -> Tensor:
-        """Stream after the last block (..., d) to logits (..., V)."""
+        """Map the residual stream after the last block (..., d) to logits (..., V)."""
         return self.lm_head(self.final_norm(x), None if self.logit_scale is None else self.logit_scale())
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Rows of about unit norm, scales at their initial values: antransformer itself draws exact ones."""
+        """Initialise a module: rows of about unit norm, where ``antransformer.build`` draws exact ones."""
         reset = getattr(module, "reset_parameters", None)
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.width**-0.5)
