@@ -34,8 +34,8 @@ def mean_norm(x):
     return x.norm(dim=-1).mean().item()
 
 
-def slope(activation, std):
-    """E activation'(z)^2 for z of this standard deviation."""
+def mean_square_derivative(activation, std):
+    """Mean square derivative of an activation, E activation'(z)^2, for z ~ N(0, std^2)."""
     z = (torch.randn(1_000_000) * std).requires_grad_()
     (gradient,) = torch.autograd.grad(activation(z).sum(), z)
     return gradient.square().mean().item()
@@ -55,21 +55,21 @@ def test_scale_of_the_mlp_forward_and_backward(gated, activation, std):
     y = mlp(x)
     assert mean_norm(y) == pytest.approx(1, rel=0.03)
     y.backward(unit(400, 256))
-    # Through the activation std nu act'(z) comes back, and through u, with a gate, all of a random gradient.
-    back = (std * factors.activation(activation, std)) ** 2 * slope(activation, std)
-    assert x.grad.square().sum(-1).mean().item() == pytest.approx(back + gated, rel=0.08)
+    # The path through the activation has gain std nu act'(z). With a gate, the path through u has gain 1.
+    expected = (std * factors.activation(activation, std)) ** 2 * mean_square_derivative(activation, std)
+    assert x.grad.square().sum(-1).mean().item() == pytest.approx(expected + gated, rel=0.08)
     gate = mlp.gate_proj.weight if gated else None
-    twin = functional.mlp(x, mlp.up_proj.weight, mlp.down_proj.weight, gate, activation, std)
-    torch.testing.assert_close(y, twin)
+    functional_y = functional.mlp(x, mlp.up_proj.weight, mlp.down_proj.weight, gate, activation, std)
+    torch.testing.assert_close(y, functional_y)
 
 
 @pytest.mark.parametrize("kv_heads", KV_HEADS)
 @pytest.mark.parametrize("mask", MASKS)
 def test_scale_of_dense_attention_forward(mask, kv_heads):
-    options, seen = MASKS[mask]
+    options, visible_keys = MASKS[mask]
     attention = Attention(256, 4, KV_HEADS[kv_heads], **options)
-    nn.init.zeros_(attention.score_scale)  # all that is seen counts alike
-    scale = torch.tensor([factors.attention(seen(row, 12)) for row in range(12)])
+    nn.init.zeros_(attention.score_scale)  # uniform attention
+    scale = torch.tensor([factors.attention(visible_keys(row, 12)) for row in range(12)])
     norms = attention(unit(200, 12, 256)).norm(dim=-1).mean(0) * scale
     torch.testing.assert_close(norms, torch.ones(12), rtol=0.05, atol=0)
 
@@ -81,7 +81,7 @@ def test_scale_of_attention_backward_and_of_its_output_scale(kv_heads):
     y = attention(x.requires_grad_())
     assert mean_norm(y) == pytest.approx(1, rel=0.04)
     y.backward(unit(200, 12, 256))
-    assert mean_norm(x.grad) == pytest.approx(1, rel=0.05)  # 12 gradients, each a twelfth, times sqrt(12)
+    assert mean_norm(x.grad) == pytest.approx(1, rel=0.05)  # a sum of 12 gradients of norm 1/12, times sqrt(12)
 
 
 def test_scores_of_random_directions_have_unit_variance():
@@ -92,14 +92,14 @@ def test_scores_of_random_directions_have_unit_variance():
 
 
 def loop_attention(q, k, v, score_scale, allowed):
-    """One head and one row after the other; allowed(row, column) says what is seen."""
-    out, shared = torch.zeros_like(q), q.shape[2] // k.shape[2]
+    """Attention one head and row at a time; ``allowed(row, column)`` is whether a key is visible."""
+    out, group = torch.zeros_like(q), q.shape[2] // k.shape[2]
     for head in range(q.shape[2]):
         for row in range(q.shape[1]):
             columns = [column for column in range(k.shape[1]) if allowed(row, column)]
-            looked = F.normalize(k[:, columns, head // shared], dim=-1)
-            scores = torch.einsum("bh,bsh->bs", F.normalize(q[:, row, head], dim=-1), looked) * score_scale
-            out[:, row, head] = torch.einsum("bs,bsh->bh", scores.softmax(-1), v[:, columns, head // shared])
+            keys = F.normalize(k[:, columns, head // group], dim=-1)
+            scores = torch.einsum("bh,bsh->bs", F.normalize(q[:, row, head], dim=-1), keys) * score_scale
+            out[:, row, head] = torch.einsum("bs,bsh->bh", scores.softmax(-1), v[:, columns, head // group])
     return out.flatten(2)
 
 
@@ -123,54 +123,56 @@ def test_attention_agrees_with_a_loop_forward_and_backward(options, allowed, kv_
     torch.testing.assert_close(ours, theirs)
     gradient = torch.randn_like(ours)
     grads = torch.autograd.grad(ours, (q, k, v, scale), gradient)
-    for mine, expected in zip(grads, torch.autograd.grad(theirs, (q, k, v, scale), gradient), strict=True):
-        torch.testing.assert_close(mine, expected)
+    for grad, expected in zip(grads, torch.autograd.grad(theirs, (q, k, v, scale), gradient), strict=True):
+        torch.testing.assert_close(grad, expected)
 
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("memory_length", [None, 7])
 def test_attention_agrees_with_torchs_multi_head_attention(memory_length, causal, padded):
-    # Where q and k have unit heads anyway, ours is torch's: heads of unit norm, and turns for their projections.
+    # With inputs whose heads have unit norm and rotations as projections, q and k have unit norm in both modules.
     ours = Attention(32, 4, causal=causal).double()
     theirs = nn.MultiheadAttention(32, 4, bias=False, batch_first=True, dtype=torch.float64)
     x = unit(3, 5, 4, 8, dtype=torch.float64).flatten(2)
     memory = x if memory_length is None else unit(3, memory_length, 4, 8, dtype=torch.float64).flatten(2)
-    turns = [
+    rotations = [
         torch.block_diag(*torch.linalg.qr(torch.randn(4, 8, 8, dtype=torch.float64)).Q) * size for size in (0.3, 0.2)
     ]
     with torch.no_grad():
-        ours.q_proj.weight.copy_(turns[0])
-        ours.k_proj.weight.copy_(turns[1])
+        ours.q_proj.weight.copy_(rotations[0])
+        ours.k_proj.weight.copy_(rotations[1])
         ours.score_scale.fill_(1 / math.sqrt(8))  # torch's constant
         values = ours.v_proj.weight * ours.v_proj.factor
-        theirs.in_proj_weight.copy_(torch.cat([turns[0] / 0.3, turns[1] / 0.2, values]))
+        theirs.in_proj_weight.copy_(torch.cat([rotations[0] / 0.3, rotations[1] / 0.2, values]))
         theirs.out_proj.weight.copy_(ours.out_proj.weight * ours.out_proj.factor)
     keys = memory.shape[1]
-    hidden = torch.zeros(3, keys, dtype=torch.bool)
+    padding = torch.zeros(3, keys, dtype=torch.bool)
     if padded:
-        hidden[1, 3:] = hidden[2, 1:] = True
-    barred = ~torch.ones(5, keys, dtype=torch.bool).tril() if causal else None
-    expected, _ = theirs(x, memory, memory, key_padding_mask=hidden, attn_mask=barred, need_weights=False)
-    mask = ~hidden[:, None, None] if padded else None
+        padding[1, 3:] = padding[2, 1:] = True
+    causal_mask = ~torch.ones(5, keys, dtype=torch.bool).tril() if causal else None
+    expected, _ = theirs(x, memory, memory, key_padding_mask=padding, attn_mask=causal_mask, need_weights=False)
+    mask = ~padding[:, None, None] if padded else None
     torch.testing.assert_close(ours(x, None if memory is x else memory, mask), expected)
 
 
 @pytest.mark.parametrize("rotary", [0.0, 0.5, 1.0])
-def test_rotary_of_a_share_of_each_head(rotary):
+def test_rotary_of_a_part_of_each_head(rotary):
     attention, x = Attention(64, 2, rotary=rotary, causal=True).double(), unit(2, 6, 64, dtype=torch.float64)
     q, k, v = (proj(x).unflatten(-1, (2, 32)) for proj in (attention.q_proj, attention.k_proj, attention.v_proj))
-    turned = round(32 * rotary)
-    tables = functional.rotary_tables(torch.arange(6), turned, 10_000.0)
+    rotary_dim = round(32 * rotary)
+    tables = functional.rotary_tables(torch.arange(6), rotary_dim, 10_000.0)
     q, k = (
-        torch.cat([functional.rotate(part[..., :turned], tables), part[..., turned:]], -1) if turned else part
+        torch.cat([functional.rotate(part[..., :rotary_dim], tables), part[..., rotary_dim:]], -1)
+        if rotary_dim
+        else part
         for part in (q, k)
     )
     y = loop_attention(q, k, v, attention.score_scale, lambda row, column: column <= row)
     torch.testing.assert_close(attention(x), attention.out_proj(y), rtol=1e-6, atol=1e-9)
 
 
-def test_a_token_that_may_look_nowhere_gets_nothing_and_no_nan():
+def test_a_query_with_no_visible_key_gives_zero_and_no_nan():
     q = torch.randn(1, 3, 2, 8, requires_grad=True)
     mask = torch.tensor([[True, True, True], [False, False, False], [True, False, False]])
     y = functional.attention(q, q, q, mask=mask)
@@ -203,12 +205,12 @@ def test_encoder_decoder_keeps_norms_and_order():
     )
     y = model(source, target)
     assert mean_norm(y) == pytest.approx(1, rel=0.05)
-    # What stands later in the target reaches no earlier token; every token of the source reaches all.
+    # Later tokens of the target do not reach earlier ones; every token of the source reaches all.
     first = torch.autograd.grad(y[:, 2].sum(), (source, target), retain_graph=True)
     assert (first[0].norm(dim=-1) > 0).all()
     assert (first[1].norm(dim=-1) > 0).all(0).tolist() == [True] * 3 + [False] * 3
     y.backward(unit(20, 6, 256))
-    assert 0.3 < mean_norm(target.grad) < 1.2  # of a gradient of norm 1, through four updates of a 20th each
+    assert 0.3 < mean_norm(target.grad) < 1.2  # a gradient of norm 1 through four updates with alpha 1/20
 
 
 def test_source_mask_hides_padding_from_encoder_and_decoder():
@@ -218,7 +220,7 @@ def test_source_mask_hides_padding_from_encoder_and_decoder():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_activations_keep_their_dtype_and_one_graph_compiles(dtype):
+def test_activations_keep_their_dtype_and_compile_as_one_graph(dtype):
     block = EncoderBlock(Attention(64, 2, kv_heads=1, causal=True, window=3, rotary=0.5), MLP(64)).to(dtype)
     x = unit(2, 8, 64).to(dtype)
     y = torch.compile(block, backend="eager", fullgraph=True)(x)
@@ -227,7 +229,7 @@ def test_activations_keep_their_dtype_and_one_graph_compiles(dtype):
 
 
 class Classifier(nn.Module):
-    """A user's own, with norm layers of torch's among our blocks."""
+    """A user's model that mixes our blocks with a norm layer of torch."""
 
     def __init__(self):
         super().__init__()
@@ -247,30 +249,30 @@ class Classifier(nn.Module):
 
 def test_bounds_of_a_users_model_hold_after_real_steps():
     model = Classifier()
-    found = {bound.name: bound for bound in bounds.collect_bounds(model)}
+    collected = {bound.name: bound for bound in bounds.collect_bounds(model)}
     matrices = {name for name, value in model.named_parameters() if value.ndim == 2}
-    assert found.keys() == matrices | {"inputs.bias"} and len(found) == 4 + 2 * 7
+    assert collected.keys() == matrices | {"inputs.bias"} and len(collected) == 4 + 2 * 7
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
     antransformer.bind(model, optimizer)
     with torch.no_grad():
-        model.head.weight.mul_(0.5)  # rows inside
+        model.head.weight.mul_(0.5)  # rows inside the unit ball
     for _ in range(3):
         tokens, values = torch.randint(0, 20, (16, 7)), torch.randn(16, 7, 5)
         F.cross_entropy(model(tokens, values), tokens[:, 0] % 3).backward()
-        before = {name: bound.parameter.detach().clone() for name, bound in found.items()}
+        before = {name: bound.parameter.detach().clone() for name, bound in collected.items()}
         optimizer.step()
         optimizer.zero_grad()
-        for name, bound in found.items():
+        for name, bound in collected.items():
             assert not torch.equal(bound.parameter, before[name])
             assert bounds.norms(bound).max() <= 1 + 1e-6
     assert model.inputs.bias.norm() > 0.3 and model.norm.weight.norm() > 2
 
 
-def test_bounds_of_a_part_are_its_own_and_a_list_of_the_models_own_wins():
-    part = antransformer.build(antransformer.ModelConfig(vocab_size=20, width=64, layers=1, head_dim=32))
-    both = nn.ModuleDict({"language": part, "head": Linear(64, 2)})
+def test_bounds_of_a_submodule_are_collected_and_a_method_bounds_takes_precedence():
+    language = antransformer.build(antransformer.ModelConfig(vocab_size=20, width=64, layers=1, head_dim=32))
+    both = nn.ModuleDict({"language": language, "head": Linear(64, 2)})
     names = [bound.name for bound in bounds.collect_bounds(both)]
-    assert names == [f"language.{bound.name}" for bound in part.bounds()] + ["head.weight"]
+    assert names == [f"language.{bound.name}" for bound in language.bounds()] + ["head.weight"]
 
     class OnlyTheFirst(nn.Sequential):
         def bounds(self):
@@ -279,7 +281,7 @@ def test_bounds_of_a_part_are_its_own_and_a_list_of_the_models_own_wins():
     assert [bound.strict for bound in bounds.collect_bounds(OnlyTheFirst(Linear(4, 4), Linear(4, 4)))] == [True]
 
 
-def test_modules_are_ready_when_made_and_nothing_is_drawn_on_meta():
+def test_constructors_initialise_and_draw_nothing_on_meta():
     state = torch.get_rng_state()
     with torch.device("meta"):
         Classifier()

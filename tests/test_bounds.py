@@ -13,20 +13,20 @@ from helpers.small import Watch
 SIZES = {"vocab_size": 50, "width": 64, "layers": 2, "context": 16, "head_dim": 32}
 
 
-def one(make, **options):
-    """A single optimizer for all of a model."""
+def single(make, **options):
+    """A single optimizer for all parameters."""
     return lambda model: [make(model.parameters(), **options)]
 
 
 def muon_and_adam(model):
-    """As Muon's authors have it: matrices of the blocks, and the rest."""
+    """Muon for the matrices of the blocks and AdamW for all other parameters, as its authors recommend."""
     inner = [weight for weight in model.blocks.parameters() if weight.ndim == 2]
     others = [weight for weight in model.parameters() if not any(weight is matrix for matrix in inner)]
     return [torch.optim.Muon(inner, lr=0.05), torch.optim.AdamW(others, lr=0.05)]
 
 
-def a_part_each(model):
-    """Three optimizers over the parts of one model."""
+def three_optimizers(model):
+    """One optimizer for each block and single for all other parameters."""
     blocks = set(model.blocks.parameters())
     others = [parameter for parameter in model.parameters() if parameter not in blocks]
     first, second = (block.parameters() for block in model.blocks)
@@ -34,17 +34,17 @@ def a_part_each(model):
 
 
 OPTIMIZERS = {
-    "adam": one(torch.optim.Adam, lr=0.05),
-    "adam fused": one(torch.optim.Adam, lr=0.05, fused=True),
-    "adam foreach": one(torch.optim.Adam, lr=0.05, foreach=True),
-    "adamw": one(torch.optim.AdamW, lr=0.05),
-    "adamw fused": one(torch.optim.AdamW, lr=0.05, fused=True),
-    "adamw foreach": one(torch.optim.AdamW, lr=0.05, foreach=True),
-    "sgd": one(torch.optim.SGD, lr=0.02, momentum=0.9),
-    "sgd fused": one(torch.optim.SGD, lr=0.02, momentum=0.9, fused=True),
-    "adafactor": one(torch.optim.Adafactor, lr=0.5),
+    "adam": single(torch.optim.Adam, lr=0.05),
+    "adam fused": single(torch.optim.Adam, lr=0.05, fused=True),
+    "adam foreach": single(torch.optim.Adam, lr=0.05, foreach=True),
+    "adamw": single(torch.optim.AdamW, lr=0.05),
+    "adamw fused": single(torch.optim.AdamW, lr=0.05, fused=True),
+    "adamw foreach": single(torch.optim.AdamW, lr=0.05, foreach=True),
+    "sgd": single(torch.optim.SGD, lr=0.02, momentum=0.9),
+    "sgd fused": single(torch.optim.SGD, lr=0.02, momentum=0.9, fused=True),
+    "adafactor": single(torch.optim.Adafactor, lr=0.5),
     "muon and adam": muon_and_adam,
-    "a part each": a_part_each,
+    "three optimizers": three_optimizers,
 }
 
 
@@ -84,7 +84,7 @@ def test_bounds_hold_after_every_real_step_of_any_optimizer(architecture, optimi
     assert (sum(watch.inside for watch in watches) > 0) == (architecture == "angpt")
 
 
-def test_accumulated_gradients_are_one_step():
+def test_gradient_accumulation_projects_once_per_step():
     model = model_of("angpt")
     (optimizer,) = OPTIMIZERS["adamw"](model)
     watch = Watch(model, optimizer)
@@ -112,19 +112,19 @@ def test_a_gradient_scaler_may_skip_a_step(optimizer):
         stepper.zero_grad()
         for bound in watch.bounds:
             value, old = bound.parameter.detach(), before[bound.name]
-            if step == 2:  # a fused optimizer goes through its step all the same, and a row may be rounded again
+            if step == 2:  # a fused optimizer still runs its step, so rows may be rounded again
                 torch.testing.assert_close(value, old, rtol=2e-7 if "fused" in optimizer else 0, atol=0)
             else:
                 assert not torch.equal(value, old)
     assert watch.steps == (4 if "fused" in optimizer else 3) and scaler.get_scale() == 2.0**9
 
 
-def test_a_compiled_step_keeps_them_too():
+def test_bounds_hold_after_compiled_steps():
     model = model_of("angpt")
     (stepper,) = OPTIMIZERS["adamw foreach"](model)
     watch = Watch(model, stepper)
 
-    @torch.compile(backend="eager")  # what is captured is what counts here, not what is made of it
+    @torch.compile(backend="eager")  # this tests what is captured, not the generated code
     def step():
         stepper.step()
 
@@ -135,7 +135,7 @@ def test_a_compiled_step_keeps_them_too():
     assert watch.steps == 3
 
 
-def test_a_closure_is_stepped_along():
+def test_bounds_hold_after_steps_with_a_closure():
     model = model_of("angpt")
     optimizer = torch.optim.LBFGS(model.parameters(), lr=0.5, max_iter=2)
     watch = Watch(model, optimizer)
@@ -152,14 +152,14 @@ def test_a_closure_is_stepped_along():
 
 
 @pytest.fixture
-def alone():
-    """A process group of one."""
+def single_process_group():
+    """A process group of single rank."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
 
-def test_a_model_in_ddp(alone):
+def test_bounds_hold_in_ddp(single_process_group):
     model = model_of("angpt")
     wrapped = nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(wrapped.parameters(), lr=0.05)
@@ -172,7 +172,7 @@ def test_a_model_in_ddp(alone):
     assert watch.steps == 3 and len(watch.bounds) == 12
 
 
-def test_accelerate_wraps_the_optimizer():
+def test_bounds_hold_with_accelerate():
     accelerate = pytest.importorskip("accelerate")
     model = model_of("angpt")
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
@@ -187,7 +187,7 @@ def test_accelerate_wraps_the_optimizer():
     assert watch.steps == 3
 
 
-def test_without_the_bound_the_same_steps_leave_the_ball():
+def test_without_bounds_the_same_steps_leave_the_unit_ball():
     model = model_of("angpt")
     (optimizer,) = OPTIMIZERS["adam"](model)
     handle = antransformer.bind(model, optimizer)
@@ -209,7 +209,7 @@ def test_every_matrix_is_bounded_along_its_rows_in_angpt_and_along_the_model_axi
     assert model_of("gpt+").bounds() == []
 
 
-def test_vectors_inside_the_ball_keep_every_bit_and_zero_stays_reachable():
+def test_vectors_inside_the_ball_keep_every_bit_and_zero_stays_zero():
     generator = torch.Generator().manual_seed(0)
     weight = nn.Parameter(torch.randn(200, 30, generator=generator) / 30**0.5)
     with torch.no_grad():
@@ -230,7 +230,7 @@ def test_vectors_inside_the_ball_keep_every_bit_and_zero_stays_reachable():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_norms_are_computed_in_float32_at_least(dtype):
-    # 4,096 squares of 1/32 sum to 4; half precision would lose most of them on the way.
+    # 4,096 squares of 1/32 sum to 4. A sum in half precision would lose most of them.
     weight = nn.Parameter(torch.full((2, 4096), 1 / 32, dtype=dtype))
     bound = Bound("weight", weight)
     assert norms(bound).dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -240,8 +240,8 @@ def test_norms_are_computed_in_float32_at_least(dtype):
     assert weight.float().flatten().tolist() == pytest.approx([1 / 64] * 8192)
 
 
-def test_projecting_needs_no_value_on_the_host():
-    # Fake tensors have no values: anything that looked at one would raise.
+def test_projection_reads_no_value_on_the_host():
+    # Fake tensors have no values, so reading single raises.
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
@@ -251,17 +251,17 @@ def test_projecting_needs_no_value_on_the_host():
             torch.empty(4).sum().item()
 
 
-def test_bind_refuses_what_it_can_not_bind():
+def test_bind_refuses_models_without_bounds_and_optimizers_of_other_models():
     model = model_of("angpt")
     with pytest.raises(TypeError, match="Linear") as error:
         antransformer.bind(nn.Linear(2, 2), *OPTIMIZERS["sgd"](model))
     assert "antransformer.nn" in str(error.value) and "bounds()" in str(error.value)
     with pytest.raises(ValueError) as error:
         antransformer.bind(model, *OPTIMIZERS["sgd"](model_of("angpt")))
-    assert error.traceback[-1].name == "bind"  # raised there, on purpose
+    assert error.traceback[-1].name == "bind"  # raised by bind itself
 
 
-def test_bind_takes_the_part_of_the_model_that_the_optimizer_steps():
+def test_bind_projects_only_parameters_of_the_optimizer():
     model = model_of("angpt")
     optimizer = torch.optim.SGD(model.blocks.parameters(), lr=0.02, momentum=0.9)
     antransformer.bind(model, optimizer)

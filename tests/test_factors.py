@@ -20,12 +20,12 @@ def on_sphere(n, d, seed=0):
 
 
 @pytest.mark.parametrize(("fan_in", "fan_out"), [(512, 64), (512, 512), (256, 1024), (1024, 256)])
-def test_linear_brings_a_random_map_back_to_the_sphere(fan_in, fan_out):
+def test_linear_gives_a_random_map_unit_norm(fan_in, fan_out):
     y = on_sphere(2000, fan_in) @ on_sphere(fan_out, fan_in, seed=1).T * factors.linear(fan_in, fan_out)
     assert y.norm(dim=-1).square().mean().item() == pytest.approx(1, rel=0.01)
 
 
-def test_numbers_of_numpy_are_numbers():
+def test_numbers_of_numpy_are_accepted():
     assert factors.linear(np.int64(12), 3) == 2 and factors.attention(np.int64(9)) == 3
     assert factors.residual(np.float32(0.5)) == pytest.approx(math.sqrt(2))
 

@@ -17,14 +17,18 @@ def llama():
     from transformers import LlamaConfig, LlamaForCausalLM
 
     model = LlamaForCausalLM(LlamaConfig(vocab_size=50, tie_word_embeddings=True, **SIZES))
-    return model, {"input_ids": torch.randint(0, 50, (2, 9))}, 7 * 2 + 1  # the embedding is the head too
+    return model, {"input_ids": torch.randint(0, 50, (2, 9))}, 7 * 2 + 1  # embedding and head are tied
 
 
 def bert():
     from transformers import BertConfig, BertForMaskedLM
 
     model = BertForMaskedLM(BertConfig(vocab_size=50, max_position_embeddings=16, **SIZES))
-    return model, {"input_ids": torch.randint(0, 50, (2, 9))}, 6 * 2 + 3 + 1  # here too; and one before it
+    return (
+        model,
+        {"input_ids": torch.randint(0, 50, (2, 9))},
+        6 * 2 + 3 + 1,
+    )  # tied, and a layer before it
 
 
 def vit():
@@ -34,8 +38,8 @@ def vit():
     return model, {"pixel_values": torch.randn(2, 3, 16, 16)}, 6 * 2 + 1
 
 
-def of_family(make):
-    """A model with long rows, in evaluation mode, a batch for it, and how many weights are to be bounded."""
+def model_and_batch(make):
+    """Return a model with long rows in evaluation mode, a batch, and the number of weights to bound."""
     pytest.importorskip("transformers")
     torch.manual_seed(0)
     model, batch, count = make()
@@ -46,11 +50,11 @@ def of_family(make):
 
 
 @pytest.mark.parametrize("make", [llama, bert, vit])
-def test_outputs_keep_every_bit_and_steps_keep_the_rows_bounded(make):
-    model, batch, count = of_family(make)
+def test_outputs_keep_every_bit_and_rows_stay_bounded_in_training(make):
+    model, batch, count = model_and_batch(make)
     expected = model(**batch).logits
     weights = sum(isinstance(part, (nn.Linear, nn.Embedding)) for part in model.modules())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)  # made before, and none the worse for it
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)  # built before normalize_, which keeps the parameters
     assert antransformer.normalize_(model) is model
     assert torch.equal(model(**batch).logits, expected)
     bounds = collect_bounds(model)
@@ -70,23 +74,23 @@ def test_outputs_keep_every_bit_and_steps_keep_the_rows_bounded(make):
 
 @pytest.mark.parametrize("make", [llama, bert, vit])
 def test_a_state_dict_goes_into_another_normalized_model(make):
-    model, batch, _ = of_family(make)
+    model, batch, _ = model_and_batch(make)
     other = antransformer.normalize_(make()[0]).eval()  # with other factors
     state = {name: value.clone() for name, value in antransformer.normalize_(model).state_dict().items()}
     other.load_state_dict(state)
     assert torch.equal(other(**batch).logits, model(**batch).logits)
 
 
-def test_tied_weights_stay_tied_and_again_changes_nothing():
-    model, batch, _ = of_family(llama)
+def test_tied_weights_stay_tied_and_a_second_call_changes_nothing():
+    model, batch, _ = model_and_batch(llama)
     antransformer.normalize_(model)
     expected, names = model(**batch).logits, list(model.state_dict())
     antransformer.normalize_(model)
     assert list(model.state_dict()) == names and torch.equal(model(**batch).logits, expected)
     head = model.lm_head.parametrizations.weight
     assert head.original is model.model.embed_tokens.parametrizations.weight.original
-    twin = copy.deepcopy(model)
-    assert torch.equal(twin(**batch).logits, expected)
+    duplicate = copy.deepcopy(model)
+    assert torch.equal(duplicate(**batch).logits, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -102,7 +106,7 @@ def test_other_dtypes_and_rows_of_zeros(dtype):
     assert all(bound.parameter.dtype == dtype for bound in collect_bounds(model))
 
 
-def test_what_is_not_covered_is_left_alone():
+def test_other_weights_are_not_changed():
     model = nn.Sequential(
         nn.Conv1d(3, 5, 2),
         nn.LayerNorm(64),
@@ -112,16 +116,16 @@ def test_what_is_not_covered_is_left_alone():
         parametrize.register_parametrization(nn.Linear(4, 4), "weight", nn.Identity()),
         nn.Linear(64, 8),
     )
-    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     antransformer.normalize_(model)
     state = model.state_dict()
     changed = {"2.out_proj.weight", "6.weight"}
-    assert set(kept) - set(state) == changed
-    assert all(torch.equal(state[name], kept[name]) for name in set(kept) - changed)
+    assert set(before) - set(state) == changed
+    assert all(torch.equal(state[name], before[name]) for name in set(before) - changed)
     assert model[2].in_proj_weight is dict(model.named_parameters())["2.in_proj_weight"]
 
 
-def test_what_can_not_be_normalized_is_named_and_not_changed():
+def test_errors_name_the_module_and_change_nothing():
     with pytest.raises(TypeError, match=r"nn\.Linear") as error:
         antransformer.normalize_(nn.LayerNorm(4))
     assert "LayerNorm" in str(error.value)

@@ -1,4 +1,4 @@
-"""Kernels against their twins in float64, on a GPU, or else through Triton's interpreter on a CPU."""
+"""Kernels against plain torch in float64, on a GPU or in Triton's interpreter on a CPU."""
 
 import importlib
 import os
@@ -19,8 +19,8 @@ DTYPES = [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)]
 
 
 @pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """What is made empty is full of NaN, which must not be read, and must all be written over."""
+def nan_in_empty_tensors(monkeypatch):
+    """Fills new empty tensors with NaN, to detect kernels that read them or leave elements unwritten."""
     for name in ("empty", "empty_like"):
         make = getattr(torch, name)
         monkeypatch.setattr(torch, name, lambda *args, make=make, **kw: make(*args, **kw).fill_(torch.nan))
@@ -32,47 +32,49 @@ def random(*shape, seed):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(DEVICE)
 
 
-def assert_near(found, expected, tolerance):
-    for one, other in zip(found, expected, strict=True):
-        scale = other.abs().max().item()
-        torch.testing.assert_close(one.double(), other, rtol=tolerance, atol=tolerance * scale)
+def assert_near(results, expected, tolerance):
+    for result, exact in zip(results, expected, strict=True):
+        scale = exact.abs().max().item()
+        torch.testing.assert_close(result.double(), exact, rtol=tolerance, atol=tolerance * scale)
 
 
 @pytest.mark.parametrize("shape", [(1, 2), (3, 7), (2, 5, 64), (13, 3), (2, 3, 2, 130), (0, 8)])
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
-@pytest.mark.parametrize("wide", [True, False])
-def test_interpolate_norm_is_its_twin_both_ways(shape, dtype, tolerance, wide, monkeypatch):
+@pytest.mark.parametrize("per_coordinate", [True, False])
+def test_interpolate_norm_agrees_with_plain_torch_forward_and_backward(
+    shape, dtype, tolerance, per_coordinate, monkeypatch
+):
     monkeypatch.setattr(kernel, "PROGRAMS", 5)
     x = F.normalize(random(*shape, seed=0), dim=-1).to(dtype)
     y, gradient = random(*shape, seed=1).to(dtype) * 3, random(*shape, seed=2).to(dtype)
-    alpha = (0.3 * random(shape[-1] if wide else 1, seed=3)).to(dtype)
+    alpha = (0.3 * random(shape[-1] if per_coordinate else 1, seed=3)).to(dtype)
     z, inverse = kernel.forward(x, y, alpha)
     exact = [value.double() for value in (x, y, alpha)]
-    twin, twin_inverse = functional.interpolate_norm_forward(*exact)
+    plain, plain_inverse = functional.interpolate_norm_forward(*exact)
     assert (z.dtype, z.shape, inverse.shape) == (dtype, x.shape, (*shape[:-1], 1))
     if not x.numel():
         assert kernel.backward(gradient, x, y, alpha, inverse)[2].tolist() == [0] * alpha.numel()
         return
-    assert_near((z, inverse), (twin, twin_inverse), tolerance)
-    found = kernel.backward(gradient, x, y, alpha, inverse)
-    assert [part.dtype for part in found] == [dtype] * 3
-    assert_near(found, functional.interpolate_norm_backward(gradient.double(), *exact, twin_inverse), tolerance)
+    assert_near((z, inverse), (plain, plain_inverse), tolerance)
+    grads = kernel.backward(gradient, x, y, alpha, inverse)
+    assert [part.dtype for part in grads] == [dtype] * 3
+    assert_near(grads, functional.interpolate_norm_backward(gradient.double(), *exact, plain_inverse), tolerance)
 
 
-def test_interpolate_norm_takes_what_does_not_lie_together_and_two_dtypes():
+def test_interpolate_norm_accepts_strided_inputs_and_two_dtypes():
     x, y, gradient = (random(6, 2, 33, seed=seed).transpose(0, 1).float() for seed in range(3))
     alpha = random(33, seed=3).float()
     z, inverse = kernel.forward(x, y.bfloat16(), alpha)
     exact = x.double(), y.bfloat16().double(), alpha.double()
-    twin, twin_inverse = functional.interpolate_norm_forward(*exact)
+    plain, plain_inverse = functional.interpolate_norm_forward(*exact)
     assert z.dtype == torch.float32
-    assert_near((z,), (twin,), 1e-5)
-    found = kernel.backward(gradient, x, y.bfloat16(), alpha, inverse)
-    assert [part.dtype for part in found] == [torch.float32, torch.bfloat16, torch.float32]
-    assert_near(found, functional.interpolate_norm_backward(gradient.double(), *exact, twin_inverse), 1e-2)
+    assert_near((z,), (plain,), 1e-5)
+    grads = kernel.backward(gradient, x, y.bfloat16(), alpha, inverse)
+    assert [part.dtype for part in grads] == [torch.float32, torch.bfloat16, torch.float32]
+    assert_near(grads, functional.interpolate_norm_backward(gradient.double(), *exact, plain_inverse), 1e-2)
 
 
-def test_interpolate_norm_has_derivatives_with_its_kernels(monkeypatch):
+def test_gradients_with_kernels_agree_with_finite_differences(monkeypatch):
     monkeypatch.setattr(kernels, "use_triton", lambda x: True)
     inputs = random(2, 6, seed=0), random(2, 6, seed=1), random(6, seed=2) * 0.1 + 0.2
     assert torch.autograd.gradcheck(functional.interpolate_norm, [value.requires_grad_() for value in inputs])
@@ -88,13 +90,13 @@ def test_zero_stays_zero():
 @pytest.mark.parametrize("shape", [(1, 1), (7, 3), (40, 130), (0, 4)])
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
 @pytest.mark.parametrize("strict", [True, False])
-def test_the_bound_is_its_twin_and_leaves_every_bit_inside(shape, dtype, tolerance, strict):
+def test_projection_agrees_with_plain_torch_and_keeps_every_bit_inside(shape, dtype, tolerance, strict):
     before = (F.normalize(random(*shape, seed=0), dim=-1) * random(shape[0], 1, seed=1).exp()).to(dtype)
     before[shape[0] // 2 :][:1] = 0
-    weight, twin = before.clone(), before.double()
+    weight, plain = before.clone(), before.double()
     bound.project_rows_(weight, strict)
-    project_([Bound("weight", twin, strict=strict)])
-    torch.testing.assert_close(weight.double(), twin, rtol=tolerance, atol=0)
+    project_([Bound("weight", plain, strict=strict)])
+    torch.testing.assert_close(weight.double(), plain, rtol=tolerance, atol=0)
     inside = before.double().norm(dim=1) <= (0 if strict else 1 - tolerance)
     assert torch.equal(weight[inside], before[inside])
 

@@ -22,8 +22,8 @@ TIMES = {
     "all-x0.5": 0.5,
     "all-x2": 2,
 }
-LEFT_OUT = ["constant-none", "all-none"]
-TRAINING = ("strict", "model-axis")  # those that leave the function as it is
+REMOVED = ["constant-none", "all-none"]
+TRAINING = ("strict", "model-axis")  # ablations that do not change the function
 FORWARD = [name for name in ABLATIONS if name not in TRAINING]
 
 
@@ -56,7 +56,7 @@ def weights():
 
 @torch.no_grad()
 def logits(weights, ablation="none", gate=1.0, **options):
-    """Logits in float64 by given weights, as far as the ablation has them; ``gate`` scales W_z."""
+    """Logits in float64 with the given weights, except those that the ablation lacks; ``gate`` scales W_z."""
     model = small(ablation, **options).double()
     model.load_state_dict(weights, strict=ablation != "no-lerp")
     for block in model.blocks:
@@ -64,7 +64,7 @@ def logits(weights, ablation="none", gate=1.0, **options):
     return model(some_tokens())
 
 
-def test_every_name_is_one_and_none_is_none():
+def test_names_of_the_config_and_of_the_table_agree():
     assert set(get_args(Ablation)) == {"none", *ABLATIONS}
     assert ModelConfig().ablation == "none" and ModelConfig(architecture="gpt+").ablation is None
     with pytest.raises(ConfigError) as error:
@@ -72,13 +72,13 @@ def test_every_name_is_one_and_none_is_none():
     assert all(name in str(error.value) for name in ("ablation", "no-lurp", "none", *ABLATIONS))
 
 
-# What is changed, by value. At width 64 with heads of 16: nu_qkv 2, nu_p 1/2, nu_uz 1/2, nu_d 2; the gate's scale is 8.
+# Values of changed factors. At width 64 with heads of 16: nu_qkv 2, nu_p 1/2, nu_uz 1/2, nu_d 2; the gate's scale is 8.
 
 
 @pytest.mark.parametrize("ablation", ABLATIONS)
 def test_constant_factors(ablation):
     model = small(ablation)
-    nu_act = factors.activation(torch.nn.functional.silu, std=0.5)  # of the gate as it is without the ablation
+    nu_act = factors.activation(torch.nn.functional.silu, std=0.5)  # of the gate without the ablation
     times = TIMES.get(ablation, 1)
     expected = {
         "attention.qkv_proj": 2 * times,
@@ -87,7 +87,7 @@ def test_constant_factors(ablation):
         "mlp.gate_proj": times / 2 * 8,
         "mlp.down_proj": 2 * times,
     }
-    if ablation in LEFT_OUT:
+    if ablation in REMOVED:
         expected = {name: 8 if name.endswith("gate_proj") else 1 for name in expected}
     for block in model.blocks:
         found = {name: module.factor for name, module in block.named_modules() if isinstance(module, Linear)}
@@ -95,7 +95,7 @@ def test_constant_factors(ablation):
     assert model.lm_head.factor == 1
 
 
-def test_a_left_out_factor_leaves_the_gates_scale_whatever_it_is():
+def test_removing_factors_keeps_the_scale_of_the_gate():
     for gate_scale, expected in (("none", 1), ("sqrt_mlp", 16)):
         block = small("constant-none", gate_scale=gate_scale).blocks[0]
         assert block.mlp.gate_proj.factor == expected
@@ -132,8 +132,8 @@ def test_alphas():
 
 
 @pytest.mark.parametrize("ablation", ["none", *FORWARD])
-def test_the_stream_has_the_norm_that_the_factors_predict(ablation):
-    # y has norm 1 whatever the factors, and is about orthogonal to x: n <- times * nu * sqrt(((1 - a) n)^2 + a^2).
+def test_the_residual_stream_has_the_predicted_norm(ablation):
+    # y has norm 1 and is about orthogonal to x, so the norm becomes times * nu * sqrt(((1 - a) n)^2 + a^2).
     torch.manual_seed(0)
     model = build(ModelConfig(vocab_size=4096, width=256, layers=4, context=8, ablation=ablation))
     seen, expected, norm, alpha = [], [], 1.0, 0.05
@@ -154,29 +154,29 @@ def test_the_stream_has_the_norm_that_the_factors_predict(ablation):
     assert expected[-1] == pytest.approx(predicted.get(ablation, expected[-1]), rel=0.01)
 
 
-# What the function makes of it, with weights given.
+# Functions of the same weights.
 
 
 @pytest.mark.parametrize("ablation", TRAINING)
-def test_bounds_are_no_part_of_the_function(weights, ablation):
+def test_bounds_do_not_change_the_function(weights, ablation):
     assert torch.equal(logits(weights, ablation), logits(weights))
 
 
 @pytest.mark.parametrize(("ablation", "gate"), [("constant-x0.5", 0.5), ("constant-x2", 2), ("constant-none", 2)])
-def test_constant_factors_reach_the_function_by_the_gate_alone(weights, ablation, gate):
+def test_constant_factors_change_the_function_only_through_the_gate(weights, ablation, gate):
     torch.testing.assert_close(logits(weights, ablation), logits(weights, gate=gate), rtol=1e-9, atol=1e-9)
 
 
-def test_twice_the_constants_and_no_constants_are_the_gate_of_variance_one(weights):
+def test_doubled_and_removed_constants_equal_a_gate_of_unit_variance(weights):
     for ablation in ("constant-x2", "constant-none"):
         torch.testing.assert_close(
             logits(weights, ablation), logits(weights, gate_scale="sqrt_mlp"), rtol=1e-9, atol=1e-9
         )
-    for ablation in ("all-x2", "all-none"):  # they part at the residual
+    for ablation in ("all-x2", "all-none"):  # the residual updates differ
         assert (logits(weights, ablation) - logits(weights, "constant-x2")).abs().max() > 0.01
 
 
-def test_every_other_ablation_is_a_function_of_its_own(weights):
+def test_all_other_ablations_are_different_functions(weights):
     found = {name: logits(weights, name) for name in FORWARD if name not in ("constant-none", "scalar-alpha")}
     found["none"] = logits(weights)
     for first in found:
@@ -196,7 +196,7 @@ def test_scalar_alpha_is_the_same_function_until_alphas_differ():
         assert (scalar(some_tokens()) - vector(some_tokens())).abs().max() > 0.01
 
 
-# Bounds after real steps.
+# Bounds after training steps.
 
 
 @pytest.mark.parametrize("ablation", ABLATIONS)
@@ -225,14 +225,14 @@ def test_only_strict_forbids_short_vectors(ablation):
     assert lengths.min() > 1 - 1e-6 if "strict" in ablation else lengths.max() < 0.6
 
 
-def test_along_the_model_axis_the_rows_of_the_projections_into_the_stream_are_free():
+def test_bounds_along_the_model_axis_leave_rows_of_output_projections_free():
     model = small("model-axis")
     train(model)
     down = model.blocks[0].mlp.down_proj.weight
     assert down.norm(dim=0).max() <= 1 + 1e-6 < 1.5 < down.norm(dim=1).max()
 
 
-# What holds for each of them.
+# Properties of every ablation.
 
 
 @pytest.mark.parametrize("ablation", ABLATIONS)

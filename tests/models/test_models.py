@@ -32,7 +32,7 @@ def some_tokens(batch=3, length=24, seed=0):
 
 
 def stir(model):
-    """Move every parameter away from its initial value, so that no scale is 1 and no offset 0 by accident."""
+    """Change every parameter, so that no scale is 1 and no offset is 0 by accident."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -43,7 +43,7 @@ def stir(model):
 
 @pytest.mark.parametrize("size", PAPER_SIZES["gpt+"])
 @pytest.mark.parametrize("architecture", PAPER_SIZES)
-def test_parameter_counts_are_the_papers(architecture, size):
+def test_parameter_counts_agree_with_the_paper(architecture, size):
     with torch.device("meta"):
         model = build(ModelConfig.preset(size, architecture=architecture, vocab_size=50_304))
     tolerance = 1 if size == "1b" else 0.015
@@ -57,13 +57,13 @@ def test_parameter_counts_of_the_other_baselines():
         "gpt+": matrices + norms * d + layers,
         "gpt": matrices + norms * d,
         "ln-scaling": matrices + norms * d + layers,
-        "dyt": matrices + norms * (2 * d + 1) + layers + 1,  # one number more is the scale of the embedding
+        "dyt": matrices + norms * (2 * d + 1) + layers + 1,  # plus the scale of the embedding
     }
     assert {name: small(name).parameter_count() for name in GPT_PLUS_FAMILY} == expected
 
 
-# The table of the three architectures (arXiv:2505.22014, table 1), written down a second time: plain float64 operations
-# in the printed order, heads and positions one by one, no factor folded anywhere.
+# References for arXiv:2505.22014, table 1: plain float64 operations in the printed order, one head and position at a
+# time, with no factor folded into a weight.
 
 
 def rms(x, gain):
@@ -78,8 +78,8 @@ def scaled(parameter):
     return parameter.init / parameter.scale * parameter.value
 
 
-def turn(x, head_dim):
-    """Rotary embedding of half of the head, (T, h), pairing coordinate i with i + h / 4."""
+def rotate_half(x, head_dim):
+    """Rotary embedding of half of a head (T, h); coordinate i is paired with i + h / 4."""
     quarter = head_dim // 4
     y = x.clone()
     for position in range(x.shape[0]):
@@ -92,7 +92,7 @@ def turn(x, head_dim):
 
 
 def heads_of(weight, head, h):
-    """Rows of q, k and v of one head in the fused projection."""
+    """Rows of q, k and v of one head in the fused weight."""
     return weight[head * 3 * h : (head + 1) * 3 * h].split(h)
 
 
@@ -102,7 +102,7 @@ def attend(q, k, v, scale):
     return scores.masked_fill(future, -torch.inf).softmax(-1) @ v
 
 
-def attend_normed(q, k, v, attention):
+def attend_normalized(q, k, v, attention):
     return attend(unit(q), unit(k), v, attention.score_scale)
 
 
@@ -122,19 +122,19 @@ def dynamic_tanh(x, norm, depth):
     return norm.weight * torch.tanh(norm.alpha * x) + norm.bias
 
 
-def reference_gpt_plus(model, tokens, normed=gain, attention=attend_normed, embedding_scale=1):
+def reference_gpt_plus(model, tokens, norm_of=gain, attention=attend_normalized, embedding_scale=1):
     x, h = model.embedding.weight[tokens] * embedding_scale, model.config.head_dim
     for depth, block in enumerate(model.blocks, start=1):
-        a = normed(x, block.attention_norm, depth)
+        a = norm_of(x, block.attention_norm, depth)
         heads = []
         for head in range(model.config.heads):
             wq, wk, wv = heads_of(block.attention.qkv_proj.weight, head, h)
-            heads.append(attention(turn(a @ wq.T, h), turn(a @ wk.T, h), a @ wv.T, block.attention))
+            heads.append(attention(rotate_half(a @ wq.T, h), rotate_half(a @ wk.T, h), a @ wv.T, block.attention))
         x = x + torch.cat(heads, -1) @ block.attention.out_proj.weight.T
-        m = normed(x, block.mlp_norm, depth)
+        m = norm_of(x, block.mlp_norm, depth)
         c = (m @ block.mlp.up_proj.weight.T) * F.silu(m @ block.mlp.gate_proj.weight.T)
         x = x + c @ block.mlp.down_proj.weight.T
-    return normed(x, model.final_norm, 1) @ model.lm_head.weight.T
+    return norm_of(x, model.final_norm, 1) @ model.lm_head.weight.T
 
 
 def reference_gpt(model, tokens):
@@ -142,11 +142,11 @@ def reference_gpt(model, tokens):
 
 
 def reference_ln_scaling(model, tokens):
-    return reference_gpt_plus(model, tokens, normed=gain_over_root_of_depth)
+    return reference_gpt_plus(model, tokens, norm_of=gain_over_root_of_depth)
 
 
 def reference_dyt(model, tokens):
-    return reference_gpt_plus(model, tokens, normed=dynamic_tanh, embedding_scale=model.embedding_scale)
+    return reference_gpt_plus(model, tokens, norm_of=dynamic_tanh, embedding_scale=model.embedding_scale)
 
 
 def reference_ngpt(model, tokens):
@@ -156,7 +156,7 @@ def reference_ngpt(model, tokens):
         for head in range(model.config.heads):
             wq, wk, wv = heads_of(block.attention.qkv_proj.weight, head, h)
             s = scaled(block.attention.qk_scale)[head * h : (head + 1) * h]
-            q, k = unit(turn(x @ wq.T, h)) * s, unit(turn(x @ wk.T, h)) * s
+            q, k = unit(rotate_half(x @ wq.T, h)) * s, unit(rotate_half(x @ wk.T, h)) * s
             heads.append(attend(q, k, x @ wv.T, math.sqrt(h)))
         y = unit(torch.cat(heads, -1) @ block.attention.out_proj.weight.T)
         x = unit(x + scaled(block.attention_residual.alpha) * (y - x))
@@ -176,7 +176,7 @@ def reference_angpt(model, tokens):
         heads = []
         for head in range(model.config.heads):
             wq, wk, wv = (w * nu_qkv for w in heads_of(block.attention.qkv_proj.weight, head, h))
-            q, k = unit(turn(x @ wq.T, h)), unit(turn(x @ wk.T, h))
+            q, k = unit(rotate_half(x @ wq.T, h)), unit(rotate_half(x @ wk.T, h))
             heads.append(attend(q, k, x @ wv.T, block.attention.score_scale))
         y = unit(torch.cat(heads, -1) @ block.attention.out_proj.weight.T * nu_p)
         alpha = scaled(block.attention_residual.alpha)
@@ -217,9 +217,9 @@ def test_logits_and_gradients_are_those_of_the_printed_equations(architecture, o
     ours, theirs = model(tokens)[0], REFERENCES[architecture](model, tokens[0])
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)  # rotary angles are float32 in the model
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    mine = torch.autograd.grad(ours.logsumexp(-1).sum(), weights, retain_graph=True)
+    grads = torch.autograd.grad(ours.logsumexp(-1).sum(), weights, retain_graph=True)
     expected = torch.autograd.grad(theirs.logsumexp(-1).sum(), weights)
-    for a, b in zip(mine, expected, strict=True):
+    for a, b in zip(grads, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
@@ -274,7 +274,7 @@ def test_the_baselines_share_no_class_with_the_method_but_the_skeleton(architect
 
 
 @pytest.mark.parametrize("architecture", GPT_PLUS_FAMILY)
-def test_weights_into_the_stream_shrink_with_depth_but_not_under_ln_scaling(architecture):
+def test_output_projections_start_smaller_in_deep_models_except_with_ln_scaling(architecture):
     model = small(architecture, width=256)
     std = 1 / 16 if architecture == "ln-scaling" else 1 / 16 / math.sqrt(6)
     for block in model.blocks:
@@ -283,7 +283,7 @@ def test_weights_into_the_stream_shrink_with_depth_but_not_under_ln_scaling(arch
         assert block.mlp.up_proj.weight.std().item() == pytest.approx(1 / 16, rel=0.02)
 
 
-def test_ln_scaling_reads_the_stream_at_one_over_the_root_of_the_depth():
+def test_ln_scaling_divides_by_the_root_of_the_depth():
     model, seen = small("ln-scaling"), []
     for name, module in model.named_modules():
         if name.endswith("norm"):
@@ -301,12 +301,12 @@ def test_dyt_starts_from_coordinates_of_variance_one_and_the_given_alpha():
     assert not [module for module in model.modules() if isinstance(module, torch.nn.RMSNorm)]
 
 
-# Norms at initialisation, at a width where they concentrate. Sequences of one token leave attention nothing to average.
+# Norms at initialisation, at a width where they concentrate. Sequences have one token, so attention averages nothing.
 
 
 @pytest.fixture(scope="module")
-def recorded():
-    """Mean norms of what enters and leaves each module of a fresh anGPT on random tokens, by module name."""
+def activations():
+    """Inputs and outputs of each map of a new anGPT on random tokens, by module name."""
     torch.manual_seed(0)
     model = build(ModelConfig(architecture="angpt", vocab_size=4096, width=256, layers=4, context=8))
     norms = {}
@@ -331,19 +331,19 @@ def average(x):
     return x.norm(dim=-1).mean().item()
 
 
-def test_sublayer_inputs_hiddens_and_outputs_start_at_norm_one(recorded):
-    assert len(recorded) == 4 * 7
-    for name, norms in recorded.items():
+def test_sublayer_inputs_hiddens_and_outputs_start_at_norm_one(activations):
+    assert len(activations) == 4 * 7
+    for name, norms in activations.items():
         if name.endswith(("up_proj", "gate_proj")):
-            continue  # they carry nu_act and the gate's scale; their product is the hidden that counts, checked below
+            continue  # scaled by nu_act and the gate's scale; their product is checked below
         assert average(norms["out"]) == pytest.approx(1, rel=0.05), name
         for value in norms["in"]:
             attention_values = 2 if name.endswith("attention.out_proj") else 1  # four heads of norm 1
             assert average(value) == pytest.approx(attention_values, rel=0.05), name
 
 
-def test_gate_starts_with_the_intended_variance(recorded):
-    z = recorded["blocks.0.mlp.gate_proj"]["out"]
+def test_gate_starts_with_the_intended_variance(activations):
+    z = activations["blocks.0.mlp.gate_proj"]["out"]
     assert z.std().item() == pytest.approx(0.5, rel=0.05)  # sqrt_width, the default
 
 
@@ -366,8 +366,8 @@ def test_residual_stream_stays_near_norm_one_through_depth():
         assert average(model.hidden(torch.randint(0, 512, (8, 64)))) == pytest.approx(1, rel=0.05)
 
 
-def test_residual_gradient_neither_grows_nor_fades_through_depth():
-    # Each update passes (1 - alpha) nu = 0.9986 of the gradient straight on, and a little through the sublayer.
+def test_residual_gradient_keeps_its_norm_through_depth():
+    # Each update passes (1 - alpha) nu = 0.9986 of the gradient directly, and a little through the sublayer.
     torch.manual_seed(0)
     model = build(ModelConfig(vocab_size=512, width=256, layers=12, context=64))
     gradients = []
@@ -407,7 +407,7 @@ def test_half_precision_stays_half_and_close(architecture):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("cast", ["autocast", "parameters"])  # as sharded training has them
+@pytest.mark.parametrize("cast", ["autocast", "parameters"])  # as in sharded training
 def test_the_attention_kernel_gets_half_precision_only(architecture, cast, monkeypatch):
     seen = []
     attention = F.scaled_dot_product_attention

@@ -1,4 +1,4 @@
-"""Our models against transformers' code, which nobody here wrote."""
+"""Parity of our models with independent code in transformers."""
 
 import pytest
 import torch
@@ -11,10 +11,10 @@ transformers = pytest.importorskip("transformers")
 
 
 def qwen3_of(ours):
-    """transformers' Qwen3 with the weights of a GPT+ whose heads are rotated over their whole width.
+    """Qwen3 of transformers with the weights of a GPT+ that has rotary_fraction 1.
 
-    Qwen3 has gains on q and k after an RMS norm and divides the scores by sqrt(h): g * cos(q, k) is a gain of
-    g / sqrt(h) on q and of 1 on k.
+    Qwen3 has gains on q and k after an RMS norm, and divides scores by sqrt(h). So scores g * cos(q, k) need the gain
+    g / sqrt(h) on q and 1 on k.
     """
     config, h = ours.config, ours.config.head_dim
     sizes = {"hidden_size": config.width, "num_hidden_layers": config.layers, "intermediate_size": config.mlp_hidden}
@@ -60,7 +60,7 @@ def test_gpt_plus_is_qwen3():
     torch.manual_seed(0)
     sizes = {"vocab_size": 300, "width": 128, "layers": 4, "context": 64, "head_dim": 32}
     ours = build(ModelConfig(architecture="gpt+", rotary_fraction=1.0, **sizes))
-    for parameter in ours.parameters():  # away from the initial values, where gains and scales are equal
+    for parameter in ours.parameters():  # so that gains and scales differ
         parameter.mul_(1 + 0.3 * torch.randn_like(parameter))
     tokens = torch.randint(0, 300, (3, 64))
     logits = ours(tokens)
@@ -83,15 +83,15 @@ def test_rotary_embedding_is_that_of_gpt_neox(fraction):
         torch.testing.assert_close(ours.transpose(1, 2), expected, rtol=1e-5, atol=1e-5)
 
 
-def written_out(q, k, v, visible, scale):
-    """softmax(scale * q k^T) v in float64, of (B, T, n, h), (B, S, n, h) and a mask (B, T, S)."""
+def reference_attention(q, k, v, mask, scale):
+    """Attention softmax(scale * q k^T) v in float64, for q (B, T, n, h), k and v (B, S, n, h) and a mask (B, T, S)."""
     q, k, v = (part.double() for part in (q, k, v))
     scores = torch.einsum("btnh,bsnh->bnts", q, k) * scale
-    weights = scores.masked_fill(~visible.unsqueeze(1), -torch.inf).softmax(-1)
+    weights = scores.masked_fill(~mask.unsqueeze(1), -torch.inf).softmax(-1)
     return torch.einsum("bnts,bsnh->btnh", weights, v).flatten(2)
 
 
-# What rounding q, k, v and the result to so many bits leaves of values of about 1.
+# Absolute errors from rounding q, k, v and the result, for values of about 1.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
 
@@ -113,12 +113,12 @@ def test_attention_is_that_of_float64(heads, head_dim, scale, chunks, padding, d
         parts.append(causal_attention(q[:, new], k[:, new], v[:, new], ctx, scale))
         cache.length = start = start + chunk
     positions = torch.arange(37)
-    begun = positions >= torch.tensor(padding or [0, 0, 0])[:, None]
-    visible = (positions <= positions[:, None]) & begun[:, None] | torch.eye(37, dtype=torch.bool)
-    expected = written_out(q, k, v, visible, scale)
-    torch.testing.assert_close(torch.cat(parts, 1)[begun].double(), expected[begun], rtol=0, atol=TOLERANCES[dtype])
+    is_text = positions >= torch.tensor(padding or [0, 0, 0])[:, None]
+    mask = (positions <= positions[:, None]) & is_text[:, None] | torch.eye(37, dtype=torch.bool)
+    expected = reference_attention(q, k, v, mask, scale)
+    torch.testing.assert_close(torch.cat(parts, 1)[is_text].double(), expected[is_text], rtol=0, atol=TOLERANCES[dtype])
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         theirs = torch.nn.functional.scaled_dot_product_attention(
-            *(part.double().transpose(1, 2) for part in (q, k, v)), attn_mask=visible.unsqueeze(1), scale=scale
+            *(part.double().transpose(1, 2) for part in (q, k, v)), attn_mask=mask.unsqueeze(1), scale=scale
         )
     torch.testing.assert_close(theirs.transpose(1, 2).flatten(2), expected, rtol=0, atol=1e-12)
