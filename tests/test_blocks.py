@@ -162,12 +162,11 @@ def test_rotary_of_a_part_of_each_head(rotary):
     q, k, v = (proj(x).unflatten(-1, (2, 32)) for proj in (attention.q_proj, attention.k_proj, attention.v_proj))
     rotary_dim = round(32 * rotary)
     tables = functional.rotary_tables(torch.arange(6), rotary_dim, 10_000.0)
-    q, k = (
-        torch.cat([functional.rotate(part[..., :rotary_dim], tables), part[..., rotary_dim:]], -1)
-        if rotary_dim
-        else part
-        for part in (q, k)
-    )
+    if rotary_dim:
+        q, k = (
+            torch.cat([functional.rotate(heads[..., :rotary_dim], tables), heads[..., rotary_dim:]], -1)
+            for heads in (q, k)
+        )
     y = loop_attention(q, k, v, attention.score_scale, lambda row, column: column <= row)
     torch.testing.assert_close(attention(x), attention.out_proj(y), rtol=1e-6, atol=1e-9)
 

@@ -108,6 +108,7 @@ def project_(bounds: Iterable[Bound]) -> None:
             project_rows_(rows, bound.strict)
             continue
         length = norms(bound)
+        # A zero vector has no direction, so it is divided by 1.
         length = length.masked_fill(length == 0, 1) if bound.strict else length.clamp_min(1)
         bound.parameter.div_(length)
 
@@ -130,6 +131,7 @@ def bind(model: nn.Module, optimizer: Optimizer) -> RemovableHandle:
             f"{type(model).__name__} has no bounds: build it from antransformer.nn, or give it a method "
             "bounds() -> list[Bound]"
         )
+    # By identity: an optimizer may have only some of the parameters, and knows no names.
     optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     bounds = [bound for bound in declared if id(bound.parameter) in optimized]
     if declared and not bounds:
@@ -140,6 +142,7 @@ def bind(model: nn.Module, optimizer: Optimizer) -> RemovableHandle:
     def project(_optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
         project_(bounds)
 
+    # A hook of the optimizer works in any training loop, also in the Hugging Face Trainer.
     return optimizer.register_step_post_hook(project)
 
 
@@ -201,6 +204,7 @@ def normalize_(module: nn.Module) -> nn.Module:
             if not math.isfinite(largest):
                 raise ValueError(f"{name}.weight is not finite")
             owners.setdefault(weight, []).append(child)
+            # Division by a power of two changes only the exponent, so no bit is lost.
             factors[weight] = 2.0 ** math.ceil(math.log2(largest)) if largest else 1.0
     if not owners and not collect_bounds(module):
         raise TypeError(f"{type(module).__name__} has no nn.Linear and no nn.Embedding to normalize")

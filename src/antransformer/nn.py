@@ -275,8 +275,9 @@ class Attention(nn.Module):
         self.q_proj = Linear(width, width, nu_qkv)
         self.k_proj = Linear(width, kv_heads * head_dim, nu_qkv)
         self.v_proj = Linear(width, kv_heads * head_dim, nu_qkv)
+        # Heads of unit norm concatenate to norm sqrt(heads).
         self.out_proj = Linear(width, width, out_scale / math.sqrt(heads))
-        self.score_scale = nn.Parameter(torch.empty(1))
+        self.score_scale = nn.Parameter(torch.empty(1))  # one axis, since FSDP refuses parameters without
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

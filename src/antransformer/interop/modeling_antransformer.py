@@ -171,6 +171,7 @@ class FactoredAttention(UnitAttention):
     def __init__(self, config: AntransformerConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         self.qkv_proj.factor = math.sqrt(config.width / config.head_dim)
+        # Heads of unit norm concatenate to norm sqrt(d / h).
         self.out_proj.factor = math.sqrt(config.head_dim / config.width)
 
 
@@ -221,7 +222,7 @@ class ScaledMLP(MLP):
         super().__init__(config)
         self.up_scale = ScaledParameter(config.mlp_hidden, 1.0, config.s_scale)
         self.gate_scale = ScaledParameter(config.mlp_hidden, 1.0, config.s_scale)
-        self.gate_factor = math.sqrt(config.width)
+        self.gate_factor = math.sqrt(config.width)  # gives the input of SiLU unit variance
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, d) to (B, T, d)."""
@@ -398,6 +399,7 @@ class AntransformerForCausalLM(PreTrainedModel, GenerationMixin):
 
     def bounds(self) -> list[Bound]:
         """Constraints on the weights; an empty list for an architecture without bounds."""
+        # The method has the name and the result that antransformer.bind looks for.
         bound = PARTS[self.config.architecture].bound
         matrices = [(name, weight) for name, weight in self.named_parameters() if weight.ndim == 2]
         return [bound(name, weight) for name, weight in matrices] if bound else []

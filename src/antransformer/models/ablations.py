@@ -92,12 +92,13 @@ class ModelAxisAnGPT(AnGPT):
     def reset_parameters(self) -> None:
         """Initialise with unit norm along the axis of each bound."""
         super().reset_parameters()
+        # Strict here only, so that columns start at norm 1 and not below it.
         project_(replace(bound, strict=True) for bound in self.bounds())
 
 
 def change_constants(block: nn.Module, config: ModelConfig, change: Change) -> None:
     """Replace every constant factor nu of an anGPT block by ``change(nu)``."""
-    assert isinstance(block, Block)
+    assert isinstance(block, Block)  # for mypy: ModuleList holds modules of any type
     attention, mlp = block.attention, block.mlp
     for linear in (attention.qkv_proj, attention.out_proj, mlp.down_proj):
         linear.factor = change(linear.factor)

@@ -31,7 +31,7 @@ class Attention(nn.Module):
         # Each head has unit norm, so their concatenation has norm sqrt(d / h), which nu_p compensates.
         self.qkv_proj = Linear(width, 3 * width, factor=factors.linear(width, head_dim))
         self.out_proj = Linear(width, width, factor=math.sqrt(head_dim / width))
-        self.score_scale = nn.Parameter(torch.empty(1))
+        self.score_scale = nn.Parameter(torch.empty(1))  # one axis, since FSDP refuses parameters without
 
     def reset_parameters(self) -> None:
         """Set the scale so that scores of random unit vectors have unit variance."""
@@ -90,6 +90,7 @@ class AnGPT(Decoder):
 
     def head(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Logits are s_Z * (W_h x); s_Z is multiplied into the weight."""
+        # A product with the weight (V, d) is cheaper than one with the logits (tokens, V).
         weight = self.lm_head.weight
         return hidden, weight * self.logit_scale().to(weight.dtype).unsqueeze(1)
 

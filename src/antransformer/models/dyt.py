@@ -16,7 +16,7 @@ class DynamicTanh(nn.Module):
     def __init__(self, width: int, alpha_init: float) -> None:
         super().__init__()
         self.alpha_init = alpha_init
-        self.alpha = nn.Parameter(torch.empty(1))
+        self.alpha = nn.Parameter(torch.empty(1))  # one axis, since FSDP refuses parameters without
         self.weight = nn.Parameter(torch.empty(width))
         self.bias = nn.Parameter(torch.empty(width))
 

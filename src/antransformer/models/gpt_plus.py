@@ -27,7 +27,7 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         self.qkv_proj = nn.Linear(config.width, 3 * config.width, bias=False)
         self.out_proj = nn.Linear(config.width, config.width, bias=False)
-        self.score_scale = nn.Parameter(torch.empty(1))
+        self.score_scale = nn.Parameter(torch.empty(1))  # one axis, since FSDP refuses parameters without
 
     def forward(self, x: Tensor, ctx: AttentionContext) -> Tensor:
         """Map (B, T, d) to (B, T, d)."""

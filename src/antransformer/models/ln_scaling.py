@@ -21,6 +21,7 @@ class ScaledNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., width) to (..., width)."""
+        # Scaling gamma, a vector, is cheaper than scaling the activations.
         return F.rms_norm(x, self.normalized_shape, self.weight * self.scale, self.eps)
 
 

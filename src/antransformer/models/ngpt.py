@@ -32,6 +32,7 @@ class Attention(nn.Module):
         q, k, v = split_heads(self.qkv_proj(x), self.head_dim)
         s_qk = self.qk_scale().to(q.dtype).unflatten(0, (-1, self.head_dim))
         q, k = normalize(rotate(q, ctx.rotary)) * s_qk, normalize(rotate(k, ctx.rotary)) * s_qk
+        # At s_qk = 1 the scale gives scores of random directions unit variance.
         return self.out_proj(causal_attention(q, k, v, ctx, scale=math.sqrt(self.head_dim)))
 
 
@@ -41,6 +42,7 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.up_proj = Linear(config.width, config.mlp_hidden, factor=1.0)
+        # Coordinates of W_z x have variance 1 / d; the factor gives the input of SiLU unit variance.
         self.gate_proj = Linear(config.width, config.mlp_hidden, factor=math.sqrt(config.width))
         self.down_proj = Linear(config.mlp_hidden, config.width, factor=1.0)
         self.up_scale = ScaledParameter(config.mlp_hidden, 1.0, config.s_scale)
@@ -78,6 +80,7 @@ class NGPT(Decoder):
 
     def head(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Logits are s_Z * (W_h x); s_Z is multiplied into the weight."""
+        # A product with the weight (V, d) is cheaper than one with the logits (tokens, V).
         weight = self.lm_head.weight
         return hidden, weight * self.logit_scale().to(weight.dtype).unsqueeze(1)
 
@@ -95,7 +98,7 @@ class NGPT(Decoder):
         for module in self.modules():
             if isinstance(module, (Linear, ScaledParameter)):
                 module.reset_parameters()
-        project_(self.bounds())
+        project_(self.bounds())  # Linear draws unit rows, and two of the matrices need unit columns
 
 
 def model_axis(name: str) -> int:
