@@ -41,7 +41,8 @@ from antransformer.results.comparison import Results
 from antransformer.scaling.law_files import SHIPPED, predict, read_laws
 from antransformer.training.checkpointing import checkpoint
 from antransformer.training.checkpointing.sharded_safetensors import SHARDING_KEY, TensorFiles
-from antransformer.training.config import TrainConfig, read_yaml, resolve_config
+from antransformer.training.config import TrainConfig, resolve_config
+from antransformer.training.config_files import read_yaml
 from antransformer.training.defaults import parameter_count
 from antransformer.training.lock import lock
 from antransformer.training.metrics import MetricsLog, read_metrics

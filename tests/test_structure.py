@@ -13,6 +13,7 @@ PACKAGE = Path(antransformer.__file__).parent
 FLOORS = [
     "version",
     "errors",
+    "settings",
     "extras",
     "files",
     "renamed",

@@ -1,58 +1,62 @@
-"""The few exceptions that a user can cause, and the one that a machine can.
+"""Exceptions of this package.
 
-The command line prints the message of either as a single line. ``UsageError`` ends with exit status 2 (the input can
-be put right), ``MachineError`` with 1 (the disk is full, the run diverged).
+The command line prints the message of each as one line. ``UsageError`` gives exit status 2 (the user can correct the
+input), ``MachineError`` exit status 1 (for example a full disk or a diverged run).
 """
 
 
 class AntransformerError(Exception):
-    """Base of every error that this package raises on purpose; its message is one line, whatever is named in it."""
+    """Base class of all errors that this package raises on purpose. Line breaks in the message become spaces."""
 
     def __init__(self, message: object = "") -> None:
         super().__init__(" ".join(str(message).splitlines()))
 
 
 class UsageError(AntransformerError, ValueError):
-    """The caller's input is wrong; the message says what is wrong, where, and what would be right."""
+    """The caller's input is wrong. The message says what is wrong, where, and what would be right."""
 
 
 class ConfigError(UsageError):
-    """A configuration key or value is wrong."""
+    """A setting has an unknown name or a wrong value."""
 
 
 class DataError(UsageError):
-    """Text, a tokenizer or a prepared data folder can not be used."""
+    """Text, a tokenizer or a prepared data folder cannot be used."""
 
 
 class CheckpointError(UsageError):
-    """A run folder or checkpoint can not be used for what was asked."""
+    """A run folder or checkpoint cannot be used for the requested purpose."""
 
 
 class NewerCheckpointError(CheckpointError):
-    """A checkpoint was written by a newer release: it is whole, and must not be passed over or replaced."""
+    """A newer release wrote the checkpoint. It is intact, so it must be neither skipped nor replaced."""
 
 
 class MissingExtraError(UsageError):
-    """An optional dependency is needed; the message names the extra to install."""
+    """An optional dependency is missing. The message names the extra to install."""
 
     def __init__(self, module: str, extra: str) -> None:
         super().__init__(f"{module} is not installed: pip install 'antransformer[{extra}]'")
 
 
 class MachineError(AntransformerError):
-    """Not the user's mistake: the disk, a device, or the run itself failed."""
+    """The disk, a device or the run itself failed; the input is not wrong."""
 
 
 class DivergedError(MachineError):
-    """A loss, gradient or weight is not finite: the run can not go on, and in a comparison that is its result."""
+    """A loss, gradient or weight is NaN or Inf, so the run cannot continue. A comparison records it as a result."""
 
 
 class WriteError(MachineError):
-    """A checkpoint could not be written, as all processes of a run learn together; the one before it is whole."""
+    """A checkpoint could not be written. All ranks raise it together, and the previous checkpoint is intact."""
 
 
 class RunStoppedError(AntransformerError):
-    """A signal ended the run after its checkpoint was written; ``status`` is the exit status that the shell expects."""
+    """A signal stopped the run after its checkpoint was written.
+
+    Attributes:
+        status: exit status that a shell expects after the signal.
+    """
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""Optional dependencies: imported where they are used, with one clear error where they are missing."""
+"""Optional dependencies: imported where they are used, with a clear error if they are missing."""
 
 import importlib
 from typing import Any
@@ -7,11 +7,11 @@ from antransformer.errors import MissingExtraError
 
 
 def require(module: str, extra: str) -> Any:
-    """Import a module of an optional dependency.
+    """Import a module of an optional dependency and return it.
 
     Args:
         module: full name, such as ``matplotlib.figure``.
-        extra: the extra of this package that installs it.
+        extra: extra of this package that installs it.
 
     Raises:
         MissingExtraError: the package is not installed.

@@ -1,4 +1,4 @@
-"""Files that may come from anywhere: read without surprise, written without following a link."""
+"""Files from anywhere: reads that do not block on pipes, and atomic writes that do not follow links."""
 
 import errno
 import json
@@ -9,28 +9,28 @@ from typing import Any
 
 
 def require_file(path: Path) -> None:
-    """Raise OSError where there is nothing, or a pipe, which would be waited for without end."""
+    """Raise OSError if the path does not exist or is a pipe, which would block a reader."""
     if stat.S_ISFIFO(path.stat().st_mode):
-        raise OSError(errno.EINVAL, "a pipe and no file", str(path))
+        raise OSError(errno.EINVAL, "a pipe, not a file", str(path))
 
 
 def read_text(path: Path) -> str:
-    """The text of a file of UTF-8.
+    """Read a UTF-8 file.
 
     Raises:
-        OSError: it can not be read, or is no file.
-        ValueError: it is not UTF-8, or its name is none that a system can have.
+        OSError: the file cannot be read, or is not a regular file.
+        ValueError: it is not UTF-8, or the path holds characters that no file name may have.
     """
     require_file(path)
     return path.read_text(encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file.
+    """Read a JSON file.
 
     Raises:
         OSError: as ``read_text``.
-        ValueError: it is not JSON, or nested too deeply.
+        ValueError: it is not JSON, or is nested too deeply.
     """
     text = read_text(path)
     try:
@@ -40,7 +40,7 @@ def read_json(path: Path) -> Any:
 
 
 def flush(path: Path) -> None:
-    """See a file, or a folder's entries, onto the disk."""
+    """Force a file, or the entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -49,9 +49,9 @@ def flush(path: Path) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file of UTF-8, and see it onto the disk; it is there whole, or as it was before."""
+    """Replace a UTF-8 file atomically and force it to the disk."""
     partial = path.with_name(f"{path.name}.partial")
-    partial.unlink(missing_ok=True)  # what a killed write left, or a link to somewhere else
+    partial.unlink(missing_ok=True)  # left by a killed write, or a link to another file
     with partial.open("x", encoding="utf-8") as file:
         file.write(text)
         file.flush()

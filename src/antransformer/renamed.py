@@ -31,6 +31,20 @@ OPTIONS = {
 }
 
 
+def new_name(key: str) -> str:
+    """``: it is now X`` for a setting of an earlier release, such as ``clip`` or ``model.head_width``; else empty."""
+    names = TRAINING | {f"model.{old}": f"model.{new}" for old, new in MODEL.items()}
+    if key in names:
+        return f": it is now {names[key]}"
+    return ": it was removed, leave it out" if key in (f"model.{name}" for name in REMOVED_MODEL) else ""
+
+
+def new_value(key: str, value: Any) -> str:
+    """``: it is now X`` for a value that an earlier release had for this setting; else empty."""
+    upgraded = _value(key, value)
+    return "" if upgraded is value else f": it is now {upgraded}"
+
+
 def upgrade_model(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of a ``ModelConfig`` of version 1 under their present names."""
     return {MODEL.get(name, name): value for name, value in fields.items() if name not in REMOVED_MODEL}

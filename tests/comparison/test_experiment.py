@@ -10,8 +10,8 @@ from antransformer.errors import ConfigError, DataError
 from antransformer.results.comparison import Results
 from antransformer.runs.queue import RunResult, flatten
 from antransformer.runs.search import extension, grid_powers, unflatten
-from antransformer.training import defaults
 from antransformer.training.config import TrainConfig
+from antransformer.training.optimizer_registry import OPTIMIZERS
 from helpers.messages import mentions
 from helpers.small import SMALL
 
@@ -118,7 +118,7 @@ def test_the_knob_of_each_is_searched_at_its_best_learning_rate(corpus):
 
 def test_with_muon_its_rate_is_searched_after_adams_with_as_many_trials(corpus):
     def loss(config):
-        off = 0 if config.muon_lr is None else math.log(config.muon_lr / (2 * defaults.MUON_LR["angpt"]))
+        off = 0 if config.muon_lr is None else math.log(config.muon_lr / (2 * OPTIMIZERS["muon"].default_lrs["angpt"]))
         return bowl({"gpt+": 8e-3, "angpt": 1.2e-2})(config) + off**2
 
     made = experiment(corpus, loss, architectures=("gpt+", "angpt-muon"), lr_trials=3)
@@ -127,7 +127,7 @@ def test_with_muon_its_rate_is_searched_after_adams_with_as_many_trials(corpus):
     tried = [[trial.value for trial in muon.trials if trial.setting == name] for name in ("lr", "muon_lr")]
     assert [len(values) for values in tried] == [5, 6]  # two on the way to three times off, one beyond the edge
     assert (muon.settings["optimizer"], muon.settings["lr"]) == ("muon", 1.2e-2)
-    assert muon.settings["muon_lr"] == 2 * defaults.MUON_LR["angpt"]
+    assert muon.settings["muon_lr"] == 2 * OPTIMIZERS["muon"].default_lrs["angpt"]
     assert f"angpt-muon-10240-lr0.012-muon{muon.settings['muon_lr']:g}-seed1" in made.queue.calls[-1]
 
 

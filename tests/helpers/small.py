@@ -28,10 +28,10 @@ class Notes(list):
     def step(self, step):
         pass
 
-    def line(self, line):
+    def metrics(self, line):
         pass
 
-    def note(self, text):
+    def log(self, text):
         self.append(text)
 
 

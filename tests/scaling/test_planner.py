@@ -21,7 +21,8 @@ from antransformer.scaling import planner
 from antransformer.scaling.fits import fit
 from antransformer.scaling.law_files import nearest_shipped, predict, read_laws
 from antransformer.scaling.planner import Cluster
-from antransformer.training.config import read_yaml, resolve_config
+from antransformer.training.config import resolve_config
+from antransformer.training.config_files import read_yaml
 from antransformer.training.cost_model.memory import estimate_memory
 from antransformer.training.cost_model.throughput import flops_per_token
 from antransformer.training.defaults import parameter_count

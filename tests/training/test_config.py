@@ -13,18 +13,17 @@ from hypothesis import strategies as st
 from antransformer.errors import ConfigError
 from antransformer.models import PRESETS, ModelConfig
 from antransformer.models.registry import BUILT_IN
-from antransformer.training import defaults
+from antransformer.settings import read_count
 from antransformer.training.config import (
     TrainConfig,
     merge,
     normalize_settings,
-    read_count,
-    read_yaml,
     resolve_config,
-    shipped_configs,
     to_mapping,
 )
+from antransformer.training.config_files import read_yaml, shipped_configs
 from antransformer.training.cost_model.throughput import flops_per_token
+from antransformer.training.optimizer import format_lrs, matrix_lrs
 from antransformer.training.schedule import learning_rate
 from helpers.messages import mentions
 
@@ -82,7 +81,7 @@ def test_defaults_below_the_fitted_range_are_the_measured_ones():
 def test_the_default_rate_of_matrices_follows_the_width_of_a_small_model():
     def rates(**given):
         config = resolve_config(given, vocab_size=4096)
-        return config.lr, *config.matrix_lrs
+        return config.lr, *matrix_lrs(config)
 
     root, wide = pytest.approx(1e-3 / 2**0.5), {"model": {"width": 256, "layers": 2}}
     for architecture in BUILT_IN:
@@ -100,7 +99,7 @@ def test_the_default_rate_of_matrices_follows_the_width_of_a_small_model():
 
 def test_rates_as_text():
     def rates(**given):
-        return re.findall(r"[\d.]+", resolve_config({"lr": 1e-3, **given}, 4096).lr_text)
+        return re.findall(r"[\d.]+", format_lrs(resolve_config({"lr": 1e-3, **given}, 4096)))
 
     assert rates() == rates(lr_width=0) == ["0.001"]
     assert rates(lr_width=512) == ["0.001", "0.002", "0.004"]  # peak; embedding and head; matrices of the blocks

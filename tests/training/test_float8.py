@@ -73,8 +73,8 @@ def loss_and_gradients(model):
 @pytest.mark.parametrize("factor", [1.0, 0.3])
 def test_a_product_is_that_of_rounded_numbers_both_ways(factor):
     module = Linear(64, 48, factor)
-    module.__class__, module.sizes = float8.StaticLinear, float8.unit_scales(64, *module.weight.shape)
-    assert module.sizes == (1 / 2, 1 / 8, 1 / 8)  # of gradients for one token
+    module.__class__, module.scales = float8.StaticLinear, float8.unit_scales(64, *module.weight.shape)
+    assert module.scales == (1 / 2, 1 / 8, 1 / 8)  # of gradients for one token
     x, gradient = (
         functional.normalize(random(5, 3, 64)).requires_grad_(),
         functional.normalize(random(5, 3, 48, seed=1)) / 15,
@@ -133,7 +133,7 @@ def test_every_architecture_has_its_loss_and_gradients_but_for_rounding(architec
 def test_only_linear_maps_of_blocks_are_converted():
     for architecture in ARCHITECTURES:
         plain, model = model_of(architecture), converted(architecture)
-        changed = {name for name, module in model.named_modules() if hasattr(module, "sizes")}
+        changed = {name for name, module in model.named_modules() if hasattr(module, "scales")}
         changed |= {name for name, module in model.named_modules() if isinstance(module, float8.DynamicLinear)}
         parts = ("attention.qkv_proj", "attention.out_proj", "mlp.up_proj", "mlp.gate_proj", "mlp.down_proj")
         assert changed == {f"blocks.{index}.{part}" for index in range(2) for part in parts}

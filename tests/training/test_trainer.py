@@ -34,7 +34,8 @@ from antransformer.training.checkpointing import checkpoint
 from antransformer.training.checkpointing.sharded_safetensors import LocalShards
 from antransformer.training.device import choose_device
 from antransformer.training.metrics import read_metrics
-from antransformer.training.optimizer import Muon
+from antransformer.training.muon import Muon
+from antransformer.training.optimizer import matrix_lrs
 from antransformer.training.schedule import learning_rate
 from antransformer.training.trainer import Trainer
 from helpers.messages import mentions
@@ -153,7 +154,7 @@ def test_muon_steps_the_matrices_of_the_blocks_and_each_has_its_own_peak(corpus,
     trainer.update(15)
     rates = [group["lr"] for group in trainer.optimizer.param_groups]
     share = learning_rate(15, 20, 1.0, warmup_fraction=0.1, min_lr_ratio=0.01)
-    outer = trainer.config.matrix_lrs[0]
+    outer = matrix_lrs(trainer.config)[0]
     assert rates == pytest.approx([outer * share, trainer.config.lr * share, 0.05 * share, 0.05 * share])
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from antransformer.training.profiling import quiet
+from antransformer.training.profiling import silence_profiler
 
 Times = dict[str, dict[str, list[float]]]  # part of the work -> variant -> seconds of each round
 PACKAGES = ("torch", "transformers", "x-transformers", "nGPT-pytorch", "tokenizers")
@@ -155,7 +155,7 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         call()
         return torch.cuda.max_memory_allocated(device) - before
-    quiet()
+    silence_profiler()
     with torch.autograd.profiler.profile(use_kineto=False, profile_memory=True) as profiler:
         call()
     events = profiler.kineto_results.events()

@@ -83,7 +83,7 @@ def _time_mode(
         utilization = quartiles([flops / time / peak for time, peak in zip(row.seconds, peaks, strict=True)])
         memory = peak_memory(steps[row.variant], settings.device) + state_bytes(setups[row.variant])
         if settings.profile:
-            profiling.of_call(steps[row.variant], settings.profile / f"{mode}-{row.variant}.json", log)
+            profiling.profile_call(steps[row.variant], settings.profile / f"{mode}-{row.variant}.json", log)
         yield replace(row, memory=memory, utilization=utilization)
 
 

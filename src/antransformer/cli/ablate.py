@@ -18,7 +18,8 @@ from antransformer.cli.options import Parser, settings_of
 from antransformer.comparison.ablate import plan, suite
 from antransformer.comparison.compare import QUICK, budgets_of
 from antransformer.models.config import preset_sizes
-from antransformer.training.config import Count, convert, normalize_settings
+from antransformer.settings import Count, convert
+from antransformer.training.config import normalize_settings
 
 USAGE = "antransformer ablate [options]"
 

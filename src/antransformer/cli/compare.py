@@ -24,7 +24,8 @@ from antransformer.extras import require
 from antransformer.models import ModelConfig, registry
 from antransformer.results.comparison import Results
 from antransformer.runs.queue import RunQueue, default_devices
-from antransformer.training.config import Count, TrainConfig, convert, normalize_settings
+from antransformer.settings import Count, convert
+from antransformer.training.config import TrainConfig, normalize_settings
 from antransformer.training.device import choose_device
 from antransformer.training.lock import lock
 

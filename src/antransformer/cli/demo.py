@@ -11,10 +11,11 @@ from pathlib import Path
 from antransformer.cli.common import open_data
 from antransformer.cli.generate import write_sample
 from antransformer.cli.options import Parser
-from antransformer.cli.train import read_config, train
+from antransformer.cli.train import train
 from antransformer.data import Dataset
 from antransformer.reporting.loss_curve import loss_curve
 from antransformer.training.config import merge, normalize_settings
+from antransformer.training.config_files import read_config
 
 USAGE = "antransformer demo [options]"
 PROMPT = "def "

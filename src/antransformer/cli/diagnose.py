@@ -23,7 +23,7 @@ from antransformer.diagnostics.diagnosis import LEGEND, Diagnosis, FactorError, 
 from antransformer.diagnostics.figure import diagnosis_figure
 from antransformer.diagnostics.summary import format_number, summarize
 from antransformer.errors import MissingExtraError
-from antransformer.training.config import Count, convert
+from antransformer.settings import Count, convert
 
 USAGE = "antransformer diagnose --checkpoint RUN [options]"
 TOKENS = 16_384

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 from antransformer import renamed
 from antransformer.errors import ConfigError, UsageError
-from antransformer.training.config import Count, convert, nearest
+from antransformer.settings import Count, convert, nearest
 
 
 class HelpFormatter(argparse.HelpFormatter):

@@ -30,7 +30,7 @@ from antransformer.reporting.labels import style_of
 from antransformer.scaling import planner as plans
 from antransformer.scaling.law_files import LawFile, nearest_shipped, predict, read_laws, shown
 from antransformer.scaling.planner import Cluster, Plan
-from antransformer.training.config import Count, convert, nearest
+from antransformer.settings import Count, convert, nearest
 from antransformer.training.cost_model.throughput import GPUS
 from antransformer.training.defaults import parameter_count
 

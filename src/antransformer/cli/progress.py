@@ -5,12 +5,13 @@ import os
 import sys
 import time
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from antransformer.runs.queue import RunResult
+from antransformer.training.metrics import MetricsLine
 
 
 def new_bar(text: str, console: Console, transient: bool = False) -> Progress:
@@ -66,7 +67,7 @@ class TrainingProgress(LiveDisplay):
             self.bar.reset(self.task, completed=step)
             self.begun = True
 
-    def line(self, line: dict[str, Any]) -> None:
+    def metrics(self, line: MetricsLine) -> None:
         """Show the numbers of a metrics line."""
         if not self.shown:
             return
@@ -82,7 +83,7 @@ class TrainingProgress(LiveDisplay):
             left = (self.steps - line["step"]) * line["tokens"] / line["step"] / line["tokens_per_second"]
             log(f"step {line['step']}/{self.steps}  {numbers}  {_duration(left)} left")
 
-    def note(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """A line of its own."""
         if not self.shown:
             return

@@ -33,10 +33,11 @@ from antransformer.models.config import preset_sizes
 from antransformer.results import comparison as results
 from antransformer.results import sweep as sweep_results
 from antransformer.runs.queue import RunQueue
+from antransformer.settings import Count, convert
 from antransformer.sweeps import report as sweep_report
 from antransformer.sweeps.estimate import Estimate, estimate
 from antransformer.sweeps.sweep import Sweeper, SweepPlan, plan
-from antransformer.training.config import Count, TrainConfig, convert, normalize_settings
+from antransformer.training.config import TrainConfig, normalize_settings
 from antransformer.training.defaults import TOKENS_PER_PARAMETER
 from antransformer.training.lock import lock
 

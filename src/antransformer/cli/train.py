@@ -30,19 +30,12 @@ from antransformer.errors import CheckpointError, ConfigError, DivergedError, Ru
 from antransformer.models import ModelConfig
 from antransformer.models.config import PAPER_VOCABULARY
 from antransformer.training import run_folder as runs
-from antransformer.training.config import (
-    ALIASES,
-    TrainConfig,
-    merge,
-    nearest,
-    normalize_settings,
-    read_yaml,
-    resolve_config,
-    shipped_configs,
-)
+from antransformer.training.config import ALIASES, TrainConfig, merge, normalize_settings, resolve_config
+from antransformer.training.config_files import read_config, shipped_configs
 from antransformer.training.distributed.parallel import DistributedContext, init_distributed
 from antransformer.training.lock import lock
-from antransformer.training.profiling import FIRST, LAST, of_steps
+from antransformer.training.optimizer import format_lrs
+from antransformer.training.profiling import FIRST, LAST, profile_steps
 from antransformer.training.trainer import Result, Trainer
 
 USAGE = "antransformer train [options]"
@@ -105,14 +98,15 @@ def train(
                     if not resume and dist_ctx.rank == 0:
                         runs.create_run_folder(folder, config, dataset)
                 muon = "" if config.muon_lr is None else f" and Muon's {config.muon_lr:g}"
-                progress.note(
+                progress.log(
                     f"{config.model.architecture}, {trainer.model.parameter_count() / 1e6:.2f}M parameters, "
-                    f"{config.steps:,} steps of {config.batch_tokens:,} tokens, learning rate {config.lr_text}{muon}, "
+                    f"{config.steps:,} steps of {config.batch_tokens:,} tokens, "
+                    f"learning rate {format_lrs(config)}{muon}, "
                     f"on {trainer.device}{shared(config, dist_ctx)}; run folder {folder}"
                 )
                 try:
                     watched = profile and dist_ctx.rank == 0
-                    result = trainer.run(of_steps(folder / "profile.json", progress.note) if watched else None)
+                    result = trainer.run(profile_steps(folder / "profile.json", progress.log) if watched else None)
                 except (RunStoppedError, DivergedError, WriteError) as error:  # which all processes come to together
                     if dist_ctx.rank == 0:
                         raise
@@ -130,16 +124,6 @@ def shared(config: TrainConfig, dist_ctx: DistributedContext) -> str:
     """In words, how many processes share the model."""
     split = f", tensor parallel {config.tensor_parallel}" if config.tensor_parallel > 1 else ""
     return f" and {dist_ctx.world_size - 1} more, {config.parallel}{split}" if dist_ctx.world_size > 1 else ""
-
-
-def read_config(name: str) -> dict[str, Any]:
-    """Settings of a YAML file, or of a config that comes with the package."""
-    shipped = shipped_configs()
-    if name in shipped:
-        return read_yaml(shipped[name])
-    if not Path(name).is_file():
-        raise ConfigError(f"no config file {name}{nearest(name, shipped) or ': shipped are ' + ', '.join(shipped)}")
-    return read_yaml(Path(name))
 
 
 def _new(settings: dict[str, Any], folder: Path | None) -> tuple[Dataset, TrainConfig, Path]:

@@ -13,7 +13,8 @@ from antransformer.errors import ConfigError
 from antransformer.models.ablations import ABLATIONS
 from antransformer.models.config import PAPER_VOCABULARY
 from antransformer.models.registry import get
-from antransformer.training.config import nearest, resolve_config
+from antransformer.settings import nearest
+from antransformer.training.config import resolve_config
 
 DEFAULT = "default"
 

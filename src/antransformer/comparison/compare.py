@@ -7,9 +7,9 @@ from antransformer.comparison.experiment import Plan, VariantSpec
 from antransformer.errors import ConfigError
 from antransformer.models import registry
 from antransformer.models.config import PAPER_VOCABULARY
-from antransformer.training.config import nearest, read_count, resolve_config
-
-MUON = "-muon"  # behind an architecture's name
+from antransformer.settings import nearest, read_count
+from antransformer.training.config import resolve_config
+from antransformer.training.optimizer_registry import split_variant
 
 # What --quick chooses: the whole comparison of two architectures in under 20 minutes on two cores.
 QUICK: dict[str, Any] = {"preset": "pico", "batch_tokens": 1024, "eval_tokens": 65_536}
@@ -28,7 +28,7 @@ def variant_specs(names: Sequence[str], optimizer: str = "adam") -> list[Variant
     """
     known = registry.names()
     for name in names:
-        if name.removesuffix(MUON) not in known:
+        if split_variant(name)[0] not in known:
             raise ConfigError(
                 f"unknown architecture {name!r}{nearest(name, known) or ': choose from ' + ', '.join(known)}"
             )
@@ -36,8 +36,8 @@ def variant_specs(names: Sequence[str], optimizer: str = "adam") -> list[Variant
         raise ConfigError(f"--architectures needs two or more different ones, got {' '.join(names) or 'none'}")
     made = []
     for name in names:
-        architecture = name.removesuffix(MUON)
-        settings = {"architecture": architecture, **({"optimizer": "muon"} if name != architecture else {})}
+        architecture, own_optimizer = split_variant(name)
+        settings = {"architecture": architecture, **({"optimizer": own_optimizer} if own_optimizer else {})}
         hyperparameter = registry.get(architecture).hyperparameter(settings.get("optimizer", optimizer))
         made.append(VariantSpec(name, settings, hyperparameter))
     return made

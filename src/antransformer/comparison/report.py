@@ -17,7 +17,7 @@ from antransformer.comparison.summary import METHOD, diverged_in_words, method, 
 from antransformer.reporting.html import Section, method_section, save, table
 from antransformer.reporting.labels import display_name, format_count, format_value, style_of
 from antransformer.results.comparison import Results, Variant
-from antransformer.training.metrics import read_metrics
+from antransformer.training.metrics import read_lines
 
 PROBES = {"tokens", "residual_norm", "row_norm", "alpha", "moment_variance"}
 
@@ -154,7 +154,7 @@ def _logs(results: Results, folder: Path, name: str, keys: set[str]) -> tuple[di
         for item in results.variants
     }
     logs = {
-        variant: [line for line in read_metrics(folder / "runs" / run.folder / name) if keys <= line.keys()]
+        variant: [line for line in read_lines(folder / "runs" / run.folder / name) if keys <= line.keys()]
         for variant, run in longest.items()
     }
     empty = ", ".join(style_of(variant).label for variant, lines in logs.items() if not lines)

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from antransformer.data import Dataset, eval_batches
 from antransformer.diagnostics.probes import PROBE_TOKENS, residual_stream
-from antransformer.training.config import Count, TrainConfig
+from antransformer.settings import Count
+from antransformer.training.config import TrainConfig
 from antransformer.training.dry_run import dry_run_trainer
 from antransformer.training.trainer import Trainer
 

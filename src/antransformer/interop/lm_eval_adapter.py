@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerFast
 from antransformer.errors import CheckpointError, ConfigError, DataError
 from antransformer.interop import local_tasks as task_data
 from antransformer.interop.modeling_antransformer import AntransformerForCausalLM
-from antransformer.training.config import nearest
+from antransformer.settings import nearest
 
 # lm_eval would start a pool of processes for the standard error of a perplexity, which costs more than it saves.
 os.environ.setdefault("DISABLE_MULTIPROC", "1")

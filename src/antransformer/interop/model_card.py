@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -14,7 +13,9 @@ from antransformer.models.registry import get
 from antransformer.training.checkpointing.checkpoint import Checkpoint
 from antransformer.training.config import TrainConfig
 from antransformer.training.defaults import parameter_count
-from antransformer.training.metrics import read_metrics
+from antransformer.training.metrics import MetricsLine, read_metrics
+from antransformer.training.optimizer import format_lrs
+from antransformer.training.optimizer_registry import OPTIMIZERS
 from antransformer.training.run_folder import run_folder_of, saved_config, saved_settings
 
 Fact = tuple[str, str]
@@ -149,8 +150,14 @@ def training_facts(checkpoint: Checkpoint, folder: Path) -> Iterator[Fact]:
     step = checkpoint.step
     yield "tokens", f"{step * config.batch_tokens:,}, in {step:,} steps of {config.batch_tokens:,}"
     yield "learning rate", learning_rate(config)
-    muon = "" if config.muon_lr is None else f"Muon for the blocks' matrices, learning rate {config.muon_lr:g}; else "
-    yield "optimizer", f"{muon}Adam, betas {config.beta1} and {config.beta2}, gradients clipped at {config.grad_clip:g}"
+    optimizer, blocks = OPTIMIZERS[config.optimizer], ""
+    if optimizer.lr_setting:
+        lr = getattr(config, optimizer.lr_setting)
+        blocks = f"{optimizer.label} for the weight matrices inside the blocks, learning rate {lr:g}; otherwise "
+    yield (
+        "optimizer",
+        f"{blocks}AdamW, betas {config.beta1} and {config.beta2}, gradients clipped at {config.grad_clip:g}",
+    )
     yield "weight decay", f"{config.weight_decay:g}"
     yield "seed", str(config.seed)
     # The log may continue past the exported checkpoint.
@@ -166,10 +173,10 @@ def learning_rate(config: TrainConfig) -> str:
     """Return the peak learning rates and the schedule."""
     warmup = f"warm-up over {config.warmup_fraction:.0%} of the run" if config.warmup_fraction else "no warm-up"
     decay = f"cosine decay to {config.min_lr_ratio:.0%} of the peak over {config.tokens:,} tokens"
-    return f"{config.lr_text}, {warmup}, {decay}"
+    return f"{format_lrs(config)}, {warmup}, {decay}"
 
 
-def validation_fact(line: dict[str, Any], step: int) -> Fact:
+def validation_fact(line: MetricsLine, step: int) -> Fact:
     """Return the last validation loss, with its step if that is not the step of the checkpoint."""
     note = "" if line["step"] == step else f" (at step {line['step']:,})"
     return "validation loss", f"{line['val_loss']:.4f} nats per token, {line['bits_per_byte']:.4f} bits per byte{note}"

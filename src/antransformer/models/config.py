@@ -1,13 +1,15 @@
-"""What a model is made of: ``ModelConfig`` and the presets."""
+"""Model settings: ``ModelConfig`` and the presets."""
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 from antransformer.errors import ConfigError
 from antransformer.models.registry import BUILT_IN, get
+from antransformer.renamed import new_name
+from antransformer.settings import check_settings, setting
 
 PAPER_VOCABULARY = 50_304
-MOST_LAYERS = 10_000  # counting the parameters makes each of them, and more are a slip of the finger
+MOST_LAYERS = 10_000  # counting parameters builds every layer; a larger number is a typing mistake
 
 # What models.ablations can change of anGPT.
 Ablation = Literal[
@@ -38,63 +40,61 @@ PRESETS: dict[str, dict[str, int]] = {
 }
 
 
-def setting(text: str, default: Any) -> Any:
-    """A config field with its default and the help text that the command line shows."""
-    return field(default=default, metadata={"help": text})
+SIZE: dict[str, Any] = {"ge": 1, "lt": 2**31}
+POSITIVE: dict[str, Any] = {"gt": 1e-12, "lt": 1e12}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """One model. Widths in coordinates, context in tokens.
+    """Architecture, sizes and options of one model.
 
     Raises:
-        ConfigError: a value is out of range, the width is no multiple of the head width, or an option is set that the
-            architecture does not have.
+        ConfigError: a value is out of range, ``width`` is not a multiple of ``head_dim``, or an option is set that
+            the architecture does not have.
     """
 
     architecture: str = setting(f"{', '.join(BUILT_IN)}, or the name of one that an installed package adds", "angpt")
-    vocab_size: int = setting("rows of the embedding and of the head (default: the tokenizer's)", PAPER_VOCABULARY)
-    width: int = setting("model width d, a multiple of the head width (default: the preset's)", 128)
-    layers: int = setting("number of blocks (default: the preset's)", 4)
-    context: int = setting("longest sequence in tokens (default: the preset's)", 2048)
-    head_dim: int = setting("head width h", 64)
-    mlp_ratio: int = setting("MLP width over model width", 4)
-    rotary_fraction: float = setting("share of each head's width with rotary embedding", 0.5)
-    rope_theta: float = setting("wavelength base of the rotary embedding", 10_000.0)
-    # Options of some architectures. None stands for the default in the architecture's declaration (see ``registry``),
-    # and stays None where the architecture does not have the option.
-    alpha_init: float = setting("angpt, ngpt: initial residual step alpha", None)
+    vocab_size: int = setting("vocabulary size (default: the tokenizer's)", PAPER_VOCABULARY, **SIZE)
+    width: int = setting("model width, a multiple of head_dim (default: the preset's)", 128, **SIZE)
+    layers: int = setting("number of blocks (default: the preset's)", 4, ge=1, le=MOST_LAYERS)
+    context: int = setting("maximum sequence length in tokens (default: the preset's)", 2048, **SIZE)
+    head_dim: int = setting("width of an attention head", 64, **SIZE)
+    mlp_ratio: int = setting("ratio of MLP width to model width", 4, **SIZE)
+    rotary_fraction: float = setting("fraction of each head's coordinates with rotary embedding", 0.5, ge=0, le=1)
+    rope_theta: float = setting("base of the rotary embedding's wavelengths", 10_000.0, **POSITIVE)
+    # Options of some architectures. None means the default in the architecture's declaration (see ``registry``), or
+    # that the architecture does not have the option.
+    alpha_init: float = setting("angpt, ngpt: initial residual step size alpha", None, **POSITIVE)
     s_scale: float = setting(
-        "angpt, ngpt: surrogate size of alpha and s_Z, in ngpt of s_qk, s_u and s_z too; the smaller, the faster "
-        "these move",
+        "angpt, ngpt: internal scale of the learnable parameters alpha and s_Z (ngpt: s_qk, s_u and s_z too). "
+        "Smaller values make them learn faster",
         None,
+        **POSITIVE,
     )
-    gate_scale: Literal["sqrt_mlp", "sqrt_width", "none"] = setting(
-        "angpt: constant on the gate before SiLU: sqrt_width gives it standard deviation 1/2, sqrt_mlp 1, none is the "
-        "printed form",
+    gate_scale: str = setting(
+        "angpt: constant factor on the gate before SiLU. sqrt_width gives the gate a standard deviation of 1/2, "
+        "sqrt_mlp of 1, none is the paper's printed form",
         None,
+        choices=("sqrt_mlp", "sqrt_width", "none"),
     )
-    ablation: Ablation = setting(
-        f"angpt: what is changed of the method or left out, to see what it is worth: {', '.join(get_args(Ablation))}",
-        None,
+    ablation: str = setting(
+        f"angpt: ablation of the method: {', '.join(get_args(Ablation))}", None, choices=get_args(Ablation)
     )
     init_std: float = setting(
-        "gpt+, gpt, ln-scaling, dyt: standard deviation of the initial weights (default: 1/sqrt(width), muon 0.02)",
+        "gpt+, gpt, ln-scaling, dyt: standard deviation of the initial weights (default: 1/sqrt(width); muon: 0.02)",
         None,
+        **POSITIVE,
     )
-    dyt_alpha_init: float = setting("dyt: initial alpha of tanh(alpha x)", None)
+    dyt_alpha_init: float = setting("dyt: initial alpha of tanh(alpha x)", None, **POSITIVE)
 
     def __post_init__(self) -> None:
         options = get(self.architecture).options
-        for name in ("vocab_size", "width", "layers", "context", "head_dim", "mlp_ratio"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
-                raise ConfigError(f"{name} must be a positive integer below 2^31, got {value!r}")
-        if self.layers > MOST_LAYERS:
-            raise ConfigError(f"layers must be at most {MOST_LAYERS:,}, got {self.layers:,}")
+        check_settings(self)
         for name, rows in (("vocab_size", self.vocab_size), ("mlp_ratio", self.mlp_hidden)):
             if rows * self.width >= 2**50:
-                raise ConfigError(f"width {self.width:,} and {name} {getattr(self, name):,} make a matrix too large")
+                raise ConfigError(
+                    f"width {self.width:,} and {name} {getattr(self, name):,} give a matrix of at least 2^50 elements"
+                )
         if unknown := sorted(set(options) - set(OPTION_NAMES)):
             raise ConfigError(f"architecture {self.architecture}: ModelConfig has no option {unknown[0]}")
         for name in OPTION_NAMES:
@@ -103,40 +103,33 @@ class ModelConfig:
                 object.__setattr__(self, name, default(self) if callable(default) else default)
             elif name not in options and getattr(self, name) is not None:
                 raise ConfigError(f"{name} is not an option of {self.architecture}: leave it out")
-        for name in ("rope_theta", "alpha_init", "s_scale", "init_std", "dyt_alpha_init"):
-            value = getattr(self, name)
-            if value is not None and not 1e-12 < value < 1e12:
-                raise ConfigError(f"{name} must be a positive number of ordinary size, got {value!r}")
         if self.width % self.head_dim:
             near = max(1, round(self.width / self.head_dim)) * self.head_dim
-            raise ConfigError(f"width {self.width} is not a multiple of head_dim {self.head_dim}: {near} would be")
-        if not 0 <= self.rotary_fraction <= 1 or round(self.head_dim * self.rotary_fraction) % 2:
+            raise ConfigError(f"width {self.width} is not a multiple of head_dim {self.head_dim}: use {near}")
+        if round(self.head_dim * self.rotary_fraction) % 2:
             raise ConfigError(
-                f"rotary_fraction {self.rotary_fraction} must lie in [0, 1] and leave an even number of the head's "
-                f"{self.head_dim} coordinates"
+                f"rotary_fraction {self.rotary_fraction} of head_dim {self.head_dim} is an odd number of coordinates: "
+                "choose one that gives an even number"
             )
-        if self.gate_scale not in (None, "sqrt_mlp", "sqrt_width", "none"):
-            raise ConfigError(f"gate_scale must be sqrt_mlp, sqrt_width or none, got {self.gate_scale!r}")
-        if self.ablation not in (None, *get_args(Ablation)):
-            raise ConfigError(f"ablation must be one of {', '.join(get_args(Ablation))}, got {self.ablation!r}")
 
     @classmethod
     def preset(
         cls, name: str, architecture: str = "angpt", vocab_size: int = PAPER_VOCABULARY, **overrides: Any
     ) -> "ModelConfig":
-        """A shipped size: ``nano`` for a laptop CPU, or the paper's ``32m 62m 125m 250m 0.5b 1b``.
+        """Config of a shipped size: ``pico`` or ``nano`` for a CPU, or the paper's ``32m 62m 125m 250m 0.5b 1b``.
 
         Raises:
-            ConfigError: unknown preset or field, or an impossible value.
+            ConfigError: unknown preset or field, or a value out of range.
         """
         known = {item.name for item in fields(cls)}
         unknown = sorted(set(overrides) - known)
         if unknown:
-            raise ConfigError(f"unknown model option {unknown[0]!r}: the options are {', '.join(sorted(known))}")
+            hint = new_name(f"model.{unknown[0]}") or f": the options are {', '.join(sorted(known))}"
+            raise ConfigError(f"unknown model option {unknown[0]!r}{hint}")
         return cls(**{**preset_sizes(name), "architecture": architecture, "vocab_size": vocab_size, **overrides})
 
     def mapping(self) -> dict[str, Any]:
-        """The fields as plain data, without the options that the architecture does not have."""
+        """Fields as plain data, without options that the architecture does not have."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     @property
@@ -146,12 +139,12 @@ class ModelConfig:
 
     @property
     def mlp_hidden(self) -> int:
-        """MLP width f."""
+        """Width of the hidden layer of the MLP, f."""
         return self.width * self.mlp_ratio
 
     @property
     def rotary_dim(self) -> int:
-        """How many coordinates of each head are rotated, an even number."""
+        """Number of coordinates of each head with rotary embedding; even."""
         return round(self.head_dim * self.rotary_fraction)
 
 

@@ -24,7 +24,7 @@ from antransformer.errors import AntransformerError, DivergedError, RunStoppedEr
 from antransformer.files import replace_text
 from antransformer.training import run_folder as runs
 from antransformer.training.device import is_out_of_memory
-from antransformer.training.metrics import MetricsLog, read_metrics
+from antransformer.training.metrics import MetricsLine, MetricsLog, read_metrics
 from antransformer.training.trainer import Trainer
 
 RESULT_FILE = "result.json"
@@ -49,14 +49,14 @@ class Reporter:
         """Tell the parent."""
         send(step=step)
 
-    def line(self, line: dict[str, Any]) -> None:
+    def metrics(self, line: MetricsLine) -> None:
         """Probe the model beside its metrics line."""
         trainer = self.trainer
         found = probe(trainer.model, trainer.optimizer, self.tokens.to(trainer.device))
         with contextlib.suppress(ValueError):  # not finite: the run is about to diverge, and says so itself
             self.probes.write({"step": line["step"], "tokens": line["tokens"], **found})
 
-    def note(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Nobody reads a worker's notes."""
 
 

@@ -12,8 +12,9 @@ from antransformer.comparison.experiment import LINES
 from antransformer.data import Dataset
 from antransformer.diagnostics.probes import PROBE_TOKENS
 from antransformer.runs.queue import cores, steps_tokens
+from antransformer.settings import Count
 from antransformer.sweeps.sweep import Cell, Sweeper
-from antransformer.training.config import Count, TrainConfig
+from antransformer.training.config import TrainConfig
 from antransformer.training.dry_run import dry_run_trainer
 
 STEPS = 3  # timed, after one that is not

@@ -20,7 +20,8 @@ from antransformer.models import ModelConfig, registry
 from antransformer.results.sweep import Sweep, SweepRun
 from antransformer.runs.queue import Job, RunQueue, RunResult, flatten
 from antransformer.runs.search import EXTENSIONS, extension, grid_powers, round_sig
-from antransformer.training.config import MUTABLE_ON_RESUME, TrainConfig, merge, nearest, resolve_config
+from antransformer.settings import nearest
+from antransformer.training.config import MUTABLE_ON_RESUME, TrainConfig, merge, resolve_config
 from antransformer.training.defaults import parameter_count
 from antransformer.training.trainer import check_data
 

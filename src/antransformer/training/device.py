@@ -1,4 +1,4 @@
-"""Where a run computes, and in which precision."""
+"""Device and precision of a run."""
 
 import contextlib
 import os
@@ -9,57 +9,60 @@ from antransformer.errors import ConfigError
 
 
 def choose_device(name: str, local_rank: int = 0, local_size: int = 1) -> torch.device:
-    """``auto`` takes a CUDA device, then Apple's, then the CPU; of CUDA devices without a number that of the rank.
+    """Device of this process. ``auto`` prefers CUDA, then Apple's MPS, then the CPU.
 
-    From here on torch counts on no more threads than ``OMP_THREAD_LIMIT`` allows.
+    A CUDA device without a number is that of the local rank. The number of torch's CPU threads is limited to
+    ``OMP_THREAD_LIMIT``.
 
     Args:
-        name: as in ``--device``.
-        local_rank: number of this process on its machine, from 0.
-        local_size: how many are on this machine.
+        name: value of ``--device``.
+        local_rank: rank of this process on its node.
+        local_size: number of processes on its node.
 
     Raises:
-        ConfigError: no such device here, or not one for each process.
+        ConfigError: the device does not exist, or there are fewer devices than processes.
     """
-    _keep_thread_limit()
+    _apply_thread_limit()
     if name == "auto":
         if not torch.cuda.is_available():
             return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
         name = "cuda"
     if local_size > 1 and name.startswith("cuda:"):
-        raise ConfigError(f"device {name!r} can not be that of {local_size} processes: use cuda, and each takes one")
+        raise ConfigError(f"device {name!r} cannot be shared by {local_size} processes: use cuda, one device for each")
     if name == "cuda" and 0 < torch.cuda.device_count() < local_size:
         raise ConfigError(
-            f"{local_size} processes on this machine and {torch.cuda.device_count()} CUDA devices: start no more "
-            "with torchrun --nproc-per-node, or use --device cpu"
+            f"{local_size} processes on this node but only {torch.cuda.device_count()} CUDA devices: lower torchrun's "
+            "--nproc-per-node, or use --device cpu"
         )
     try:
         device = torch.device(name, local_rank) if name == "cuda" else torch.device(name)
-        torch.zeros(1, device=device).item()  # the meta device has no values
+        torch.zeros(1, device=device).item()  # fails on the meta device, which has no values
     except (RuntimeError, AssertionError, ValueError) as error:
         raise ConfigError(f"device {name!r} is not available here: use auto or cpu") from error
     return device
 
 
-def _keep_thread_limit() -> None:
-    """Count on no more threads than OMP_THREAD_LIMIT lets start: oneDNN leaves the part of the others undone.
-
-    A product in bfloat16 on a CPU, as each step of Muon makes, is else wrong without a word (torch 2.13).
-    """
+def _apply_thread_limit() -> None:
+    # With more threads than OMP_THREAD_LIMIT lets start, oneDNN leaves part of its work undone. A bfloat16 product on
+    # a CPU, as in each step of Muon, is then silently wrong (torch 2.13).
     limit = os.environ.get("OMP_THREAD_LIMIT", "")
     if limit.isdecimal() and 0 < int(limit) < torch.get_num_threads():
         torch.set_num_threads(int(limit))
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """``auto`` is bfloat16 on a CUDA device and float32 elsewhere; with ``fp8`` it is what all else has, bfloat16."""
+    """Dtype of matrix products. ``auto`` is bfloat16 on a CUDA device and float32 elsewhere.
+
+    With ``fp8`` it is bfloat16, for everything but the linear layers of the blocks.
+    """
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return torch.float32 if name == "float32" else torch.bfloat16
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether the device had no memory left; on a CPU torch says so by words only."""
+    """Whether the error means that a device or the CPU has no memory left."""
+    # On a CPU torch raises a plain RuntimeError with this text.
     return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 

@@ -1,26 +1,26 @@
-"""Training steps that are only looked at: nothing is written, and nobody is told."""
+"""Trainers that write no files and report to nobody, for measurements of single steps."""
 
 from pathlib import Path
-from typing import Any
 
 from antransformer.data import Dataset
 from antransformer.training.config import TrainConfig
+from antransformer.training.metrics import MetricsLine
 from antransformer.training.trainer import Trainer
 
 
 def dry_run_trainer(config: TrainConfig, dataset: Dataset) -> Trainer:
-    """A trainer for ``update`` alone; raises as ``Trainer``."""
+    """Trainer for calls of ``update`` only, without a run folder; raises as ``Trainer``."""
     return Trainer(config, dataset, Path(), NullReporter())
 
 
 class NullReporter:
-    """A reporter to nobody."""
+    """Reporter that discards everything."""
 
     def step(self, step: int) -> None:
-        """Nothing."""
+        """Discard the step."""
 
-    def line(self, line: dict[str, Any]) -> None:
-        """Nothing."""
+    def metrics(self, line: MetricsLine) -> None:
+        """Discard the metrics."""
 
-    def note(self, text: str) -> None:
-        """Nothing."""
+    def log(self, text: str) -> None:
+        """Discard the message."""

@@ -1,12 +1,12 @@
-"""Linear maps of the blocks multiplied in 8 bits, applied to a model from outside; embedding and head stay as they are.
+"""FP8 linear layers for the blocks of a model, applied from outside. Embedding and head keep their precision.
 
-Activations and weights are rounded to e4m3 (3 bits of mantissa, up to 448), gradients to e5m2 (2 bits, up to 57,344),
-each divided by a size first, so that its coordinates are of order 1. Sums are of float32. For a bounded linear map
-sizes are constants that follow from the norms which its factor is about: no statistic is taken. For torch's own
-``nn.Linear``, in the baselines, whose norms nothing holds, a size is taken from the largest magnitude in the tensor.
+Activations and weights are rounded to e4m3 (3 bits of mantissa, up to 448), gradients to e5m2 (2 bits, up to 57,344).
+Each tensor is divided by a scale first, so that its elements have order 1; sums are in float32. For a bounded linear
+layer the scales are constants, since its factor assumes known norms. For torch's ``nn.Linear`` in the baselines, whose
+norms are not bounded, the scale is computed from the largest magnitude in the tensor (amax).
 
-Products are torch's scaled ones on a GPU that has them. Elsewhere the format is simulated: numbers are rounded as there
-and multiplied in the dtype of the result.
+GPUs with FP8 use torch's scaled matrix product. Other devices simulate the format: elements are rounded to FP8 and
+multiplied in the dtype of the result.
 """
 
 import math
@@ -20,32 +20,32 @@ from antransformer import nn as bounded
 from antransformer.errors import ConfigError
 from antransformer.models import Decoder, ModelConfig
 
-BLOCK = 16  # the scaled product takes matrices whose sides are multiples of it
-CAPABILITY = (8, 9)  # of the first GPUs that multiply in 8 bits
-GROWTH = 4  # room for what training adds to norms: a factor of up to 8 was seen in front of down projections
+BLOCK = 16  # the scaled product needs matrix sides that are multiples of it
+CAPABILITY = (8, 9)  # of the first GPUs with FP8
+HEADROOM = 4  # norms grow in training: by a factor of up to 8 in front of down projections
 
 
 def check(config: ModelConfig, device: torch.device) -> None:
-    """Refuse what can not be multiplied in 8 bits.
+    """Check that a model can use FP8 on a device.
 
     Raises:
-        ConfigError: the device can not, or the sizes of the model are none that it takes.
+        ConfigError: the device has no FP8, or a size of the model does not fit.
     """
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < CAPABILITY:
         raise ConfigError(f"precision fp8 needs a GPU of compute capability 8.9 or above, not {device}: use bfloat16")
     if device.type not in ("cuda", "cpu"):
-        raise ConfigError(f"precision fp8 is for NVIDIA GPUs, and simulated on a CPU, not for {device}: use bfloat16")
+        raise ConfigError(f"precision fp8 needs an NVIDIA GPU, or a CPU that simulates it, not {device}: use bfloat16")
     for name in ("head_dim", "context"):
         if getattr(config, name) % BLOCK:
-            raise ConfigError(f"precision fp8 needs a {name} that {BLOCK} divides, got {getattr(config, name)}")
+            raise ConfigError(f"precision fp8 needs {name} to be a multiple of {BLOCK}, got {getattr(config, name)}")
 
 
 def convert(model: Decoder, device: torch.device) -> None:
-    """Have the linear maps of all blocks compute in 8 bits; parameters, their names and their values stay.
+    """Make the linear layers of all blocks compute in FP8, in place. Parameters keep their names and values.
 
     Args:
-        model: on whatever device it is now.
-        device: where it is to compute.
+        model: model on any device.
+        device: device on which it will run.
 
     Raises:
         ConfigError: see ``check``.
@@ -54,57 +54,57 @@ def convert(model: Decoder, device: torch.device) -> None:
     for block in model.blocks:
         for name, module in block.named_modules():
             if isinstance(module, bounded.Linear):
-                # Of unit norm is what they read; of attention each head is, of the width of a head.
+                # Inputs have unit norm. The input of out_proj is the concatenation of heads that have unit norm each.
                 fan_in = model.config.head_dim if name.endswith("out_proj") else module.weight.shape[1]
                 module.__class__ = StaticLinear
                 assert isinstance(module, StaticLinear)
-                module.sizes = unit_scales(fan_in, *module.weight.shape)
+                module.scales = unit_scales(fan_in, *module.weight.shape)
             elif isinstance(module, nn.Linear):
                 module.__class__ = DynamicLinear
 
 
 def unit_scales(input_width: int, fan_out: int, fan_in: int) -> tuple[float, float, float]:
-    """Sizes of inputs, weights and gradients of a bounded map, powers of two.
+    """Scales of (inputs, weights, gradients per token) of a bounded linear layer, as powers of two.
 
-    A coordinate of a vector of unit norm has the standard deviation 1 / sqrt(width). The gradient is one token's share
-    of a mean loss of order 1, times the number of tokens; it keeps its norm on the way down, as the stream does on the
-    way up.
+    Elements of a vector of unit norm have standard deviation 1 / sqrt(width).
     """
-    return GROWTH * power_of_two(input_width), power_of_two(fan_in), power_of_two(fan_out)
+    # The gradient of a mean loss of order 1, times the number of tokens, keeps its norm on the way back, as the
+    # residual stream does on the way forward.
+    return HEADROOM * power_of_two(input_width), power_of_two(fan_in), power_of_two(fan_out)
 
 
 def power_of_two(width: int) -> float:
-    """The nearest to 1 / sqrt(width): dividing by it rounds nothing."""
+    """Nearest power of two to 1 / sqrt(width). Division by it does not round."""
     return 2.0 ** -round(math.log2(width) / 2)
 
 
 class StaticLinear(bounded.Linear):
-    """A bounded linear map in 8 bits with constant sizes; its factor is multiplied into the product's."""
+    """Bounded linear layer in FP8 with constant scales. Its factor is multiplied into the scale of the product."""
 
-    sizes: tuple[float, float, float]
+    scales: tuple[float, float, float]
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        """(..., fan_in) to (..., fan_out)."""
+        """Map (..., fan_in) to (..., fan_out)."""
         weight = self.weight if scale is None else self.weight * scale.to(self.weight.dtype).unsqueeze(1)
-        x_size, weight_size, gradient_size = self.sizes
+        x_scale, weight_scale, gradient_scale = self.scales
         tokens = x.shape[:-1].numel()
-        y: Tensor = Product.apply(x, weight, self.factor, x_size, weight_size, gradient_size / tokens)
+        y: Tensor = Product.apply(x, weight, self.factor, x_scale, weight_scale, gradient_scale / tokens)
         return y if self.bias is None else y + self.bias
 
 
 class DynamicLinear(nn.Linear):
-    """torch's linear map in 8 bits, each tensor of a size of its own."""
+    """torch's linear layer in FP8, with scales computed from each tensor."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """(..., fan_in) to (..., fan_out)."""
+        """Map (..., fan_in) to (..., fan_out)."""
         y: Tensor = Product.apply(input, self.weight, 1.0, None, None, None)
         return y if self.bias is None else y + self.bias
 
 
 class Product(torch.autograd.Function):
-    """factor * (weight x) of x (..., fan_in) and weight (fan_out, fan_in), both ways in 8 bits.
+    """factor * (x weight^T) of x (..., fan_in) and weight (fan_out, fan_in), in FP8 forward and backward.
 
-    Sizes are numbers, or None where they are to be found in the tensors.
+    A scale is a number, or None to compute it from the tensor.
     """
 
     @staticmethod
@@ -113,47 +113,47 @@ class Product(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         factor: float,
-        x_size: float | None,
-        weight_size: float | None,
-        gradient_size: float | None,
+        x_scale: float | None,
+        weight_scale: float | None,
+        gradient_scale: float | None,
     ) -> Tensor:
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        x8, of_x = compress(x.flatten(0, -2), torch.float8_e4m3fn, x_size)
-        weight8, of_weight = compress(weight, torch.float8_e4m3fn, weight_size)
-        ctx.save_for_backward(x8, weight8, *(size for size in (of_x, of_weight) if isinstance(size, Tensor)))
-        ctx.factor, ctx.sizes, ctx.gradient_size = factor, (x_size, weight_size), gradient_size
-        return multiply(x8, weight8.T, factor * of_x * of_weight, dtype).unflatten(0, x.shape[:-1])
+        x8, x_used = compress(x.flatten(0, -2), torch.float8_e4m3fn, x_scale)
+        weight8, weight_used = compress(weight, torch.float8_e4m3fn, weight_scale)
+        ctx.save_for_backward(x8, weight8, *(scale for scale in (x_used, weight_used) if isinstance(scale, Tensor)))
+        ctx.factor, ctx.scales, ctx.gradient_scale = factor, (x_scale, weight_scale), gradient_scale
+        return multiply(x8, weight8.T, factor * x_used * weight_used, dtype).unflatten(0, x.shape[:-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x8, weight8, *found = ctx.saved_tensors
-        of_x, of_weight = found or ctx.sizes
-        gradient8, size = compress(gradient.flatten(0, -2), torch.float8_e5m2, ctx.gradient_size)
-        for_x = multiply(gradient8, weight8, ctx.factor * size * of_weight, gradient.dtype)
-        for_weight = multiply(gradient8.T, x8, ctx.factor * size * of_x, gradient.dtype)
-        return for_x.unflatten(0, gradient.shape[:-1]), for_weight, None, None, None, None
+        x8, weight8, *computed = ctx.saved_tensors
+        x_scale, weight_scale = computed or ctx.scales
+        gradient8, scale = compress(gradient.flatten(0, -2), torch.float8_e5m2, ctx.gradient_scale)
+        x_gradient = multiply(gradient8, weight8, ctx.factor * scale * weight_scale, gradient.dtype)
+        weight_gradient = multiply(gradient8.T, x8, ctx.factor * scale * x_scale, gradient.dtype)
+        return x_gradient.unflatten(0, gradient.shape[:-1]), weight_gradient, None, None, None, None
 
 
-def compress(x: Tensor, dtype: torch.dtype, size: float | None) -> tuple[Tensor, float | Tensor]:
-    """x / size rounded to 8 bits, and the size; None takes one at which the largest magnitude is the dtype's."""
+def compress(x: Tensor, dtype: torch.dtype, scale: float | None) -> tuple[Tensor, float | Tensor]:
+    """Return (x / scale rounded to FP8, scale). None chooses the scale that maps amax to the dtype's maximum."""
     limit = torch.finfo(dtype).max
-    if size is None:
+    if scale is None:
         amax = x.abs().amax().float()
-        scale = torch.where(amax > 0, amax / limit, 1.0)
-        return (x / scale).clamp(-limit, limit).to(dtype), scale
-    # Past the limit lies NaN in one format and infinity in the other.
-    return (x * (1 / size)).clamp(-limit, limit).to(dtype), size
+        dynamic = torch.where(amax > 0, amax / limit, 1.0)
+        return (x / dynamic).clamp(-limit, limit).to(dtype), dynamic
+    # Beyond the limit the conversion gives NaN in e4m3 and infinity in e5m2.
+    return (x * (1 / scale)).clamp(-limit, limit).to(dtype), scale
 
 
 def multiply(a: Tensor, b: Tensor, scale: float | Tensor, dtype: torch.dtype) -> Tensor:
-    """scale * (a b) of two matrices in 8 bits."""
+    """scale * (a b) of two FP8 matrices, as ``dtype``."""
     return scaled_product(a, b, scale, dtype) if a.is_cuda else (a.to(dtype) @ b.to(dtype)) * scale
 
 
 def scaled_product(a: Tensor, b: Tensor, scale: float | Tensor, dtype: torch.dtype) -> Tensor:
-    """``multiply`` by torch's own product of 8 bits, which on a CPU is there too, but slow."""
+    """``multiply`` with torch's FP8 matrix product, which also exists on a CPU but is slow there."""
     one = torch.ones((), device=a.device)
-    # It wants the rows of the first together in memory, and the columns of the second.
+    # It needs a in row-major and b in column-major order.
     return torch._scaled_mm(a.contiguous(), b.T.contiguous().T, one * scale, one, out_dtype=dtype)

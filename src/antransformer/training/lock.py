@@ -1,47 +1,47 @@
-"""One process at a time in a folder."""
+"""Lock that lets only one process at a time work in a folder."""
 
 import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from antransformer.errors import ConfigError
+from antransformer.files import read_text, replace_text
 
 LOCK_FILE = ".lock"
+HOLDER_FILE = ".lock.pid"  # process id of the holder; separate, since opening the lock file may empty it
 
 
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """While entered, no other process that asks gets the folder, which is made if need be.
+    """Hold the lock of a folder, which is created if it does not exist.
 
-    The system releases the lock of a process that ended in whatever way. Where it knows no such locks (Windows) there
-    is none.
+    The operating system releases the lock when the process ends, even if it is killed.
 
     Raises:
-        ConfigError: another process holds it, or the folder can not be written.
+        ConfigError: another process holds the lock, or the folder cannot be written.
     """
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
+    file_lock = FileLock(folder / LOCK_FILE, blocking=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / LOCK_FILE, "a+", encoding="utf-8", opener=_no_link)  # noqa: SIM115
+        file_lock.acquire()
+        replace_text(folder / HOLDER_FILE, str(os.getpid()))
+    except Timeout as error:
+        raise ConfigError(f"{folder} is in use by {_holder(folder)}: wait for it, or choose another --out") from error
     except OSError as error:
-        raise ConfigError(f"{folder} can not be written: {error.strerror}; choose another --out") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            holder = f"process {file.read().strip()}"
-            raise ConfigError(f"{folder} is in use by {holder}: wait for it, or choose another --out") from error
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        file_lock.release()
+        raise ConfigError(f"{folder} cannot be written: {error.strerror}; choose another --out") from error
+    try:
         yield
+    finally:
+        (folder / HOLDER_FILE).unlink(missing_ok=True)
+        file_lock.release()
 
 
-def _no_link(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)  # what a link points to is not ours to empty
+def _holder(folder: Path) -> str:
+    try:
+        return f"process {read_text(folder / HOLDER_FILE)}"
+    except (OSError, ValueError):  # the holder has not written it yet
+        return "another process"

@@ -1,107 +1,147 @@
-"""What a run writes down: one JSON object a line, TensorBoard where asked for, and norms worth watching."""
+"""Metrics of a run: ``metrics.jsonl``, TensorBoard events, and norms of the weights."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, cast
 
 import torch
 from torch import Tensor
 
 from antransformer.bounds import Bound, norms
-from antransformer.errors import MachineError, MissingExtraError
+from antransformer.errors import MachineError
+from antransformer.extras import require
 from antransformer.files import replace_text
 from antransformer.models import Decoder
 from antransformer.nn import Residual
 from antransformer.training.distributed.parallel import full_tensor
 
+METRICS_FILE = "metrics.jsonl"
+NUMBERS = ("tokens", "loss", "val_loss", "bits_per_byte", "tokens_per_second")  # that readers draw and print
 
-class MetricsLog:
-    """Append-only ``metrics.jsonl`` in a run folder, and TensorBoard events beside it.
 
-    Args:
-        folder: the run folder.
-        after: lines of later steps than this are dropped; a resumed run writes them again.
-        tensorboard: write events to ``folder/tensorboard`` too.
-        name: of the file.
+class MetricsLine(TypedDict):
+    """One line of ``metrics.jsonl``.
 
-    Raises:
-        MissingExtraError: TensorBoard is asked for and not installed.
+    Attributes:
+        step: number of completed steps.
+        tokens: number of tokens trained on.
+        loss: mean training loss since the previous line, in nats per token; missing if all these steps were skipped.
+        grad_norm: gradient norm of the last step before clipping; missing with ``loss``.
+        lr: learning rate of AdamW for vectors.
+        tokens_per_second: training speed since the previous line.
+        mfu: model FLOPs utilization; None if the peak of the device is unknown.
+        largest_row_norm: largest norm of a weight vector, see ``weight_vectors``.
+        mean_alpha: mean residual step size; None if the architecture has none.
+        seconds: training time of the run, without validation.
+        skipped: number of skipped steps, if ``max_skipped_steps`` is set.
+        val_loss: validation loss in nats per token, on lines with a validation.
+        bits_per_byte: validation loss in bits per byte of text, on lines with a validation.
     """
 
-    def __init__(self, folder: Path, after: int, tensorboard: bool = False, name: str = "metrics.jsonl") -> None:
+    step: int
+    tokens: int
+    loss: NotRequired[float]
+    grad_norm: NotRequired[float]
+    lr: float
+    tokens_per_second: float
+    mfu: float | None
+    largest_row_norm: float
+    mean_alpha: float | None
+    seconds: float
+    skipped: NotRequired[int]
+    val_loss: NotRequired[float]
+    bits_per_byte: NotRequired[float]
+
+
+class MetricsLog:
+    """Append-only JSON lines in a run folder, and TensorBoard events on request.
+
+    Args:
+        folder: run folder.
+        after: number of completed steps. Lines of later steps are removed, since a resumed run writes them again.
+        tensorboard: whether to write events to ``folder/tensorboard``.
+        name: name of the file.
+
+    Raises:
+        MissingExtraError: TensorBoard is requested but not installed.
+    """
+
+    def __init__(self, folder: Path, after: int, tensorboard: bool = False, name: str = METRICS_FILE) -> None:
         self.path = folder / name
-        kept = [line for line in read_metrics(self.path) if line["step"] <= after]
-        replace_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        lines = [line for line in read_lines(self.path) if line["step"] <= after]
+        replace_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
         self._events = _event_writer(folder / "tensorboard", after) if tensorboard else None
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Append one line; it holds at least ``step``.
+        """Append one line, which has at least the key ``step``.
 
         Raises:
-            MachineError: it could not be written.
+            ValueError: a value is NaN or infinite.
+            MachineError: the file cannot be written.
         """
         text = json.dumps(line, allow_nan=False) + "\n"
         try:
-            with self.path.open("a", encoding="utf-8") as file:  # each time: no line waits in a buffer
+            with self.path.open("a", encoding="utf-8") as file:  # opened for each line, so that none stays in a buffer
                 file.write(text)
         except OSError as error:
-            raise MachineError(f"{self.path} can not be written: {error.strerror}") from error
+            raise MachineError(f"{self.path} cannot be written: {error.strerror}") from error
         if self._events is not None:
             for name, value in line.items():
                 if name != "step" and value is not None:
                     self._events.add_scalar(name, value, line["step"])
 
     def close(self) -> None:
-        """Flush and close the events."""
+        """Flush and close the TensorBoard events."""
         if self._events is not None:
             self._events.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a ``metrics.jsonl``; a last line cut off by a kill is left out, a missing file has none."""
+def read_metrics(path: Path) -> list[MetricsLine]:
+    """Lines of a ``metrics.jsonl``; see ``read_lines``. A line of an older release may lack keys."""
+    return cast(list[MetricsLine], read_lines(path))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Valid lines of a file by ``MetricsLog``; empty if the file does not exist."""
     if not path.is_file():
         return []
     lines = []
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             line = json.loads(text)
-        except (ValueError, RecursionError):
+        except (ValueError, RecursionError):  # a killed run may leave an incomplete last line
             continue
-        if isinstance(line, dict) and type(line.get("step")) is int and _are_numbers(line):
+        if isinstance(line, dict) and type(line.get("step")) is int and _has_numbers(line):
             lines.append(line)
     return lines
 
 
-def _are_numbers(line: Mapping[str, Any]) -> bool:
-    """Whether what is drawn and printed of a line can be."""
-    values = (
-        line[name] for name in ("tokens", "loss", "val_loss", "bits_per_byte", "tokens_per_second") if name in line
-    )
+def _has_numbers(line: Mapping[str, Any]) -> bool:
+    values = (line[name] for name in NUMBERS if name in line)
     return all(type(value) in (int, float) and abs(value) < 1e300 for value in values)
 
 
 def weight_vectors(model: Decoder) -> list[Bound]:
-    """The bounded vectors of a model, or the rows of all its matrices where it has no bounds."""
+    """Bounded weight vectors of a model; the rows of all its matrices if it has no bounds."""
     return model.bounds() or [Bound(name, weight) for name, weight in model.named_parameters() if weight.ndim == 2]
 
 
 @torch.no_grad()
 def largest_row_norm(model: Decoder) -> Tensor:
-    """Largest norm of a weight vector (see ``weight_vectors``); a 0-dim tensor."""
+    """Largest norm of a weight vector (see ``weight_vectors``) as a 0-dim tensor."""
     return torch.stack([full_tensor(norms(bound)).amax() for bound in weight_vectors(model)]).amax()
 
 
 @torch.no_grad()
 def mean_alpha(model: Decoder) -> Tensor | None:
-    """Mean residual step over all layers and coordinates; None for a model without."""
+    """Mean residual step size over all layers and coordinates; None if the architecture has none."""
     alphas = [full_tensor(module.alpha()).mean() for module in model.modules() if isinstance(module, Residual)]
     return torch.stack(alphas).mean() if alphas else None
 
 
 def _event_writer(folder: Path, after: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise MissingExtraError("tensorboard", "track") from error
+    require("tensorboard", "track")
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(str(folder), purge_step=after + 1)

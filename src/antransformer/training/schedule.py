@@ -1,4 +1,4 @@
-"""Learning rate over a run."""
+"""Learning-rate schedule."""
 
 import math
 
@@ -6,14 +6,14 @@ import math
 def learning_rate(
     step: int, steps: int, peak: float, *, warmup_fraction: float = 0.0, min_lr_ratio: float = 0.01
 ) -> float:
-    """Linear warm-up, then cosine decay (arXiv:2505.22014, section 5.1).
+    """Learning rate with linear warm-up and cosine decay (arXiv:2505.22014, section 5.1).
 
     Args:
-        step: update number, 1 to ``steps``.
-        steps: length of the run.
-        peak: highest learning rate.
-        warmup_fraction: share of the run spent warming up; 0 starts at the peak.
-        min_lr_ratio: learning rate of the last update as a share of the peak.
+        step: number of the step, from 1 to ``steps``.
+        steps: number of steps of the run.
+        peak: peak learning rate.
+        warmup_fraction: fraction of the run used for warm-up; with 0 the first step is at the peak.
+        min_lr_ratio: final learning rate as a fraction of the peak.
     """
     warmup_steps = int(warmup_fraction * steps)
     if step <= warmup_steps:

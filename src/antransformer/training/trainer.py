@@ -1,4 +1,4 @@
-"""The training loop, the same on one device and in each of many processes (training/parallel.py)."""
+"""The training loop, for one device and for each rank of distributed training (training/distributed/)."""
 
 import contextlib
 import math
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from antransformer.data import Dataset, Prefetcher, ShuffledWindows, eval_batche
 from antransformer.errors import CheckpointError, DataError, DivergedError, RunStoppedError, WriteError
 from antransformer.training import metrics
 from antransformer.training.checkpointing import checkpoint
+from antransformer.training.checkpointing.checkpoint import Checkpoint
 from antransformer.training.config import LEGACY_DEFAULTS, MUTABLE_ON_RESUME, TrainConfig, to_mapping
 from antransformer.training.cost_model import throughput
 from antransformer.training.device import autocast, choose_device, choose_precision
@@ -29,31 +30,39 @@ from antransformer.training.distributed.parallel import (
     make_model,
     set_gradient_sync,
 )
+from antransformer.training.metrics import MetricsLine, MetricsLog
 from antransformer.training.optimizer import make_optimizer
 from antransformer.training.run_folder import CHECKPOINTS, open_checkpoint, run_folder_of
 from antransformer.training.schedule import learning_rate
 
-CHECKPOINT_FAILED = (
-    signal.NSIG
-)  # beyond all signals, which the processes tell each other of: a checkpoint could not be written
+# Ranks agree on the largest number that one of them reports: 0, a signal, or this number beyond all signals.
+CHECKPOINT_FAILED = signal.NSIG
 
 
 class Reporter(Protocol):
-    """Hears of a run's progress; the command line shows it."""
+    """Receives progress callbacks of a run."""
 
     def step(self, step: int) -> None:
-        """A step was queued on the device."""
+        """Called before the first step, and after each step is queued on the device."""
 
-    def line(self, line: dict[str, Any]) -> None:
-        """A metrics line was written."""
+    def metrics(self, line: MetricsLine) -> None:
+        """Called after a metrics line is written."""
 
-    def note(self, text: str) -> None:
-        """Something worth a line of its own."""
+    def log(self, text: str) -> None:
+        """Called with a message of one line."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended. Losses in nats per token, over the validation windows."""
+    """Outcome of a finished run.
+
+    Attributes:
+        step: number of steps.
+        val_loss: validation loss in nats per token.
+        bits_per_byte: validation loss in bits per byte of text.
+        tokens_per_second: mean training speed of the run.
+        checkpoint: folder of the final checkpoint.
+    """
 
     step: int
     val_loss: float
@@ -62,21 +71,35 @@ class Result:
     checkpoint: Path
 
 
+class Measurement(TypedDict, total=False):
+    """Training loss and gradient norm since the previous metrics line; empty if all steps were skipped."""
+
+    loss: float
+    grad_norm: float
+
+
+class Validation(TypedDict):
+    """Validation loss in nats per token, and in bits per byte of text."""
+
+    val_loss: float
+    bits_per_byte: float
+
+
 class Trainer:
-    """One run, from its newest checkpoint or from the start, to its end.
+    """Trains one run, from the start or from its newest checkpoint.
 
     Args:
         config: complete settings.
         dataset: verified data.
-        folder: the run folder, laid out by ``run.create``.
-        reporter: hears of progress.
-        resume: go on from the newest whole checkpoint in the folder, if there is one.
-        dist_ctx: the processes that train together; the first of them writes.
+        folder: run folder, as made by ``create_run_folder``.
+        reporter: receives progress callbacks.
+        resume: whether to continue from the newest complete checkpoint in the folder, if there is one.
+        dist_ctx: ranks that train together. Rank 0 writes the metrics.
 
     Raises:
-        ConfigError: no such device, or the processes can not share a batch evenly.
+        ConfigError: the device does not exist, or the ranks cannot divide a batch evenly.
         DataError: the data does not fit the model.
-        CheckpointError: the checkpoint is of another model or other data.
+        CheckpointError: the checkpoint belongs to another model or other data.
     """
 
     def __init__(
@@ -99,17 +122,15 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.model = make_model(config, dist_ctx, self.device, self.precision)
         if config.precision == "fp8" and self.device.type == "cpu":
-            reporter.note("fp8 is simulated on a CPU: its rounding is that of a GPU, its speed is not")
+            reporter.log("fp8 is simulated on a CPU, with the rounding of a GPU but not its speed")
         self.optimizer = make_optimizer(self.model, config)
         bind(self.model, self.optimizer)
         self.loss: Callable[[Tensor, Tensor], Tensor] = (
             torch.compile(self.model.loss) if config.compile and dist_ctx.world_size == 1 else self.model.loss
         )
-        self.writer = checkpoint.CheckpointWriter(
-            folder / CHECKPOINTS, config.keep_checkpoints, config.keep_every, dist_ctx
-        )
-        self.done, self.seconds = 0, 0.0  # completed steps; time spent in them
-        self.skipped = 0  # of the steps, those that changed nothing
+        self.writer = checkpoint.CheckpointWriter(folder / CHECKPOINTS, config.keep_checkpoints, config.keep_every, dist_ctx)
+        self.done, self.seconds = 0, 0.0  # completed steps, and the time that they took
+        self.skipped = 0  # completed steps that were skipped
         if resume:
             self._resume()
         if config.init is not None and not self.done:
@@ -118,233 +139,253 @@ class Trainer:
         self.flops_per_step = throughput.flops_per_token(config.model) * config.batch_tokens
 
     def _resume(self) -> None:
-        found = checkpoint.newest(self.folder / CHECKPOINTS, self.reporter.note, self.dist_ctx)
-        if found is None:
-            self.reporter.note(f"{self.folder}: no checkpoint yet, starting from step 0")
+        newest = checkpoint.newest(self.folder / CHECKPOINTS, self.reporter.log, self.dist_ctx)
+        if newest is None:
+            self.reporter.log(f"{self.folder}: no checkpoint yet, starting from step 0")
             return
-        if found.model != self.config.model:
-            raise CheckpointError(f"{found.path}: of another model than config.yaml describes")
-        if found.extra.get("data") != self.dataset.digest:
+        self._check_same_run(newest)
+        checkpoint.load_model(newest, self.model)
+        self.done = newest.step
+        self.seconds, self.skipped = newest.extra["seconds"], newest.extra.get("skipped", 0)
+        if self.skipped < self.done:  # otherwise the optimizer has no state yet
+            checkpoint.load_optimizer(newest, self.model, self.optimizer)
+        self.reporter.log(f"resuming from {newest.path}")
+
+    def _check_same_run(self, saved: Checkpoint) -> None:
+        """Refuse a checkpoint whose model, data or settings are not those of this run."""
+        if saved.model != self.config.model:
+            raise CheckpointError(f"{saved.path}: its model differs from the one in config.yaml")
+        if saved.extra.get("data") != self.dataset.digest:
             raise CheckpointError(
-                f"{self.folder} was trained on other data than {self.config.data}: resume with the data it began with"
+                f"{self.folder} was trained on other data than {self.config.data}: resume with its original data"
             )
-        settings, seconds = found.extra.get("settings"), found.extra.get("seconds")
-        skipped = found.extra.get("skipped", 0)
+        settings, seconds = saved.extra.get("settings"), saved.extra.get("seconds")
+        skipped = saved.extra.get("skipped", 0)
         if (
             not isinstance(settings, dict)
             or (type(seconds) is not float or not 0 < seconds < math.inf)
-            or (type(skipped) is not int or not 0 <= skipped <= found.step)
+            or (type(skipped) is not int or not 0 <= skipped <= saved.step)
         ):
-            raise CheckpointError(f"{found.path}: what the run wrote of itself into state.json is missing or damaged")
-        before = {**LEGACY_DEFAULTS, **settings}
-        changed = [name for name, value in self._identity().items() if before.get(name) != value]
-        if changed or found.step > self.config.steps:
+            raise CheckpointError(f"{saved.path}: the state of the run in state.json is missing or damaged")
+        settings = {**LEGACY_DEFAULTS, **settings}
+        changed = [name for name, value in self._fixed_settings().items() if settings.get(name) != value]
+        if changed or saved.step > self.config.steps:
             raise CheckpointError(
-                f"{found.path}: written with another {changed[0] if changed else 'tokens'} than config.yaml has now: "
-                "put config.yaml back as it was"
+                f"{saved.path}: {changed[0] if changed else 'tokens'} differs from the one in config.yaml: restore "
+                "config.yaml"
             )
-        checkpoint.load_model(found, self.model)
-        if skipped < found.step:  # else the optimizer had nothing to keep yet
-            checkpoint.load_optimizer(found, self.model, self.optimizer)
-        self.done, self.seconds, self.skipped = found.step, seconds, skipped
-        self.reporter.note(f"resuming from {found.path}")
 
     def _start_from(self, init: Path) -> None:
-        found, tokenizer = open_checkpoint(init, self.reporter.note, self.dist_ctx)
-        if found.model != self.config.model:
-            raise CheckpointError(f"{found.path}: of another model than the settings describe")
+        initial, tokenizer = open_checkpoint(init, self.reporter.log, self.dist_ctx)
+        if initial.model != self.config.model:
+            raise CheckpointError(f"{initial.path}: its model differs from the one in the settings")
         if tokenizer.vocabulary() != self.dataset.tokenizer().vocabulary():
             raise DataError(
-                f"{self.config.data}: prepared with another tokenizer than {init} has: prepare it with "
-                f"--tokenizer {run_folder_of(found)}"
+                f"{self.config.data}: its tokenizer differs from the one of {init}: prepare the data with "
+                f"--tokenizer {run_folder_of(initial)}"
             )
-        checkpoint.load_model(found, self.model)
-        self.reporter.note(f"starting from the weights of {found.path}")
+        checkpoint.load_model(initial, self.model)
+        self.reporter.log(f"starting from the weights of {initial.path}")
 
     def run(self, profiler: profile | None = None) -> Result:
         """Train to the end of the budget.
 
         Args:
-            profiler: watches, and hears of the end of every step.
+            profiler: entered for the run; its ``step`` is called after each training step.
 
         Raises:
-            RunStoppedError: SIGINT or SIGTERM came; the checkpoint is written.
-            DivergedError: the loss, a gradient or a weight is not finite.
-            WriteError, MachineError: a checkpoint, or the metrics, could not be written.
+            RunStoppedError: SIGINT or SIGTERM arrived; the checkpoint is written.
+            DivergedError: the loss, a gradient or a weight is NaN or Inf.
+            WriteError, MachineError: a checkpoint or the metrics could not be written.
         """
-        config, dist_ctx = self.config, self.dist_ctx
-        log = None if dist_ctx.rank else metrics.MetricsLog(self.folder, self.done, config.tensorboard)
-        pending: list[tuple[Tensor, Tensor]] = []  # not looked at yet: looking waits for the device
-        started, counted = time.perf_counter(), self.done
-        line: dict[str, Any] = {}
+        config = self.config
+        log = None if self.dist_ctx.rank else MetricsLog(self.folder, self.done, config.tensorboard)
+        pending: list[tuple[Tensor, Tensor]] = []  # kept on the device, since reading them waits for it
+        started, first = time.perf_counter(), self.done
+        line: MetricsLine | None = None
         self.reporter.step(self.done)
         try:
-            with StopSignals() as stop, profiler or contextlib.nullcontext(), self.writer:
+            with StopSignals() as signals, profiler or contextlib.nullcontext(), self.writer:
                 while self.done < config.steps:
                     pending += self.update(self.done + 1)
                     self.done += 1
                     self.reporter.step(self.done)
                     if profiler is not None:
                         profiler.step()
-                    last = self.done == config.steps
-                    # Read once, since a signal may come at any moment; every process stops at the same step.
-                    received = (
-                        0
-                        if last
-                        else dist_ctx.all_reduce_max(CHECKPOINT_FAILED if self.writer.failed() else stop.received or 0)
-                    )
-                    if received == CHECKPOINT_FAILED:
-                        self.writer.wait()
-                    stopping = signal.Signals(received) if received else None
-                    evaluate = last or (self.done % config.eval_every == 0 and not stopping)
-                    due = (config.checkpoint_every, config.keep_every or config.checkpoint_every)
-                    save = last or stopping or not all(self.done % every for every in due)
+                    stopping = self._agree_to_stop(signals)
+                    evaluate, save = self._due(stopping)
                     if not (evaluate or save or self.done % config.log_every == 0):
                         continue
-                    measured = self._require_finite(pending)
+                    measured = self._measure(pending)
                     elapsed = time.perf_counter() - started
                     self.seconds += elapsed
-                    speed = (self.done - counted) * config.batch_tokens / elapsed
-                    line = self._line(measured, speed)
+                    line = self._line(measured, (self.done - first) * config.batch_tokens / elapsed)
                     if evaluate:
-                        line |= self.evaluate()
+                        line = {**line, **self.evaluate()}
                     self._require_finite_weights(line)
                     pending.clear()
                     if log is not None:
                         log.write(line)
-                    self.reporter.line(line)
+                    self.reporter.metrics(line)
                     if save:
                         path = self._save()
                     if stopping:
                         self.writer.wait()
                         raise RunStoppedError(
-                            f"stopped at step {self.done} by {stopping.name}; checkpoint written to {path}; "
-                            f"go on with: antransformer train --out {self.folder} --resume",
+                            f"stopped at step {self.done} by {stopping.name}; checkpoint saved to {path}; "
+                            f"continue with: antransformer train --out {self.folder} --resume",
                             stopping,
                         )
-                    started, counted = time.perf_counter(), self.done
+                    started, first = time.perf_counter(), self.done
         finally:
             if log is not None:
                 log.close()
         return self._result(line)
 
-    def update(self, step: int) -> list[tuple[Tensor, Tensor]]:
-        """One optimizer step.
-
-        Returns:
-            The mean loss of this process's share of the batch, and the gradient norm of all before clipping, on the
-            device; nothing where the step was skipped, and left weights and moments as they were.
+    def _agree_to_stop(self, signals: "StopSignals") -> signal.Signals | None:
+        """Signal for which all ranks stop after this step; None to continue.
 
         Raises:
-            DivergedError: no more steps may be skipped.
+            WriteError: a rank could not write its part of a checkpoint.
+        """
+        if self.done == self.config.steps:
+            return None
+        # A signal may arrive at any moment, so it is read once.
+        received = self.dist_ctx.all_reduce_max(CHECKPOINT_FAILED if self.writer.failed() else signals.received or 0)
+        if received == CHECKPOINT_FAILED:
+            self.writer.wait()
+        return signal.Signals(received) if received else None
+
+    def _due(self, stopping: signal.Signals | None) -> tuple[bool, bool]:
+        """Whether to (validate, save a checkpoint) after the completed step."""
+        config, last = self.config, self.done == self.config.steps
+        evaluate = last or (self.done % config.eval_every == 0 and stopping is None)
+        intervals = (config.checkpoint_every, config.keep_every or config.checkpoint_every)
+        save = last or stopping is not None or not all(self.done % interval for interval in intervals)
+        return evaluate, save
+
+    def update(self, step: int) -> list[tuple[Tensor, Tensor]]:
+        """Take one optimizer step.
+
+        Returns:
+            Mean loss of this rank's share of the batch, and gradient norm of the full batch before clipping, on the
+            device. Empty if the step was skipped, with weights and optimizer state unchanged.
+
+        Raises:
+            DivergedError: the loss or a gradient is NaN or Inf, and no more steps may be skipped.
         """
         config = self.config
         with record_function("data"):
             batch = self.batches.batch(step - 1)
-        parts = list(zip(*(tokens.split(config.micro_batch_size) for tokens in batch), strict=True))
+        micro_batches = list(zip(*(tokens.split(config.micro_batch_size) for tokens in batch), strict=True))
         total = torch.zeros((), device=self.device)
-        for number, (part, target) in enumerate(parts, start=1):
-            set_gradient_sync(self.model, number == len(parts))
+        for number, (tokens, targets) in enumerate(micro_batches, start=1):
+            set_gradient_sync(self.model, number == len(micro_batches))
             with autocast(self.device, self.precision):
-                loss = self.loss(self._to_device(part), self._to_device(target)) * (len(part) / len(batch[0]))
+                # Weighted by size, since the last micro-batch may be smaller.
+                weight = len(tokens) / len(batch[0])
+                loss = self.loss(self._to_device(tokens), self._to_device(targets)) * weight
             loss.backward()
             total += loss.detach()
         grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip))
         for group in self.optimizer.param_groups:
-            group["lr"] = self._rate(step, group["initial_lr"])
+            group["lr"] = self._lr(step, group["initial_lr"])
         skip = config.max_skipped_steps > 0 and self._skips(step, total, grad_norm)
         if not skip:
             self.optimizer.step()
         self.optimizer.zero_grad()
         return [] if skip else [(total, grad_norm)]
 
-    def _rate(self, step: int, peak: float) -> float:
+    def _lr(self, step: int, peak: float) -> float:
         config = self.config
         return learning_rate(
             step, config.steps, peak, warmup_fraction=config.warmup_fraction, min_lr_ratio=config.min_lr_ratio
         )
 
     def _skips(self, step: int, loss: Tensor, grad_norm: Tensor) -> bool:
-        """Whether all processes leave this step out, because one of them found its loss or the gradients not finite.
+        """Whether all ranks skip this step, because one of them has a NaN or Inf loss or gradient.
 
-        They wait for the device to know that, as they do not where no step may be skipped.
+        This waits for the device, so it is called only if steps may be skipped.
         """
         finite = bool(torch.stack([loss, grad_norm]).isfinite().all())
         if not self.dist_ctx.all_reduce_max(not finite):
             return False
         allowed = self.config.max_skipped_steps
         if self.skipped == allowed:
-            raise self._not_finite(f"a loss or gradient is not finite at step {step}, beyond the {allowed} to skip")
+            raise self._not_finite(f"NaN or Inf loss or gradient at step {step}, after {allowed} skipped steps")
         self.skipped += 1
-        self.reporter.note(f"step {step} is skipped: a loss or gradient is not finite ({self.skipped} of {allowed})")
+        self.reporter.log(f"skipped step {step}: NaN or Inf loss or gradient ({self.skipped} of {allowed})")
         return True
 
     @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
-        """Validation loss in nats per token, and in bits per byte of the text."""
+    def evaluate(self) -> Validation:
+        """Validation loss over about ``eval_tokens`` tokens, in evenly spaced windows of the split."""
         dist_ctx, context = self.dist_ctx, self.config.model.context
         rank, size = dist_ctx.data_parallel_rank, dist_ctx.data_parallel_size
         total, count = torch.zeros((), dtype=torch.float64), 0
         batches = eval_batches(self.validation, context, self.config.micro_batch_size * size, self.config.eval_tokens)
         for tokens, targets in batches:
-            mine = slice(rank, None, size) if rank < len(tokens) else slice(1)
+            # A rank without a window of its own computes the first one, since sharded models need all ranks.
+            share = slice(rank, None, size) if rank < len(tokens) else slice(1)
             with autocast(self.device, self.precision):
-                loss = self.model.loss(self._to_device(tokens[mine]), self._to_device(targets[mine]))
-            if rank < len(tokens):  # else it only went along: the processes compute together or not at all
-                total += loss.double().cpu() * tokens[mine].numel()
+                loss = self.model.loss(self._to_device(tokens[share]), self._to_device(targets[share]))
+            if rank < len(tokens):
+                total += loss.double().cpu() * tokens[share].numel()
             count += tokens.numel()
         loss_per_token = float(dist_ctx.all_reduce_sum(total)) / (count * dist_ctx.tensor_parallel)
         tokens_per_byte = self.validation.tokens / self.validation.bytes
         return {"val_loss": loss_per_token, "bits_per_byte": loss_per_token * tokens_per_byte / math.log(2)}
 
-    def _line(self, measured: dict[str, float], tokens_per_second: float) -> dict[str, Any]:
+    def _line(self, measured: Measurement, tokens_per_second: float) -> MetricsLine:
         alpha = metrics.mean_alpha(self.model)
         steps_per_second = tokens_per_second / self.config.batch_tokens
-        return {
+        line: MetricsLine = {
             "step": self.done,
             "tokens": self.done * self.config.batch_tokens,
             **measured,
-            "lr": self._rate(self.done, self.config.lr),
+            "lr": self._lr(self.done, self.config.lr),
             "tokens_per_second": round(tokens_per_second, 1),
             "mfu": steps_per_second * self.flops_per_step / self.peak if self.peak else None,
             "largest_row_norm": float(metrics.largest_row_norm(self.model)),
             "mean_alpha": None if alpha is None else float(alpha),
             "seconds": round(self.seconds, 3),
-            **({"skipped": self.skipped} if self.config.max_skipped_steps else {}),
         }
+        if self.config.max_skipped_steps:
+            line["skipped"] = self.skipped
+        return line
 
-    def _require_finite(self, pending: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
-        """Look at losses and gradient norms of the steps since the last line, unless all of them were skipped.
+    def _measure(self, pending: list[tuple[Tensor, Tensor]]) -> Measurement:
+        """Mean loss over all ranks and steps since the previous line, and gradient norm of the last step.
 
-        Returns:
-            The mean loss of these steps over all processes, and the gradient norm of the last.
+        Raises:
+            DivergedError: one of them is NaN or Inf.
         """
         if not pending:
             return {}
-        local_values = torch.stack([torch.stack(pair) for pair in pending])
-        values = self.dist_ctx.all_reduce_sum(local_values) / self.dist_ctx.world_size
+        values = self.dist_ctx.all_reduce_sum(torch.stack([torch.stack(pair) for pair in pending])) / self.dist_ctx.world_size
         for step, pair in enumerate(values.tolist(), self.done - len(pending) + 1):
             for name, value in zip(("loss", "gradient norm"), pair, strict=True):
                 if not math.isfinite(value):
                     raise self._not_finite(f"the {name} is {value} at step {step}")
         return {"loss": float(values[:, 0].mean()), "grad_norm": float(pending[-1][1])}
 
-    def _require_finite_weights(self, line: dict[str, Any]) -> None:
-        """What the last update made of the weights, before they are written or reported."""
-        for key, name in (("largest_row_norm", "largest row norm"), ("val_loss", "validation loss")):
-            if not math.isfinite(line.get(key, 0.0)):
-                raise self._not_finite(f"the {name} is {line[key]} at step {self.done}")
+    def _require_finite_weights(self, line: MetricsLine) -> None:
+        # The last update may have spoiled the weights, which must not be saved then.
+        values = {"largest row norm": line["largest_row_norm"], "validation loss": line.get("val_loss", 0.0)}
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise self._not_finite(f"the {name} is {value} at step {self.done}")
 
-    def _not_finite(self, what: str) -> DivergedError:
+    def _not_finite(self, problem: str) -> DivergedError:
         with contextlib.suppress(WriteError):
             self.writer.wait()
-        good = checkpoint.newest(self.folder / CHECKPOINTS, self.reporter.note, self.dist_ctx)
+        good = checkpoint.newest(self.folder / CHECKPOINTS, self.reporter.log, self.dist_ctx)
         return DivergedError(
-            f"{what}; last good checkpoint: {good.path if good else 'none yet'}; try a lower --lr, or another --seed"
+            f"{problem}; last good checkpoint: {good.path if good else 'none'}; try a lower --lr, or another --seed"
         )
 
-    def _identity(self) -> dict[str, Any]:
-        """The settings that a resumed run must share with this one; the model's are compared by themselves."""
+    def _fixed_settings(self) -> dict[str, Any]:
+        """Settings that must not change when the run resumes, without those of the model."""
         settings = to_mapping(self.config)
         return {name: value for name, value in settings.items() if name not in (*MUTABLE_ON_RESUME, "model")}
 
@@ -353,17 +394,19 @@ class Trainer:
             "seconds": self.seconds,
             "skipped": self.skipped,
             "data": self.dataset.digest,
-            "settings": self._identity(),
+            "settings": self._fixed_settings(),
             "torch": torch.__version__,
         }
         return self.writer.save(self.done, self.model, self.optimizer, extra)
 
-    def _result(self, line: dict[str, Any]) -> Result:
-        if "val_loss" not in line:  # nothing was left to train
-            line = line | self.evaluate()
+    def _result(self, line: MetricsLine | None) -> Result:
+        if line is not None and "val_loss" in line:
+            validation: Validation = {"val_loss": line["val_loss"], "bits_per_byte": line["bits_per_byte"]}
+        else:  # the run was already complete
+            validation = self.evaluate()
         path = max(checkpoint.step_folders(self.folder / CHECKPOINTS), key=checkpoint.step_of)
-        speed = self.done * self.config.batch_tokens / self.seconds
-        return Result(self.done, line["val_loss"], line["bits_per_byte"], speed, path)
+        tokens_per_second = self.done * self.config.batch_tokens / self.seconds
+        return Result(self.done, tokens_per_second=tokens_per_second, checkpoint=path, **validation)
 
     def _to_device(self, tokens: Tensor) -> Tensor:
         if self.device.type == "cuda":
@@ -372,28 +415,28 @@ class Trainer:
 
 
 class StopSignals:
-    """While entered, the first SIGINT or SIGTERM is noted in ``received``; a second one takes its usual course."""
+    """While entered, records the first SIGINT or SIGTERM in ``received``; a second one has its usual effect."""
 
     received: signal.Signals | None = None
 
     def __enter__(self) -> "StopSignals":
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._handlers = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, _frame: FrameType | None) -> None:
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
         self.__exit__()
 
 
 def check_data(config: TrainConfig, dataset: Dataset) -> None:
-    """Refuse data with token ids that the model has no row for, or without a window of its context in a split.
+    """Check that the data fits the model.
 
     Raises:
-        DataError: naming both sizes.
+        DataError: a token id is outside the vocabulary, or a split is shorter than one window of the context.
     """
     for split in ("train", "val"):
         ShuffledWindows(dataset.split(split), config.model.context, config.seed)

@@ -1,0 +1,203 @@
+"""Settings: how a config declares one, and how text from a command line or a YAML file becomes its value.
+
+A config is a frozen dataclass whose fields are made with ``setting``: the help text, the default and the permitted
+range are declared in one place, and command line, YAML files and Python share the conversion and the checks.
+"""
+
+import difflib
+import operator
+import reprlib
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import Field, field, fields
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from antransformer.errors import ConfigError
+
+COUNT_SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+COMPARISONS = {"ge": operator.ge, "gt": operator.gt, "le": operator.le, "lt": operator.lt}
+BOUND_TEXTS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+
+
+class Count(int):
+    """A whole number that users may write as 60K or 2.5B."""
+
+
+def setting(
+    help: str,
+    default: Any,
+    *,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+    choices: Iterable[str] = (),
+) -> Any:
+    """Declare a field of a config.
+
+    Args:
+        help: text for ``--help``; ``(default: ...)`` in it replaces the plain default.
+        default: value of the field; None for an optional setting.
+        ge: smallest permitted value.
+        gt: bound that the value must exceed.
+        le: largest permitted value.
+        lt: bound that the value must stay below.
+        choices: permitted values of a text setting.
+    """
+    bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
+    metadata = {
+        "help": help,
+        "bounds": {name: bound for name, bound in bounds.items() if bound is not None},
+        "choices": tuple(choices),
+    }
+    return field(default=default, metadata=metadata)
+
+
+def check_settings(config: Any) -> None:
+    """Check every field of a config against its declared range and choices.
+
+    Raises:
+        ConfigError: naming the setting, the range and the value.
+    """
+    for item in fields(config):
+        check_value(item, getattr(config, item.name), item.name)
+
+
+def check_value(item: Field[Any], value: Any, key: str) -> None:
+    """Check one value against the range and choices of its field. None is valid where it is the default.
+
+    Raises:
+        ConfigError: naming ``key``, the range and the value.
+    """
+    if value is None and item.default is None:
+        return
+    choices, bounds = item.metadata.get("choices"), item.metadata.get("bounds")
+    if choices and value not in choices:
+        raise ConfigError(f"{key} must be one of {', '.join(choices)}, got {shown(value)}")
+    if not bounds:
+        return
+    whole = issubclass(_value_type(item.type), int)
+    right_type = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    # NaN fails every comparison, so it is outside of every range.
+    if not right_type or not all(COMPARISONS[name](value, bound) for name, bound in bounds.items()):
+        permitted = " and ".join(f"{BOUND_TEXTS[name]} {_bound_text(bound)}" for name, bound in bounds.items())
+        kind = "" if right_type else "a whole number " if whole else "a number "
+        raise ConfigError(f"{key} must be {kind}{permitted}, got {shown(value)}")
+
+
+def _bound_text(bound: float) -> str:
+    if isinstance(bound, int):
+        power_of_two = bound >= 2**31 and bound.bit_count() == 1
+        return f"2^{bound.bit_length() - 1}" if power_of_two else f"{bound:,}"
+    return f"{bound:g}"
+
+
+def convert_settings(config: type, values: Mapping[str, Any], where: str, prefix: str = "") -> dict[str, Any]:
+    """Convert and check a user's values of fields of ``config``.
+
+    Args:
+        config: dataclass with a field for each key of ``values``.
+        values: text, numbers or truth values.
+        where: source of the values for messages, such as a file's name.
+        prefix: prefix of the keys in messages, such as ``model.``.
+
+    Raises:
+        ConfigError: a value has the wrong type or is out of range.
+    """
+    known = {item.name: item for item in fields(config)}
+    converted = {}
+    for name, value in values.items():
+        key = f"{where}: {prefix}{name}"
+        converted[name] = convert(value, known[name].type, key)
+        check_value(known[name], converted[name], key)
+    return converted
+
+
+def convert(value: Any, hint: Any, key: str) -> Any:
+    """Convert a user's value to the type ``hint``; numbers may be text such as 60K (counts) or 2e-3.
+
+    Raises:
+        ConfigError: the value has no such form; the message names ``key``.
+    """
+    if value is None and type(None) in typing.get_args(hint):
+        return None
+    reader, expected = _READERS[_value_type(hint)]
+    try:
+        return reader(value)
+    except (ValueError, TypeError, OverflowError):
+        raise ConfigError(f"{key} must be {expected}, got {shown(value)}") from None
+
+
+def _value_type(hint: Any) -> Any:
+    """Type of a setting that is not None: float for ``float | None``."""
+    return next((option for option in typing.get_args(hint) if option is not type(None)), hint)
+
+
+def read_count(value: Any) -> Count:
+    """Read 60K, 2.5B, 1e6 or 4096 as a whole number.
+
+    Raises:
+        ValueError: the value is not a whole number, or has more than 63 bits.
+    """
+    if isinstance(value, bool):
+        raise ValueError(value)
+    text = str(value).strip().replace("_", "").replace(",", "")
+    suffix = text[-1:].upper()
+    scale = COUNT_SUFFIXES.get(suffix, 1)
+    try:  # decimal: 4.1M is 4,099,999.9999999995 in binary floating point
+        number = Decimal(text[:-1] if suffix in COUNT_SUFFIXES else text) * scale
+        if number != int(number) or abs(number) >= 2**63:
+            raise ValueError(value)
+    except ArithmeticError:
+        raise ValueError(value) from None
+    return Count(int(number))
+
+
+def shown(value: Any) -> str:
+    """Short form of a value for a message."""
+    if isinstance(value, int) and abs(value) >= 2**64:
+        return "a number of more than 64 bits"  # Python refuses to print more than 4,300 digits
+    return reprlib.repr(value)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """``: did you mean X?`` for a misspelt word; empty where no known word is near."""
+    match = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.6)
+    return f": did you mean {match[0]}?" if match else ""
+
+
+def _read_int(value: Any) -> int:
+    if isinstance(value, bool) or (isinstance(value, float) and value != int(value)):
+        raise ValueError(value)
+    return int(value)
+
+
+def _read_float(value: Any) -> float:
+    number = float(value) if not isinstance(value, bool) else float("nan")
+    if number != number or number in (float("inf"), float("-inf")):
+        raise ValueError(value)
+    return number
+
+
+def _read_bool(value: Any) -> bool:
+    words = {"true": True, "false": False}
+    if str(value).lower() not in words:
+        raise ValueError(value)
+    return words[str(value).lower()]
+
+
+def _read_str(value: Any) -> str:
+    if not isinstance(value, (str, Path)):
+        raise TypeError(value)
+    return str(value)
+
+
+_READERS: dict[Any, tuple[Callable[[Any], Any], str]] = {
+    Count: (read_count, "a count of tokens such as 4096, 60K or 2.5B"),
+    int: (_read_int, "a whole number"),
+    float: (_read_float, "a number"),
+    bool: (_read_bool, "true or false"),
+    str: (_read_str, "text"),
+}

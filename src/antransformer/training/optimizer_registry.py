@@ -1,0 +1,51 @@
+"""The optimizers that ``--optimizer`` offers; importable without torch.
+
+A new optimizer takes one entry here and one module with its builder. If it has a learning rate of its own, it also
+takes a field of ``TrainConfig``.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """Declaration of an optimizer.
+
+    Attributes:
+        label: display name.
+        builder: function that builds it from a model and a ``TrainConfig``, as ``module:function``.
+        variant_suffix: suffix of an architecture's name that selects the optimizer in a comparison.
+        lr_setting: setting with its learning rate for the weight matrices inside the blocks, if it is not ``lr``.
+        default_lrs: default of ``lr_setting`` by architecture. Other architectures use that of their relative.
+        init_std: default standard deviation of initial weights where rows are not normalized; None means 1/sqrt(width).
+    """
+
+    label: str
+    builder: str
+    variant_suffix: str = ""
+    lr_setting: str | None = None
+    default_lrs: Mapping[str, float] = field(default_factory=dict)
+    init_std: float | None = None
+
+
+OPTIMIZERS = {
+    "adam": OptimizerSpec("AdamW", "antransformer.training.optimizer:build_adamw"),
+    "muon": OptimizerSpec(
+        "Muon",
+        "antransformer.training.muon:build_muon",
+        variant_suffix="-muon",
+        lr_setting="muon_lr",
+        default_lrs={"angpt": 0.04, "gpt+": 0.02},
+        # Every step of Muon has the same size, for which weights of size 1/sqrt(width) are too large.
+        init_std=0.02,
+    ),
+}
+
+
+def split_variant(name: str) -> tuple[str, str | None]:
+    """Architecture and optimizer of a variant's name: (angpt, muon) for angpt-muon, (angpt, None) for angpt."""
+    for optimizer, spec in OPTIMIZERS.items():
+        if spec.variant_suffix and name.endswith(spec.variant_suffix):
+            return name.removesuffix(spec.variant_suffix), optimizer
+    return name, None
