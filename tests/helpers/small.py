@@ -1,4 +1,4 @@
-"""A small model, a small corpus, and watchers of training."""
+"""A small model, a small corpus, and observers of training."""
 
 import sysconfig
 from pathlib import Path
@@ -10,20 +10,18 @@ from antransformer.bounds import Bound, norms
 from antransformer.data import prepare
 
 SMALL = {"width": 64, "layers": 2, "context": 32, "head_dim": 32}
-
-
 SMALL_OPTIONS = [f"--model.{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
 
 
 def make_corpus(folder: Path) -> Path:
-    """Twenty modules of the standard library as bytes; about 300,000 tokens."""
+    """Prepare twenty modules of the standard library as bytes: about 300,000 tokens."""
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[10:30]
     prepare(files[4:], folder, tokenizer="byte", val_inputs=files[:4])
     return folder
 
 
 class Notes(list):
-    """A reporter that remembers."""
+    """Reporter that collects log messages."""
 
     def step(self, step):
         pass
@@ -36,8 +34,11 @@ class Notes(list):
 
 
 class Watch:
-    """Binds, and looks at every step before and after the projection: rows bounded, strict ones on the sphere, and
-    those that the optimizer left inside untouched bit for bit. Of shared weights each process looks at its own rows."""
+    """Binds a model and checks the bounds at every optimizer step.
+
+    Norms are at most 1, strict rows have norm 1, and rows that the optimizer left inside are bit-identical. Each rank
+    checks its own rows of sharded weights.
+    """
 
     def __init__(self, model, optimizer):
         self.steps, self.inside = 0, 0
@@ -65,5 +66,5 @@ class Watch:
 
 
 def local(tensor):
-    """The part of a shared tensor that this process has, or all of any other."""
+    """Local shard of a sharded tensor; any other tensor as it is."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor

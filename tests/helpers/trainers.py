@@ -1,15 +1,20 @@
-"""Trainers of small runs, and ways to break them off."""
+"""Trainers of small runs, and ways to interrupt them."""
 
 import math
+import sys
+import time
 
 import pytest
 
 from antransformer.data import Dataset
-from antransformer.training import run_folder as run
+from antransformer.training import run_folder
 from antransformer.training.config import resolve_config
 from antransformer.training.metrics import read_metrics
 from antransformer.training.trainer import Trainer
-from helpers.small import SMALL, Notes
+from helpers.small import SMALL, SMALL_OPTIONS, Notes
+
+ARCHITECTURES = ["angpt", "ngpt", "gpt+"]
+OPTIMIZED = [*((name, "adam") for name in ARCHITECTURES), ("angpt", "muon"), ("gpt+", "muon")]
 
 
 def settings(corpus, **more):
@@ -21,18 +26,18 @@ def settings(corpus, **more):
 def start(corpus, folder, **more):
     config = resolve_config(settings(corpus, **more), 257)
     dataset = Dataset.open(corpus)
-    run.create_run_folder(folder, config, dataset)
+    run_folder.create_run_folder(folder, config, dataset)
     return Trainer(config, dataset, folder, Notes())
 
 
 def resume(corpus, folder, **more):
     notes = Notes()
-    config = run.resumed_config(folder, more)
+    config = run_folder.resumed_config(folder, more)
     return Trainer(config, Dataset.open(corpus), folder, notes, resume=True), notes
 
 
 def run_until(trainer, step):
-    """Break the run off before this step, as a power cut would."""
+    """Interrupt the run before a step, as a power cut would."""
     update = trainer.update
 
     def interrupted(number):
@@ -54,7 +59,7 @@ def weights(folder, step):
 
 
 def poison(trainer, *steps, spoil=lambda loss: loss * math.nan):
-    """Make the loss of these steps no number."""
+    """Replace the loss of these steps, by default with NaN."""
     loss, update = trainer.loss, trainer.update
 
     def poisoned(step):
@@ -62,3 +67,19 @@ def poison(trainer, *steps, spoil=lambda loss: loss * math.nan):
         return update(step)
 
     trainer.update = poisoned
+
+
+def command(corpus, folder, *more):
+    # One thread, as in this process, since bits depend on the order of summation.
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in settings(corpus).items() if name != "model"]
+    code = (
+        "import sys, torch; torch.set_num_threads(1); from antransformer.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    return [sys.executable, "-c", code, "train", "--out", str(folder), *options, *SMALL_OPTIONS, *more]
+
+
+def wait_for_step(folder, step, process):
+    until = time.monotonic() + 60
+    while max(losses(folder), default=0) < step:
+        assert process.poll() is None and time.monotonic() < until, "the run ended too early"
+        time.sleep(0.005)

@@ -1,0 +1,145 @@
+"""Resuming an interrupted run, with bit-identical results or a clear refusal."""
+
+import json
+import random
+import re
+import signal
+import subprocess
+
+import pytest
+
+from antransformer.data import Dataset
+from antransformer.errors import CheckpointError
+from antransformer.training import run_folder
+from antransformer.training.trainer import Trainer
+from helpers.messages import mentions
+from helpers.small import Notes
+from helpers.trainers import OPTIMIZED, command, losses, resume, run_until, start, wait_for_step, weights
+
+
+@pytest.mark.parametrize("options", OPTIMIZED, ids="-".join)
+def test_resumed_run_is_bit_identical(corpus, tmp_path, options):
+    architecture, optimizer = options
+    options = {"model": {"architecture": architecture}, "optimizer": optimizer}
+    start(corpus, tmp_path / "uninterrupted", **options).run()
+    interrupted = start(corpus, tmp_path / "interrupted", **options)
+    run_until(interrupted, 13)
+    assert max(losses(tmp_path / "interrupted")) == 12
+    trainer, notes = resume(corpus, tmp_path / "interrupted")
+    assert len(notes) == 1 and mentions(notes[0], f"{tmp_path}/interrupted/checkpoints/step-00000010")
+    trainer.run()
+    assert losses(tmp_path / "interrupted") == losses(tmp_path / "uninterrupted")
+    assert weights(tmp_path / "interrupted", 20) == weights(tmp_path / "uninterrupted", 20)
+
+
+def test_run_killed_at_a_random_step_resumes_bit_identically(corpus, tmp_path):
+    length = ["--tokens", str(256 * 400), "--checkpoint-every", "20", "--eval-every", "400"]
+    subprocess.run(command(corpus, tmp_path / "uninterrupted", *length), check=True, capture_output=True)
+    seed = random.SystemRandom().randrange(10**6)
+    kill_at = random.Random(seed).randrange(1, 300)
+    process = subprocess.Popen(command(corpus, tmp_path / "killed", *length), stdout=subprocess.PIPE)
+    wait_for_step(tmp_path / "killed", kill_at, process)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    reached = max(losses(tmp_path / "killed"))
+    assert reached < 400
+    resumed = [*command(corpus, tmp_path / "killed", *length), "--resume"]
+    output = subprocess.run(resumed, check=True, capture_output=True, text=True).stdout
+    steps = [int(step) for step in re.findall(r"step-(\d{8})", output)]  # where it resumes, and its last checkpoint
+    assert any(step <= reached for step in steps) or reached < 25, (kill_at, output)
+    assert losses(tmp_path / "killed") == losses(tmp_path / "uninterrupted"), kill_at
+    assert weights(tmp_path / "killed", 400) == weights(tmp_path / "uninterrupted", 400), kill_at
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_saves_a_checkpoint_and_prints_the_command_to_resume(corpus, tmp_path, number):
+    process = subprocess.Popen(
+        command(corpus, tmp_path / "run", "--tokens", "2M", "--checkpoint-every", "100000", "--eval-every", "100000"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for_step(tmp_path / "run", 7, process)
+    process.send_signal(number)
+    _, complaint = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    steps = losses(tmp_path / "run")
+    step = max(steps)
+    assert complaint.endswith("\n") and complaint.count("\n") == 1
+    assert mentions(complaint, step, number.name, f"{tmp_path}/run/checkpoints/step-{step:08d}")
+    assert f" train --out {tmp_path}/run --resume" in complaint
+    trainer, _ = resume(corpus, tmp_path / "run")
+    assert trainer.done == step
+
+
+def test_checkpoint_without_optimizer_setting_used_adam(corpus, tmp_path):
+    path = start(corpus, tmp_path / "run", tokens=256 * 5).run().checkpoint
+    state = json.loads((path / "state.json").read_text())
+    assert state["extra"]["settings"].pop("optimizer") == "adam"
+    (path / "state.json").write_text(json.dumps(state))
+    assert resume(corpus, tmp_path / "run")[0].done == 5
+
+
+def test_run_without_lr_width_setting_resumes_with_one_learning_rate(corpus, tmp_path):
+    path = start(corpus, tmp_path / "run", lr_width=0, tokens=256 * 5).run().checkpoint
+    state, config = json.loads((path / "state.json").read_text()), tmp_path / "run/config.yaml"
+    assert state["extra"]["settings"].pop("lr_width") == 0 and "lr_width: 0\n" in config.read_text()
+    (path / "state.json").write_text(json.dumps(state))
+    config.write_text(config.read_text().replace("lr_width: 0\n", ""))
+    trainer, _ = resume(corpus, tmp_path / "run")
+    assert trainer.done == 5 and {group["initial_lr"] for group in trainer.optimizer.param_groups} == {1e-2}
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("lr: 0.01", "lr: 0.02"),
+        ("lr_width: 128", "lr_width: 0"),
+        ("seed: 0", "seed: 1"),
+        ("tokens: 1280", "tokens: 768"),
+        ("optimizer: adam", "optimizer: muon"),
+    ],
+)
+def test_edited_config_is_refused(corpus, tmp_path, old, new):
+    start(corpus, tmp_path / "run", tokens=256 * 5).run()
+    text = (tmp_path / "run/config.yaml").read_text()
+    assert old in text
+    (tmp_path / "run/config.yaml").write_text(text.replace(old, new))
+    with pytest.raises(CheckpointError) as error:
+        resume(corpus, tmp_path / "run")
+    assert mentions(error.value, tmp_path / "run", old.partition(":")[0], "config.yaml")
+
+
+def test_incomplete_run_folder_can_be_used(corpus, tmp_path):
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "run/tokenizer.json").write_text("{")
+    assert start(corpus, tmp_path / "run", tokens=256).run().step == 1
+
+
+def test_resuming_refuses_changes_of_the_result(corpus, tmp_path):
+    start(corpus, tmp_path / "run", tokens=256 * 5).run()
+    for change, parts in (
+        ({"architecture": "gpt+"}, ("model.architecture", "angpt", "gpt+")),
+        ({"model": {"width": 128}}, ("model.width", 64, 128)),
+        ({"lr": 0.5}, ("lr", 0.01, 0.5)),
+        ({"seed": 9}, ("seed", 0, 9)),
+    ):
+        with pytest.raises(CheckpointError) as error:
+            resume(corpus, tmp_path / "run", **change)
+        assert mentions(error.value, tmp_path / "run", "--out", *parts)
+    trainer, _ = resume(corpus, tmp_path / "run", log_every=2, keep_checkpoints=1)
+    assert trainer.config.log_every == 2 and trainer.config.lr == 0.01
+
+
+def test_resuming_refuses_other_data(corpus, tmp_path):
+    from antransformer.data import prepare
+
+    start(corpus, tmp_path / "run", tokens=256 * 5).run()
+    (tmp_path / "text").mkdir()
+    for name in "abcdefgh":
+        (tmp_path / "text" / f"{name}.txt").write_text(f"{name} other words " * 200)
+    prepare([tmp_path / "text"], tmp_path / "other", tokenizer="byte", val_fraction=0.6)
+    config = run_folder.resumed_config(tmp_path / "run", {"data": str(tmp_path / "other")})
+    with pytest.raises(CheckpointError) as error:
+        Trainer(config, Dataset.open(tmp_path / "other"), tmp_path / "run", Notes(), resume=True)
+    assert mentions(error.value, tmp_path / "run", tmp_path / "other")
