@@ -1,7 +1,7 @@
-"""Names that changed: readers translate them in files of earlier releases, and errors name the new ones.
+"""Names that changed since version 1 of the saved files.
 
-Saved files carry a version number. A file of version 1 has the names on the left; a user's own options and YAML files
-are not translated, since silently accepted old names would live forever.
+Readers translate the names in saved files of version 1 (on the left of the tables). Options and YAML files of users are
+not translated, since silently accepted old names would live forever; their errors give the new names.
 """
 
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ OPTIONS = {
 
 
 def new_name(key: str) -> str:
-    """``: it is now X`` for a setting of an earlier release, such as ``clip`` or ``model.head_width``; else empty."""
+    """Return ``: it is now X`` for an old name such as ``clip`` or ``model.head_width``, otherwise an empty text."""
     names = TRAINING | {f"model.{old}": f"model.{new}" for old, new in MODEL.items()}
     if key in names:
         return f": it is now {names[key]}"
@@ -40,29 +40,29 @@ def new_name(key: str) -> str:
 
 
 def new_value(key: str, value: Any) -> str:
-    """``: it is now X`` for a value that an earlier release had for this setting; else empty."""
-    upgraded = _value(key, value)
+    """Return ``: it is now X`` for an old value of a setting, such as ``parallel`` shard, otherwise an empty text."""
+    upgraded = _upgrade_value(key, value)
     return "" if upgraded is value else f": it is now {upgraded}"
 
 
 def upgrade_model(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a ``ModelConfig`` of version 1 under their present names."""
+    """Rename the fields of a ``ModelConfig`` of version 1."""
     return {MODEL.get(name, name): value for name, value in fields.items() if name not in REMOVED_MODEL}
 
 
 def upgrade_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a run of version 1, with ``model`` nested or absent, under their present names."""
-    upgraded = {TRAINING.get(name, name): _value(name, value) for name, value in settings.items()}
+    """Rename the settings of a run of version 1; model settings are nested under ``model``, if present."""
+    upgraded = {TRAINING.get(name, name): _upgrade_value(name, value) for name, value in settings.items()}
     if isinstance(upgraded.get("model"), Mapping):
         upgraded["model"] = upgrade_model(upgraded["model"])
     return upgraded
 
 
 def upgrade_flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of version 1 with dotted names, such as ``model.head_width``, under their present names."""
+    """Rename settings of version 1 with dotted names, such as ``model.head_width``."""
     names = TRAINING | {f"model.{old}": f"model.{new}" for old, new in MODEL.items()}
-    return {names.get(name, name): _value(name, value) for name, value in settings.items()}
+    return {names.get(name, name): _upgrade_value(name, value) for name, value in settings.items()}
 
 
-def _value(name: str, value: Any) -> Any:
+def _upgrade_value(name: str, value: Any) -> Any:
     return VALUES.get(name, {}).get(value, value) if isinstance(value, str) else value

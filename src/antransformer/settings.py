@@ -1,7 +1,7 @@
-"""Settings: how a config declares one, and how text from a command line or a YAML file becomes its value.
+"""Declaration, conversion and checks of settings.
 
-A config is a frozen dataclass whose fields are made with ``setting``: the help text, the default and the permitted
-range are declared in one place, and command line, YAML files and Python share the conversion and the checks.
+A config is a frozen dataclass whose fields are declared with ``setting``: help text, default and range in one place.
+Command line, YAML files and Python share the conversion and the checks.
 """
 
 import difflib
@@ -22,7 +22,7 @@ BOUND_TEXTS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
 class Count(int):
-    """A whole number that users may write as 60K or 2.5B."""
+    """Integer that users may write as 60K or 2.5B."""
 
 
 def setting(
@@ -38,7 +38,7 @@ def setting(
     """Declare a field of a config.
 
     Args:
-        help: text for ``--help``; ``(default: ...)`` in it replaces the plain default.
+        help: text for ``--help``. The default is added unless the text contains ``(default``.
         default: value of the field; None for an optional setting.
         ge: smallest permitted value.
         gt: bound that the value must exceed.
@@ -78,12 +78,12 @@ def check_value(item: Field[Any], value: Any, key: str) -> None:
         raise ConfigError(f"{key} must be one of {', '.join(choices)}, got {shown(value)}")
     if not bounds:
         return
-    whole = issubclass(_value_type(item.type), int)
-    right_type = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    integer = issubclass(_value_type(item.type), int)
+    right_type = isinstance(value, int if integer else (int, float)) and not isinstance(value, bool)
     # NaN fails every comparison, so it is outside of every range.
     if not right_type or not all(COMPARISONS[name](value, bound) for name, bound in bounds.items()):
         permitted = " and ".join(f"{BOUND_TEXTS[name]} {_bound_text(bound)}" for name, bound in bounds.items())
-        kind = "" if right_type else "a whole number " if whole else "a number "
+        kind = "" if right_type else "an integer " if integer else "a number "
         raise ConfigError(f"{key} must be {kind}{permitted}, got {shown(value)}")
 
 
@@ -111,7 +111,7 @@ def convert_settings(config: type, values: Mapping[str, Any], where: str, prefix
     for name, value in values.items():
         key = f"{where}: {prefix}{name}"
         converted[name] = convert(value, known[name].type, key)
-        check_value(known[name], converted[name], key)
+        check_value(known[name], converted[name], key)  # here, since only here the source of the value is known
     return converted
 
 
@@ -119,7 +119,7 @@ def convert(value: Any, hint: Any, key: str) -> Any:
     """Convert a user's value to the type ``hint``; numbers may be text such as 60K (counts) or 2e-3.
 
     Raises:
-        ConfigError: the value has no such form; the message names ``key``.
+        ConfigError: the value does not fit the type; the message names ``key``.
     """
     if value is None and type(None) in typing.get_args(hint):
         return None
@@ -136,10 +136,10 @@ def _value_type(hint: Any) -> Any:
 
 
 def read_count(value: Any) -> Count:
-    """Read 60K, 2.5B, 1e6 or 4096 as a whole number.
+    """Read 60K, 2.5B, 1e6 or 4096 as an integer.
 
     Raises:
-        ValueError: the value is not a whole number, or has more than 63 bits.
+        ValueError: the value is not an integer, or has more than 63 bits.
     """
     if isinstance(value, bool):
         raise ValueError(value)
@@ -163,7 +163,7 @@ def shown(value: Any) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """``: did you mean X?`` for a misspelt word; empty where no known word is near."""
+    """Return ``: did you mean X?`` for a misspelt word, or an empty text if no known word is near."""
     match = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.6)
     return f": did you mean {match[0]}?" if match else ""
 
@@ -196,7 +196,7 @@ def _read_str(value: Any) -> str:
 
 _READERS: dict[Any, tuple[Callable[[Any], Any], str]] = {
     Count: (read_count, "a count of tokens such as 4096, 60K or 2.5B"),
-    int: (_read_int, "a whole number"),
+    int: (_read_int, "an integer"),
     float: (_read_float, "a number"),
     bool: (_read_bool, "true or false"),
     str: (_read_str, "text"),

@@ -1,4 +1,4 @@
-"""Products in 8 bits: the rounding, the sizes, and models that train with it."""
+"""FP8 linear layers: rounding, scales, and models that use them."""
 
 import re
 
@@ -21,31 +21,31 @@ def random(*shape, seed=0, dtype=torch.float32):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def rounded(x, size, bits, largest):
-    """x / size to so many bits of mantissa, as a float64, times size; of what is no subnormal."""
-    step = torch.exp2(torch.floor(torch.log2((x.double() / size).abs())) - bits)
-    return ((x.double() / size / step).round() * step).clamp(-largest, largest) * size
+def rounded(x, scale, bits, largest):
+    """Round normal numbers x / scale to a number of mantissa bits in float64, and scale them back."""
+    step = torch.exp2(torch.floor(torch.log2((x.double() / scale).abs())) - bits)
+    return ((x.double() / scale / step).round() * step).clamp(-largest, largest) * scale
 
 
-def test_numbers_are_rounded_to_the_format_and_do_not_leave_its_range():
+def test_compress_rounds_and_clamps():
     x = random(1000) * 0.25
-    x = x[x.abs() > 0.25 * 2**-6]  # the least normal number of e4m3 is 2^-6
-    compressed, size = float8.compress(x, torch.float8_e4m3fn, 0.25)
-    torch.testing.assert_close(compressed.double() * size, rounded(x, 0.25, 3, 448))
-    compressed, size = float8.compress(x, torch.float8_e5m2, 0.25)
-    torch.testing.assert_close(compressed.double() * size, rounded(x, 0.25, 2, 57344))
-    far = torch.tensor([-1e9, 1e9])
-    assert float8.compress(far, torch.float8_e4m3fn, 1.0)[0].tolist() == [-448, 448]
-    assert float8.compress(far, torch.float8_e5m2, 1.0)[0].tolist() == [-57344, 57344]
+    x = x[x.abs() > 0.25 * 2**-6]  # the smallest normal number of e4m3 is 2^-6
+    compressed, scale = float8.compress(x, torch.float8_e4m3fn, 0.25)
+    torch.testing.assert_close(compressed.double() * scale, rounded(x, 0.25, 3, 448))
+    compressed, scale = float8.compress(x, torch.float8_e5m2, 0.25)
+    torch.testing.assert_close(compressed.double() * scale, rounded(x, 0.25, 2, 57344))
+    outside = torch.tensor([-1e9, 1e9])
+    assert float8.compress(outside, torch.float8_e4m3fn, 1.0)[0].tolist() == [-448, 448]
+    assert float8.compress(outside, torch.float8_e5m2, 1.0)[0].tolist() == [-57344, 57344]
 
 
-def test_a_size_that_is_found_uses_the_whole_range():
+def test_dynamic_scale_uses_the_full_range():
     x = random(7, 9) * 1e-12
-    compressed, size = float8.compress(x, torch.float8_e4m3fn, None)
+    compressed, scale = float8.compress(x, torch.float8_e4m3fn, None)
     assert compressed.double().abs().max() == 448
-    torch.testing.assert_close(compressed.double() * size, x.double(), rtol=0.07, atol=1e-16)
-    zero, size = float8.compress(torch.zeros(3), torch.float8_e4m3fn, None)
-    assert (zero.float() * size).tolist() == [0, 0, 0]
+    torch.testing.assert_close(compressed.double() * scale, x.double(), rtol=0.07, atol=1e-16)
+    zero, scale = float8.compress(torch.zeros(3), torch.float8_e4m3fn, None)
+    assert (zero.float() * scale).tolist() == [0, 0, 0]
 
 
 def model_of(architecture, **sizes):
@@ -71,10 +71,10 @@ def loss_and_gradients(model):
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.3])
-def test_a_product_is_that_of_rounded_numbers_both_ways(factor):
+def test_product_and_gradients_use_rounded_numbers(factor):
     module = Linear(64, 48, factor)
     module.__class__, module.scales = float8.StaticLinear, float8.unit_scales(64, *module.weight.shape)
-    assert module.scales == (1 / 2, 1 / 8, 1 / 8)  # of gradients for one token
+    assert module.scales == (1 / 2, 1 / 8, 1 / 8)  # the last one for gradients of one token
     x, gradient = (
         functional.normalize(random(5, 3, 64)).requires_grad_(),
         functional.normalize(random(5, 3, 48, seed=1)) / 15,
@@ -82,8 +82,8 @@ def test_a_product_is_that_of_rounded_numbers_both_ways(factor):
     y = module(x)
     y.backward(gradient)
 
-    def compressed(value, dtype, size):
-        return float8.compress(value.detach(), dtype, size)[0].double() * size
+    def compressed(value, dtype, scale):
+        return float8.compress(value.detach(), dtype, scale)[0].double() * scale
 
     x8 = compressed(x, torch.float8_e4m3fn, 1 / 2)
     w8 = compressed(module.weight, torch.float8_e4m3fn, 1 / 8)
@@ -95,34 +95,36 @@ def test_a_product_is_that_of_rounded_numbers_both_ways(factor):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_simulation_is_torchs_product_of_8_bits(dtype):
+def test_simulation_equals_torchs_fp8_product(dtype):
     a = float8.compress(random(48, 32), torch.float8_e5m2, 1.0)[0]
     b = float8.compress(random(64, 32, seed=1), torch.float8_e4m3fn, 1.0)[0]
-    for first, second in ((a, b.T), (b, a.T)):  # transposed or not, as forward and backward have them
-        found, expected = float8.scaled_product(first, second, 0.3, dtype), float8.multiply(first, second, 0.3, dtype)
-        assert found.dtype == expected.dtype == dtype
-        torch.testing.assert_close(found, expected)
+    for first, second in ((a, b.T), (b, a.T)):  # transposed as in forward and backward
+        product, simulated = (
+            multiply(first, second, 0.3, dtype) for multiply in (float8.scaled_product, float8.multiply)
+        )
+        assert product.dtype == simulated.dtype == dtype
+        torch.testing.assert_close(product, simulated)
 
 
-def test_sizes_are_those_of_real_activations_weights_and_gradients(monkeypatch):
+def test_constant_scales_fit_activations_weights_and_gradients(monkeypatch):
     ratios = []
 
-    def compress(x, dtype, size):
-        ratios.append(x.double().square().mean().sqrt().item() / size)
-        return original(x, dtype, size)
+    def compress(x, dtype, scale):
+        ratios.append(x.double().square().mean().sqrt().item() / scale)
+        return original(x, dtype, scale)
 
     original = float8.compress
     monkeypatch.setattr(float8, "compress", compress)
     loss_and_gradients(converted("angpt", width=128, context=64))
     inputs, weights, gradients = ratios[:20:2], ratios[1:20:2], ratios[20:]
     assert len(gradients) == 2 * 5
-    assert all(0.7 < ratio < 1.5 for ratio in weights)  # but for the power of two
-    assert all(2**-6 < ratio < 1 for ratio in inputs)  # e4m3 has room for 2^8 times that and precision down to 2^-6
-    assert all(2**-8 < ratio < 2 for ratio in gradients)  # e5m2 for 2^15, and down to 2^-14
+    assert all(0.7 < ratio < 1.5 for ratio in weights)  # apart from rounding to a power of two
+    assert all(2**-6 < ratio < 1 for ratio in inputs)  # e4m3 ranges from 2^-6 to 2^8
+    assert all(2**-8 < ratio < 2 for ratio in gradients)  # e5m2 ranges from 2^-14 to 2^15
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_architecture_has_its_loss_and_gradients_but_for_rounding(architecture):
+def test_fp8_changes_loss_and_gradients_only_slightly(architecture):
     (loss, gradients), (plain_loss, plain) = (loss_and_gradients(make(architecture)) for make in (converted, model_of))
     assert loss.item() == pytest.approx(plain_loss.item(), rel=0.01) and loss != plain_loss
     for name, gradient in plain.items():
@@ -130,15 +132,17 @@ def test_every_architecture_has_its_loss_and_gradients_but_for_rounding(architec
             assert F.cosine_similarity(gradients[name].flatten(), gradient.flatten(), 0) > 0.9, name
 
 
-def test_only_linear_maps_of_blocks_are_converted():
+def test_only_linear_layers_of_blocks_are_converted():
     for architecture in ARCHITECTURES:
         plain, model = model_of(architecture), converted(architecture)
         changed = {name for name, module in model.named_modules() if hasattr(module, "scales")}
         changed |= {name for name, module in model.named_modules() if isinstance(module, float8.DynamicLinear)}
         parts = ("attention.qkv_proj", "attention.out_proj", "mlp.up_proj", "mlp.gate_proj", "mlp.down_proj")
         assert changed == {f"blocks.{index}.{part}" for index in range(2) for part in parts}
-        for (name, value), (same, other) in zip(plain.state_dict().items(), model.state_dict().items(), strict=True):
-            assert name == same and torch.equal(value, other)
+        for (name, value), (converted_name, converted_value) in zip(
+            plain.state_dict().items(), model.state_dict().items(), strict=True
+        ):
+            assert name == converted_name and torch.equal(value, converted_value)
         model.reset_parameters()
 
 
@@ -149,7 +153,7 @@ def assert_refused(config, device, *parts):
         assert re.search(rf"\b{re.escape(part)}\b", str(error.value)), part
 
 
-def test_what_can_not_be_converted_is_refused(monkeypatch):
+def test_unsupported_devices_and_sizes_are_refused(monkeypatch):
     config = ModelConfig(architecture="angpt", **SIZES)
     assert_refused(config, "mps", "fp8", "mps", "bfloat16")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
