@@ -4,7 +4,7 @@ from pathlib import Path
 
 from antransformer.errors import CheckpointError
 from antransformer.extras import require
-from antransformer.training.metrics import read_metrics
+from antransformer.training.metrics import read_lines
 
 
 def loss_curve(run: Path) -> Path:
@@ -14,7 +14,7 @@ def loss_curve(run: Path) -> Path:
         CheckpointError: the run has no metrics.
         MissingExtraError: matplotlib is not installed.
     """
-    lines = [line for line in read_metrics(run / "metrics.jsonl") if {"tokens", "loss"} <= line.keys()]
+    lines = [line for line in read_lines(run / "metrics.jsonl") if {"tokens", "loss"} <= line.keys()]
     if not lines:
         raise CheckpointError(f"{run}: metrics.jsonl is missing or empty")
     validated = [line for line in lines if "val_loss" in line]

@@ -128,7 +128,9 @@ class Trainer:
         self.loss: Callable[[Tensor, Tensor], Tensor] = (
             torch.compile(self.model.loss) if config.compile and dist_ctx.world_size == 1 else self.model.loss
         )
-        self.writer = checkpoint.CheckpointWriter(folder / CHECKPOINTS, config.keep_checkpoints, config.keep_every, dist_ctx)
+        self.writer = checkpoint.CheckpointWriter(
+            folder / CHECKPOINTS, config.keep_checkpoints, config.keep_every, dist_ctx
+        )
         self.done, self.seconds = 0, 0.0  # completed steps, and the time that they took
         self.skipped = 0  # completed steps that were skipped
         if resume:
@@ -362,7 +364,8 @@ class Trainer:
         """
         if not pending:
             return {}
-        values = self.dist_ctx.all_reduce_sum(torch.stack([torch.stack(pair) for pair in pending])) / self.dist_ctx.world_size
+        local_values = torch.stack([torch.stack(pair) for pair in pending])
+        values = self.dist_ctx.all_reduce_sum(local_values) / self.dist_ctx.world_size
         for step, pair in enumerate(values.tolist(), self.done - len(pending) + 1):
             for name, value in zip(("loss", "gradient norm"), pair, strict=True):
                 if not math.isfinite(value):
