@@ -449,7 +449,7 @@ def test_laws(root, data):
     with case(root) as folder:
         put(folder / "laws.json", content, kind)
         with one_line():
-            for laws in read_laws(folder / "laws.json").of.values():
+            for laws in read_laws(folder / "laws.json").by_architecture.values():
                 predict(laws, 1e7, 1e9)
                 if laws.compute:
                     laws.best_size(1e18)

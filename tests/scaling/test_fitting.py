@@ -214,7 +214,7 @@ def test_no_other_start_ends_lower():
     x, y = np.log(n) - np.log(n).mean(), np.log(d) - np.log(d).mean()
     for _ in range(20):
         start = np.array([*rng.uniform(-2, 1.5, 3), *rng.uniform(0.1, 1, 2)])
-        assert scaling._followed(start, x, y, np.log(losses))[1] >= ours * (1 - 1e-4)
+        assert scaling._minimize_huber(start, x, y, np.log(losses))[1] >= ours * (1 - 1e-4)
 
 
 def test_one_spoiled_run_moves_little():

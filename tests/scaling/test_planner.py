@@ -129,7 +129,7 @@ def test_the_users_own_laws_are_used(fits, capsys):
     assert low < loss < high and columns[5] == "(95%)"
     # The band is the confidence band of the fit, at the model's size and the run's tokens.
     config = resolve_config(yaml.safe_load(out[out.rindex("\n# ") :]), 512)
-    prediction = predict(read_laws(fits).of["angpt"], parameter_count(config.model), config.tokens)
+    prediction = predict(read_laws(fits).by_architecture["angpt"], parameter_count(config.model), config.tokens)
     assert (prediction.loss, prediction.low, prediction.high) == pytest.approx((loss, low, high), abs=1e-3)
     assert "ddp" not in out[: out.rindex("\n# ")]  # one GPU has no strategy
 
@@ -148,18 +148,18 @@ def test_a_default_rate_has_a_width_and_the_rate_of_a_law_has_none(fits, capsys)
 
 def test_the_band_follows_from_the_covariance(fits):
     content = json.loads(fits.read_text())
-    surface = read_laws(fits).of["angpt"].surface
+    surface = read_laws(fits).by_architecture["angpt"].surface
     # Delta method: the gradient of log L in the five parameters; Student's t with 7 degrees of freedom.
     n, d = 1e6, 2e7
     size, data = surface.A / n**surface.alpha, surface.B / d**surface.beta
     gradient = np.array([1, size, data, -size * math.log(n), -data * math.log(d)]) / surface(n, d)
     error = math.sqrt(gradient @ np.array(content["angpt"]["surface"]["covariance"]) @ gradient)
-    prediction = predict(read_laws(fits).of["angpt"], n, d)
+    prediction = predict(read_laws(fits).by_architecture["angpt"], n, d)
     assert math.log(prediction.high / prediction.loss) == pytest.approx(2.3646 * error, rel=1e-3)
     assert not prediction.outside
     content["angpt"]["surface"]["covariance"] = [[None] * 5] * 5
     fits.with_name("without.json").write_text(json.dumps(content))
-    without_covariance = predict(read_laws(fits.with_name("without.json")).of["angpt"], n, 1e10)
+    without_covariance = predict(read_laws(fits.with_name("without.json")).by_architecture["angpt"], n, 1e10)
     assert without_covariance.high == math.inf
     (outside,) = without_covariance.outside
     assert all(fact in outside for fact in ("tokens", "10B", "52.1", "192M"))
@@ -179,8 +179,8 @@ def test_the_shipped_laws_measured_nearest_are_used(fits, tmp_path, monkeypatch)
 def test_every_shipped_law_describes_its_measurement():
     for path in laws.SHIPPED.glob("*.json"):
         file = read_laws(path)
-        assert len(file.measured) > 40 and {"angpt", "gpt+"} <= file.of.keys()
-        assert all(architecture_laws.compute for architecture_laws in file.of.values())
+        assert len(file.measured) > 40 and {"angpt", "gpt+"} <= file.by_architecture.keys()
+        assert all(architecture_laws.compute for architecture_laws in file.by_architecture.values())
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_an_exponent_may_be_0_but_loss_must_fall_with_size(fits, tmp_path):
     content = json.loads(fits.read_text())
     content["angpt"]["lr"] = {"coefficient": 2e-3, "exponent": 0.0, "span": [1e6, 1e8]}
     (tmp_path / "laws.json").write_text(json.dumps(content))
-    assert read_laws(tmp_path / "laws.json").of["angpt"].powers["lr"](1e9) == 2e-3
+    assert read_laws(tmp_path / "laws.json").by_architecture["angpt"].powers["lr"](1e9) == 2e-3
     content["angpt"]["surface"]["alpha"] = -0.3
     (tmp_path / "laws.json").write_text(json.dumps(content))
     with pytest.raises(DataError, match=r"-0\.3\b"):
@@ -260,7 +260,7 @@ def test_rounding_errors_are_two_numbers_of_any_size(tmp_path):
     content = json.loads((laws.SHIPPED / "paper.json").read_text())
     content["angpt"]["loss"]["rounded"] = [0.05, 30.0]
     (tmp_path / "laws.json").write_text(json.dumps(content))
-    prediction = predict(read_laws(tmp_path / "laws.json").of["angpt"], 1e9, 2e10)
+    prediction = predict(read_laws(tmp_path / "laws.json").by_architecture["angpt"], 1e9, 2e10)
     assert 0 <= prediction.low < 1e-200 and prediction.high > 1e200
     content["angpt"]["loss"]["rounded"] = [0.05]
     (tmp_path / "laws.json").write_text(json.dumps(content))

@@ -184,7 +184,7 @@ def test_the_report_says_whether_the_best_rate_moves(corpus, tmp_path):
     pytest.importorskip("matplotlib")
     page, *pictures = sweep_report.write(results, tmp_path)
     assert {path.name for path in pictures} == {
-        f"{name}.png" for name in ("loss-lr", "best-lr", "coordinates", "turned", "logits")
+        f"{name}.png" for name in ("loss-lr", "best-lr", "coordinates", "rotation", "logits")
     }
     assert re.search(r"GPT\+[^^]*\bwidth\^-0\.5", page.read_text())
 

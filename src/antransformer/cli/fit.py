@@ -33,7 +33,8 @@ from antransformer.reporting.labels import format_count, style_of
 from antransformer.results.observations import BestSettings, Observations, read_observations, read_table
 from antransformer.scaling.charts import charts
 from antransformer.scaling.fits import LAWS, Fit, fit, fit_optima
-from antransformer.scaling.fitting import Interval, Surface
+from antransformer.scaling.fitting import Surface
+from antransformer.scaling.intervals import Interval
 
 USAGE = "antransformer fit RESULTS... [options]\n       antransformer fit --optima FILE.csv [options]"
 SURFACE = ("E", "A", "B", "alpha", "beta")

@@ -103,7 +103,7 @@ def make(parsed: argparse.Namespace, template: ModelConfig, cluster: Cluster) ->
         config = sized(parsed.size, template)
         compute = 6.0 * tokens * parameter_count(config)
         file = read_laws(parsed.fits) if parsed.fits else nearest_shipped(template.architecture, compute)
-        laws = file.of.get(template.architecture) if file else None
+        laws = file.by_architecture.get(template.architecture) if file else None
         return plans.plan_run(config, tokens, cluster, laws, mfu), file
     amount = positive(parsed, "flops" if "flops" in budget else "hours", 0.0)
     flops = amount if "flops" in budget else cluster.peak_flops * (mfu or 0.4) * amount * 3600
@@ -216,7 +216,8 @@ def loss_table(plan: Plan, file: LawFile) -> tuple[Table, list[str]]:
     """Return the table of expected losses for these parameters and tokens, and notes on extrapolation."""
     table, notes = new_table("expected loss, nats per token", "", "band", "law"), []
     for name in dict.fromkeys((plan.config.architecture, *COMPARED)):
-        prediction = predict(file.of[name], plan.parameters, plan.tokens) if name in file.of else None
+        laws = file.by_architecture.get(name)
+        prediction = predict(laws, plan.parameters, plan.tokens) if laws else None
         label = style_of(name).label
         if prediction is None:
             notes.append(f"no scaling law for the loss of {label}: give --fits")

@@ -1,7 +1,7 @@
-"""The scaling laws of each architecture from what was observed, with what they can not say in words."""
+"""All scaling laws of each architecture from observed runs, with notes on what the runs leave undetermined."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -11,11 +11,14 @@ from antransformer.errors import DataError
 from antransformer.reporting.labels import format_count
 from antransformer.results.observations import BestSettings, Observation, Observations, column
 from antransformer.scaling import fitting as scaling
-from antransformer.scaling.fitting import Array, Frontier, Optimum, PowerLaw, Surface, power_law
+from antransformer.scaling.fitting import Frontier, Optimum, PowerLaw, Surface, power_law
+from antransformer.scaling.intervals import Array
 
-LEAST = 2  # points of a law
-SURFACE_LEAST = (6, 3, 3)  # runs, sizes and token counts of L(N, D), which has five numbers
-# What a law is of, and of what it is a function.
+MIN_POINTS = 2  # of a power law
+FEW_POINTS = 5  # below which a note warns of a wide interval
+SURFACE_MINIMUM = (6, 3, 3)  # runs, sizes and token counts of L(N, D), which has five coefficients
+MAX_RATIO_SPREAD = 1.5  # between the most and the fewest tokens per parameter of laws over N
+# Title and variable of each power law: N is the number of parameters, C the compute.
 LAWS = {
     "batch": ("best batch", "N"),
     "lr": ("best learning rate", "N"),
@@ -27,7 +30,7 @@ LAWS = {
 
 @dataclass(frozen=True)
 class SizeOptimum:
-    """The best settings for one size and number of tokens; ``tokens`` is NaN where it is not known."""
+    """Best settings for one size and number of tokens; ``tokens`` is NaN if unknown."""
 
     parameters: float
     tokens: float
@@ -35,12 +38,12 @@ class SizeOptimum:
 
     @property
     def known_batch(self) -> bool:
-        """Whether the best batch is one, and not merely the edge of what was tried."""
+        """Whether the best batch is a minimum and not only an edge of the range that was tried."""
         return self.best.lr_bracketed and self.best.batch_bracketed
 
     @property
     def known_lr(self) -> bool:
-        """The same of the learning rate; with a single batch it is the best one for that."""
+        """Whether the best learning rate is a minimum, given the best batch or the only batch."""
         return self.best.lr_bracketed and (self.best.batch_bracketed or self.best.batches == 1)
 
 
@@ -49,13 +52,13 @@ class Fit:
     """All laws of one architecture.
 
     Attributes:
-        name: the architecture.
-        runs: finite losses, one for each size and number of tokens: the lowest of those tried, averaged over seeds.
-        optima: best settings by size, then tokens.
-        frontier: the runs that the laws of compute are fitted to; None without runs.
-        laws: those of ``LAWS`` that can be had.
-        surface: L(N, D); None from too few runs.
-        notes: what is missing, or rests on little.
+        name: architecture.
+        runs: for each size and number of tokens the lowest finite loss, averaged over seeds.
+        optima: best settings, by size and then by tokens.
+        frontier: runs on the compute frontier; None without runs.
+        laws: power laws by their name in ``LAWS``; laws without enough points are left out.
+        surface: L(N, D); None if there are too few runs.
+        notes: warnings about missing laws and laws from few points.
     """
 
     name: str
@@ -67,95 +70,100 @@ class Fit:
     notes: tuple[str, ...]
 
     def content(self) -> dict[str, Any]:
-        """For JSON: the laws by name beside the rest; what is infinite or not a number becomes null."""
-        whole = {**{name: asdict(law) for name, law in self.laws.items()}, "optima": [asdict(it) for it in self.optima]}
+        """Values for JSON: the laws by name, then optima, frontier, surface and notes; NaN and infinity become null."""
+        values: dict[str, Any] = {name: asdict(law) for name, law in self.laws.items()}
+        values["optima"] = [asdict(optimum) for optimum in self.optima]
         if self.frontier:
-            columns = {name: values.tolist() for name, values in asdict(self.frontier).items()}
-            whole["frontier"] = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+            columns = {name: column.tolist() for name, column in asdict(self.frontier).items()}
+            values["frontier"] = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         if self.surface:
-            whole["surface"] = asdict(self.surface)
-        return _plain({**whole, "notes": self.notes})
+            values["surface"] = asdict(self.surface)
+        return _json_values({**values, "notes": self.notes})
 
 
 def fit_optima(rows: Sequence[BestSettings]) -> list[Fit]:
-    """The laws of batch and learning rate alone, from best settings that were found elsewhere.
+    """Fit the laws of batch and learning rate to best settings that are already known.
 
     Raises:
         DataError: no architecture has two sizes.
     """
+    _require_two_sizes(rows)
     fits = []
     for name in dict.fromkeys(row.architecture for row in rows):
-        own = sorted((row for row in rows if row.architecture == name), key=lambda row: row.parameters)
+        own_rows = sorted((row for row in rows if row.architecture == name), key=lambda row: row.parameters)
         optima = [
-            SizeOptimum(row.parameters, math.nan, Optimum(row.batch, row.lr, math.nan, True, True, 3)) for row in own
+            SizeOptimum(row.parameters, math.nan, Optimum(row.batch, row.lr, math.nan, True, True, 3))
+            for row in own_rows
         ]
         laws, notes = _laws_of_size(optima)
         fits.append(Fit(name, (), tuple(optima), None, laws, None, tuple(notes)))
-    return _checked(fits, rows)
+    return fits
 
 
 def fit(observed: Observations, bins: int | None = None) -> list[Fit]:
-    """All laws of each architecture.
+    """Fit all laws of each architecture.
 
     Args:
-        observed: the runs.
-        bins: of compute; by default four a decade.
+        observed: searches and finished runs.
+        bins: number of bins of compute (default: four per decade).
 
     Raises:
         DataError: no architecture has two sizes.
     """
-    everything = (*observed.searches, *observed.runs)
-    return _checked([_fit(name, observed, bins) for name in _names(everything)], everything)
+    rows = (*observed.searches, *observed.runs)
+    _require_two_sizes(rows)
+    return [_fit_architecture(name, observed, bins) for name in dict.fromkeys(row.architecture for row in rows)]
 
 
-def _names(rows: Iterable[Observation]) -> dict[str, None]:
-    return dict.fromkeys(row.architecture for row in rows)
+def _require_two_sizes(rows: Sequence[Observation | BestSettings]) -> None:
+    sizes: dict[str, set[float]] = {}
+    for row in rows:
+        sizes.setdefault(row.architecture, set()).add(row.parameters)
+    if max(map(len, sizes.values())) < MIN_POINTS:
+        raise DataError(f"each of {', '.join(sizes)} has one size: a law needs two sizes, and is reliable from five")
 
 
-def _checked(fits: list[Fit], rows: Sequence[Observation | BestSettings]) -> list[Fit]:
-    sizes = {it.name: len({row.parameters for row in rows if row.architecture == it.name}) for it in fits}
-    if max(sizes.values()) < LEAST:
-        raise DataError(f"too few sizes for a law over them: one of {', '.join(sizes)}; two are needed, five are good")
-    return fits
-
-
-def _fit(name: str, observed: Observations, bins: int | None) -> Fit:
+def _fit_architecture(name: str, observed: Observations, bins: int | None) -> Fit:
     optima = optima_of([row for row in observed.searches if row.architecture == name])
     laws, notes = _laws_of_size(optima)
-    ratios = [it.tokens / it.parameters for it in optima]
-    if laws and max(ratios) > 1.5 * min(ratios):
+    ratios = [optimum.tokens / optimum.parameters for optimum in optima]
+    if laws and max(ratios) > MAX_RATIO_SPREAD * min(ratios):
         notes.append(
-            f"best batch and learning rate are of {min(ratios):.3g} to {max(ratios):.3g} tokens a parameter: their "
-            "laws over N hold what tokens do, too"
+            f"best batch and learning rate are from runs with {min(ratios):.3g} to {max(ratios):.3g} tokens per "
+            "parameter: their laws over N include the effect of the tokens"
         )
-    runs = _lowest([row for row in observed.runs if row.architecture == name])
+    runs = _best_runs([row for row in observed.runs if row.architecture == name])
     if not runs:
         return Fit(name, (), tuple(optima), None, laws, None, (*notes, "no finished run: no law of the loss"))
     n, d, losses = column(runs, "parameters"), column(runs, "tokens"), column(runs, "loss")
-    front = scaling.frontier(n, d, losses, bins)
-    more, said = _laws_of_compute(front)
-    surface, also = _surface(n, d, losses)
-    return Fit(name, tuple(runs), tuple(optima), front, {**laws, **more}, surface, (*notes, *said, *also))
+    frontier = scaling.frontier(n, d, losses, bins)
+    compute_laws, compute_notes = _laws_of_compute(frontier)
+    surface, surface_notes = _surface(n, d, losses)
+    notes += compute_notes + surface_notes
+    return Fit(name, tuple(runs), tuple(optima), frontier, {**laws, **compute_laws}, surface, tuple(notes))
 
 
 def optima_of(rows: Sequence[Observation]) -> list[SizeOptimum]:
-    """Of each size and number of tokens at which more than one learning rate was tried, and not all diverged."""
-    found = []
+    """Best settings for each size and number of tokens, ascending.
+
+    A group with a single learning rate, or in which all runs diverged, is left out.
+    """
+    optima = []
     for parameters, tokens in sorted({(row.parameters, row.tokens) for row in rows}):
-        own = [row for row in rows if (row.parameters, row.tokens) == (parameters, tokens)]
-        if len({row.lr for row in own}) > 1:
-            best = scaling.optimum(column(own, "batch"), column(own, "lr"), column(own, "loss"))
+        group = [row for row in rows if (row.parameters, row.tokens) == (parameters, tokens)]
+        if len({row.lr for row in group}) > 1:
+            best = scaling.optimum(column(group, "batch"), column(group, "lr"), column(group, "loss"))
             if best:
-                found.append(SizeOptimum(parameters, tokens, best))
-    return found
+                optima.append(SizeOptimum(parameters, tokens, best))
+    return optima
 
 
-def _lowest(rows: Sequence[Observation]) -> list[Observation]:
-    """For each size and number of tokens the settings with the lowest mean loss, as one row."""
+def _best_runs(rows: Sequence[Observation]) -> list[Observation]:
+    """For each size and number of tokens, the settings with the lowest mean loss over seeds, as one row."""
     seeds: dict[tuple[float, ...], list[Observation]] = {}
     for row in rows:
         seeds.setdefault((row.parameters, row.tokens, row.batch, row.lr), []).append(row)
-    means = [replace(same[0], loss=float(column(same, "loss").mean())) for same in seeds.values()]
+    means = [replace(group[0], loss=float(column(group, "loss").mean())) for group in seeds.values()]
     lowest: dict[tuple[float, float], Observation] = {}
     for row in sorted(means, key=lambda row: (row.parameters, row.tokens, row.loss)):
         if math.isfinite(row.loss):
@@ -165,69 +173,71 @@ def _lowest(rows: Sequence[Observation]) -> list[Observation]:
 
 def _laws_of_size(optima: Sequence[SizeOptimum]) -> tuple[dict[str, PowerLaw], list[str]]:
     if not optima:
-        return {}, ["no learning rates were searched: no law of the best one, nor of the best batch"]
-    notes = []
-    single = all(it.best.batches == 1 for it in optima)
-    if single:
-        notes.append("one batch was tried at each size: no law of the best batch, and the learning rates are for it")
+        return {}, ["no search over learning rates: no law of the best batch or of the best learning rate"]
     laws: dict[str, PowerLaw] = {}
-    for name in ("lr",) if single else ("batch", "lr"):
-        known = [it for it in optima if (it.known_batch if name == "batch" else it.known_lr)]
-        if edges := [it for it in optima if it not in known]:
+    notes: list[str] = []
+
+    def add(name: str, is_known: Callable[[SizeOptimum], bool]) -> None:
+        # An edge only bounds the optimum. As a point of the law it would reflect the range that was tried.
+        known = [optimum for optimum in optima if is_known(optimum)]
+        edges = [format_count(optimum.parameters) for optimum in optima if not is_known(optimum)]
+        if edges:
             notes.append(
-                f"{LAWS[name][0]}: at {len(edges)} of {len(optima)} places the best lies at an edge of what was tried "
-                f"({_listed(edges)}); they are left out of the law"
+                f"{LAWS[name][0]}: {len(edges)} of {len(optima)} optima are at an edge of the grid and left out of the "
+                f"law ({', '.join(dict.fromkeys(edges))})"
             )
-        x = np.array([it.parameters for it in known])
-        _add_law(laws, notes, name, x, np.array([getattr(it.best, name) for it in known]))
+        x = np.array([optimum.parameters for optimum in known])
+        _add_law(laws, notes, name, x, np.array([getattr(optimum.best, name) for optimum in known]))
+
+    if all(optimum.best.batches == 1 for optimum in optima):
+        notes.append("one batch per size: no law of the best batch, and the learning rates hold for that batch")
+    else:
+        add("batch", lambda optimum: optimum.known_batch)
+    add("lr", lambda optimum: optimum.known_lr)
     return laws, notes
 
 
-def _listed(optima: Sequence[SizeOptimum]) -> str:
-    return ", ".join(dict.fromkeys(format_count(it.parameters) for it in optima))
-
-
-def _laws_of_compute(front: Frontier) -> tuple[dict[str, PowerLaw], list[str]]:
+def _laws_of_compute(frontier: Frontier) -> tuple[dict[str, PowerLaw], list[str]]:
     laws: dict[str, PowerLaw] = {}
     notes: list[str] = []
-    _add_law(laws, notes, "loss", front.compute, front.losses)
-    known = front.bracketed
+    _add_law(laws, notes, "loss", frontier.compute, frontier.losses)
+    known = frontier.bracketed
     if not known.all():
         notes.append(
-            f"best size and tokens: {(~known).sum()} of {len(known)} bins of compute have no smaller and larger size "
-            "beside the best one; they are left out of these laws"
+            f"best size and tokens: {(~known).sum()} of {len(known)} compute bins lack a smaller or a larger size than "
+            "the best and are left out of these laws"
         )
-    _add_law(laws, notes, "size", front.compute[known], front.parameters[known])
-    _add_law(laws, notes, "tokens", front.compute[known], front.tokens[known])
+    _add_law(laws, notes, "size", frontier.compute[known], frontier.parameters[known])
+    _add_law(laws, notes, "tokens", frontier.compute[known], frontier.tokens[known])
     return laws, notes
 
 
 def _add_law(laws: dict[str, PowerLaw], notes: list[str], name: str, x: Array, y: Array) -> None:
-    """Fit one where there are points for it, and say where there are few."""
+    """Add the fitted law to ``laws`` if there are enough points, and to ``notes`` a warning if they are few."""
     points, title = len(np.unique(x)), LAWS[name][0]
-    if points < LEAST:
-        notes.append(f"{title}: no law, for {points} point{'' if points == 1 else 's'} of the {LEAST} needed")
+    if points < MIN_POINTS:
+        notes.append(f"{title}: no law (points: {points}, needed: {MIN_POINTS})")
         return
     laws[name] = power_law(x, y)
-    if len(x) == LEAST:
-        notes.append(f"{title}: a line through two points, and nothing that says how far off it is")
-    elif len(x) < 5:
-        notes.append(f"{title}: {len(x)} points only, so a wide interval")
+    if len(x) == MIN_POINTS:
+        notes.append(f"{title}: a line through two points, so without an interval")
+    elif len(x) < FEW_POINTS:
+        notes.append(f"{title}: only {len(x)} points, so a wide interval")
 
 
 def _surface(n: Array, d: Array, losses: Array) -> tuple[Surface | None, list[str]]:
-    found = (len(losses), len(np.unique(n)), len(np.unique(d)))
-    if any(have < least for have, least in zip(found, SURFACE_LEAST, strict=True)):
-        need = "needs {} runs of {} sizes and {} token counts".format(*SURFACE_LEAST)
-        return None, ["L(N, D) " + need + "; there are {} of {} and {}".format(*found)]
+    counts = (len(losses), len(np.unique(n)), len(np.unique(d)))
+    if any(count < minimum for count, minimum in zip(counts, SURFACE_MINIMUM, strict=True)):
+        note = "L(N, D): no law (runs: {}, sizes: {}, token counts: {}; needed: {}, {} and {})"
+        return None, [note.format(*counts, *SURFACE_MINIMUM)]
     surface = scaling.surface(n, d, losses)
     known = np.isfinite(surface.covariance).all()
-    return surface, [] if known else ["L(N, D): these runs do not tell its five numbers apart"]
+    return surface, [] if known else ["L(N, D): these runs do not determine its five coefficients"]
 
 
-def _plain(value: Any) -> Any:
+def _json_values(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: _json_values(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_json_values(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -17,7 +17,8 @@ from antransformer.models import ModelConfig
 from antransformer.models.config import PRESETS
 from antransformer.models.registry import get
 from antransformer.reporting.labels import format_count
-from antransformer.scaling.fitting import FLOPS_PER_PARAMETER, Interval
+from antransformer.scaling.fitting import FLOPS_PER_PARAMETER
+from antransformer.scaling.intervals import Interval
 from antransformer.scaling.law_files import LawFile, Laws, nearest_shipped, outside, shown
 from antransformer.training import defaults
 from antransformer.training.cost_model import throughput
@@ -181,7 +182,7 @@ def plan_for_hours(
 
 
 def _laws_with_size(file: LawFile, architecture: str) -> Laws:
-    laws = file.of.get(architecture)
+    laws = file.by_architecture.get(architecture)
     if laws is None or laws.compute is None:
         raise ConfigError(
             f"{file.name} has no law for the model size of {architecture}: give --fits FILE with one, or --tokens and "

@@ -1,7 +1,7 @@
-"""Charts of a sweep: loss over learning rate, the best of it over size, and activations over width."""
+"""Charts of a sweep: loss over learning rate, best learning rate over size, and activations over width."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,22 +24,22 @@ from antransformer.reporting.labels import format_count, style_of
 from antransformer.results.observations import Observation, column, swept
 from antransformer.results.sweep import Sweep
 from antransformer.scaling.fits import SizeOptimum, optima_of
-from antransformer.scaling.fitting import PowerLaw, interpolated, optimum, power_law, searched
+from antransformer.scaling.fitting import PowerLaw, akima, mean_losses, optimum, power_law
 
-COLUMNS = 3
-LEAST_SHOWN = 0.15  # nats above the best; and no curve is drawn to more than so many times the height of its valley
-SHADES = (0.35, 1.0)  # opacity of the smallest and the largest
+COLUMNS = 3  # of panels
+MIN_LOSS_RANGE = 0.15  # nats above the best loss that a panel shows at least
+SHADES = (0.35, 1.0)  # opacity of the smallest and of the largest
 
 
 @dataclass(frozen=True)
 class TokenBudget:
-    """The runs of one of the numbers of tokens that each size was trained on.
+    """Runs of one training length: the n-th number of tokens of each size.
 
     Attributes:
-        name: in words, such as ``20 tokens a parameter``.
-        slug: for a file's name; empty where there is one level.
-        rows: its runs.
-        widths: by number of parameters where only the width differs, else empty.
+        name: description, such as ``about 20 tokens per parameter``.
+        slug: suffix of file names; empty if there is one budget.
+        rows: runs.
+        widths: widths by number of parameters if the sizes differ only in width, else empty.
     """
 
     name: str
@@ -49,262 +49,271 @@ class TokenBudget:
 
     @property
     def architectures(self) -> list[str]:
-        """In order of appearance."""
+        """Architectures in order of appearance."""
         return list(dict.fromkeys(row.architecture for row in self.rows))
 
-    def of(self, architecture: str) -> list[Observation]:
+    def runs_of(self, architecture: str) -> list[Observation]:
         """Runs of one architecture."""
         return [row for row in self.rows if row.architecture == architecture]
 
     def optima(self, architecture: str) -> list[SizeOptimum]:
-        """Best settings of its sizes, ascending."""
-        return optima_of(self.of(architecture))
+        """Best settings for each size of one architecture, ascending."""
+        return optima_of(self.runs_of(architecture))
 
     def label(self, parameters: float) -> str:
-        """A size in words."""
+        """Text for a size: ``width 128`` or ``32M``."""
         return f"width {self.widths[parameters]}" if self.widths else format_count(parameters)
 
-    def place(self, parameters: float) -> float:
-        """A size on the axis."""
+    def axis_value(self, parameters: float) -> float:
+        """Position of a size on the axis: its width, or its number of parameters."""
         return self.widths[parameters] if self.widths else parameters
 
 
 @dataclass(frozen=True)
-class Named:
-    """An architecture, for a legend."""
+class LegendEntry:
+    """An architecture, in the form that ``legend`` takes."""
 
     name: str
 
 
 def token_budgets(sweep: Sweep) -> list[TokenBudget]:
-    """One for each number of tokens, or of tokens a parameter, from few to many."""
-    sizes: dict[str, set[int]] = {}
+    """Token budgets of a sweep, ascending; each size has a run at every one."""
+    tokens_of_size: dict[str, set[int]] = {}
     for run in sweep.runs:
-        sizes.setdefault(run.size, set()).add(run.tokens)
-    number = max(map(len, sizes.values()))
+        tokens_of_size.setdefault(run.size, set()).add(run.tokens)
+    count = max(map(len, tokens_of_size.values()))
     widths = {float(run.parameters): run.width for run in sweep.runs} if sweep.coordinates else {}
-    made = []
-    for index in range(number):
-        chosen = {size: sorted(tokens)[min(index, len(tokens) - 1)] for size, tokens in sizes.items()}
+    budgets = []
+    for index in range(count):
+        # A size with fewer token counts, after runs were added for others, repeats its largest.
+        chosen = {size: sorted(tokens)[min(index, len(tokens) - 1)] for size, tokens in tokens_of_size.items()}
         runs = [run for run in sweep.runs if run.tokens == chosen[run.size]]
         rows = tuple(row for row, run in zip(swept(sweep), sweep.runs, strict=True) if run in runs)
-        fixed = len(set(chosen.values())) == 1
         ratio = np.median([run.tokens / run.parameters for run in runs])
-        name = f"{format_count(runs[0].tokens)} tokens" if fixed else f"about {ratio:.3g} tokens a parameter"
-        made.append(TokenBudget(name, f"-{index + 1}" if number > 1 else "", rows, widths))
-    return made
+        same = len(set(chosen.values())) == 1
+        name = f"{format_count(runs[0].tokens)} tokens" if same else f"about {ratio:.3g} tokens per parameter"
+        budgets.append(TokenBudget(name, f"-{index + 1}" if count > 1 else "", rows, widths))
+    return budgets
 
 
-def law(level: TokenBudget, architecture: str) -> PowerLaw | None:
-    """The best learning rate as a power of the width or the size, from the bracketed ones; None from fewer than two."""
-    known = [it for it in level.optima(architecture) if it.known_lr]
+def law(budget: TokenBudget, architecture: str) -> PowerLaw | None:
+    """Best learning rate as a power law of width or size, from bracketed optima; None from fewer than two."""
+    known = [size for size in budget.optima(architecture) if size.known_lr]
     if len(known) < 2:
         return None
-    return power_law(np.array([level.place(it.parameters) for it in known]), np.array([it.best.lr for it in known]))
+    x = np.array([budget.axis_value(size.parameters) for size in known])
+    return power_law(x, np.array([size.best.lr for size in known]))
 
 
-def regret(level: TokenBudget, architecture: str, it: SizeOptimum) -> float:
-    """What it costs a size to be trained at the best learning rate of the smallest, in nats; NaN where not tried."""
-    smallest = level.optima(architecture)[0].best.lr
-    _, rates, means = _curve([row for row in level.of(architecture) if row.parameters == it.parameters])
+def regret(budget: TokenBudget, architecture: str, size: SizeOptimum) -> float:
+    """Loss in nats that a size loses at the best learning rate of the smallest size.
+
+    NaN if that rate is outside the range of rates with a finite loss.
+    """
+    transferred = budget.optima(architecture)[0].best.lr
+    _, rates, means = _best_batch_curve(_of_size(budget, architecture, size))
     finite = np.isfinite(means)
-    inside = finite.sum() > 1 and rates[finite].min() <= smallest <= rates[finite].max()
-    if not inside:
+    if finite.sum() < 2 or not rates[finite].min() <= transferred <= rates[finite].max():
         return math.nan
-    curve = interpolated(np.log(rates), means)
-    fine = np.log(np.geomspace(rates[finite].min(), rates[finite].max(), 500))
-    return float(curve(np.log(smallest)) - min(curve(fine).min(), means[finite].min()))
+    curve = akima(np.log(rates), means)
+    grid = np.log(np.geomspace(rates[finite].min(), rates[finite].max(), 500))
+    return float(curve(np.log(transferred)) - min(curve(grid).min(), means[finite].min()))
 
 
 @styled
-def loss_by_rate(level: TokenBudget) -> Chart:
-    """Loss against learning rate, a line a size, a panel an architecture."""
-    names = level.architectures
+def loss_by_rate(budget: TokenBudget) -> Chart:
+    """Loss over learning rate: one line for each size, one panel for each architecture."""
+    names = budget.architectures
     figure, panels = _panels(len(names))
-    sizes = sorted({row.parameters for row in level.rows})
-    lowest, words = [], []
+    sizes = sorted({row.parameters for row in budget.rows})
+    lowest, descriptions = [], []
     for axes, name in zip(panels, names, strict=False):
-        for it in level.optima(name):
-            own = [row for row in level.of(name) if row.parameters == it.parameters]
-            batch, rates, means = _curve(own)
-            best = optimum(
-                *(column([row for row in own if row.batch == batch], key) for key in ("batch", "lr", "loss"))
-            )
-            assert best is not None  # a batch was chosen for its loss
-            shade, colour = _shade(sizes, it.parameters), style_of(name).colour
-            _draw(axes, rates, means, colour, shade, level.label(it.parameters))
-            mark_diverged(axes, rates[~np.isfinite(means)], colour, 0)
-            axes.plot(best.lr, best.loss, "*", color=colour, ms=9, mec=PAPER, zorder=4)
+        style = style_of(name)
+        for size in budget.optima(name):
+            rows = _of_size(budget, name, size)
+            batch, rates, means = _best_batch_curve(rows)
+            rows = [row for row in rows if row.batch == batch]
+            best = optimum(*(column(rows, key) for key in ("batch", "lr", "loss")))
+            assert best is not None  # this batch has a finite loss
+            shade, label = _shade(sizes, size.parameters), budget.label(size.parameters)
+            _draw_curve(axes, rates, means, style.colour, shade, label)
+            mark_diverged(axes, rates[~np.isfinite(means)], style.colour, 0)
+            axes.plot(best.lr, best.loss, "*", color=style.colour, ms=9, mec=PAPER, zorder=4)
             lowest.append(best.loss)
-            words.append(f"{style_of(name).label}, {level.label(it.parameters)}: {best.lr:.2g} (loss {best.loss:.3f})")
+            descriptions.append(f"{style.label}, {label}: {best.lr:.2g} (loss {best.loss:.3f})")
         axes.set_xscale("log")
         log_ticks(axes.xaxis)
-        axes.set_title(style_of(name).label)
+        axes.set_title(style.label)
     if lowest:
+        # Show the valleys: rates far from the best have losses so high that all minima would look alike.
         low, high = min(lowest), max(lowest)
-        room = max(LEAST_SHOWN, high - low)
-        panels[0].set_ylim(low - 0.1 * room, high + room)
+        margin = max(MIN_LOSS_RANGE, high - low)
+        panels[0].set_ylim(low - 0.1 * margin, high + margin)
     panels[0].set(ylabel="validation loss (nats per token)")
     panels[min(len(names), COLUMNS) // 2].set(xlabel="learning rate")
     _size_legend(figure, panels)
-    note = f"{level.name}. Akima interpolation; a star is its lowest point, a cross at the top a run that diverged. "
-    note += "The darker, the larger. Of several batches the best."
-    return Chart(
-        f"loss-lr{level.slug}", "Loss against learning rate", note, f"Best learning rates: {'; '.join(words)}.", figure
+    note = (
+        f"{budget.name}. Lines: Akima interpolation at the best batch; darker is larger. Star: lowest point. "
+        "Cross at the top: diverged run."
     )
+    alt = f"Best learning rates: {'; '.join(descriptions)}."
+    return Chart(f"loss-lr{budget.slug}", "Loss over learning rate", note, alt, figure)
 
 
 @styled
-def best_rate(level: TokenBudget) -> Chart:
-    """The best learning rate against width or size."""
+def best_rate(budget: TokenBudget) -> Chart:
+    """Best learning rate over width or size."""
     figure, axes = new_figure()
-    names = [name for name in level.architectures if level.optima(name)]
-    places = sorted({level.place(row.parameters) for row in level.rows})
-    words = []
+    names = [name for name in budget.architectures if budget.optima(name)]
     for name in names:
-        drawn, optima = style_of(name), level.optima(name)
-        x = np.array([level.place(it.parameters) for it in optima])
-        y, known = np.array([it.best.lr for it in optima]), np.array([it.known_lr for it in optima], bool)
-        axes.plot(x, y, color=drawn.colour, lw=1.0, alpha=0.5)
-        for where, fill in ((known, drawn.colour), (~known, "none")):
-            axes.plot(x[where], y[where], drawn.marker, color=drawn.colour, mfc=fill, mew=1.3)
-        words.append(law_in_words(level, name))
+        style, optima = style_of(name), budget.optima(name)
+        x = np.array([budget.axis_value(size.parameters) for size in optima])
+        y, known = np.array([size.best.lr for size in optima]), np.array([size.known_lr for size in optima], bool)
+        axes.plot(x, y, color=style.colour, lw=1.0, alpha=0.5)
+        for mask, fill in ((known, style.colour), (~known, "none")):
+            axes.plot(x[mask], y[mask], style.marker, color=style.colour, mfc=fill, mew=1.3)
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     middle = math.sqrt(low * high)
-    axes.set_ylim(min(low, middle / 2), max(high, middle * 2))  # what hardly moves looks so
+    axes.set_ylim(min(low, middle / 2), max(high, middle * 2))  # a factor of four, so that noise looks like noise
     log_ticks(axes.yaxis)
-    budget_ticks(axes, [round(place) for place in places])
-    if level.widths:
-        axes.set_xticks(places, [f"{place:g}" for place in places])
-    axes.set(xlabel="width" if level.widths else "parameters", ylabel="best learning rate")
-    legend(figure, [Named(name) for name in names])
-    note = f"{level.name}. Hollow: learning rate or batch at an edge of what was tried."
-    return Chart(f"best-lr{level.slug}", "Best learning rate", note, " ".join(words), figure)
+    ticks = sorted({budget.axis_value(row.parameters) for row in budget.rows})
+    budget_ticks(axes, [round(tick) for tick in ticks])
+    if budget.widths:
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set(xlabel="width" if budget.widths else "parameters", ylabel="best learning rate")
+    legend(figure, [LegendEntry(name) for name in names])
+    note = f"{budget.name}. Hollow markers: learning rate or batch at an edge of the grid."
+    alt = " ".join(describe_law(budget, name) for name in names)
+    return Chart(f"best-lr{budget.slug}", "Best learning rate", note, alt, figure)
 
 
-def law_in_words(level: TokenBudget, architecture: str) -> str:
-    """How the best learning rate moves."""
-    label, of = style_of(architecture).label, "width" if level.widths else "N"
-    found = law(level, architecture)
-    if found is None:
-        return f"{label}: too few sizes with a best learning rate inside of what was tried."
-    low, high = found.delta["exponent"]
-    interval = f"95% interval {low:.2f} to {high:.2f}" if math.isfinite(low) else "from two points, without an interval"
-    return f"{label}: best learning rate ~ {of}^{found.exponent:.2f} ({interval})."
+def describe_law(budget: TokenBudget, architecture: str) -> str:
+    """Sentence with the exponent of the best learning rate over width or size, and its interval."""
+    label, variable = style_of(architecture).label, "width" if budget.widths else "N"
+    fitted = law(budget, architecture)
+    if fitted is None:
+        return f"{label}: too few sizes with a best learning rate inside the grid."
+    low, high = fitted.delta["exponent"]
+    interval = f"95% interval {low:.2f} to {high:.2f}" if math.isfinite(low) else "two points, so without an interval"
+    return f"{label}: best learning rate ~ {variable}^{fitted.exponent:.2f} ({interval})."
 
 
 @styled
-def stream_by_width(found: Sequence[CoordCheck]) -> Chart:
-    """RMS of the residual stream against width, before and after a few steps, one panel per architecture."""
-    names = list(dict.fromkeys(it.architecture for it in found))
+def residual_stream_by_width(checks: Sequence[CoordCheck]) -> Chart:
+    """RMS of the residual stream over width, before and after a few steps, with one panel for each architecture."""
+    names = list(dict.fromkeys(check.architecture for check in checks))
     figure, panels = _panels(len(names))
-    steps = sorted({it.step for it in found})
-    words = []
+    steps = sorted({check.step for check in checks})
+    descriptions = []
     for axes, name in zip(panels, names, strict=False):
-        own, colour = sorted(_of(found, name), key=lambda it: it.width), style_of(name).colour
-        for depth in range(min(len(it.stream) for it in own)):
-            shade = _shade(range(max(2, len(own[0].stream))), depth)
+        by_width, colour = _by_width(checks, name), style_of(name).colour
+        for depth in range(min(len(check.stream) for check in by_width)):
+            shade = _depth_shade(by_width[0].stream, depth)
             for step in steps:
-                line = [
-                    (it.width, it.stream[depth]) for it in own if it.step == step and math.isfinite(it.stream[depth])
-                ]
+                line = [(check.width, check.stream[depth]) for check in by_width if check.step == step]
                 style = "--" if step == steps[0] else "-"
-                axes.plot(*_columns(line), style, marker="o", ms=3, color=colour, alpha=shade, lw=1.2)
-        last = [(it.width, it.stream[-1]) for it in own if it.step == steps[-1]]
-        words.append(f"{style_of(name).label}, last block: " + ", ".join(f"{w} {value:.3g}" for w, value in last))
-        _width_axis(axes, own)
+                axes.plot(*_finite_columns(line), style, marker="o", ms=3, color=colour, alpha=shade, lw=1.2)
+        last = [f"{check.width} {check.stream[-1]:.3g}" for check in by_width if check.step == steps[-1]]
+        descriptions.append(f"{style_of(name).label}, last block: {', '.join(last)}")
+        _width_axis(axes, by_width)
         axes.set_title(style_of(name).label)
-    _unit_norm(panels, found)
-    panels[0].set(ylabel="rms coordinate of the residual stream")
+    _draw_unit_norm(panels[: len(names)], checks)
+    panels[0].set(ylabel="RMS of the residual stream")
     note = (
-        f"Dashed: initial weights; solid: after {steps[-1]} steps at one learning rate for all widths. The darker, the "
+        f"Dashed: initial weights. Solid: after {steps[-1]} steps at the same learning rate for all widths. Darker is "
+        "deeper. Dotted: a residual stream of norm 1."
     )
-    note += "deeper. Dotted: a stream of norm 1."
-    return Chart("coordinates", "Activations against width", note, f"{'; '.join(words)}.", figure)
+    return Chart("coordinates", "Activations over width", note, f"{'; '.join(descriptions)}.", figure)
 
 
 @styled
-def turned_by_width(found: Sequence[CoordCheck]) -> Chart:
-    """How far the residual stream has turned in a few steps against width, a panel an architecture."""
-    last = [it for it in found if it.rotation_deg]
-    names = list(dict.fromkeys(it.architecture for it in last))
+def rotation_by_width(checks: Sequence[CoordCheck]) -> Chart:
+    """Rotation of the residual stream in a few steps over width, with one panel for each architecture."""
+    rotated = [check for check in checks if check.rotation_deg]
+    names = list(dict.fromkeys(check.architecture for check in rotated))
     figure, panels = _panels(len(names))
-    words = []
+    descriptions = []
     for axes, name in zip(panels, names, strict=False):
-        own = sorted(_of(last, name), key=lambda it: it.width)
-        for depth in range(len(own[0].rotation_deg)):
-            line = [(it.width, it.rotation_deg[depth]) for it in own if math.isfinite(it.rotation_deg[depth])]
-            shade = _shade(range(max(2, len(own[0].rotation_deg))), depth)
-            axes.plot(*_columns(line), marker="o", ms=3, color=style_of(name).colour, alpha=shade, lw=1.2)
-        words.append(
-            f"{style_of(name).label}, embedding: " + ", ".join(f"{it.width} {it.rotation_deg[0]:.0f}" for it in own)
-        )
-        _width_axis(axes, own, "linear")
+        by_width = _by_width(rotated, name)
+        for depth in range(len(by_width[0].rotation_deg)):
+            line = [(check.width, check.rotation_deg[depth]) for check in by_width]
+            shade = _depth_shade(by_width[0].rotation_deg, depth)
+            axes.plot(*_finite_columns(line), marker="o", ms=3, color=style_of(name).colour, alpha=shade, lw=1.2)
+        angles = ", ".join(f"{check.width} {check.rotation_deg[0]:.0f}" for check in by_width)
+        descriptions.append(f"{style_of(name).label}, embedding: {angles}")
+        _width_axis(axes, by_width, "linear")
         axes.set_title(style_of(name).label)
-    panels[0].set(ylabel="angle from the start (degrees)")
+    panels[0].set(ylabel="rotation from the start (degrees)")
     panels[0].set_ylim(bottom=0)
     note = (
-        f"After {last[0].step} steps at one learning rate for all widths. The darker, the deeper; the palest line is "
+        f"After {rotated[0].step} steps at the same learning rate for all widths. Darker is deeper; the lightest line "
+        "is the embedding. Level lines mean that the learning rate transfers between widths."
     )
-    note += "the embedding. A learning rate that serves all widths would give level lines."
-    return Chart("turned", "How far the residual stream turns", note, f"{'; '.join(words)}.", figure)
+    return Chart("rotation", "Rotation of the residual stream", note, f"{'; '.join(descriptions)}.", figure)
 
 
 @styled
-def logits_by_width(found: Sequence[CoordCheck]) -> Chart:
-    """Root mean square of the logits against width, before and after a few steps."""
+def logits_by_width(checks: Sequence[CoordCheck]) -> Chart:
+    """RMS of the logits over width, before and after a few steps."""
     figure, axes = new_figure()
-    names = list(dict.fromkeys(it.architecture for it in found))
-    steps = sorted({it.step for it in found})
-    words = []
+    names = list(dict.fromkeys(check.architecture for check in checks))
+    steps = sorted({check.step for check in checks})
+    descriptions = []
     for name in names:
-        own, drawn = sorted(_of(found, name), key=lambda it: it.width), style_of(name)
+        by_width, style = _by_width(checks, name), style_of(name)
         for step in steps:
-            line = [(it.width, it.logits) for it in own if it.step == step and math.isfinite(it.logits)]
-            style = "--" if step == steps[0] else "-"
-            axes.plot(*_columns(line), style, marker=drawn.marker, color=drawn.colour, lw=1.2)
-            words.append(f"{drawn.label} at step {step}: " + ", ".join(f"{w} {value:.3g}" for w, value in line))
-        _width_axis(axes, own)
-    axes.set(ylabel="rms logit")
-    legend(figure, [Named(name) for name in names])
-    note = f"Dashed: initial weights; solid: after {steps[-1]} steps at one learning rate for all widths."
-    return Chart("logits", "Logits against width", note, f"{'; '.join(words)}.", figure)
+            widths, logits = _finite_columns([(check.width, check.logits) for check in by_width if check.step == step])
+            axes.plot(
+                widths, logits, "--" if step == steps[0] else "-", marker=style.marker, color=style.colour, lw=1.2
+            )
+            values = ", ".join(f"{width} {value:.3g}" for width, value in zip(widths, logits, strict=True))
+            descriptions.append(f"{style.label} at step {step}: {values}")
+        _width_axis(axes, by_width)
+    axes.set(ylabel="RMS of the logits")
+    legend(figure, [LegendEntry(name) for name in names])
+    note = f"Dashed: initial weights. Solid: after {steps[-1]} steps at the same learning rate for all widths."
+    return Chart("logits", "Logits over width", note, f"{'; '.join(descriptions)}.", figure)
 
 
-def _of(found: Iterable[CoordCheck], name: str) -> list[CoordCheck]:
-    return [it for it in found if it.architecture == name]
+def _by_width(checks: Sequence[CoordCheck], architecture: str) -> list[CoordCheck]:
+    return sorted((check for check in checks if check.architecture == architecture), key=lambda check: check.width)
 
 
-def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    return [x for x, _ in points], [y for _, y in points]
+def _finite_columns(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
+    """x and y of the points with finite y."""
+    finite = [(x, y) for x, y in points if math.isfinite(y)]
+    return [x for x, _ in finite], [y for _, y in finite]
 
 
-def _curve(rows: Sequence[Observation]) -> tuple[float, Any, Any]:
-    """Of the batch with the lowest loss: it, the learning rates tried, and the mean loss with each."""
+def _of_size(budget: TokenBudget, architecture: str, size: SizeOptimum) -> list[Observation]:
+    return [row for row in budget.runs_of(architecture) if row.parameters == size.parameters]
+
+
+def _best_batch_curve(rows: Sequence[Observation]) -> tuple[float, Any, Any]:
+    """The batch with the lowest loss, its learning rates, and the mean loss of each."""
     batches, lrs, losses = (column(rows, key) for key in ("batch", "lr", "loss"))
-    curves = {batch: searched(batches, lrs, losses, batch) for batch in np.unique(batches)}
+    curves = {batch: mean_losses(batches, lrs, losses, batch) for batch in np.unique(batches)}
     batch = min(curves, key=lambda batch: curves[batch][1].min())
     return float(batch), *curves[batch]
 
 
-def _draw(axes: Any, rates: Any, means: Any, colour: str, shade: float, label: str) -> None:
-    """Points and the line between them."""
+def _draw_curve(axes: Any, rates: Any, means: Any, colour: str, shade: float, label: str) -> None:
+    """Draw the points with a finite loss and the interpolation between them."""
     finite = np.isfinite(means)
     axes.plot(rates[finite], means[finite], "o", color=colour, alpha=shade, ms=3.5, mew=0)
     if finite.sum() > 1:
-        fine = np.linspace(np.log(rates[finite].min()), np.log(rates[finite].max()), 100)
-        axes.plot(
-            np.exp(fine), interpolated(np.log(rates), means)(fine), color=colour, alpha=shade, lw=1.3, label=label
-        )
+        grid = np.linspace(np.log(rates[finite].min()), np.log(rates[finite].max()), 100)
+        curve = akima(np.log(rates), means)(grid)
+        axes.plot(np.exp(grid), curve, color=colour, alpha=shade, lw=1.3, label=label)
 
 
-def _panels(number: int) -> tuple[Any, Any]:
-    """So many axes beside each other, in rows of three."""
-    rows = -(-number // COLUMNS)
-    figure, panels = new_figure(rows, min(number, COLUMNS), height=SIZE[1] * (0.5 + 0.5 * rows))
+def _panels(count: int) -> tuple[Any, Any]:
+    """A figure with ``count`` axes in rows of three, and these axes followed by unused, hidden ones."""
+    rows = -(-count // COLUMNS)
+    figure, panels = new_figure(rows, min(count, COLUMNS), height=SIZE[1] * (0.5 + 0.5 * rows))
     panels = np.atleast_1d(panels).ravel()
-    for axes in panels[number:]:
+    for axes in panels[count:]:
         axes.set_axis_off()
     return figure, panels
 
@@ -314,8 +323,12 @@ def _shade(sizes: Sequence[float], size: float) -> float:
     return low + (high - low) * list(sizes).index(size) / max(1, len(sizes) - 1)
 
 
+def _depth_shade(depths: Sequence[float], depth: int) -> float:
+    return _shade(range(max(2, len(depths))), depth)
+
+
 def _size_legend(figure: Any, panels: Any) -> None:
-    """The sizes, in ink: each panel has a colour of its own."""
+    """Add a legend of the sizes in the ink colour, since each panel has its own colour."""
     from matplotlib.lines import Line2D
 
     shades = {line.get_label(): line.get_alpha() for axes in panels for line in axes.get_lines()}
@@ -325,21 +338,22 @@ def _size_legend(figure: Any, panels: Any) -> None:
     figure.legend(handles=handles, loc="outside upper left", ncols=4, alignment="left")
 
 
-def _width_axis(axes: Any, found: Sequence[CoordCheck], vertical: str = "log") -> None:
-    widths = sorted({it.width for it in found})
+def _width_axis(axes: Any, checks: Sequence[CoordCheck], y_scale: str = "log") -> None:
+    widths = sorted({check.width for check in checks})
     axes.set_xscale("log")
-    axes.set_yscale(vertical)
+    axes.set_yscale(y_scale)
     axes.minorticks_off()
-    if vertical == "log":
+    if y_scale == "log":
         log_ticks(axes.yaxis)
-    shown = widths if len(widths) <= 4 else widths[:: len(widths) - 1]
-    axes.set_xticks(shown, [str(width) for width in shown])
+    ticks = widths if len(widths) <= 4 else widths[:: len(widths) - 1]
+    axes.set_xticks(ticks, [str(width) for width in ticks])
     axes.set(xlabel="width")
 
 
-def _unit_norm(panels: Any, found: Sequence[CoordCheck]) -> None:
-    widths = np.array(sorted({it.width for it in found}), float)
-    for axes in panels[: len({it.architecture for it in found})]:
+def _draw_unit_norm(panels: Any, checks: Sequence[CoordCheck]) -> None:
+    """Draw width ** -0.5, the RMS of a vector of norm 1."""
+    widths = np.array(sorted({check.width for check in checks}), float)
+    for axes in panels:
         axes.plot(widths, widths**-0.5, ":", color=INK, lw=1, label="_")
         axes.minorticks_off()
         log_ticks(axes.yaxis)

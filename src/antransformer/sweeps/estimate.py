@@ -1,4 +1,4 @@
-"""How long a sweep will take: a few real steps of every size, and arithmetic."""
+"""Estimate of the runs, tokens and hours that a sweep needs, from a few timed steps of every size."""
 
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,18 +17,18 @@ from antransformer.sweeps.sweep import Cell, Sweeper
 from antransformer.training.config import TrainConfig
 from antransformer.training.dry_run import dry_run_trainer
 
-STEPS = 3  # timed, after one that is not
-CPU_TOKENS = 8192  # of such a step on a CPU, whose speed a larger batch hardly changes
-FORWARD = 1 / 3  # of a step is its forward pass, all that validation and probes need
-START_SECONDS = 5.0  # a process begins and loads torch; measured on a CPU
+STEPS = 3  # timed steps, after one that warms up
+CPU_TOKENS = 8192  # largest batch of a timed step on a CPU, where larger batches are hardly faster per token
+FORWARD = 1 / 3  # share of a training step that is its forward pass, which is all that validation and probes run
+START_SECONDS = 5.0  # to start a process and import torch; measured on a CPU
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What is still to be done, without and with the most that edges may add.
+    """Work that is left: without any extension of a grid, and with all of them.
 
     Attributes:
-        runs, tokens, hours: at least and at most.
+        runs, tokens, hours: minimum and maximum.
     """
 
     runs: tuple[int, int]
@@ -36,68 +36,69 @@ class Estimate:
     hours: tuple[float, float]
 
 
-def estimate(sweeper: Sweeper, say: Callable[[str], None]) -> Estimate:
-    """Measure and reckon; nothing is written.
+def estimate(sweeper: Sweeper, log: Callable[[str], None]) -> Estimate:
+    """Time a few steps of each size and compute what is left; writes no files.
 
     Args:
-        sweeper: what is to be run.
-        say: called with a line before each size is timed, which takes minutes where it is large.
+        sweeper: planned sweep.
+        log: called with a line before each size is timed, which takes minutes for a large one.
 
     Raises:
-        ConfigError, DataError: as ``Queue.finished``, of a folder that holds other runs.
+        ConfigError, DataError: the folder holds other runs, as in ``RunQueue.finished``.
     """
     missing = {cell: counts for cell in sweeper.plan.grids if any(counts := sweeper.missing(cell))}
-    speeds = _speeds(sweeper, list(missing), say)
-    ends = [_total(sweeper, {cell: counts[end] for cell, counts in missing.items()}, speeds) for end in (0, 1)]
-    runs, tokens, hours = zip(*ends, strict=True)
+    speeds = _speeds(sweeper, list(missing), log)
+    totals = [_total(sweeper, {cell: counts[end] for cell, counts in missing.items()}, speeds) for end in (0, 1)]
+    runs, tokens, hours = zip(*totals, strict=True)
     return Estimate(runs, tokens, hours)
 
 
 def _total(
     sweeper: Sweeper, runs: Mapping[Cell, int], speeds: Mapping[tuple[str, str], float]
 ) -> tuple[int, int, float]:
-    """Runs, tokens and hours; devices share the work, but no run is divided."""
+    """Runs, tokens and hours for a number of runs of each cell."""
     tokens, seconds, longest = 0, 0.0, 0.0
-    for cell, number in runs.items():
+    for cell, count in runs.items():
         config = sweeper.config(cell, sweeper.plan.grids[cell][0], 0)
-        tokens += number * steps_tokens(config)
-        looked_at = FORWARD * (config.eval_tokens + LINES * PROBE_TOKENS)
-        one = START_SECONDS + (steps_tokens(config) + looked_at) * speeds[cell.architecture, cell.size]
-        seconds, longest = seconds + number * one, max(longest, one)
+        tokens += count * steps_tokens(config)
+        evaluated = FORWARD * (config.eval_tokens + LINES * PROBE_TOKENS)
+        run_seconds = START_SECONDS + (steps_tokens(config) + evaluated) * speeds[cell.architecture, cell.size]
+        seconds, longest = seconds + count * run_seconds, max(longest, run_seconds)
+    # Devices share the runs, but each run is on one device, so the sweep takes at least as long as its longest run.
     return sum(runs.values()), tokens, max(seconds / len(sweeper.queue.devices), longest) / 3600
 
 
-def _speeds(sweeper: Sweeper, cells: Sequence[Cell], say: Callable[[str], None]) -> dict[tuple[str, str], float]:
-    """Seconds a token, of each architecture and size, with the smallest batch."""
+def _speeds(sweeper: Sweeper, cells: Sequence[Cell], log: Callable[[str], None]) -> dict[tuple[str, str], float]:
+    """Seconds per token of each architecture and size, with the smallest batch."""
     smallest: dict[tuple[str, str], Cell] = {}
     for cell in sorted(cells, key=lambda cell: -cell.batch):
         smallest[cell.architecture, cell.size] = cell
     speeds = {}
     with worker_threads(len(sweeper.queue.devices)):
         for key, cell in smallest.items():
-            say(f"timing {STEPS} steps: {' '.join(key)}")
+            log(f"timing {STEPS} steps: {' '.join(key)}")
             config = sweeper.config(cell, sweeper.plan.grids[cell][0], 0)
             speeds[key] = seconds_per_token(config, sweeper.dataset, sweeper.queue.devices[0])
     return speeds
 
 
 def seconds_per_token(config: TrainConfig, dataset: Dataset, device: str) -> float:
-    """Median of a few training steps."""
+    """Median seconds per token of a few training steps; on a CPU with a batch of at most ``CPU_TOKENS``."""
     batch: int = config.batch_tokens
     if torch.device(device).type == "cpu":
         batch = min(batch, max(1, CPU_TOKENS // config.model.context) * config.model.context)
     trainer = dry_run_trainer(replace(config, device=device, batch_tokens=Count(batch)), dataset)
-    times = []
+    seconds = []
     for step in range(STEPS + 1):
         started = now(trainer.device)
         trainer.update(step + 1)
-        times.append(now(trainer.device) - started)
-    return statistics.median(times[1:]) / batch
+        seconds.append(now(trainer.device) - started)
+    return statistics.median(seconds[1:]) / batch
 
 
 @contextmanager
 def worker_threads(workers: int) -> Iterator[None]:
-    """As many threads as a worker has, while entered."""
+    """Limit this process to the threads that each of ``workers`` processes gets, for a fair timing."""
     before = torch.get_num_threads()
     torch.set_num_threads(max(1, cores() // workers))
     try:

@@ -1,4 +1,4 @@
-"""The report of a sweep: what stands on its page."""
+"""Report page of a sweep."""
 
 import math
 from pathlib import Path
@@ -7,11 +7,26 @@ from antransformer.reporting.html import Section, method_section, save, table
 from antransformer.reporting.labels import format_count, style_of
 from antransformer.results.sweep import Sweep
 from antransformer.sweeps import charts as sweep_charts
-from antransformer.sweeps.charts import TokenBudget, law_in_words, token_budgets
+from antransformer.sweeps.charts import TokenBudget, describe_law, token_budgets
+
+RULES = (
+    "Learning rates are spaced by factors of 10^(1/3). For each size, number of tokens and batch, the grid is extended "
+    "while the best rate is at an edge.",
+    "All architectures use the same data, tokens and batches, and the same number of learning rates around their own "
+    "default.",
+    "The best learning rate is the minimum of an Akima interpolation of the loss. The best batch is the minimum of an "
+    "interpolation of these minima. An optimum at an edge is not known.",
+    "If lr width below is not 0, the block matrices use lr width / width times the learning rate shown, and embedding "
+    "and head use the square root of that factor.",
+    "Every point is a complete run with its own schedule. With one seed, its noise is part of the best learning rate.",
+)
 
 
 def write(sweep: Sweep, folder: Path) -> list[Path]:
-    """Write ``report.html`` and its charts as PNG into the sweep's folder; returns the files, the page first.
+    """Write ``report.html`` and its charts as PNG into the sweep's folder.
+
+    Returns:
+        The files, the page first.
 
     Raises:
         MissingExtraError: matplotlib or scipy is not installed.
@@ -21,62 +36,46 @@ def write(sweep: Sweep, folder: Path) -> list[Path]:
     facts = [
         f"{len(sweep.runs)} runs",
         f"{len({run.size for run in sweep.runs})} sizes",
-        f"{', '.join(format_count(batch) for batch in sorted({run.batch for run in sweep.runs}))} tokens a batch",
+        f"{', '.join(format_count(batch) for batch in sorted({run.batch for run in sweep.runs}))} tokens per batch",
         f"{diverged} diverged",
     ]
     title = f"Sweep: {', '.join(style_of(name).label for name in names)}"
-    sections = [_level_section(level) for level in token_budgets(sweep)]
+    sections = [_budget_section(budget) for budget in token_budgets(sweep)]
     if sweep.coordinates:
-        draws = (sweep_charts.stream_by_width, sweep_charts.turned_by_width, sweep_charts.logits_by_width)
+        draws = (sweep_charts.residual_stream_by_width, sweep_charts.rotation_by_width, sweep_charts.logits_by_width)
         sections.append(Section("Activations", "", [draw(sweep.coordinates) for draw in draws]))
     sections += [Section("All runs", _all_runs(sweep)), method_section(sweep.setup, RULES)]
     return save(folder, title, lead(sweep), facts, sections)
 
 
-RULES = (
-    "Learning rates are tried in factors of 10^(1/3), and where the best lies at an edge the grid goes on, for each "
-    "size, number of tokens and batch by itself.",
-    "Every architecture has the same data, tokens and batches, and as many learning rates around its own default.",
-    "The best learning rate is the lowest point of an Akima interpolation of the loss; the best batch that of these "
-    "minima. One that lies at an edge is not known.",
-    "Where lr width below is not 0, the matrices of the blocks take lr width / width of the learning rate shown, "
-    "embedding and head the square root of it.",
-    "Every point is a run to the end of its own schedule. With one seed its noise is in the best learning rate.",
-)
-
-
 def lead(sweep: Sweep) -> str:
-    """What was found, of the longest runs."""
-    level = token_budgets(sweep)[-1]
-    return f"At {level.name}: {' '.join(law_in_words(level, name) for name in level.architectures)}"
+    """Summary sentence of the longest runs: the exponent of the best learning rate of each architecture."""
+    budget = token_budgets(sweep)[-1]
+    return f"At {budget.name}: {' '.join(describe_law(budget, name) for name in budget.architectures)}"
 
 
-def _level_section(level: TokenBudget) -> Section:
-    return Section(
-        f"Best settings at {level.name}",
-        "",
-        [sweep_charts.loss_by_rate(level), sweep_charts.best_rate(level)],
-        _best_table(level),
-    )
+def _budget_section(budget: TokenBudget) -> Section:
+    charts = [sweep_charts.loss_by_rate(budget), sweep_charts.best_rate(budget)]
+    return Section(f"Best settings at {budget.name}", "", charts, _best_table(budget))
 
 
-def _best_table(level: TokenBudget) -> str:
-    head = ["variant", "size", "parameters", "tokens", "best batch", "best LR", "loss", "lost at the smallest's LR"]
+def _best_table(budget: TokenBudget) -> str:
+    head = ["variant", "size", "parameters", "tokens", "best batch", "best LR", "loss", "regret at the smallest's LR"]
     rows = []
-    for name in level.architectures:
-        for it in level.optima(name):
-            lost = sweep_charts.regret(level, name, it)
+    for name in budget.architectures:
+        for size in budget.optima(name):
+            regret = sweep_charts.regret(budget, name, size)
+            batch_known = size.best.batches == 1 or size.best.batch_bracketed
             rows.append(
                 [
                     style_of(name).label,
-                    level.label(it.parameters),
-                    f"{it.parameters:,.0f}",
-                    format_count(it.tokens),
-                    format_count(float(f"{it.best.batch:.3g}"))
-                    + ("" if it.best.batches == 1 or it.best.batch_bracketed else " (edge)"),
-                    f"{it.best.lr:.2e}" + ("" if it.best.lr_bracketed else " (edge)"),
-                    f"{it.best.loss:.3f}",
-                    "not tried" if math.isnan(lost) else f"{lost:+.3f}",
+                    budget.label(size.parameters),
+                    f"{size.parameters:,.0f}",
+                    format_count(size.tokens),
+                    format_count(float(f"{size.best.batch:.3g}")) + ("" if batch_known else " (edge)"),
+                    f"{size.best.lr:.2e}" + ("" if size.best.lr_bracketed else " (edge)"),
+                    f"{size.best.loss:.3f}",
+                    "not tried" if math.isnan(regret) else f"{regret:+.3f}",
                 ]
             )
     return table("Best settings", head, rows)

@@ -1,7 +1,7 @@
-"""A sweep: the best learning rate of every size, number of tokens and batch, searched in a grid.
+"""Grid search for the best learning rate of every architecture, size, number of tokens and batch.
 
-The grid is the paper's (arXiv:2505.22014, section 5.3): learning rates in factors of 10^(1/3) around the fitted value,
-and further while the best lies at an edge. Every architecture has the same sizes, tokens, batches and number of
+The grid follows arXiv:2505.22014, section 5.3: learning rates are spaced by factors of 10^(1/3) around the default, and
+the grid is extended while the best is at an edge. All architectures get the same sizes, tokens, batches and number of
 learning rates, each around its own default.
 """
 
@@ -30,7 +30,7 @@ LR_RATIO = 10 ** (1 / 3)
 
 @dataclass(frozen=True)
 class Cell:
-    """What has a best learning rate of its own; ``size`` is a name, such as ``nano`` or ``nano-w64``."""
+    """One combination with its own best learning rate; ``size`` is a name, such as ``nano`` or ``nano-w64``."""
 
     architecture: str
     size: str
@@ -40,15 +40,15 @@ class Cell:
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """What to run.
+    """Runs of a sweep.
 
     Attributes:
-        grids: the learning rates to try first, of each cell.
-        settings: of each cell, without learning rate and seed.
-        shared: those of all cells that change what is computed, by their dotted names.
-        trials: how many learning rates a grid has; None where they were given, and are not extended.
-        seeds: how many a learning rate.
-        by_width: whether the sizes differ in their width alone, in which case the grids are the same for all.
+        grids: initial learning rates of each cell.
+        settings: settings of each cell, without learning rate and seed.
+        shared: settings of all cells that affect results, by their dotted names.
+        trials: number of learning rates of an initial grid; None if the user gave them, and grids are not extended.
+        seeds: number of seeds for each learning rate.
+        by_width: whether the sizes differ only in width; the grids are then the same for all sizes.
     """
 
     grids: Mapping[Cell, tuple[float, ...]]
@@ -58,15 +58,15 @@ class SweepPlan:
     seeds: int
     by_width: bool
 
-    def further(self, cell: Cell, losses: Mapping[float, float]) -> list[float]:
-        """The learning rates to try next, after these: the rest of the grid, one beyond an edge, or none."""
+    def next_rates(self, cell: Cell, losses: Mapping[float, float]) -> list[float]:
+        """Learning rates to try next, given the losses so far: the rest of the grid, or one extension, or nothing."""
         missing = [rate for rate in self.grids[cell] if rate not in losses]
         if missing or self.trials is None:
             return missing
         return [round_sig(rate) for rate in extension(losses, self.trials, LR_RATIO)]
 
-    def most(self, cell: Cell) -> int:
-        """How many learning rates may be tried in the end."""
+    def max_rates(self, cell: Cell) -> int:
+        """Number of learning rates with all extensions."""
         return len(self.grids[cell]) + (0 if self.trials is None else EXTENSIONS)
 
 
@@ -83,164 +83,166 @@ def plan(
     trials: int = 5,
     seeds: int = 1,
 ) -> SweepPlan:
-    """A sweep over all combinations.
+    """Plan a sweep over all combinations.
 
     Args:
-        settings: what all runs share.
-        vocab_size: of the data.
-        architectures: the first one's parameters count for ``ratios``, so that all have the same tokens.
-        sizes: presets. All get the longest context among them, without which their losses would not compare.
-        widths: in place of the only preset's; batch, learning rates and the width that these are for then are the
-            preset's for all widths.
-        batches: tokens of a step; by default that of the first architecture at the size.
-        lrs: the learning rates to try; by default ``trials`` of them around the default, extended at an edge.
-        tokens: of the runs; whole batches of the largest are taken.
-        ratios: tokens a parameter, in place of ``tokens``.
+        settings: settings of all runs.
+        vocab_size: vocabulary size of the data.
+        architectures: names. ``ratios`` count the parameters of the first one, so that all train on the same tokens.
+        sizes: presets. All get the longest context among them, because losses at different contexts do not compare.
+        widths: widths to try with the only preset. Its batch, learning rates and ``lr_width`` then hold for all widths.
+        batches: tokens per step (default: that of the first architecture at each size).
+        lrs: learning rates to try (default: ``trials`` values around the default, extended at an edge).
+        tokens: training tokens, rounded down to whole steps of the largest batch.
+        ratios: tokens per parameter, instead of ``tokens``.
+        trials: number of learning rates of an initial grid.
+        seeds: number of seeds for each learning rate.
 
     Raises:
-        ConfigError: a name is unknown, something is given twice, several sizes have widths, or a run is shorter than a
-            batch.
+        ConfigError: a name is unknown, a value is repeated, widths are combined with several sizes, or a run is shorter
+            than one batch.
     """
     for name in architectures:
         if name not in registry.names():
             known = nearest(name, registry.names()) or f": choose from {', '.join(registry.names())}"
             raise ConfigError(f"unknown architecture {name!r}{known}")
     for option, values in {"--architectures": architectures, "--sizes": sizes, "--widths": widths}.items():
-        _different(option, values, values)
-    _different("--lrs", lrs, [f"{lr:g}" for lr in lrs])  # as runs are named
+        _require_distinct(option, values, values)
+    _require_distinct("--lrs", lrs, [f"{lr:g}" for lr in lrs])  # the precision of run names
     if widths and len(sizes) > 1:
-        raise ConfigError(f"--widths changes one size, whose depth it keeps: choose one of --sizes {' '.join(sizes)}")
+        raise ConfigError(f"--widths needs one size, whose depth it keeps: choose one of --sizes {' '.join(sizes)}")
     context = max(ModelConfig.preset(name).context for name in sizes)
     shared = merge({"model": {"context": context}}, settings)
     grids: dict[Cell, tuple[float, ...]] = {}
-    every: dict[Cell, dict[str, Any]] = {}
+    settings_of: dict[Cell, dict[str, Any]] = {}
     for preset in sizes:
-        usual = {
+        defaults = {
             name: resolve_config(merge(shared, {"preset": preset, "model": {"architecture": name}}), vocab_size)
             for name in architectures
         }
-        first = usual[architectures[0]]
-        steps = [resolve_config({**shared, "preset": preset, "batch_tokens": it}, vocab_size) for it in batches] or [
-            first
-        ]
-        chosen = [config.batch_tokens for config in steps]
-        _different("--batch-tokens", batches, chosen)
+        first = defaults[architectures[0]]
+        # The configs round a batch to whole sequences.
+        configs = [resolve_config({**shared, "preset": preset, "batch_tokens": batch}, vocab_size) for batch in batches]
+        batch_sizes = [config.batch_tokens for config in configs or [first]]
+        _require_distinct("--batch-tokens", batches, batch_sizes)
         for width in widths or [first.model.width]:
             size = preset if not widths else f"{preset}-w{width}"
-            own = merge(shared, {"preset": preset, "model": {"width": width}})
-            model = resolve_config(merge(own, {"model": {"architecture": architectures[0]}}), vocab_size).model
-            wanted = [round(ratio * parameter_count(model)) for ratio in ratios] or tokens
-            for cell_tokens in _whole(wanted, max(chosen), size):
+            sized = merge(shared, {"preset": preset, "model": {"width": width}})
+            model = resolve_config(merge(sized, {"model": {"architecture": architectures[0]}}), vocab_size).model
+            budgets = [round(ratio * parameter_count(model)) for ratio in ratios] or tokens
+            for cell_tokens in _round_to_batches(budgets, max(batch_sizes), size):
                 for name in architectures:
-                    for batch in chosen:
+                    for batch in batch_sizes:
                         cell = Cell(name, size, cell_tokens, batch)
-                        every[cell] = {
-                            **merge(own, {"model": {"architecture": name}}),
+                        settings_of[cell] = {
+                            **merge(sized, {"model": {"architecture": name}}),
                             "tokens": cell_tokens,
                             "batch_tokens": batch,
-                            "lr_width": usual[name].lr_width,
+                            "lr_width": defaults[name].lr_width,
                         }
-                        center = usual[name].lr
-                        auto = [round_sig(center * LR_RATIO**power) for power in grid_powers(trials)]
-                        grids[cell] = tuple(lrs or auto)
+                        center = defaults[name].lr
+                        grid = [round_sig(center * LR_RATIO**power) for power in grid_powers(trials)]
+                        grids[cell] = tuple(lrs or grid)
     kept = {key: value for key, value in flatten(shared).items() if key not in MUTABLE_ON_RESUME - {"eval_tokens"}}
-    return SweepPlan(grids, every, kept, None if lrs else trials, seeds, bool(widths))
+    return SweepPlan(grids, settings_of, kept, None if lrs else trials, seeds, bool(widths))
 
 
-def _different(option: str, given: Sequence[Any], values: Sequence[Any]) -> None:
+def _require_distinct(option: str, given: Sequence[Any], values: Sequence[Any]) -> None:
     if len(set(values)) != len(values):
-        raise ConfigError(f"{option} names the same twice: {' '.join(map(str, given))}")
+        raise ConfigError(f"{option} repeats a value: {' '.join(map(str, given))}")
 
 
-def _whole(tokens: Iterable[int], batch: int, size: str) -> list[int]:
-    """Tokens in whole batches."""
-    whole = [count // batch * batch for count in tokens]
-    if not all(whole):
-        raise ConfigError(f"{size}: {min(tokens):,} tokens are less than one batch of {batch:,}: lower --batch-tokens")
-    if len(set(whole)) != len(whole):
-        raise ConfigError(f"{size}: two numbers of tokens come to the same number of batches of {batch:,}")
-    return whole
+def _round_to_batches(tokens: Iterable[int], batch: int, size: str) -> list[int]:
+    """Tokens rounded down to whole batches."""
+    rounded = [count // batch * batch for count in tokens]
+    if not all(rounded):
+        raise ConfigError(
+            f"{size}: {min(tokens):,} tokens are less than one batch of {batch:,}: use a smaller --batch-tokens"
+        )
+    if len(set(rounded)) != len(rounded):
+        raise ConfigError(f"{size}: two numbers of tokens are the same number of batches of {batch:,}")
+    return rounded
 
 
 class Sweeper:
-    """Runs a plan.
+    """Runs a sweep.
 
     Args:
-        plan: what to run.
+        plan: runs of the sweep.
         dataset: verified data.
-        queue: does the runs.
-        stage: called with a few words at the start of each stage.
+        queue: queue that trains them.
+        stage: callback that receives the name of each stage when it starts.
 
     Raises:
-        ConfigError: a setting is wrong, for any of the runs.
+        ConfigError: a setting of any run is wrong.
         DataError: the data does not fit the models.
     """
 
     def __init__(self, plan: SweepPlan, dataset: Dataset, queue: RunQueue, stage: Callable[[str], None]) -> None:
         self.plan, self.dataset, self.queue, self.stage = plan, dataset, queue, stage
-        for cell, grid in plan.grids.items():  # refuse what can not run before hours are spent on the rest
+        for cell, grid in plan.grids.items():  # fail before the first run, not after hours
             check_data(self.config(cell, grid[0], 0), dataset)
 
     def config(self, cell: Cell, lr: float, seed: int) -> TrainConfig:
-        """Complete settings of one run."""
+        """Complete settings of one run of a cell."""
         return fill_defaults({**self.plan.settings[cell], "lr": lr, "seed": seed}, self.dataset.vocab_size)
 
     def jobs(self, cell: Cell, lr: float) -> list[Job]:
-        """A run for each seed; its name holds what distinguishes it."""
+        """Jobs of one learning rate, one for each seed; each name identifies the run within the sweep."""
         name = f"{cell.architecture}-{cell.size}-{cell.tokens}-b{cell.batch}-lr{lr:g}"
         return [Job(f"{name}-seed{seed}", self.config(cell, lr, seed)) for seed in range(self.plan.seeds)]
 
     def missing(self, cell: Cell) -> tuple[int, int]:
-        """How many runs of a cell are not done yet, at least and at most; raises as ``Queue.finished``."""
+        """Minimum and maximum number of unfinished runs of a cell; raises the errors of ``RunQueue.finished``."""
         losses: dict[float, float] = {}
-        while wanted := self.plan.further(cell, losses):
-            found = {rate: [self.queue.finished(job) for job in self.jobs(cell, rate)] for rate in wanted}
-            least = sum(outcome is None for outcomes in found.values() for outcome in outcomes)
-            if least:
-                later = self.plan.most(cell) - len(losses) - len(wanted)
-                return least, least + later * self.plan.seeds
-            losses |= {rate: _mean_loss(outcome for outcome in outcomes if outcome) for rate, outcomes in found.items()}
+        while rates := self.plan.next_rates(cell, losses):
+            outcomes = {rate: [self.queue.finished(job) for job in self.jobs(cell, rate)] for rate in rates}
+            unfinished = sum(outcome is None for seeds in outcomes.values() for outcome in seeds)
+            if unfinished:
+                extensions = self.plan.max_rates(cell) - len(losses) - len(rates)
+                return unfinished, unfinished + extensions * self.plan.seeds
+            losses |= {rate: _mean_loss(outcome for outcome in seeds if outcome) for rate, seeds in outcomes.items()}
         return 0, 0
 
     def run(self) -> Sweep:
-        """Search every cell; raises as ``Queue.run``."""
+        """Search every cell; raises the errors of ``RunQueue.run``."""
         started = time.monotonic()
-        found: dict[Cell, dict[float, list[RunResult]]] = {cell: {} for cell in self.plan.grids}
+        results: dict[Cell, dict[float, list[RunResult]]] = {cell: {} for cell in self.plan.grids}
         self.stage("grid")
-        while wanted := self._wanted(found):
-            jobs = {place: self.jobs(*place) for place in wanted}
+        while points := self._next_points(results):
+            jobs = {point: self.jobs(*point) for point in points}
             outcomes = self.queue.run(job for seeds in jobs.values() for job in seeds)
             for (cell, rate), seeds in jobs.items():
-                found[cell][rate] = [outcomes[job.name] for job in seeds]
-            self.stage("beyond the edges")
+                results[cell][rate] = [outcomes[job.name] for job in seeds]
+            self.stage("grid extensions")
         runs = tuple(
-            self.measured(cell, rate, seed, outcome)
-            for cell, rates in found.items()
+            self.sweep_run(cell, rate, seed, outcome)
+            for cell, rates in results.items()
             for rate, seeds in sorted(rates.items())
             for seed, outcome in enumerate(seeds)
         )
-        ended = [outcome for rates in found.values() for seeds in rates.values() for outcome in seeds]
+        ended = [outcome for rates in results.values() for seeds in rates.values() for outcome in seeds]
         return Sweep(
             self.setup(time.monotonic() - started, ended), runs, self.coordinates() if self.plan.by_width else ()
         )
 
     def coordinates(self) -> tuple[CoordCheck, ...]:
-        """Of every architecture and size, at the middle of its grid and the smallest batch."""
+        """Activations of every architecture and size, at its middle learning rate and smallest batch."""
         self.stage("activations")
         cells = {(cell.architecture, cell.size): cell for cell in sorted(self.plan.grids, key=lambda cell: -cell.batch)}
         middle = {cell: grid[len(grid) // 2] for cell, grid in self.plan.grids.items()}
         configs = [replace(self.config(cell, middle[cell], 0), device=self.queue.devices[0]) for cell in cells.values()]
-        return tuple(found for config in configs for found in coord_check(config, self.dataset))
+        return tuple(check for config in configs for check in coord_check(config, self.dataset))
 
-    def _wanted(self, found: Mapping[Cell, Mapping[float, Sequence[RunResult]]]) -> list[tuple[Cell, float]]:
+    def _next_points(self, results: Mapping[Cell, Mapping[float, Sequence[RunResult]]]) -> list[tuple[Cell, float]]:
         return [
             (cell, rate)
-            for cell, rates in found.items()
-            for rate in self.plan.further(cell, {tried: _mean_loss(seeds) for tried, seeds in rates.items()})
+            for cell, rates in results.items()
+            for rate in self.plan.next_rates(cell, {tried: _mean_loss(seeds) for tried, seeds in rates.items()})
         ]
 
-    def measured(self, cell: Cell, lr: float, seed: int, outcome: RunResult) -> SweepRun:
-        """A finished run as a result."""
+    def sweep_run(self, cell: Cell, lr: float, seed: int, outcome: RunResult) -> SweepRun:
+        """Record of a finished run."""
         return SweepRun(
             architecture=cell.architecture,
             size=cell.size,
@@ -257,7 +259,7 @@ class Sweeper:
         )
 
     def setup(self, seconds: float, outcomes: Iterable[RunResult]) -> dict[str, Any]:
-        """What all runs share, for the report."""
+        """Facts about all runs for the report: provenance, settings, context, seeds and lr_width."""
         cell, grid = next(iter(self.plan.grids.items()))
         config = self.config(cell, grid[0], 0)
         return {
@@ -267,7 +269,9 @@ class Sweeper:
             "head_dim": config.model.head_dim,
             "validation_tokens": int(config.eval_tokens),
             "seeds": self.plan.seeds,
-            "lr_width": sorted({f"{it.architecture} {own['lr_width']}" for it, own in self.plan.settings.items()}),
+            "lr_width": sorted(
+                {f"{cell.architecture} {settings['lr_width']}" for cell, settings in self.plan.settings.items()}
+            ),
         }
 
 
