@@ -1,4 +1,4 @@
-"""antransformer fit, from folders and tables to laws, JSON and pictures."""
+"""antransformer fit: from result folders and CSV tables to laws, JSON and charts."""
 
 import csv
 import errno
@@ -16,7 +16,6 @@ import pytest
 from antransformer.cli import main
 from antransformer.results.comparison import Results, Run, Trial, Variant
 from antransformer.results.observations import Observation, Observations, read_observations
-from antransformer.scaling import fitting as scaling
 from antransformer.scaling.charts import charts
 from antransformer.scaling.fits import LAWS, fit
 
@@ -34,19 +33,15 @@ RATIOS = (1.25, 5, 20, 80)
 BATCH, LR = (2.25e-3, 0.984), (0.065, -0.178)
 
 
-@pytest.fixture(autouse=True)
-def few_resamples(monkeypatch):
-    monkeypatch.setattr(scaling, "SURFACE_RESAMPLES", 10)
-
-
 def loss_at(n, d, batch, lr):
+    """Loss with a bowl around the best batch and learning rate, which follow BATCH and LR."""
     best_batch, best_lr = BATCH[0] * n ** BATCH[1], LR[0] * n ** LR[1]
     off = math.log(lr / best_lr) - 0.5 * math.log(batch / best_batch)
     return 1.9 + 300 / n**0.33 + 500 / d**0.3 + 0.02 * math.log(batch / best_batch) ** 2 + 0.1 * off**2
 
 
-def swept(architecture="angpt", sizes=SIZES):
-    """A grid search at 20 tokens a parameter, and runs at its best settings with other tokens."""
+def grid_search(architecture="angpt", sizes=SIZES):
+    """Runs of a grid search at 20 tokens per parameter, and runs at its best settings with other token counts."""
     rows = []
     for n in sizes:
         best = round(BATCH[0] * n ** BATCH[1]), LR[0] * n ** LR[1]
@@ -61,7 +56,7 @@ def swept(architecture="angpt", sizes=SIZES):
     return rows
 
 
-def table(path, rows):
+def write_table(path, rows):
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(HEADER.split(","))
@@ -70,7 +65,7 @@ def table(path, rows):
 
 
 def experiment(size, best_lr, kind="compare", **setup):
-    """What a comparison of one size leaves, with a search of the learning rate."""
+    """Results of a comparison at one size, with a learning-rate search."""
     variants = []
     for name, shift in (("gpt+", 0.2), ("angpt", 0.0)):
         trials = [
@@ -96,16 +91,16 @@ def experiment(size, best_lr, kind="compare", **setup):
     return Results(kind, setup, (1_000_000, 2_000_000, 4_000_000), (1, 2), 2_000_000, tuple(variants))
 
 
-def folder(path, *args, **kwargs):
+def write_folder(path, *args, **kwargs):
     path.mkdir()
     experiment(*args, **kwargs).save(path)
     return path
 
 
-def test_optima_give_the_laws_alone(tmp_path, capsys):
+def test_known_optima_give_laws_of_batch_and_learning_rate(tmp_path, capsys):
     source, target = tmp_path / "optima.csv", tmp_path / "laws.json"
     source.write_text(OPTIMA)
-    assert main(["fit", "--optima", str(source), "--json", str(target), "--out", str(tmp_path / "pictures")]) == 0
+    assert main(["fit", "--optima", str(source), "--json", str(target), "--out", str(tmp_path / "charts")]) == 0
     laws = json.loads(target.read_text())
     assert list(laws) == ["angpt", "gpt+"]
     for architecture in laws.values():
@@ -115,112 +110,112 @@ def test_optima_give_the_laws_alone(tmp_path, capsys):
     assert laws["angpt"]["batch"]["exponent"] == pytest.approx(np.polyfit(n, batch, 1)[0])
     out = capsys.readouterr().out
     assert re.search(r"\bbatch = .* 3 *\n", out) and re.search(r"^- .*\bbatch\b.*\b3\b", out, re.MULTILINE)
-    assert {path.name for path in (tmp_path / "pictures").iterdir()} == {"best-batch.png", "best-lr.png"}
+    assert {path.name for path in (tmp_path / "charts").iterdir()} == {"best-batch.png", "best-lr.png"}
 
 
-def test_all_laws_come_back_from_a_table(tmp_path, capsys):
-    source, target = table(tmp_path / "runs.csv", swept()), tmp_path / "laws.json"
-    assert main(["fit", str(source), "--json", str(target), "--out", str(tmp_path / "pictures")]) == 0
-    found = json.loads(target.read_text())["angpt"]
-    assert found["batch"]["exponent"] == pytest.approx(BATCH[1], abs=0.06)
-    assert found["lr"]["exponent"] == pytest.approx(LR[1], abs=0.06)
-    assert found["surface"]["alpha"] == pytest.approx(0.33, abs=0.01)
-    assert found["surface"]["E"] == pytest.approx(1.9, abs=0.02)
-    assert len(found["optima"]) == 4 and all(place["best"]["lr_bracketed"] for place in found["optima"])
-    assert found["loss"]["exponent"] < 0 and found["frontier"][0].keys() >= {"compute", "bracketed"}
-    pictures = {path.name for path in (tmp_path / "pictures").iterdir()}
-    assert pictures == {
+def test_all_laws_are_recovered_from_a_table(tmp_path, capsys):
+    source, target = write_table(tmp_path / "runs.csv", grid_search()), tmp_path / "laws.json"
+    assert main(["fit", str(source), "--json", str(target), "--out", str(tmp_path / "charts")]) == 0
+    laws = json.loads(target.read_text())["angpt"]
+    assert laws["batch"]["exponent"] == pytest.approx(BATCH[1], abs=0.06)
+    assert laws["lr"]["exponent"] == pytest.approx(LR[1], abs=0.06)
+    assert laws["surface"]["alpha"] == pytest.approx(0.33, abs=0.01)
+    assert laws["surface"]["E"] == pytest.approx(1.9, abs=0.02)
+    assert len(laws["optima"]) == 4 and all(optimum["best"]["lr_bracketed"] for optimum in laws["optima"])
+    assert laws["loss"]["exponent"] < 0 and laws["frontier"][0].keys() >= {"compute", "bracketed"}
+    charts_written = {path.name for path in (tmp_path / "charts").iterdir()}
+    assert charts_written == {
         f"{name}.png" for name in ("best-batch", "best-lr", "loss-compute", "best-size", "best-tokens", "search-angpt")
     }
-    assert all(path.stat().st_size > 10_000 for path in (tmp_path / "pictures").iterdir())
+    assert all(path.stat().st_size > 10_000 for path in (tmp_path / "charts").iterdir())
     out = capsys.readouterr().out
     assert re.search(r"lr = \S+ N\^-0\.1\d+ ", out) and "alpha = 0.33" in out
 
 
-def test_numbers_under_three_panels_do_not_run_into_each_other():
-    rows = swept()
-    (drawn,) = (chart for chart in charts(fit(Observations(rows, rows)), rows) if chart.name == "search-angpt")
-    drawn.figure.draw_without_rendering()
-    assert len(drawn.figure.axes) == 3
-    for axes in drawn.figure.axes:
+def test_tick_labels_of_three_panels_do_not_overlap():
+    rows = grid_search()
+    (chart,) = (chart for chart in charts(fit(Observations(rows, rows)), rows) if chart.name == "search-angpt")
+    chart.figure.draw_without_rendering()
+    assert len(chart.figure.axes) == 3
+    for axes in chart.figure.axes:
         boxes = [label.get_window_extent() for label in axes.get_xticklabels() if label.get_text()]
         inside = [box for box in boxes if axes.bbox.x0 <= (box.x0 + box.x1) / 2 <= axes.bbox.x1]
         assert len(inside) >= 2 and all(left.x1 < right.x0 for left, right in pairwise(inside))
 
 
-def test_folders_of_comparisons_are_read_as_searches_and_runs(tmp_path):
-    paths = [folder(tmp_path / str(size), size, lr) for size, lr in ((2_000_000, 4e-3), (8_000_000, 2e-3))]
+def test_comparison_folders_give_searches_and_runs(tmp_path):
+    paths = [write_folder(tmp_path / str(size), size, lr) for size, lr in ((2_000_000, 4e-3), (8_000_000, 2e-3))]
     observed = read_observations(paths)
-    assert (
-        len(observed.searches) == 2 * 2 * 5 and len(observed.runs) == 2 * 2 * 6
-    )  # no trial of the other hyperparameter
+    assert len(observed.searches) == 2 * 2 * 5  # without the trials of weight_decay
+    assert len(observed.runs) == 2 * 2 * 6
     assert {(row.tokens, row.batch) for row in observed.searches} == {(2e6, 2048)}
-    fits = {it.name: it for it in fit(observed)}
+    fits = {fitted.name: fitted for fitted in fit(observed)}
     angpt = fits["angpt"]
-    assert [place.best.lr for place in angpt.optima] == pytest.approx([4e-3, 2e-3], rel=0.01)
+    assert [optimum.best.lr for optimum in angpt.optima] == pytest.approx([4e-3, 2e-3], rel=0.01)
     assert angpt.laws["lr"].exponent == pytest.approx(-0.5, abs=0.01) and "batch" not in angpt.laws
     assert angpt.laws["lr"].delta["exponent"] == (-math.inf, math.inf)
-    assert len(angpt.runs) == 6  # seeds are one mean
+    assert len(angpt.runs) == 6  # averaged over seeds
     assert fits["gpt+"].runs[0].loss - angpt.runs[0].loss == pytest.approx(0.2)
-    # No law of the batch, two points of the learning rate's, other tokens a parameter, and too little for a surface.
+    # No law of the batch, two points for that of the learning rate, different tokens per parameter, no surface.
     for words in (r"\bbatch\b", rf"^{LAWS['lr'][0]}", r"\b0\.25\b.*\b1\b", r"L\(N, D\).*\b6\b.*\b2\b.*\b3\b"):
         assert any(re.search(words, note) for note in angpt.notes), words
 
 
-def test_the_name_is_the_architecture_and_the_batch_may_be_its_own(tmp_path):
+def test_a_variant_counts_under_its_architecture_with_its_own_batch(tmp_path):
     results = experiment(2_000_000, 4e-3)
-    named = [
-        replace(it, name=f"{it.name} 64K", settings={**it.settings, "batch_tokens": 65_536}) for it in results.variants
+    renamed = [
+        replace(variant, name=f"{variant.name} 64K", settings={**variant.settings, "batch_tokens": 65_536})
+        for variant in results.variants
     ]
-    replace(results, variants=tuple(named)).save(tmp_path)
+    replace(results, variants=tuple(renamed)).save(tmp_path)
     rows = read_observations([tmp_path]).runs
     assert {(row.architecture, row.batch) for row in rows} == {("gpt+", 65_536), ("angpt", 65_536)}
 
 
-def test_an_edge_is_left_out_and_said():
-    rows = [row for row in swept() if row.parameters != SIZES[3] or row.lr < 1e-3]
-    (found,) = fit(Observations(tuple(rows), tuple(rows)))
-    assert found.laws["lr"].points == found.laws["batch"].points == 3
-    assert not found.optima[3].known_lr and not found.optima[3].known_batch
+def test_an_optimum_at_an_edge_is_left_out_with_a_note():
+    rows = [row for row in grid_search() if row.parameters != SIZES[3] or row.lr < 1e-3]
+    (angpt,) = fit(Observations(tuple(rows), tuple(rows)))
+    assert angpt.laws["lr"].points == angpt.laws["batch"].points == 3
+    assert not angpt.optima[3].known_lr and not angpt.optima[3].known_batch
     for name in ("batch", "lr"):
-        assert any(re.search(rf"{LAWS[name][0]}\b.*\b1\b.*\b4\b.*\b240M\b", note) for note in found.notes)
-    drawn = {chart.name: chart for chart in charts([found], rows)}
+        assert any(re.search(rf"{LAWS[name][0]}\b.*\b1\b.*\b4\b.*\b240M\b", note) for note in angpt.notes)
+    drawn = {chart.name: chart for chart in charts([angpt], rows)}
     hollow = [line for line in drawn["best-lr"].figure.axes[0].get_lines() if line.get_markerfacecolor() == "none"]
     assert [list(line.get_xdata()) for line in hollow] == [[SIZES[3]]]
 
 
-def test_sizes_that_nothing_brackets_give_no_law_of_the_best_size():
-    rows = [row for row in swept() if row.tokens == 20 * row.parameters]  # one ratio: every bin has one size
-    (found,) = fit(Observations((), tuple(rows)))
-    assert not {"size", "tokens", "batch", "lr"} & found.laws.keys() and "loss" in found.laws
+def test_one_size_per_bin_gives_no_law_of_the_best_size():
+    rows = [row for row in grid_search() if row.tokens == 20 * row.parameters]  # so every bin has one size
+    (angpt,) = fit(Observations((), tuple(rows)))
+    assert not {"size", "tokens", "batch", "lr"} & angpt.laws.keys() and "loss" in angpt.laws
     for words in (r"\b4\b.*\b4\b", rf"{LAWS['size'][0]}\b.*\b0\b", rf"{LAWS['tokens'][0]}\b.*\b0\b"):
-        assert any(re.search(words, note) for note in found.notes), words
-    assert len(found.notes) == 6 and found.surface is None
+        assert any(re.search(words, note) for note in angpt.notes), words
+    assert len(angpt.notes) == 6 and angpt.surface is None
 
 
-def test_a_diverged_run_has_no_part_in_the_loss(tmp_path):
-    rows = swept()
+def test_a_diverged_run_does_not_change_the_surface(tmp_path):
+    rows = grid_search()
     worst = Observation("angpt", SIZES[0], 1e6, 2048, 1.0, math.inf)
-    source = table(tmp_path / "runs.csv", [*rows, worst])
+    source = write_table(tmp_path / "runs.csv", [*rows, worst])
     observed = read_observations([source])
     assert observed.runs[-1].loss == math.inf
     assert fit(observed)[0].surface == fit(Observations((), tuple(rows)))[0].surface
 
 
-def test_losses_alone_of_an_architecture_with_one_size_are_no_law_but_no_mistake():
-    lone = [replace(row, architecture="ngpt") for row in swept(sizes=SIZES[:1])]
-    diverged = [replace(row, architecture="dyt", loss=math.inf) for row in lone]
-    rows = (*swept(), *lone, *diverged)
-    found = {it.name: it for it in fit(Observations(rows, rows))}
-    assert "lr" not in found["ngpt"].laws and found["angpt"].laws["lr"].points == 4
+def test_an_architecture_with_one_size_is_no_error_next_to_others():
+    one_size = [replace(row, architecture="ngpt") for row in grid_search(sizes=SIZES[:1])]
+    diverged = [replace(row, architecture="dyt", loss=math.inf) for row in one_size]
+    rows = (*grid_search(), *one_size, *diverged)
+    fits = {fitted.name: fitted for fitted in fit(Observations(rows, rows))}
+    assert "lr" not in fits["ngpt"].laws and fits["angpt"].laws["lr"].points == 4
     for name in ("batch", "lr"):
-        assert any(re.search(rf"{LAWS[name][0]}\b.*\b1\b.*\b2\b", note) for note in found["ngpt"].notes)
-    assert not found["dyt"].optima and not found["dyt"].laws and "loss" in found["dyt"].notes[-1]
-    assert charts(list(found.values()), rows)
+        assert any(re.search(rf"{LAWS[name][0]}\b.*\b1\b.*\b2\b", note) for note in fits["ngpt"].notes)
+    assert not fits["dyt"].optima and not fits["dyt"].laws and "loss" in fits["dyt"].notes[-1]
+    assert charts(list(fits.values()), rows)
 
 
 @pytest.mark.parametrize(
-    ("text", "named"),
+    ("text", "pattern"),
     [
         ("", r"runs\.csv: .*architecture.*parameters.*tokens.*batch.*lr.*loss"),
         (f"{HEADER}\n", r"runs\.csv"),
@@ -235,18 +230,18 @@ def test_losses_alone_of_an_architecture_with_one_size_are_no_law_but_no_mistake
         (b"PK\x03\x04\xff\xfe", r"runs\.csv: .*\butf-8\b"),
     ],
 )
-def test_a_bad_table_is_one_line_and_status_2(text, named, tmp_path, capsys):
+def test_a_bad_table_gives_one_line_and_status_2(text, pattern, tmp_path, capsys):
     source = tmp_path / "runs.csv"
     source.write_bytes(text if isinstance(text, bytes) else text.encode())
-    assert main(["fit", str(source), "--out", str(tmp_path / "pictures")]) == 2
+    assert main(["fit", str(source), "--out", str(tmp_path / "charts")]) == 2
     captured = capsys.readouterr()
-    assert re.search(named, captured.err), captured.err
+    assert re.search(pattern, captured.err), captured.err
     assert captured.err.count("\n") == 1 and captured.out == ""
-    assert not (tmp_path / "pictures").exists()
+    assert not (tmp_path / "charts").exists()
 
 
 @pytest.mark.parametrize(
-    ("arguments", "named"),
+    ("arguments", "words"),
     [
         ([], ["RESULTS", "--optima"]),
         (["one", "--optima", "optima.csv"], ["RESULTS", "--optima"]),
@@ -257,34 +252,34 @@ def test_a_bad_table_is_one_line_and_status_2(text, named, tmp_path, capsys):
         (["one", "bare"], ["bare", "'batch_tokens'"]),
         (["one"], ["gpt+, angpt"]),
         (["--optima", "optima.csv", "--out", "optima.csv"], ["optima.csv", "--out"]),
-        (["--optima", "optima.csv", "--out", "optima.csv/pictures"], ["optima.csv", "--out"]),
+        (["--optima", "optima.csv", "--out", "optima.csv/charts"], ["optima.csv", "--out"]),
         (["--optima", "optima.csv", "--json", "no/where.json"], ["--json", "no/where.json"]),
         (["one", "--bins", "none"], ["--bins", "'none'"]),
         (["--optima", "single.csv"], ["angpt"]),
         (["--optima", "negative.csv"], ["negative.csv", "1", "2", "batch", "-1"]),
     ],
 )
-def test_a_users_mistake_is_one_line_and_status_2(arguments, named, tmp_path, capsys, monkeypatch):
+def test_a_usage_error_gives_one_line_and_status_2(arguments, words, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "optima.csv").write_text(OPTIMA)
     (tmp_path / "single.csv").write_text("".join(OPTIMA.splitlines(keepends=True)[:2]))
     (tmp_path / "negative.csv").write_text("architecture,parameters,batch,lr\nangpt,1e6,-1,1e-3\n")
     (tmp_path / "empty").mkdir()
-    folder(tmp_path / "one", 2_000_000, 4e-3)
-    folder(tmp_path / "other", 8_000_000, 4e-3, data_digest="xyz")
-    folder(tmp_path / "ablated", 8_000_000, 4e-3, kind="ablate")
+    write_folder(tmp_path / "one", 2_000_000, 4e-3)
+    write_folder(tmp_path / "other", 8_000_000, 4e-3, data_digest="xyz")
+    write_folder(tmp_path / "ablated", 8_000_000, 4e-3, kind="ablate")
     results = experiment(8_000_000, 4e-3)
     del results.setup["batch_tokens"]
     (tmp_path / "bare").mkdir()
     results.save(tmp_path / "bare")
     assert main(["fit", *arguments]) == 2
     captured = capsys.readouterr()
-    assert all(word in captured.err for word in named), captured.err
+    assert all(word in captured.err for word in words), captured.err
     assert captured.err.count("\n") == 1 and captured.out == ""
     assert not (tmp_path / "runs").exists()
 
 
-def test_what_is_not_installed_is_said(tmp_path, capsys, monkeypatch):
+def test_missing_packages_are_named(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "optima.csv").write_text(OPTIMA)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
