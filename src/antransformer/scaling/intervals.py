@@ -27,7 +27,7 @@ def delta_intervals(
     """Intervals of the delta method: estimate plus or minus t standard errors.
 
     Args:
-        estimates: fitted values, in the order of ``logs``; logarithms where ``logs`` says so.
+        estimates: fitted values, in the order of ``logs``, as logarithms where it is true.
         covariance: of ``estimates``.
         degrees_of_freedom: number of points minus number of coefficients; 0 gives infinite intervals.
         logs: for each coefficient's name, whether its logarithm was fitted.

@@ -60,7 +60,16 @@ def _budget_section(budget: TokenBudget) -> Section:
 
 
 def _best_table(budget: TokenBudget) -> str:
-    head = ["variant", "size", "parameters", "tokens", "best batch", "best LR", "loss", "regret at the smallest's LR"]
+    head = [
+        "variant",
+        "size",
+        "parameters",
+        "tokens",
+        "best batch",
+        "best LR",
+        "loss",
+        "excess loss at the LR of the smallest",
+    ]
     rows = []
     for name in budget.architectures:
         for size in budget.optima(name):

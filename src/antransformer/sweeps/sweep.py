@@ -8,6 +8,7 @@ learning rates, each around its own default.
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -102,15 +103,7 @@ def plan(
         ConfigError: a name is unknown, a value is repeated, widths are combined with several sizes, or a run is shorter
             than one batch.
     """
-    for name in architectures:
-        if name not in registry.names():
-            known = nearest(name, registry.names()) or f": choose from {', '.join(registry.names())}"
-            raise ConfigError(f"unknown architecture {name!r}{known}")
-    for option, values in {"--architectures": architectures, "--sizes": sizes, "--widths": widths}.items():
-        _require_distinct(option, values, values)
-    _require_distinct("--lrs", lrs, [f"{lr:g}" for lr in lrs])  # the precision of run names
-    if widths and len(sizes) > 1:
-        raise ConfigError(f"--widths needs one size, whose depth it keeps: choose one of --sizes {' '.join(sizes)}")
+    _check_choices(architectures, sizes, widths, lrs)
     context = max(ModelConfig.preset(name).context for name in sizes)
     shared = merge({"model": {"context": context}}, settings)
     grids: dict[Cell, tuple[float, ...]] = {}
@@ -130,21 +123,33 @@ def plan(
             sized = merge(shared, {"preset": preset, "model": {"width": width}})
             model = resolve_config(merge(sized, {"model": {"architecture": architectures[0]}}), vocab_size).model
             budgets = [round(ratio * parameter_count(model)) for ratio in ratios] or tokens
-            for cell_tokens in _round_to_batches(budgets, max(batch_sizes), size):
-                for name in architectures:
-                    for batch in batch_sizes:
-                        cell = Cell(name, size, cell_tokens, batch)
-                        settings_of[cell] = {
-                            **merge(sized, {"model": {"architecture": name}}),
-                            "tokens": cell_tokens,
-                            "batch_tokens": batch,
-                            "lr_width": defaults[name].lr_width,
-                        }
-                        center = defaults[name].lr
-                        grid = [round_sig(center * LR_RATIO**power) for power in grid_powers(trials)]
-                        grids[cell] = tuple(lrs or grid)
+            budgets = _round_to_batches(budgets, max(batch_sizes), size)
+            for budget, name, batch in product(budgets, architectures, batch_sizes):
+                cell = Cell(name, size, budget, batch)
+                settings_of[cell] = {
+                    **merge(sized, {"model": {"architecture": name}}),
+                    "tokens": budget,
+                    "batch_tokens": batch,
+                    "lr_width": defaults[name].lr_width,
+                }
+                grid = [round_sig(defaults[name].lr * LR_RATIO**power) for power in grid_powers(trials)]
+                grids[cell] = tuple(lrs or grid)
     kept = {key: value for key, value in flatten(shared).items() if key not in MUTABLE_ON_RESUME - {"eval_tokens"}}
     return SweepPlan(grids, settings_of, kept, None if lrs else trials, seeds, bool(widths))
+
+
+def _check_choices(
+    architectures: Sequence[str], sizes: Sequence[str], widths: Sequence[int], lrs: Sequence[float]
+) -> None:
+    for name in architectures:
+        if name not in registry.names():
+            known = nearest(name, registry.names()) or f": choose from {', '.join(registry.names())}"
+            raise ConfigError(f"unknown architecture {name!r}{known}")
+    for option, values in {"--architectures": architectures, "--sizes": sizes, "--widths": widths}.items():
+        _require_distinct(option, values, values)
+    _require_distinct("--lrs", lrs, [f"{lr:g}" for lr in lrs])  # the precision of run names
+    if widths and len(sizes) > 1:
+        raise ConfigError(f"--widths needs one size, whose depth it keeps: choose one of --sizes {' '.join(sizes)}")
 
 
 def _require_distinct(option: str, given: Sequence[Any], values: Sequence[Any]) -> None:
