@@ -156,13 +156,13 @@ def test_the_band_follows_from_the_covariance(fits):
     error = math.sqrt(gradient @ np.array(content["angpt"]["surface"]["covariance"]) @ gradient)
     prediction = predict(read_laws(fits).by_architecture["angpt"], n, d)
     assert math.log(prediction.high / prediction.loss) == pytest.approx(2.3646 * error, rel=1e-3)
-    assert not prediction.outside
+    assert not prediction.extrapolations
     content["angpt"]["surface"]["covariance"] = [[None] * 5] * 5
     fits.with_name("without.json").write_text(json.dumps(content))
     without_covariance = predict(read_laws(fits.with_name("without.json")).by_architecture["angpt"], n, 1e10)
     assert without_covariance.high == math.inf
-    (outside,) = without_covariance.outside
-    assert all(fact in outside for fact in ("tokens", "10B", "52.1", "192M"))
+    (note,) = without_covariance.extrapolations
+    assert all(fact in note for fact in ("tokens", "10B", "52.1", "192M"))
 
 
 def test_the_shipped_laws_measured_nearest_are_used(fits, tmp_path, monkeypatch):

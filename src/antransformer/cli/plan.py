@@ -28,7 +28,7 @@ from antransformer.models import ModelConfig, registry
 from antransformer.models.config import PAPER_VOCABULARY, PRESETS
 from antransformer.reporting.labels import style_of
 from antransformer.scaling import planner as plans
-from antransformer.scaling.law_files import LawFile, nearest_shipped, predict, read_laws, shown
+from antransformer.scaling.law_files import LawFile, format_quantity, nearest_shipped, predict, read_laws
 from antransformer.scaling.planner import Cluster, Plan
 from antransformer.settings import Count, convert, nearest
 from antransformer.training.cost_model.throughput import GPUS
@@ -177,10 +177,10 @@ def run_table(plan: Plan) -> Table:
     table = new_table("run", "")
     rows = {
         "architecture": style_of(config.architecture).label,
-        "parameters": f"{shown(plan.parameters)} (width {config.width:,}, {config.layers} layers)",
-        "tokens": f"{shown(plan.tokens)} ({plan.tokens / plan.parameters:.3g} per parameter)",
+        "parameters": f"{format_quantity(plan.parameters)} (width {config.width:,}, {config.layers} layers)",
+        "tokens": f"{format_quantity(plan.tokens)} ({plan.tokens / plan.parameters:.3g} per parameter)",
         "compute": f"{plan.compute:.3g} FLOPs (6 N D)",
-        "batch": f"{plan.batch:,} sequences of {context:,} = {shown(plan.batch * context)} tokens",
+        "batch": f"{plan.batch:,} sequences of {context:,} = {format_quantity(plan.batch * context)} tokens",
         "steps": f"{plan.tokens // (plan.batch * context):,}",
         "learning rate": f"{plan.lr:g}" + (f" (for width {plan.lr_width:,})" if plan.lr_width else ""),
         "devices": f"{plan.cluster.devices:,} {plan.cluster.gpu_name}",
@@ -225,5 +225,5 @@ def loss_table(plan: Plan, file: LawFile) -> tuple[Table, list[str]]:
         known = math.isfinite(prediction.high)
         band = f"{prediction.low:.3f} to {prediction.high:.3f} ({prediction.band})" if known else "unknown"
         table.add_row(label, f"{prediction.loss:.3f}", band, prediction.law)
-        notes += [f"loss of {label}, extrapolated: {line}" for line in prediction.outside]
+        notes += [f"loss of {label}, extrapolated: {line}" for line in prediction.extrapolations]
     return table, notes

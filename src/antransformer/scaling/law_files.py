@@ -73,7 +73,7 @@ class Prediction:
         low, high: ends of the band; 0 and infinity if unknown.
         band: kind of band.
         law: name of the law.
-        outside: one note for each quantity that is outside the measured range.
+        extrapolations: one note for each quantity that is outside the measured range.
     """
 
     loss: float
@@ -81,7 +81,7 @@ class Prediction:
     high: float
     band: str
     law: str
-    outside: tuple[str, ...]
+    extrapolations: tuple[str, ...]
 
 
 def predict(laws: Laws, parameters: float, tokens: float) -> Prediction | None:
@@ -89,7 +89,10 @@ def predict(laws: Laws, parameters: float, tokens: float) -> Prediction | None:
     compute = float(FLOPS_PER_PARAMETER) * parameters * tokens
     if surface := laws.surface:
         loss, (low, high) = surface(parameters, tokens), surface.band(parameters, tokens)
-        notes = outside("parameters", parameters, surface.sizes), outside("tokens", tokens, surface.tokens)
+        notes = (
+            extrapolation_note("parameters", parameters, surface.sizes),
+            extrapolation_note("tokens", tokens, surface.tokens),
+        )
         return Prediction(loss, float(low), float(high), "95%", "L(N, D)", tuple(filter(None, notes)))
     if law := laws.powers.get("loss"):
         loss, (low, high), band = law(compute), law.band(compute), "95%"
@@ -98,22 +101,23 @@ def predict(laws: Laws, parameters: float, tokens: float) -> Prediction | None:
             error = laws.rounding[0] / law.coefficient + laws.rounding[1] * math.log(compute)
             factor = math.exp(min(error, MAX_EXPONENT))
             low, high, band = loss / factor, loss * factor, "rounding only"
-        note = outside("compute", compute, law.span)
+        note = extrapolation_note("compute", compute, law.span)
         return Prediction(loss, float(low), float(high), band, "L(C)", (note,) if note else ())
     return None
 
 
-def outside(name: str, value: float, span: Interval) -> str | None:
+def extrapolation_note(name: str, value: float, span: Interval) -> str | None:
     """Note of how far a value is outside a range; None inside."""
     low, high = span
+    quantity = f"{name} {format_quantity(value)}"
     if value > high * MARGIN:
-        return f"{name} {shown(value)} is a factor of {value / high:.3g} above the largest measured, {shown(high)}"
+        return f"{quantity} is a factor of {value / high:.3g} above the largest measured, {format_quantity(high)}"
     if value < low / MARGIN:
-        return f"{name} {shown(value)} is a factor of {low / value:.3g} below the smallest measured, {shown(low)}"
+        return f"{quantity} is a factor of {low / value:.3g} below the smallest measured, {format_quantity(low)}"
     return None
 
 
-def shown(value: float) -> str:
+def format_quantity(value: float) -> str:
     """Format parameters, tokens or FLOPs: 25.3M, 1.2T, and 1e+15 and above in scientific notation."""
     if value >= 1e15:
         return f"{value:.2g}"

@@ -19,7 +19,7 @@ from antransformer.models.registry import get
 from antransformer.reporting.labels import format_count
 from antransformer.scaling.fitting import FLOPS_PER_PARAMETER
 from antransformer.scaling.intervals import Interval
-from antransformer.scaling.law_files import LawFile, Laws, nearest_shipped, outside, shown
+from antransformer.scaling.law_files import LawFile, Laws, extrapolation_note, format_quantity, nearest_shipped
 from antransformer.training import defaults
 from antransformer.training.cost_model import throughput
 from antransformer.training.cost_model.memory import Layout, Memory, estimate_memory
@@ -159,9 +159,10 @@ def plan_for_flops(
     notes = plan.notes
     if not _about_equal(plan.parameters, best_size):
         notes += (
-            f"the best size is {shown(best_size)} parameters; the nearest possible one has {shown(plan.parameters)}",
+            f"the best size is {format_quantity(best_size)} parameters; "
+            f"the nearest possible one has {format_quantity(plan.parameters)}",
         )
-    if extrapolation := outside("compute", flops, laws.compute or (flops, flops)):
+    if extrapolation := extrapolation_note("compute", flops, laws.compute or (flops, flops)):
         notes += (f"best size: {extrapolation}",)
     return replace(plan, notes=notes)
 
@@ -224,7 +225,10 @@ def plan_run(config: ModelConfig, tokens: float, cluster: Cluster, laws: Laws | 
     steps = max(1, round(tokens / (batch * config.context)))
     run_tokens = steps * batch * config.context
     if not _about_equal(run_tokens, tokens):
-        notes.append(f"the run has {shown(run_tokens)} tokens instead of {shown(tokens)}, to fill its batches")
+        notes.append(
+            f"the run has {format_quantity(run_tokens)} tokens instead of {format_quantity(tokens)}, "
+            "to fill its batches"
+        )
     mfu = mfu or throughput.expected_mfu(config, layout, cluster.gpu, cluster.network)
     seconds = throughput.flops_per_token(config) * run_tokens / (cluster.peak_flops * mfu)
     return Plan(
@@ -271,7 +275,7 @@ def _uses_small_default(name: str, parameters: int, laws: Laws | None) -> bool:
 
 
 def _with_extrapolation(source: str, parameters: int, span: Interval) -> str:
-    extrapolation = outside("parameters", parameters, span)
+    extrapolation = extrapolation_note("parameters", parameters, span)
     return f"{source}; {extrapolation}" if extrapolation else source
 
 
