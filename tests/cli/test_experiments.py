@@ -1,4 +1,4 @@
-"""compare and ablate from the command line, end to end with real runs."""
+"""The verbs compare and ablate, with real runs."""
 
 import json
 import re
@@ -22,13 +22,13 @@ def compare(corpus, out, *more):
 
 @pytest.fixture(scope="module")
 def compared(corpus, tmp_path_factory):
-    """The folder of a small comparison."""
+    """Folder of a finished small comparison."""
     folder = tmp_path_factory.mktemp("compare") / "out"
     assert main(compare(corpus, folder)) == 0
     return folder
 
 
-def test_compare_leaves_runs_results_and_a_report(compared):
+def test_compare_writes_runs_results_and_a_report(compared):
     results = Results.load(compared)
     assert [variant.name for variant in results.variants] == ["gpt+", "angpt"]
     assert results.budgets == (2560, 5120) and results.seeds == (1, 2)
@@ -52,25 +52,35 @@ def test_fit_reads_a_comparison(compared, capsys):
 
 
 def marks_of_runs(out):
-    """Counts the lines of completed runs: those found on disk have a remark after the loss, new ones do not."""
-    return Counter("found" if mark.strip() else "new" for mark in re.findall(r" \d+/\d+ .* \d+\.\d{4}\b(.*)", out))
+    """Count the progress lines of runs: those of cached runs have a remark after the loss, new ones do not."""
+    return Counter("cached" if mark.strip() else "new" for mark in re.findall(r" \d+/\d+ .* \d+\.\d{4}\b(.*)", out))
 
 
-def test_the_same_command_again_runs_nothing_and_more_seeds_only_what_is_missing(compared, corpus, capfd):
+def test_the_same_command_runs_nothing_again_and_more_seeds_add_the_missing_runs(compared, corpus, capfd):
     before = {path: path.stat().st_mtime_ns for path in compared.glob("runs/*/result.json")}
     assert main(compare(corpus, compared)) == 0
     out = capfd.readouterr().out
-    assert marks_of_runs(out) == Counter(found=8) and str(compared / "report.html") in out
+    assert marks_of_runs(out) == Counter(cached=8) and str(compared / "report.html") in out
     assert main(compare(corpus, compared, "--seeds=3", "--budgets", "2560")) == 0
     out = capfd.readouterr().out
-    assert marks_of_runs(out) == Counter(found=4, new=2)
+    assert marks_of_runs(out) == Counter(cached=4, new=2)
     after = {path: path.stat().st_mtime_ns for path in compared.glob("runs/*/result.json")}
     assert len(after) == 10 and before.items() <= after.items()
 
 
-def test_ablate_names_what_differs(corpus, tmp_path, capfd):
-    words = ["ablate", "--data", str(corpus), "--out", str(tmp_path), "--only", "all-x2", "--tokens=2560", "--seeds=2"]
-    assert main([*words, *SHORT]) == 0
+def test_ablate_runs_the_default_and_the_selected_variants(corpus, tmp_path, capfd):
+    arguments = [
+        "ablate",
+        "--data",
+        str(corpus),
+        "--out",
+        str(tmp_path),
+        "--only",
+        "all-x2",
+        "--tokens=2560",
+        "--seeds=2",
+    ]
+    assert main([*arguments, *SHORT]) == 0
     out = capfd.readouterr().out
     assert "default-2560" in out and "all-x2-2560" in out
     results = Results.load(tmp_path)
@@ -104,7 +114,7 @@ def test_the_list_of_ablations(capsys):
         (["ablate", "--tokens", "10"], "10 256 --tokens --batch-tokens"),
     ],
 )
-def test_a_users_mistake_is_one_line_and_status_2(arguments, facts, corpus, capsys, tmp_path):
+def test_a_usage_error_is_one_line_with_status_2(arguments, facts, corpus, capsys, tmp_path):
     verb, *rest = arguments
     assert main([verb, "--data", str(corpus), "--out", str(tmp_path / "out"), *SHORT, *rest]) == 2
     captured = capsys.readouterr()
@@ -112,6 +122,6 @@ def test_a_users_mistake_is_one_line_and_status_2(arguments, facts, corpus, caps
     assert not (tmp_path / "out").exists()
 
 
-def test_a_comparison_of_other_settings_is_not_mixed_with_this_one(compared, corpus, capsys):
+def test_a_folder_with_runs_of_other_settings_is_refused(compared, corpus, capsys):
     assert main(compare(corpus, compared, "--batch-tokens=512")) == 2
     assert mentions(capsys.readouterr().err, *["batch_tokens", "256", "512", "--out"])

@@ -8,8 +8,7 @@ from antransformer.comparison.experiment import Experiment, Plan
 from antransformer.data import Dataset
 from antransformer.errors import ConfigError, DataError
 from antransformer.results.comparison import Results
-from antransformer.runs.queue import RunResult, flatten
-from antransformer.runs.search import extension, grid_powers, unflatten
+from antransformer.runs.queue import RunResult
 from antransformer.training.config import TrainConfig
 from antransformer.training.optimizer_registry import OPTIMIZERS
 from helpers.messages import mentions
@@ -20,7 +19,7 @@ BUDGETS = (2560, 5120, 10240)
 
 
 class FakeQueue:
-    """Runs jobs by a formula; remembers each batch of them."""
+    """Computes losses by a formula instead of training; records the names of each batch of runs."""
 
     devices = ("cpu", "cpu")
 
@@ -35,7 +34,7 @@ class FakeQueue:
 
 
 def bowl(best):
-    """Loss with its minimum at a learning rate."""
+    """A loss with its minimum at a learning rate, given by architecture."""
     return lambda config: 3 + math.log(config.lr / best[config.model.architecture]) ** 2 - 1e-6 * config.tokens
 
 
@@ -44,40 +43,25 @@ def experiment(corpus, loss, architectures=("gpt+", "angpt"), **effort):
     return Experiment(plan, Dataset.open(corpus), FakeQueue(loss), lambda words: None)
 
 
-def test_everyone_gets_the_same_grid_around_its_own_default(corpus):
-    made = experiment(corpus, bowl({"gpt+": 8e-3, "angpt": 1.2e-2}), lr_trials=3, seeds=2)
-    results = made.run()
+def test_every_variant_has_the_same_grid_around_its_own_default(corpus):
+    results = experiment(corpus, bowl({"gpt+": 8e-3, "angpt": 1.2e-2}), lr_trials=3, seeds=2).run()
     assert [[trial.value for trial in variant.trials] for variant in results.variants] == [
-        [0.00267, 4e-3, 8e-3, 1.6e-2, 2.4e-2],  # three around the default, and three times off to either side
+        [0.00267, 4e-3, 8e-3, 1.6e-2, 2.4e-2],  # three around the default, and a third and three times the best
         [4e-3, 6e-3, 1.2e-2, 2.4e-2, 3.6e-2],
     ]
     assert [variant.settings["lr"] for variant in results.variants] == [8e-3, 1.2e-2]
     assert results.baseline.name == "gpt+" and results.trial_tokens == BUDGETS[1]
 
 
-def test_a_best_value_at_the_edge_extends_the_grid_until_it_lies_inside(corpus):
+def test_a_best_value_at_the_edge_extends_the_grid_until_it_is_inside(corpus):
     results = experiment(corpus, bowl({"gpt+": 3.2e-2, "angpt": 1.2e-2}), lr_trials=3).run()
-    tried = [trial.value for trial in results.variants[0].trials]
-    assert tried == [4e-3, 8e-3, 0.0107, 1.6e-2, 3.2e-2, 6.4e-2, 9.6e-2]
+    values = [trial.value for trial in results.variants[0].trials]
+    assert values == [4e-3, 8e-3, 0.0107, 1.6e-2, 3.2e-2, 6.4e-2, 9.6e-2]
     assert results.variants[0].settings["lr"] == 3.2e-2
-    assert len(results.variants[1].trials) == 5  # nobody else pays for it
+    assert len(results.variants[1].trials) == 5  # the other grid is not extended
 
 
-def test_an_extension_ends_where_it_finds_nothing():
-    losses = {value: 1 / value for value in (1.0, 2.0, 4.0)}
-    for _ in range(20):
-        more = extension(losses, 3, 2.0)
-        if not more:
-            break
-        losses |= {value: 1 / value for value in more}
-    assert len(losses) == 7
-    assert extension({1.0: 3.0, 2.0: 2.0, 4.0: 3.0}, 3, 2.0) == []
-    assert extension({1.0: 1.0, 2.0: 2.0, 4.0: math.inf}, 3, 2.0) == [0.5]
-    assert extension({2.0: math.inf, 1.0: math.inf, 4.0: math.inf}, 3, 2.0) == [0.5]  # all diverged: lower
-    assert list(grid_powers(5)) == [-2, -1, 0, 1, 2] and list(grid_powers(2)) == [-1, 0]
-
-
-def test_trials_have_a_seed_of_their_own_and_runs_the_rest(corpus):
+def test_trials_have_their_own_seed(corpus):
     made = experiment(corpus, bowl({"gpt+": 8e-3, "angpt": 1.2e-2}), lr_trials=3, seeds=2)
     results = made.run()
     trials, runs = made.queue.calls[0], made.queue.calls[-1]
@@ -96,7 +80,7 @@ def test_a_diverged_trial_is_never_the_best(corpus):
     assert math.isinf(results.variants[1].trials[-1].loss)
 
 
-def test_the_knob_of_each_is_searched_at_its_best_learning_rate(corpus):
+def test_the_hyperparameter_is_searched_at_the_best_learning_rate(corpus):
     def loss(config):
         decay, scale = config.weight_decay or 0.3, config.model.s_scale or 0.01
         return (
@@ -109,41 +93,43 @@ def test_the_knob_of_each_is_searched_at_its_best_learning_rate(corpus):
     assert (plus.settings["lr"], plus.settings["weight_decay"]) == (1.6e-2, 0.3)
     assert (angpt.settings["lr"], angpt.settings["model.s_scale"]) == (1.2e-2, 0.01)
     assert {trial.setting for trial in plus.trials} == {"lr", "weight_decay"}
-    everything = {name for call in made.queue.calls for name in call}
-    assert "gpt+-10240-lr0.016-weight_decay0.3-seed1" in everything
-    # The run at the best learning rate is the middle of the hyperparameter's grid: it is not run twice.
+    names = {name for call in made.queue.calls for name in call}
+    assert "gpt+-10240-lr0.016-weight_decay0.3-seed1" in names
+    # The middle of the hyperparameter's grid is the run at the best learning rate: the queue skips it the second time.
     center = "gpt+-5120-lr0.016-seed0"
     assert sum(center in call for call in made.queue.calls) == 2 and center in {trial.folder for trial in plus.trials}
 
 
-def test_with_muon_its_rate_is_searched_after_adams_with_as_many_trials(corpus):
+def test_the_learning_rate_of_muon_is_searched_after_that_of_adam_with_the_same_number_of_trials(corpus):
     def loss(config):
-        off = 0 if config.muon_lr is None else math.log(config.muon_lr / (2 * OPTIMIZERS["muon"].default_lrs["angpt"]))
-        return bowl({"gpt+": 8e-3, "angpt": 1.2e-2})(config) + off**2
+        distance = (
+            0 if config.muon_lr is None else math.log(config.muon_lr / (2 * OPTIMIZERS["muon"].default_lrs["angpt"]))
+        )
+        return bowl({"gpt+": 8e-3, "angpt": 1.2e-2})(config) + distance**2
 
     made = experiment(corpus, loss, architectures=("gpt+", "angpt-muon"), lr_trials=3)
     plus, muon = made.run().variants
     assert {trial.setting for trial in plus.trials} == {"lr"} and "muon_lr" not in plus.settings
-    tried = [[trial.value for trial in muon.trials if trial.setting == name] for name in ("lr", "muon_lr")]
-    assert [len(values) for values in tried] == [5, 6]  # two on the way to three times off, one beyond the edge
+    values = [[trial.value for trial in muon.trials if trial.setting == name] for name in ("lr", "muon_lr")]
+    assert list(map(len, values)) == [5, 6]  # a grid of 3, a third and three times the best; muon_lr: one extension
     assert (muon.settings["optimizer"], muon.settings["lr"]) == ("muon", 1.2e-2)
     assert muon.settings["muon_lr"] == 2 * OPTIMIZERS["muon"].default_lrs["angpt"]
     assert f"angpt-muon-10240-lr0.012-muon{muon.settings['muon_lr']:g}-seed1" in made.queue.calls[-1]
 
 
-def test_a_whole_comparison_with_muon(corpus):
+def test_a_comparison_with_muon_for_all_variants(corpus):
     plan = compare.plan({**COMMON, "optimizer": "muon"}, ("gpt+", "angpt"), BUDGETS, lr_trials=2, tuning_trials=2)
     results = Experiment(plan, Dataset.open(corpus), FakeQueue(bowl({"gpt+": 8e-3, "angpt": 1.2e-2})), print).run()
-    searched = [{trial.setting for trial in item.trials} for item in results.variants]
-    assert searched == [{"lr", "muon_lr", "model.init_std"}, {"lr", "muon_lr", "model.s_scale"}]
+    tuned = [{trial.setting for trial in item.trials} for item in results.variants]
+    assert tuned == [{"lr", "muon_lr", "model.init_std"}, {"lr", "muon_lr", "model.s_scale"}]
     assert [spec.hyperparameter for spec in compare.variant_specs(("gpt+", "gpt+-muon"))] == [
         "weight_decay",
         "model.init_std",
     ]
 
 
-def test_runs_share_all_but_their_own(corpus):
-    """Same batches, budgets and validation windows for all variants."""
+def test_variants_differ_only_in_the_model_and_tuned_settings(corpus):
+    """All variants have the same batches, budgets and validation windows."""
     configs: list[TrainConfig] = []
 
     def loss(config):
@@ -151,10 +137,10 @@ def test_runs_share_all_but_their_own(corpus):
         return 3.0
 
     experiment(corpus, loss, architectures=("gpt+", "gpt", "ngpt", "ln-scaling", "dyt", "angpt"), seeds=1).run()
-    own = {"model", "lr", "warmup_fraction", "weight_decay"}
+    different = {"model", "lr", "warmup_fraction", "weight_decay"}
     for tokens in BUDGETS:
         shared = [
-            {name: value for name, value in vars(config).items() if name not in own}
+            {name: value for name, value in vars(config).items() if name not in different}
             for config in configs
             if config.tokens == tokens
         ]
@@ -168,14 +154,14 @@ def test_only_the_first_seed_of_the_longest_budget_keeps_its_checkpoint(corpus):
     assert kept == [(BUDGETS[-1], 1)]
 
 
-def test_results_survive_their_file(corpus, tmp_path):
+def test_results_are_saved_and_loaded(corpus, tmp_path):
     made = experiment(corpus, lambda config: math.inf if config.seed == 2 else 3.0, lr_trials=2, seeds=2)
     results = made.run()
     results.save(tmp_path)
-    again = Results.load(tmp_path)
-    assert again == replace(results, setup=again.setup)
+    loaded = Results.load(tmp_path)
+    assert loaded == replace(results, setup=loaded.setup)
     assert "Infinity" not in (tmp_path / "results.json").read_text()
-    assert results.setup["command"].startswith("antransformer") and results.setup["made_on"] == ["a machine"]
+    assert results.setup["command"].startswith("antransformer") and results.setup["machines"] == ["a machine"]
     (tmp_path / "results.json").write_text("{")
     with pytest.raises(DataError) as error:
         Results.load(tmp_path)
@@ -185,11 +171,11 @@ def test_results_survive_their_file(corpus, tmp_path):
     assert mentions(error.value, tmp_path / "nowhere", "results.json")
 
 
-def test_budgets_are_the_tokens_that_are_trained_on():
+def test_budgets_are_rounded_down_to_full_batches():
     assert compare.plan(COMMON, ["gpt+", "angpt"], (3000, 6000)).budgets == (2816, 5888)
 
 
-def test_budgets():
+def test_default_and_given_budgets():
     assert compare.budgets_of(8_000_000) == (2_000_000, 4_000_000, 8_000_000)
     assert compare.budgets_of(0, ["20M", "5M"]) == (5_000_000, 20_000_000)
     for wrong in (["5M", "5M"], ["five"]):
@@ -198,7 +184,7 @@ def test_budgets():
         assert mentions(error.value, "--budgets", " ".join(wrong))
 
 
-def test_what_can_not_run_is_refused_before_anything_runs(corpus):
+def test_wrong_plans_are_refused_before_any_run(corpus):
     for names, budgets, seeds, parts in (
         (["gtp+", "angpt"], BUDGETS, 1, ("gtp+", "gpt+")),
         (["angpt", "angpt"], BUDGETS, 1, ("--architectures", "angpt")),
@@ -220,7 +206,7 @@ def test_what_can_not_run_is_refused_before_anything_runs(corpus):
     assert mentions(error.value, "model.vocab_size", 20, Dataset.open(corpus).max_token)
 
 
-def test_the_suite_of_ablations_is_one_default_and_what_differs_from_it(corpus):
+def test_the_ablation_suite_is_a_default_and_variants_that_differ_from_it(corpus):
     plan = ablate.plan(COMMON, (), (2560,))
     configs = {}
     made = Experiment(plan, Dataset.open(corpus), FakeQueue(lambda config: 3.0), print)
@@ -236,7 +222,7 @@ def test_the_suite_of_ablations_is_one_default_and_what_differs_from_it(corpus):
     assert results.kind == "ablate" and results.variants[1].settings["model.ablation"] == "constant-x0.5"
 
 
-def test_a_part_of_the_suite():
+def test_patterns_select_a_part_of_the_suite():
     names = [spec.name for spec in ablate.variant_specs(64, ["all-*", "no-lerp"])]
     assert names == ["default", "all-x0.5", "all-x2", "all-none", "no-lerp"]
     for only, parts in (("no-lrep", ("no-lrep", "no-lerp")), ("default", ("--only", "default"))):
@@ -245,11 +231,6 @@ def test_a_part_of_the_suite():
         assert mentions(error.value, *parts)
 
 
-def test_nested_and_flat_undo_each_other():
-    assert unflatten("model.s_scale", 1) == {"model": {"s_scale": 1}} and unflatten("lr", 2) == {"lr": 2}
-    assert flatten({"lr": 2, "model": {"s_scale": 1}}) == {"lr": 2, "model.s_scale": 1}
-
-
-def test_a_plan_takes_the_middle_budget_for_its_trials():
+def test_trials_have_the_middle_budget_by_default():
     assert Plan("compare", {}, [], (1, 2, 3, 4)).trial_tokens == 2
     assert Plan("compare", {}, [], (1, 2, 3), trial_tokens=7).trial_tokens == 7

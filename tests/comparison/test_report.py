@@ -17,7 +17,7 @@ from antransformer.comparison import report, statistics
 from antransformer.comparison.charts import loss_by_tokens
 from antransformer.comparison.summary import summary
 from antransformer.errors import MissingExtraError
-from antransformer.reporting import figure as drawing
+from antransformer.reporting import figure, labels
 from antransformer.results.comparison import Run, Trial, Variant
 from helpers.experiments import BUDGETS, SEEDS, experiment, loss_at, variant
 
@@ -29,31 +29,34 @@ def few_resamples(monkeypatch):
     monkeypatch.setattr(statistics, "RESAMPLES", 200)
 
 
-def search(name, best=0.004):
+def trials_of(name, best=0.004):
+    """Five trials of the learning rate around the best; the largest diverged."""
     rates = [best * 2.0**power for power in (-2, -1, 0, 1, 2)]
     losses = [2.1 + 0.02 * math.log(rate / best) ** 2 for rate in rates[:-1]] + [math.inf]
     return [Trial("lr", rate, loss, f"{name}-{rate}") for rate, loss in zip(rates, losses, strict=True)]
 
 
 def pair(speed, **options):
+    """Results of GPT+ and of anGPT with this speedup."""
     shape = {key: options[key] for key in ("budgets", "seeds") if key in options}
     return experiment(variant("gpt+", 1.0, **shape), variant("angpt", speed, **options), **shape)
 
 
 def write_logs(folder, results):
+    """Write metrics and probes of each variant's longest run with the first seed."""
     for item in results.variants:
         run = next(run for run in item.runs if (run.tokens, run.seed) == (results.budgets[-1], results.seeds[0]))
         path = folder / "runs" / run.folder
         path.mkdir(parents=True)
         metrics, probes = [], []
         for step in range(1, 21):
-            place = {"step": step, "tokens": step * results.budgets[-1] // 20}
-            metrics.append({**place, "loss": loss_at(place["tokens"])})
+            position = {"step": step, "tokens": step * results.budgets[-1] // 20}
+            metrics.append({**position, "loss": loss_at(position["tokens"])})
             bounded = item.name != "gpt+"
             growth = 1 if bounded else 400
             probes.append(
                 {
-                    **place,
+                    **position,
                     "residual_norm": [1.0, 1 + growth * step / 20, 1 + 2 * growth * step / 20],
                     "row_norm": {"mean": 1.0, "min": 0.9, "max": 1.0 if bounded else 3.0},
                     "alpha": [[0.05 + step / 200, 0.06], [0.07, 0.08 + step / 200]] if bounded else None,
@@ -65,7 +68,7 @@ def write_logs(folder, results):
 
 
 class Page(HTMLParser):
-    """Tags with their attributes, and the text outside of styles."""
+    """Tags with their attributes, and the text outside style elements."""
 
     def __init__(self, text):
         super().__init__()
@@ -101,24 +104,24 @@ def notes_of(file):
     return re.findall(r'<p class="note">(.*?)</p>', file.read_text(encoding="utf-8"))
 
 
-def figures_of(text):
-    """The numbers in a text, with what is written against them: 1.63x, 95%, 500K."""
+def numbers_of(text):
+    """Return the numbers in a text with their units: 1.63x, 95%, 500K."""
     return re.findall(r"[-+]?\d+(?:[.,]\d+)*[A-Za-z%]*", text)
 
 
 def shape_of(text):
-    """A text without its numbers and names, to be compared with another."""
+    """Return a text without its numbers and names, for comparison with another."""
     text = re.sub(r"[<=] (?=\d)", "", text)
-    for figure in sorted(figures_of(text), key=len, reverse=True):
-        text = text.replace(figure, "#")
+    for number in sorted(numbers_of(text), key=len, reverse=True):
+        text = text.replace(number, "#")
     return re.sub(r"anGPT|nGPT|DyT|GPT\+", "NAME", text)
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """A whole comparison: its results, its folder, and the files of its report."""
+    """Results of a comparison, its folder, and the files of its report."""
     folder = tmp_path_factory.mktemp("comparison")
-    results = experiment(*(variant(name, speed, trials=search(name)) for name, speed in SPEEDS.items()))
+    results = experiment(*(variant(name, speed, trials=trials_of(name)) for name, speed in SPEEDS.items()))
     write_logs(folder, results)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(statistics, "RESAMPLES", 200)
@@ -130,29 +133,29 @@ def page(written):
     return Page(written[2][0].read_text(encoding="utf-8"))
 
 
-# The verdict
+# The summary of a comparison
 
 
-def test_verdict_of_a_faster_method():
+def test_summary_of_a_faster_method():
     results = pair(1.6)
     text, (baseline, method) = summary(results), results.variants
     losses = [item.losses(BUDGETS, SEEDS) for item in results.variants]
     exact = statistics.speedups(BUDGETS, *losses)[1]  # with 1.0M tokens no run of the baseline reaches the loss
     assert exact.low < exact.ratio < exact.high and exact.ratio == pytest.approx(1.6, rel=0.08)
-    found = figures_of(text)
-    assert [figure for figure in found if re.fullmatch(r"[\d.]+x", figure)] == [
+    numbers = numbers_of(text)
+    assert [number for number in numbers if re.fullmatch(r"[\d.]+x", number)] == [
         f"{value:.2f}x" for value in (exact.ratio, exact.low, exact.high)
     ]
     difference = statistics.paired_difference(losses[0][-1], losses[1][-1])
-    assert f"{-difference.mean:.3f}" in found and f"{difference.p:.2g}" in found
-    assert {"95%", "500K", "1.0M", "3", "2.1M"} <= set(found)
-    assert all(drawing.style_of(item.name).label in text for item in (baseline, method))
+    assert f"{-difference.mean:.3f}" in numbers and f"{difference.p:.2g}" in numbers
+    assert {"95%", "500K", "1.0M", "3", "2.1M"} <= set(numbers)
+    assert all(labels.style_of(item.name).label in text for item in (baseline, method))
 
 
 TWIN = variant("gpt+", 1.0)
 TWINS = experiment(TWIN, Variant("angpt", {}, 2_100_000, (), TWIN.runs))
 ONE_BUDGET, ONE_SEED = {"budgets": BUDGETS[:1]}, {"seeds": (1,)}
-LOST_ONE, LOST_ALL = [(1_000_000, 2)], [(budget, 1) for budget in BUDGETS]
+ONE_DIVERGED, ALL_DIVERGED = [(1_000_000, 2)], [(budget, 1) for budget in BUDGETS]
 
 
 @pytest.mark.parametrize(
@@ -164,18 +167,18 @@ LOST_ONE, LOST_ALL = [(1_000_000, 2)], [(budget, 1) for budget in BUDGETS]
         (pair(1.0, noise=0.02), {"95%", "1.0M", "3"}, ["0.98x", "0.82x", "1.00x"], ["0.003", "0.74"]),
         (pair(1.6, **ONE_SEED), {"500K", "1", "1.0M"}, ["1.53x"], ["0.084"]),
         (pair(1.6, **ONE_BUDGET), {"250K", "3"}, [], ["0.119", "0.0021"]),
-        (pair(1.6, diverged=LOST_ONE), {"95%", "500K", "1.0M", "3", "1", "9"}, ["1.63x", "1.49x", "1.80x"], []),
-        (pair(1.6, diverged=LOST_ALL), {"1.0M", "3", "9"}, [], []),
+        (pair(1.6, diverged=ONE_DIVERGED), {"95%", "500K", "1.0M", "3", "1", "9"}, ["1.63x", "1.49x", "1.80x"], []),
+        (pair(1.6, diverged=ALL_DIVERGED), {"1.0M", "3", "9"}, [], []),
         (TWINS, {"95%", "1.0M", "3"}, ["1.00x", "0.92x", "1.00x"], []),
     ],
 )
-def test_verdict_in_every_case(results, scope, speedup, loss):
-    """The speedup with its interval, and the difference of the losses with its p value, where there are such."""
+def test_summary_in_every_case(results, scope, speedup, loss):
+    """The summary has the speedup with its interval and the loss difference with its p value, where they exist."""
     text = summary(results)
-    found = figures_of(text)
-    assert scope | {"2.1M"} <= set(found)
-    assert [figure for figure in found if figure.endswith("x")] == speedup
-    assert [figure for figure in found if re.fullmatch(r"0\.\d+", figure)] == loss
+    numbers = numbers_of(text)
+    assert scope | {"2.1M"} <= set(numbers)
+    assert [number for number in numbers if number.endswith("x")] == speedup
+    assert [number for number in numbers if re.fullmatch(r"0\.\d+", number)] == loss
     assert not re.search(r"\bnan\b|\binf\b", text)
 
 
@@ -187,15 +190,15 @@ def test_verdict_in_every_case(results, scope, speedup, loss):
         (experiment(variant("angpt", 1), variant("gpt+", 0.5)), {"GPT+", "anGPT"}, "0.49x"),
     ],
 )
-def test_verdict_is_about_the_method_or_the_last_against_the_reference(results, names, ratio):
+def test_summary_compares_the_method_or_the_last_variant_with_the_baseline(results, names, ratio):
     text = summary(results)
     assert set(re.findall(r"anGPT|nGPT|DyT|GPT\+", text)) == names and ratio in text
 
 
-def test_verdicts_of_different_cases_read_differently():
+def test_summaries_of_different_cases_differ_in_wording():
     cases = [pair(1.6), pair(20), pair(0.1), pair(0.6), pair(1.0, noise=0.02), pair(1.6, **ONE_SEED)]
-    cases += [pair(1.6, diverged=LOST_ONE), pair(1.6, diverged=LOST_ALL), TWINS]
-    # With one budget the verdict is about the loss alone: lower, higher, no difference.
+    cases += [pair(1.6, diverged=ONE_DIVERGED), pair(1.6, diverged=ALL_DIVERGED), TWINS]
+    # With one budget the summary is about the loss alone: lower, higher, no difference.
     cases += [pair(speed, **ONE_BUDGET) for speed in (1.6, 0.6)]
     cases += [pair(1.0, noise=0.02, **ONE_BUDGET), pair(1.6, **ONE_BUDGET, **ONE_SEED)]
     shapes = [shape_of(summary(results)) for results in cases]
@@ -206,20 +209,20 @@ def test_verdicts_of_different_cases_read_differently():
 
 
 @pytest.mark.parametrize(
-    ("lost", "speed", "figures"),
+    ("diverged", "speed", "figures"),
     [
         ([(1_000_000, seed) for seed in SEEDS], 20, {"2.00x", "250K", "500K"}),
         ([(250_000, 1)], 0.1, {"0.50x", "1.0M", "500K"}),
-        (LOST_ALL, 2, {"3", "9"}),
+        (ALL_DIVERGED, 2, {"3", "9"}),
     ],
 )
-def test_verdict_claims_no_more_than_the_finished_runs_of_the_reference_show(lost, speed, figures):
-    text = summary(experiment(variant("gpt+", 1, diverged=lost), variant("angpt", speed)))
-    assert figures <= set(figures_of(text))
-    assert set(re.findall(r"[\d.]+x", text)) == {figure for figure in figures if figure.endswith("x")}
+def test_summary_uses_only_the_finished_runs_of_the_baseline(diverged, speed, figures):
+    text = summary(experiment(variant("gpt+", 1, diverged=diverged), variant("angpt", speed)))
+    assert figures <= set(numbers_of(text))
+    assert set(re.findall(r"[\d.]+x", text)) == {number for number in figures if number.endswith("x")}
 
 
-def test_verdict_where_there_are_bounds_only():
+def test_summary_of_bounds():
     runs = [Run(budget, 1, loss, 1.0, 0.1, "r") for budget, loss in zip(BUDGETS[:2], (3.0, 1.0), strict=True)]
     shape = {"budgets": BUDGETS[:2], "seeds": (1,)}
     results = experiment(variant("gpt+", 1, **shape), Variant("angpt", {}, 2_100_000, (), tuple(runs)), **shape)
@@ -227,10 +230,10 @@ def test_verdict_where_there_are_bounds_only():
     assert text.index("< 1.00x") < text.index("> 1.00x") and text.index("250K") < text.index("500K")
 
 
-# The page of a comparison
+# The report of a comparison
 
 
-def test_page_needs_nothing_beside_it(written, page):
+def test_page_is_self_contained(written, page):
     text = written[2][0].read_text(encoding="utf-8")
     assert len(text) < 2_000_000
     assert not {"script", "link", "iframe", "object", "embed", "base"} & {tag for tag, _ in page.tags}
@@ -267,7 +270,7 @@ def test_page_has_every_section_and_chart(written, page):
     assert all(word in made for word in (results.setup["command"], "500K", "GPT+ 5, nGPT 5, anGPT 5", "2.13"))
 
 
-def test_alternative_texts_say_what_the_charts_show(written, page):
+def test_alternative_texts_have_the_numbers_of_the_charts(written, page):
     results, _, _ = written
     texts = [image["alt"] for image in page.images()]
     assert all(len(text) > 20 and re.search(r"\d", text) for text in texts) and len(set(texts)) == len(texts)
@@ -286,21 +289,25 @@ def test_numbers_on_the_page_are_those_of_the_statistics(written, page):
         for over in results.variants:
             if item is over:
                 continue
-            theirs, own = over.losses(BUDGETS, SEEDS), item.losses(BUDGETS, SEEDS)
+            losses = over.losses(BUDGETS, SEEDS), item.losses(BUDGETS, SEEDS)
             speed = over.seconds_per_step / item.seconds_per_step
-            for point in statistics.speedups(BUDGETS, theirs, own):
+            for point in statistics.speedups(BUDGETS, *losses):
                 if 0 < point.ratio < math.inf and point.low > 0 and point.high < math.inf:
                     for scale in (1, speed):
                         ends = (point.ratio, point.low, point.high)
                         assert page.shows(*(f"{end * scale:.2f}x" for end in ends))
         if item is not baseline:
-            found = statistics.paired_difference(baseline.losses(BUDGETS, SEEDS)[-1], item.losses(BUDGETS, SEEDS)[-1])
-            assert page.shows(f"{found.mean:+.4f}", f"{found.low:+.4f}", f"{found.high:+.4f}", f"{found.p:.2g}")
+            difference = statistics.paired_difference(
+                baseline.losses(BUDGETS, SEEDS)[-1], item.losses(BUDGETS, SEEDS)[-1]
+            )
+            assert page.shows(
+                f"{difference.mean:+.4f}", f"{difference.low:+.4f}", f"{difference.high:+.4f}", f"{difference.p:.2g}"
+            )
         small, _ = statistics.sensitivity(*zip(*((t.value, t.loss) for t in item.trials), strict=True))
         assert page.shows("5", "0.004", f"{small:+.3f}")
 
 
-def test_pictures_are_not_blank(written):
+def test_figures_are_not_blank(written):
     for path in written[2][1:]:
         pixels = imread(path)[..., :3]
         assert pixels.shape[0] > 400 and pixels.shape[1] > 800
@@ -336,7 +343,7 @@ def test_hostile_names_and_settings_are_text(tmp_path):
         assert "<script" not in base64.b64decode(image["src"].partition("base64,")[2]).decode()
 
 
-def test_report_without_logs_says_what_is_left_out(tmp_path):
+def test_report_without_logs_names_the_missing_files(tmp_path):
     files = report.write(pair(1.5), tmp_path)
     for name, note in zip(("metrics", "probes"), notes_of(files[0]), strict=True):
         assert f"{name}.jsonl" in note and "GPT+, anGPT" in note
@@ -347,7 +354,7 @@ def test_report_without_logs_says_what_is_left_out(tmp_path):
     }
 
 
-def test_logs_of_some_contenders_only(tmp_path):
+def test_report_with_logs_of_some_variants(tmp_path):
     results = pair(1.5)
     write_logs(tmp_path, results)
     next(tmp_path.glob("runs/gpt+*/probes.jsonl")).unlink()
@@ -385,7 +392,7 @@ def test_report_of_diverged_runs(tmp_path):
     [(250_000, "250K"), (1e6, "1.0M"), (1_250_000, "1.25M"), (999_999, "1.0M"), (12, "12"), (2.5e9, "2.5B")],
 )
 def test_counts_are_short(number, text):
-    assert drawing.format_count(number) == text
+    assert labels.format_count(number) == text
 
 
 # Ablation
@@ -407,26 +414,26 @@ def ablation(*variants, seeds=SEEDS):
 SUITE = {"no-lerp": 0.05, "<b>-x2": math.inf, "strict": -0.04, "warm-up": 0.0001, "all-x0.5": 5.3}
 
 
-def test_verdict_of_an_ablation():
+def test_summary_of_an_ablation():
     more = {"no-bound": 0.06, "no-norm": 0.07, "stricter": -0.05} | dict.fromkeys("abcd", 0.0)
     several = summary(ablation(*(ablated(name, difference) for name, difference in (SUITE | more).items())))
     counts = {"12", "4", "2", "5", "1"}  # all; worse, better, neither, diverged
-    assert counts | {"3", "500K", "2.1M", "+5.300"} <= set(figures_of(several))
+    assert counts | {"3", "500K", "2.1M", "+5.300"} <= set(numbers_of(several))
     assert re.search(r"\b4\D*worse\b", several) and re.search(r"\b2\D*better\b", several)
     assert re.search(r"\b1\D*diverged\b", several) and "all-x0.5" in several
 
     variants = ablated("a", 0.1, (1,)), ablated("b", -0.1, (1,)), ablated("c", 0.2, (1,))
     one_seed = summary(ablation(*variants, seeds=(1,)))
-    assert {"3", "2", "1", "0", "500K", "2.1M", "+0.200"} <= set(figures_of(one_seed))
+    assert {"3", "2", "1", "0", "500K", "2.1M", "+0.200"} <= set(numbers_of(one_seed))
 
-    lost = ablated("default", math.inf), ablated("a", 0.1)
-    nothing = summary(experiment(*lost, kind="ablate", budgets=(500_000,)))
-    assert set(figures_of(nothing)) == {"3", "500K", "2.1M"}
+    diverged = ablated("default", math.inf), ablated("a", 0.1)
+    diverged_baseline = summary(experiment(*diverged, kind="ablate", budgets=(500_000,)))
+    assert set(numbers_of(diverged_baseline)) == {"3", "500K", "2.1M"}
 
-    all_lost = summary(ablation(ablated("a", math.inf)))
-    assert not [figure for figure in figures_of(all_lost) if figure.startswith("+")]
-    assert re.search(r"\b1\D*diverged\b", all_lost)
-    assert len({shape_of(text) for text in (several, one_seed, nothing, all_lost)}) == 4
+    all_diverged = summary(ablation(ablated("a", math.inf)))
+    assert not [number for number in numbers_of(all_diverged) if number.startswith("+")]
+    assert re.search(r"\b1\D*diverged\b", all_diverged)
+    assert len({shape_of(text) for text in (several, one_seed, diverged_baseline, all_diverged)}) == 4
 
 
 def test_holm_corrects_for_the_number_of_tests():
@@ -446,12 +453,12 @@ def test_page_of_an_ablation(tmp_path):
     default = results.baseline.losses([500_000], SEEDS)[0]
     others = [item.losses([500_000], SEEDS)[0] for item in results.variants[1:]]
     differences = statistics.pooled_differences(default, others)
-    for found, p in zip(differences, statistics.holm([found.p for found in differences]), strict=True):
-        if math.isfinite(found.mean):
+    for difference, p in zip(differences, statistics.holm([difference.p for difference in differences]), strict=True):
+        if math.isfinite(difference.mean):
             shown = "< 0.001" if p < 0.001 else f"= {p:.2g}"
-            assert page.shows(f"{found.mean:+.4f}", f"{found.low:+.4f}", f"{found.high:+.4f}", shown)
-    for said in ("no-lerp +0.050", "<b>-x2 diverged", "strict -0.040"):
-        assert said in page.images()[0]["alt"]
+            assert page.shows(f"{difference.mean:+.4f}", f"{difference.low:+.4f}", f"{difference.high:+.4f}", shown)
+    for text in ("no-lerp +0.050", "<b>-x2 diverged", "strict -0.040"):
+        assert text in page.images()[0]["alt"]
     rows = re.findall(r'<th scope="row">(.*?)</th>(.*?)</tr>', sections[1])
     cells = {html.unescape(name): re.findall(r'<td class="text">(.*?)</td>', row) for name, row in rows}
     assert all(html.unescape(cells[name][1]) == f"ablation {name}" for name in SUITE)
@@ -466,7 +473,7 @@ def test_page_of_an_ablation(tmp_path):
 WIDTHS, CHART = (390, 1280), 400
 MEASURE = """
 window.onload = () => {
-  document.body.dataset.found = JSON.stringify([...document.querySelectorAll("iframe")].map(frame => {
+  document.body.dataset.measured = JSON.stringify([...document.querySelectorAll("iframe")].map(frame => {
     const page = frame.contentDocument;
     page.querySelectorAll("details").forEach(part => part.open = true);
     return {
@@ -481,13 +488,13 @@ window.onload = () => {
 
 @pytest.fixture(scope="module")
 def chromium():
-    """Path of a Chromium or Chrome; the gate must have one."""
+    """Path of Chromium or Chrome; continuous integration must have one."""
     names = ("chromium", "chromium-browser", "google-chrome")
-    found = next(filter(None, map(shutil.which, names)), None)
-    if found is None:
+    browser = next(filter(None, map(shutil.which, names)), None)
+    if browser is None:
         assert not os.environ.get("ANTRANSFORMER_REQUIRE_CHROMIUM"), f"none of {', '.join(names)} is installed"
         pytest.skip(f"none of {', '.join(names)} is installed")
-    return found
+    return browser
 
 
 def browse(chromium, folder, document, *options):
@@ -499,7 +506,7 @@ def browse(chromium, folder, document, *options):
 
 
 def framed(page, script=""):
-    """The page at each width side by side, and its first chart."""
+    """Return a document with the page at each width side by side, and its first chart."""
     text = page.read_text(encoding="utf-8")
     frames = "".join(f'<iframe width={width} height=3000 srcdoc="{html.escape(text)}"></iframe>' for width in WIDTHS)
     chart = f'<img width={CHART} src="{Page(text).images()[0]["src"]}">'
@@ -510,37 +517,37 @@ def framed(page, script=""):
 
 def test_page_fits_a_phone_and_a_wide_screen(chromium, written, tmp_path):
     shown = browse(chromium, tmp_path, framed(written[2][0], MEASURE), "--window-size=1700,3000", "--dump-dom")
-    phone, wide = json.loads(html.unescape(re.search(r'data-found="(.*?)"', shown)[1]))
-    for found in (phone, wide):
-        assert found["overflow"] == 0
-        assert len(found["images"]) == len(written[2]) - 1 and all(found["images"])
+    phone, wide = json.loads(html.unescape(re.search(r'data-measured="(.*?)"', shown)[1]))
+    for layout in (phone, wide):
+        assert layout["overflow"] == 0
+        assert len(layout["images"]) == len(written[2]) - 1 and all(layout["images"])
     assert phone["columns"] == 1 and min(phone["images"]) > 330
     assert wide["columns"] == 2 and min(wide["images"]) > 500
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_page_is_drawn(chromium, written, tmp_path, scheme):
-    picture, size = tmp_path / "page.png", (sum(WIDTHS) + CHART, 3000)
+    screenshot, size = tmp_path / "page.png", (sum(WIDTHS) + CHART, 3000)
     setting = f"--blink-settings=preferredColorScheme={int(scheme == 'light')}"
     window = "--window-size={},{}".format(*size)
-    browse(chromium, tmp_path, framed(written[2][0]), window, setting, f"--screenshot={picture}")
-    pixels = np.round(imread(picture)[..., :3] * 255).astype(int)
+    browse(chromium, tmp_path, framed(written[2][0]), window, setting, f"--screenshot={screenshot}")
+    pixels = np.round(imread(screenshot)[..., :3] * 255).astype(int)
     assert pixels.shape[:2] == size[::-1]
-    ink = drawing.INK if scheme == "light" else drawing.DARK[drawing.INK]
+    ink = figure.INK if scheme == "light" else figure.DARK[figure.INK]
     for part in np.split(pixels, np.cumsum(WIDTHS), axis=1):
         assert (part.mean() > 200) if scheme == "light" else (part.mean() < 60)
-        assert drawn_in(part, ink) > 60
+        assert count_pixels(part, ink) > 60
         for name in SPEEDS:
-            assert drawn_in(part, drawing.style_of(name).colour) > 60, name
+            assert count_pixels(part, labels.style_of(name).colour) > 60, name
 
 
-def test_contenders_are_told_apart_also_where_both_are_trained_with_muon():
+def test_variants_have_different_styles_with_and_without_muon():
     names = ("gpt+", "gpt+-muon", "ngpt", "ngpt-muon", "angpt", "angpt-muon", "gpt-muon")
-    looks = [drawing.style_of(name) for name in names]
-    for seen in ("label", "colour", "marker"):
-        assert len({getattr(look, seen) for look in looks}) == len(names)
+    styles = [labels.style_of(name) for name in names]
+    for attribute in ("label", "colour", "marker"):
+        assert len({getattr(style, attribute) for style in styles}) == len(names)
 
 
-def drawn_in(pixels, colour):
-    """Number of pixels that have a colour."""
+def count_pixels(pixels, colour):
+    """Number of pixels with a colour."""
     return (abs(pixels - [int(colour[at : at + 2], 16) for at in (1, 3, 5)]).max(-1) < 12).sum()

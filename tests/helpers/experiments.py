@@ -1,4 +1,4 @@
-"""Results of comparisons, made by a formula."""
+"""Results of comparisons whose losses follow a formula."""
 
 import math
 
@@ -7,17 +7,16 @@ import numpy as np
 from antransformer.results.comparison import Results, Run, Variant
 
 BUDGETS = (250_000, 500_000, 1_000_000)
-
-
 SEEDS = (1, 2, 3)
 
 
 def loss_at(tokens, speed=1.0):
+    """A loss that falls as a power of the tokens, of a variant that needs 1 / ``speed`` of the tokens."""
     return 1.35 + 28 * (tokens * speed) ** -0.27
 
 
 def variant(name, speed, budgets=BUDGETS, seeds=SEEDS, noise=0.004, diverged=(), trials=()):
-    """Whose loss is that of the baseline with ``speed`` times the tokens, but for noise."""
+    """Return a variant with the baseline's loss at ``speed`` times the tokens, plus noise."""
     generator = np.random.default_rng(sum(name.encode()))
     runs = []
     for budget in budgets:
@@ -31,6 +30,7 @@ def variant(name, speed, budgets=BUDGETS, seeds=SEEDS, noise=0.004, diverged=(),
 
 
 def experiment(*variants, budgets=BUDGETS, seeds=SEEDS, kind="compare", **setup):
+    """Return the results of an experiment with these variants; the first is the baseline."""
     trials = any(item.trials for item in variants)
     setup = {"command": "antransformer compare --quick", "batch_tokens": 2048, "torch": "2.13", **setup}
     return Results(kind, setup, budgets, seeds, 500_000 if trials else 0, variants)

@@ -123,7 +123,7 @@ def run(parsed: argparse.Namespace) -> None:
         with progress:
             swept = sweeper.run()
         if earlier:
-            swept = swept.joined(earlier)
+            swept = swept.merged_with(earlier)
         swept.save(folder)
         written = sweep_report.write(swept, folder)
     print(f"\n{sweep_report.lead(swept)}\n")

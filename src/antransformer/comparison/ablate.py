@@ -1,13 +1,13 @@
-"""The ablations of anGPT as one named suite: what each part of the method is worth (arXiv:2505.22014, section 5.4).
+"""The ablation suite of anGPT, which measures what each part of the method contributes (arXiv:2505.22014, section 5.4).
 
-A variant has the settings of the default but for what its name says; the first is the default itself.
+Each variant changes one thing in the default settings, as its name says. The first variant is the default.
 """
 
 import fnmatch
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from antransformer.comparison.compare import common_settings, whole_batches
+from antransformer.comparison.compare import common_settings, full_batches
 from antransformer.comparison.experiment import Plan, VariantSpec
 from antransformer.errors import ConfigError
 from antransformer.models.ablations import ABLATIONS
@@ -20,7 +20,7 @@ DEFAULT = "default"
 
 
 def suite(width: int) -> dict[str, dict[str, Any]]:
-    """Settings of every variant of a model of this width, by name."""
+    """Return the settings of every variant by name; ``width`` is the model's, on which one variant depends."""
     options = {
         "gate-none": {"gate_scale": "none"},
         "gate-sqrt-mlp": {"gate_scale": "sqrt_mlp"},
@@ -40,31 +40,37 @@ def suite(width: int) -> dict[str, dict[str, Any]]:
 
 
 def variant_specs(width: int, only: Sequence[str] = ()) -> list[VariantSpec]:
-    """The default and the variants that match one of the patterns, all of them without a pattern.
+    """Return the default and the variants whose names match a pattern; without patterns, the full suite.
 
     Raises:
-        ConfigError: a pattern matches none.
+        ConfigError: a pattern matches no variant, or all patterns match only the default.
     """
     variants = suite(width)
     for pattern in only:
         if not fnmatch.filter(variants, pattern):
             raise ConfigError(
-                f"no ablation is named {pattern}{nearest(pattern, variants) or ': they are ' + ', '.join(variants)}"
+                f"unknown ablation {pattern!r}{nearest(pattern, variants) or ': choose from ' + ', '.join(variants)}"
             )
     chosen = [name for name in variants if not only or any(fnmatch.fnmatch(name, pattern) for pattern in only)]
     if set(chosen) == {DEFAULT}:
-        raise ConfigError(f"--only {' '.join(only)} leaves nothing to compare with the default")
+        raise ConfigError(f"--only {' '.join(only)} selects no variant to compare with the default")
     names, hyperparameter = dict.fromkeys([DEFAULT, *chosen]), get("angpt").hyperparameter("adam")
     return [VariantSpec(name, {"architecture": "angpt", **variants[name]}, hyperparameter) for name in names]
 
 
 def plan(settings: Mapping[str, Any], only: Sequence[str], budgets: Sequence[int], **effort: int) -> Plan:
-    """The suite, or a part of it, as an experiment; ``effort`` as in ``Plan``.
+    """Plan the suite or a part of it.
+
+    Args:
+        settings: settings of all runs.
+        only: patterns as in ``variant_specs``.
+        budgets: token counts, ascending.
+        effort: numbers of seeds and trials, as in ``Plan``.
 
     Raises:
-        ConfigError: see ``variant`` and ``Plan``.
+        ConfigError: as ``variant_specs``, ``full_batches`` and ``Plan``.
     """
     common = common_settings(settings, {"architecture": "angpt"})
     width = resolve_config({**common, "architecture": "angpt"}, PAPER_VOCABULARY).model.width
-    budgets = whole_batches(budgets, common["batch_tokens"])
+    budgets = full_batches(budgets, common["batch_tokens"])
     return Plan("ablate", common, variant_specs(width, only), budgets, **effort)

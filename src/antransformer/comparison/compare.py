@@ -1,4 +1,4 @@
-"""Architectures against each other: the plan of a comparison."""
+"""The plan of a comparison of architectures."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,20 +11,20 @@ from antransformer.settings import nearest, read_count
 from antransformer.training.config import resolve_config
 from antransformer.training.optimizer_registry import split_variant
 
-# What --quick chooses: the whole comparison of two architectures in under 20 minutes on two cores.
+# Settings of --quick: a comparison of two architectures takes less than 20 minutes on two cores.
 QUICK: dict[str, Any] = {"preset": "pico", "batch_tokens": 1024, "eval_tokens": 65_536}
 QUICK_BUDGETS = (200_000, 400_000, 800_000)
 
 
 def variant_specs(names: Sequence[str], optimizer: str = "adam") -> list[VariantSpec]:
-    """One for each architecture, such as ``angpt``, or ``angpt-muon`` for one that is trained with Muon.
+    """Return one variant for each name: an architecture such as ``angpt``, or ``angpt-muon`` to train it with Muon.
 
     Args:
-        names: the first is the baseline.
-        optimizer: of those whose name says none.
+        names: names; the first is the baseline.
+        optimizer: optimizer of the variants without the suffix.
 
     Raises:
-        ConfigError: unknown, named twice, or fewer than two.
+        ConfigError: a name is unknown or given twice, or there are fewer than two.
     """
     known = registry.names()
     for name in names:
@@ -33,44 +33,44 @@ def variant_specs(names: Sequence[str], optimizer: str = "adam") -> list[Variant
                 f"unknown architecture {name!r}{nearest(name, known) or ': choose from ' + ', '.join(known)}"
             )
     if len(set(names)) != len(names) or len(names) < 2:
-        raise ConfigError(f"--architectures needs two or more different ones, got {' '.join(names) or 'none'}")
-    made = []
+        raise ConfigError(f"--architectures needs two or more different names, got {' '.join(names) or 'none'}")
+    specs = []
     for name in names:
         architecture, own_optimizer = split_variant(name)
         settings = {"architecture": architecture, **({"optimizer": own_optimizer} if own_optimizer else {})}
         hyperparameter = registry.get(architecture).hyperparameter(settings.get("optimizer", optimizer))
-        made.append(VariantSpec(name, settings, hyperparameter))
-    return made
+        specs.append(VariantSpec(name, settings, hyperparameter))
+    return specs
 
 
-def budgets_of(tokens: int, given: Sequence[Any] = ()) -> tuple[int, ...]:
-    """The budgets given, ascending, or a quarter, a half and the whole of ``tokens``.
+def budgets_of(tokens: int, budgets: Sequence[Any] = ()) -> tuple[int, ...]:
+    """Return the budgets as ascending token counts; by default a quarter of ``tokens``, half of it, and all of it.
 
     Raises:
-        ConfigError: one is no count of tokens, or is named twice.
+        ConfigError: a budget is not a token count, or is given twice.
     """
-    if not given:
+    if not budgets:
         return tokens // 4, tokens // 2, tokens
     try:
-        budgets = sorted(int(read_count(value)) for value in given)
+        counts = sorted(int(read_count(value)) for value in budgets)
     except ValueError as error:
-        raise ConfigError(f"--budgets must be counts of tokens such as 5M 10M 20M, got {' '.join(given)}") from error
-    if len(set(budgets)) != len(budgets):
-        raise ConfigError(f"--budgets names the same budget twice: {' '.join(given)}")
-    return tuple(budgets)
+        raise ConfigError(f"--budgets must be counts of tokens such as 5M 10M 20M, got {' '.join(budgets)}") from error
+    if len(set(counts)) != len(counts):
+        raise ConfigError(f"--budgets has the same budget twice: {' '.join(budgets)}")
+    return tuple(counts)
 
 
 def common_settings(settings: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, Any]:
-    """What all variants share: the user's settings, and where these leave it open the baseline's default batch."""
+    """Return the settings of all variants: the user's, and the baseline's batch size where the user gave none."""
     complete = resolve_config({**settings, **baseline}, PAPER_VOCABULARY)
     return {**settings, "batch_tokens": int(complete.batch_tokens)}
 
 
-def whole_batches(budgets: Sequence[int], batch_tokens: int) -> tuple[int, ...]:
-    """The tokens that runs of these budgets are trained on.
+def full_batches(budgets: Sequence[int], batch_tokens: int) -> tuple[int, ...]:
+    """Round budgets down to full batches.
 
     Raises:
-        ConfigError: a budget is less than one batch, or two come to the same.
+        ConfigError: a budget is less than one batch, or two budgets have the same number of batches.
     """
     trained = tuple(budget // batch_tokens * batch_tokens for budget in budgets)
     if not all(trained):
@@ -79,16 +79,22 @@ def whole_batches(budgets: Sequence[int], batch_tokens: int) -> tuple[int, ...]:
             "--budgets, or lower --batch-tokens"
         )
     if len(set(trained)) != len(trained):
-        raise ConfigError(f"two budgets come to the same number of batches of {batch_tokens:,} tokens: {trained}")
+        raise ConfigError(f"two budgets have the same number of batches of {batch_tokens:,} tokens: {trained}")
     return trained
 
 
 def plan(settings: Mapping[str, Any], architectures: Sequence[str], budgets: Sequence[int], **effort: int) -> Plan:
-    """A comparison of architectures, the first being the baseline; ``effort`` as in ``Plan``.
+    """Plan a comparison.
+
+    Args:
+        settings: settings of all runs.
+        architectures: names as in ``variant_specs``; the first is the baseline.
+        budgets: token counts, ascending.
+        effort: numbers of seeds and trials, as in ``Plan``.
 
     Raises:
-        ConfigError: see ``variant`` and ``Plan``.
+        ConfigError: as ``variant_specs``, ``full_batches`` and ``Plan``.
     """
-    variants = variant_specs(architectures, settings.get("optimizer", "adam"))
-    common = common_settings(settings, variants[0].settings)
-    return Plan("compare", common, variants, whole_batches(budgets, common["batch_tokens"]), **effort)
+    specs = variant_specs(architectures, settings.get("optimizer", "adam"))
+    common = common_settings(settings, specs[0].settings)
+    return Plan("compare", common, specs, full_batches(budgets, common["batch_tokens"]), **effort)

@@ -1,13 +1,10 @@
-"""An experiment: several variants, tuned with the same effort, then run at each budget with each seed.
+"""An experiment: several variants, tuned with equal effort, then trained at each budget with each seed.
 
-Everybody has the same data, order of batches, batch size, tokens and validation windows. A search tries the same number
-of values in the same ratios around each variant's own default, and goes on while the best lies at an edge. Trials
-have a seed of their own, so that no measured run was chosen for its luck.
+All variants share the data, the order of batches, the batch size, the budgets and the validation windows. A search
+tries the same number of values for each variant, spaced by the same factor around the variant's own default. Trials
+have their own seed, so that no measured run was selected for a lucky seed.
 """
 
-import platform
-import shlex
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,27 +14,26 @@ from antransformer.comparison.statistics import SENSITIVITY_FACTOR
 from antransformer.data import Dataset
 from antransformer.errors import ConfigError
 from antransformer.results.comparison import Results, Run, Trial, Variant
-from antransformer.runs.queue import Job, RunQueue, RunResult, flatten
-from antransformer.runs.search import extension, grid_powers, neighbours, round_sig, unflatten, value_of
-from antransformer.training.config import TrainConfig, merge, resolve_config
+from antransformer.runs.provenance import provenance
+from antransformer.runs.queue import Job, RunQueue, RunResult
+from antransformer.runs.search import GridSearch, extension, grid_powers, neighbours, round_sig
+from antransformer.runs.settings import fill_defaults, flatten, unflatten, value_of
+from antransformer.training.config import TrainConfig, merge
 from antransformer.training.trainer import check_data
-from antransformer.version import __version__
 
-LR_RATIO = 2.0
-HYPERPARAMETER_RATIO = 3.0
+LR_RATIO = 2.0  # between neighbouring learning rates of a grid
+HYPERPARAMETER_RATIO = 3.0  # between neighbouring values of any other setting
 TRIAL_SEED = 0
-LINES = 40  # metrics lines and probes of a run
 
 
 @dataclass(frozen=True)
 class VariantSpec:
-    """A variant before the experiment.
+    """A variant before its settings are tuned.
 
     Attributes:
-        name: unique.
-        settings: what it sets over the common settings.
-        hyperparameter: a setting of its own, such as ``weight_decay`` or ``model.s_scale``, that may be searched as the
-            learning rate is.
+        name: unique name.
+        settings: the variant's settings; they override the common settings.
+        hyperparameter: dotted name of the setting that is tuned after the learning rate, such as ``model.s_scale``.
     """
 
     name: str
@@ -47,18 +43,17 @@ class VariantSpec:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run.
+    """Plan of an experiment.
 
     Attributes:
         kind: ``compare`` or ``ablate``.
         common: settings of all runs.
-        variant: the first is the baseline.
-        budgets: tokens of the measured runs.
-        seeds: how many seeds a budget.
-        lr_trials: values of the learning rate to try for each variant; 1 keeps the default.
-        tuning_trials: the same for each variant's own hyperparameter, at the learning rate found.
-        trial_tokens: budget of the trials; 0 stands for the middle one of the budgets, so that what is best there
-            serves the shorter and the longer runs of everyone alike.
+        specs: variants; the first is the baseline.
+        budgets: tokens of the measured runs, ascending.
+        seeds: number of seeds at each budget.
+        lr_trials: number of learning rates to try for each variant; 1 keeps the default.
+        tuning_trials: number of values to try for each variant's hyperparameter; 1 keeps the default.
+        trial_tokens: budget of the trials; 0 selects the middle budget, which favours neither short nor long runs.
 
     Raises:
         ConfigError: a number is below 1.
@@ -81,16 +76,16 @@ class Plan:
             object.__setattr__(self, "trial_tokens", self.budgets[(len(self.budgets) - 1) // 2])
 
     def run_seeds(self) -> tuple[int, ...]:
-        """Seeds of the measured runs: all but that of the trials."""
+        """Seeds of the measured runs; the seed of the trials is not among them."""
         return tuple(range(TRIAL_SEED + 1, TRIAL_SEED + 1 + self.seeds))
 
 
 @dataclass
-class _State:
-    """What is known of one variant so far."""
+class VariantState:
+    """A variant during the experiment: its tuned settings by dotted name, and the trials behind them."""
 
     spec: VariantSpec
-    chosen: dict[str, Any] = field(default_factory=dict)
+    tuned: dict[str, Any] = field(default_factory=dict)
     trials: list[Trial] = field(default_factory=list)
 
 
@@ -98,137 +93,147 @@ class Experiment:
     """Runs a plan.
 
     Args:
-        plan: what to run.
+        plan: the plan.
         dataset: verified data.
-        queue: does the runs.
-        stage: called with a few words at the start of each stage.
+        queue: executes the runs.
+        stage: called with a short name at the start of each stage.
 
     Raises:
-        ConfigError: a setting is wrong, for any of the runs.
+        ConfigError: a setting of any run is wrong.
         DataError: the data does not fit the models.
     """
 
     def __init__(self, plan: Plan, dataset: Dataset, queue: RunQueue, stage: Callable[[str], None]) -> None:
         self.plan, self.dataset, self.queue, self.stage = plan, dataset, queue, stage
-        self.states = [_State(spec) for spec in plan.specs]
-        for state in self.states:  # refuse what can not run before hours are spent on the rest
+        self.states = [VariantState(spec) for spec in plan.specs]
+        for state in self.states:  # a wrong setting must fail now, not after hours of runs
             for tokens in (plan.trial_tokens, *plan.budgets):
                 check_data(self.config(state, tokens, TRIAL_SEED), dataset)
 
     def run(self) -> Results:
-        """Search, then measure; raises as ``Queue.run``."""
-        plan, started = self.plan, time.monotonic()
-        if plan.lr_trials > 1:
-            self.stage(f"learning rates, {plan.trial_tokens:,} tokens")
-            self.search(lambda spec: "lr", plan.lr_trials, LR_RATIO, off=SENSITIVITY_FACTOR)
-            self.search(lambda spec: "muon_lr", plan.lr_trials, LR_RATIO, off=SENSITIVITY_FACTOR)
-        if plan.tuning_trials > 1:
-            self.stage(f"each one's own hyperparameter, {plan.trial_tokens:,} tokens")
-            self.search(lambda spec: spec.hyperparameter, plan.tuning_trials, HYPERPARAMETER_RATIO)
+        """Tune all variants, then run every budget with every seed; raises as ``RunQueue.run``."""
+        started = time.monotonic()
+        self.tune()
         self.stage("measured runs")
-        jobs = {  # variants side by side, so that what else the machine does slows them alike
+        # Variants alternate, so that other load on the machine slows all of them alike.
+        jobs = {
             (state.spec.name, tokens, seed): self.job(state, tokens, seed)
-            for tokens in plan.budgets
-            for seed in plan.run_seeds()
+            for tokens in self.plan.budgets
+            for seed in self.plan.run_seeds()
             for state in self.states
         }
-        outcomes = self.queue.run(jobs.values())
-        runs = {key: self.measured(key[1], key[2], outcomes[job.name]) for key, job in jobs.items()}
-        variants = tuple(
-            Variant(
-                name=state.spec.name,
-                settings=self.shown(state),
-                parameters=outcomes[jobs[state.spec.name, plan.budgets[0], plan.run_seeds()[0]].name].parameters,
-                trials=tuple(state.trials),
-                runs=tuple(run for key, run in runs.items() if key[0] == state.spec.name),
-            )
-            for state in self.states
-        )
-        searched = plan.lr_trials > 1 or plan.tuning_trials > 1
+        results = self.queue.run(jobs.values())
+        by_variant: dict[str, list[tuple[int, int, RunResult]]] = {}
+        for (name, tokens, seed), job in jobs.items():
+            by_variant.setdefault(name, []).append((tokens, seed, results[job.name]))
         return Results(
-            kind=plan.kind,
-            setup=self.setup(time.monotonic() - started, outcomes.values()),
-            budgets=tuple(plan.budgets),
-            seeds=plan.run_seeds(),
-            trial_tokens=plan.trial_tokens if searched else 0,
-            variants=variants,
+            kind=self.plan.kind,
+            setup=self.setup(time.monotonic() - started, results.values()),
+            budgets=tuple(self.plan.budgets),
+            seeds=self.plan.run_seeds(),
+            trial_tokens=self.plan.trial_tokens if any(state.trials for state in self.states) else 0,
+            variants=tuple(self.variant(state, by_variant[state.spec.name]) for state in self.states),
         )
+
+    def tune(self) -> None:
+        """Search the learning rates and then the hyperparameter of each variant, as far as the plan has trials."""
+        plan = self.plan
+        if plan.lr_trials > 1:
+            self.stage(f"learning rates, {plan.trial_tokens:,} tokens")
+            for setting in ("lr", "muon_lr"):
+                settings = {spec.name: setting for spec in plan.specs}
+                self.search(settings, plan.lr_trials, LR_RATIO, SENSITIVITY_FACTOR)
+        if plan.tuning_trials > 1:
+            self.stage(f"hyperparameters, {plan.trial_tokens:,} tokens")
+            settings = {spec.name: spec.hyperparameter for spec in plan.specs}
+            self.search(settings, plan.tuning_trials, HYPERPARAMETER_RATIO)
 
     def search(
-        self, setting_of: Callable[[VariantSpec], str], trials: int, ratio: float, off: float | None = None
+        self, settings: Mapping[str, str], trials: int, ratio: float, neighbour_factor: float | None = None
     ) -> None:
-        """Choose a setting for every variant that has it, by the loss of runs with the seed of the trials.
+        """Choose one setting for each variant by the loss of trial runs, all of which have the seed of the trials.
 
-        With ``off`` the values so many times below and above the best are tried at last, which tells how much it costs
-        to miss it.
+        Args:
+            settings: dotted name of the setting by variant; variants whose value is None have no such setting.
+            trials: number of values of the grid.
+            ratio: factor between neighbouring values.
+            neighbour_factor: after the search, also try the best value divided and multiplied by this factor, which
+                shows how much a badly chosen value costs.
         """
-        centers = {}
-        for state in self.states:
-            center = value_of(self.config(state, self.plan.trial_tokens, TRIAL_SEED), setting_of(state.spec))
-            if center is not None:
-                centers[state.spec.name] = center
-        states = [state for state in self.states if state.spec.name in centers]
-        grids = {name: [center * ratio**power for power in grid_powers(trials)] for name, center in centers.items()}
-        wanted = {name: list(grid) for name, grid in grids.items()}
-        found: dict[str, dict[float, tuple[Job, RunResult]]] = {name: {} for name in grids}
-        while any(wanted.values()):
-            jobs = {
-                (state.spec.name, value): self.job(
-                    state, self.plan.trial_tokens, TRIAL_SEED, {setting_of(state.spec): round_sig(value)}
-                )
-                for state in states
-                for value in wanted[state.spec.name]
-            }
-            outcomes = self.queue.run(jobs.values())
-            for (name, value), job in jobs.items():
-                found[name][value] = job, outcomes[job.name]
-            losses = {name: {value: end.loss for value, (_, end) in tried.items()} for name, tried in found.items()}
-            wanted = {name: extension(tried, trials, ratio) for name, tried in losses.items()}
-            if off and not any(wanted.values()):
-                wanted, off = {name: neighbours(tried, off) for name, tried in losses.items()}, None
-        for state in states:
-            tried, setting = found[state.spec.name], setting_of(state.spec)
-            state.trials += [
-                Trial(setting, round_sig(value), outcome.loss, job.name)
-                for value, (job, outcome) in sorted(tried.items())
+        tokens = self.plan.trial_tokens
+        states = {state.spec.name: state for state in self.states}
+        defaults = {
+            name: value_of(self.config(state, tokens, TRIAL_SEED), settings[name]) for name, state in states.items()
+        }
+        grids = {
+            name: [default * ratio**power for power in grid_powers(trials)]
+            for name, default in defaults.items()
+            if default is not None
+        }
+
+        def jobs_of(name: str, value: float) -> list[Job]:
+            return [self.job(states[name], tokens, TRIAL_SEED, {settings[name]: round_sig(value)})]
+
+        search = GridSearch(self.queue, jobs_of)
+        search.run_grids(grids, lambda name, losses: extension(losses, trials, ratio))
+        if neighbour_factor and grids:
+            search.run({name: neighbours(search.losses(name), neighbour_factor) for name in grids})
+        for name in grids:
+            losses, setting = search.losses(name), settings[name]
+            states[name].trials += [
+                Trial(setting, round_sig(value), losses[value], search.results[name][value][0].name)
+                for value in sorted(losses)
             ]
-            state.chosen[setting] = round_sig(min(tried, key=lambda value: tried[value][1].loss))
+            states[name].tuned[setting] = round_sig(min(losses, key=lambda value: losses[value]))
 
-    def config(self, state: _State, tokens: int, seed: int, settings: Mapping[str, Any] | None = None) -> TrainConfig:
-        """Complete settings of one run."""
-        own = merge(self.plan.common, state.spec.settings)
-        for setting, value in {**state.chosen, **(settings or {})}.items():
-            own = merge(own, unflatten(setting, value))
-        return fill_defaults({**own, "tokens": tokens, "seed": seed}, self.dataset.vocab_size)
+    def config(
+        self, state: VariantState, tokens: int, seed: int, settings: Mapping[str, Any] | None = None
+    ) -> TrainConfig:
+        """Return the complete settings of a run; ``settings`` by dotted name override the tuned ones."""
+        merged = merge(self.plan.common, state.spec.settings)
+        for setting, value in {**state.tuned, **(settings or {})}.items():
+            merged = merge(merged, unflatten(setting, value))
+        return fill_defaults({**merged, "tokens": tokens, "seed": seed}, self.dataset.vocab_size)
 
-    def job(self, state: _State, tokens: int, seed: int, settings: Mapping[str, Any] | None = None) -> Job:
-        """One run; its name holds what distinguishes it."""
-        config, default = self.config(state, tokens, seed, settings), self.config(_State(state.spec), tokens, seed)
+    def job(self, state: VariantState, tokens: int, seed: int, settings: Mapping[str, Any] | None = None) -> Job:
+        """Return a run whose name has all settings that may differ within a variant."""
+        config = self.config(state, tokens, seed, settings)
+        default_config = self.config(VariantState(state.spec), tokens, seed)
         parts = [state.spec.name, str(tokens), f"lr{config.lr:g}"]
         if config.muon_lr is not None:
             parts.append(f"muon{config.muon_lr:g}")
         hyperparameter = state.spec.hyperparameter
-        if value_of(config, hyperparameter) != value_of(default, hyperparameter):
-            parts.append(f"{hyperparameter.rpartition('.')[2]}{value_of(config, hyperparameter):g}")
+        value = value_of(config, hyperparameter)
+        if value != value_of(default_config, hyperparameter):
+            parts.append(f"{hyperparameter.rpartition('.')[2]}{value:g}")
         keep = seed == self.plan.run_seeds()[0] and tokens == max(self.plan.budgets)
         return Job("-".join([*parts, f"seed{seed}"]), config, keep)
 
-    def measured(self, tokens: int, seed: int, outcome: RunResult) -> Run:
-        """A finished run as a result."""
-        return Run(tokens, seed, outcome.loss, outcome.bits_per_byte, outcome.seconds_per_step, outcome.name)
+    def variant(self, state: VariantState, runs: Sequence[tuple[int, int, RunResult]]) -> Variant:
+        """Return a variant with its measured runs, each given as tokens, seed and result."""
+        return Variant(
+            name=state.spec.name,
+            settings=self.reported_settings(state),
+            parameters=runs[0][2].parameters,
+            trials=tuple(state.trials),
+            runs=tuple(
+                Run(tokens, seed, result.loss, result.bits_per_byte, result.seconds_per_step, result.name)
+                for tokens, seed, result in runs
+            ),
+        )
 
-    def shown(self, state: _State) -> dict[str, Any]:
-        """The settings of an variant that a reader wants to see."""
+    def reported_settings(self, state: VariantState) -> dict[str, Any]:
+        """Return the variant's own settings and those that are often tuned, by dotted name."""
         config = self.config(state, self.plan.budgets[-1], TRIAL_SEED)
         names = dict.fromkeys(("lr", "muon_lr", "warmup_fraction", "weight_decay", state.spec.hyperparameter))
-        shown = {name: value_of(config, name) for name in names}
-        return flatten(state.spec.settings) | {name: value for name, value in shown.items() if value is not None}
+        values = {name: value_of(config, name) for name in names}
+        return flatten(state.spec.settings) | {name: value for name, value in values.items() if value is not None}
 
-    def setup(self, seconds: float, outcomes: Iterable[RunResult]) -> dict[str, Any]:
-        """What all runs share, for the report; runs that were made elsewhere, or otherwise, are said."""
+    def setup(self, seconds: float, results: Iterable[RunResult]) -> dict[str, Any]:
+        """Return what all runs share, for the report; ``seconds`` is the wall time of this call."""
         config = self.config(self.states[0], self.plan.budgets[-1], TRIAL_SEED)
         return {
-            **provenance(self.dataset, self.queue, seconds, outcomes),
+            **provenance(self.dataset, self.queue, seconds, results),
             "preset": config.preset,
             "width": config.model.width,
             "layers": config.model.layers,
@@ -238,26 +243,3 @@ class Experiment:
             "lr_trials": self.plan.lr_trials,
             "tuning_trials": self.plan.tuning_trials,
         }
-
-
-def provenance(dataset: Dataset, queue: RunQueue, seconds: float, outcomes: Iterable[RunResult]) -> dict[str, Any]:
-    """Command, versions, machine and data of runs, for a report."""
-    return {
-        "command": shlex.join(["antransformer", *sys.argv[1:]]),
-        "antransformer": __version__,
-        "python": platform.python_version(),
-        "made_on": sorted({outcome.machine for outcome in outcomes}),
-        "workers": len(queue.devices),
-        "data": str(dataset.path),
-        "data_digest": dataset.digest,
-        "tokenizer": f"{dataset.tokenizer_name}, {dataset.vocab_size} ids",
-        "date": time.strftime("%Y-%m-%d"),
-        "minutes_of_the_last_call": round(seconds / 60, 1),
-    }
-
-
-def fill_defaults(settings: Mapping[str, Any], vocab_size: int) -> TrainConfig:
-    """``resolve`` for a run that is only looked at when it is done, with its metrics and probes along the way."""
-    steps = resolve_config(settings, vocab_size).steps
-    every = {"log_every": max(1, steps // LINES), "eval_every": steps, "keep_checkpoints": 1}
-    return resolve_config({**settings, **every}, vocab_size)

@@ -1,4 +1,4 @@
-"""What follows from an experiment's results: speedups of pairs, differences at the end, and which are significant."""
+"""Findings of an experiment: speedups of pairs of variants, differences in the final loss, and their significance."""
 
 import math
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ import numpy as np
 
 from antransformer.bootstrap import CONFIDENCE
 from antransformer.comparison.statistics import (
+    Array,
     Difference,
     Speedup,
     holm,
@@ -19,62 +20,71 @@ from antransformer.results.comparison import Results, Variant
 
 
 def finished_budgets(results: Results, variant: Variant) -> list[int]:
-    """Those at which none of its runs diverged."""
+    """Return the budgets at which no run of the variant diverged."""
     losses = variant.losses(results.budgets, results.seeds)
-    return [budget for budget, ended in zip(results.budgets, losses, strict=True) if np.isfinite(ended).all()]
+    return [budget for budget, row in zip(results.budgets, losses, strict=True) if np.isfinite(row).all()]
 
 
 @dataclass(frozen=True)
 class PairwiseSpeedup:
-    """The speedup of one variant over another.
+    """Speedup of one variant over another.
 
     Attributes:
-        points: at each budget at which no run of ``variant`` diverged; none where ``over`` diverged at all of them.
-        shortest, longest: the budgets between which ``over`` has finished runs.
+        variant: the variant that is measured.
+        baseline: the variant that it is compared with; any other variant, not only that of the experiment.
+        points: speedup at each budget where no run of ``variant`` diverged; empty where ``baseline`` diverged at all
+            budgets.
+        shortest: shortest budget with finished runs of ``baseline``.
+        longest: longest budget with finished runs of ``baseline``.
     """
 
     variant: Variant
-    over: Variant
+    baseline: Variant
     points: tuple[Speedup, ...]
     shortest: int
     longest: int
 
     @classmethod
-    def of(cls, results: Results, variant: Variant, over: Variant) -> "PairwiseSpeedup":
-        """Measure it."""
-        there, here = finished_budgets(results, over), finished_budgets(results, variant)
-        if not there:
-            return cls(variant, over, (), 0, 0)
-        theirs, own = (item.losses(results.budgets, results.seeds) for item in (over, variant))
-        points = speedups(results.budgets, theirs, own)
-        return cls(variant, over, tuple(point for point in points if point.tokens in here), there[0], there[-1])
+    def measure(cls, results: Results, variant: Variant, baseline: Variant) -> "PairwiseSpeedup":
+        """Compute the speedups at all budgets with their intervals."""
+        baseline_budgets, variant_budgets = (finished_budgets(results, item) for item in (baseline, variant))
+        if not baseline_budgets:
+            return cls(variant, baseline, (), 0, 0)
+        baseline_losses, losses = (item.losses(results.budgets, results.seeds) for item in (baseline, variant))
+        points = speedups(results.budgets, baseline_losses, losses)
+        finished = tuple(point for point in points if point.tokens in variant_budgets)
+        return cls(variant, baseline, finished, baseline_budgets[0], baseline_budgets[-1])
 
-    def bounded(self, point: Speedup, ratio: float, seconds: bool = False) -> float:
-        """A ratio at this point, in tokens or seconds; what could not be measured is set to the bound that is known."""
-        scale = self.over.seconds_per_step / self.variant.seconds_per_step if seconds else 1.0
+    def clamp_to_bound(self, point: Speedup, ratio: float, seconds: bool = False) -> float:
+        """Replace a ratio of 0 or infinity by the known bound, and convert it to a ratio of seconds if requested.
+
+        The bound is the budget at the end of the baseline's range over that of the point.
+        """
+        scale = self.baseline.seconds_per_step / self.variant.seconds_per_step if seconds else 1.0
         bounds = {0.0: self.shortest / point.tokens, math.inf: self.longest / point.tokens}
         return float(bounds.get(ratio, ratio) * scale)
 
-    def words(self, point: Speedup, ratio: float, seconds: bool = False) -> str:
-        """The same as text: 1.70x, or as a bound > 4.00x or < 0.25x."""
+    def format_ratio(self, point: Speedup, ratio: float, seconds: bool = False) -> str:
+        """Return a ratio as text: 1.70x, or as a bound > 4.00x or < 0.25x."""
         sign = "< " if ratio == 0 else "> " if math.isinf(ratio) else ""
-        return f"{sign}{self.bounded(point, ratio, seconds):.2f}x"
+        return f"{sign}{self.clamp_to_bound(point, ratio, seconds):.2f}x"
 
 
 def final_difference(results: Results, variant: Variant) -> Difference:
-    """From the baseline, at the largest budget."""
-    longest = results.budgets[-1:]
-    losses = [item.losses(longest, results.seeds)[0] for item in (results.baseline, variant)]
-    return paired_difference(*losses)
+    """Difference of a variant from the baseline at the largest budget, with the paired t-test."""
+    return paired_difference(*(_final_losses(results, item) for item in (results.baseline, variant)))
 
 
 def variant_differences(results: Results) -> list[Difference]:
-    """Of all but the baseline from it, at the largest budget, judged by the noise of all of them."""
-    longest = results.budgets[-1:]
-    baseline, *others = (item.losses(longest, results.seeds)[0] for item in results.variants)
+    """Differences of all other variants from the baseline at the largest budget, tested with their pooled noise."""
+    baseline, *others = (_final_losses(results, item) for item in results.variants)
     return pooled_differences(baseline, others)
 
 
 def significant(differences: Sequence[Difference]) -> list[bool]:
-    """Which differences are, after Holm's correction for their number."""
+    """Whether each difference is significant after Holm's correction for their number."""
     return [p < 1 - CONFIDENCE for p in holm([difference.p for difference in differences])]
+
+
+def _final_losses(results: Results, variant: Variant) -> Array:
+    return variant.losses(results.budgets[-1:], results.seeds)[0]

@@ -1,4 +1,4 @@
-"""The report of an experiment: what stands on its page."""
+"""The HTML report of a comparison or an ablation: sections, tables and rules."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -13,24 +13,24 @@ from antransformer.comparison import charts
 from antransformer.comparison.charts import Lines
 from antransformer.comparison.findings import PairwiseSpeedup, final_difference, significant, variant_differences
 from antransformer.comparison.statistics import Difference, holm, sensitivity
-from antransformer.comparison.summary import METHOD, diverged_in_words, method, p_in_words, seeds_in_words, summary
+from antransformer.comparison.summary import METHOD, format_diverged, format_p, format_seeds, main_variant, summary
 from antransformer.reporting.html import Section, method_section, save, table
 from antransformer.reporting.labels import display_name, format_count, format_value, style_of
 from antransformer.results.comparison import Results, Variant
 from antransformer.training.metrics import read_lines
 
-PROBES = {"tokens", "residual_norm", "row_norm", "alpha", "moment_variance"}
+PROBE_KEYS = {"tokens", "residual_norm", "row_norm", "alpha", "moment_variance"}
 
 
 def write(results: Results, folder: Path) -> list[Path]:
-    """Write ``report.html`` and its charts as PNG into the experiment's folder.
+    """Write ``report.html`` and its charts as PNG files into the experiment's folder.
 
     Args:
-        results: what was measured.
-        folder: the experiment's; curves and norms are read from the run folders in its ``runs``.
+        results: results of the experiment.
+        folder: the experiment's folder; metrics and probes are read from the run folders in its ``runs``.
 
     Returns:
-        The files written, the page first.
+        Paths of the files, the page first.
 
     Raises:
         MissingExtraError: matplotlib or scipy is not installed.
@@ -41,7 +41,7 @@ def write(results: Results, folder: Path) -> list[Path]:
     return save(folder, title, summary(results), _facts(results), sections)
 
 
-# The page of a comparison
+# Sections of a comparison
 
 
 def _comparison(results: Results, folder: Path) -> list[Section]:
@@ -58,21 +58,23 @@ def _comparison(results: Results, folder: Path) -> list[Section]:
 
 def _speedup_section(results: Results) -> Section:
     pairs = {
-        over.name: [PairwiseSpeedup.of(results, item, over) for item in results.variants if item is not over]
-        for over in results.variants
+        baseline.name: [
+            PairwiseSpeedup.measure(results, item, baseline) for item in results.variants if item is not baseline
+        ]
+        for baseline in results.variants
     }
     baseline, *others = results.variants
     above = (
-        f"<p>How many times the tokens, or the seconds, of a variant {_label(baseline)} needs for the same loss. "
-        "Between finished runs the loss is interpolated; beyond the shortest and the longest nothing is guessed, so "
-        "some ratios are bounds only.</p>"
+        f"<p>Tokens, or seconds, that {_label(baseline)} needs for the loss of a variant, divided by those of the "
+        "variant. The loss is interpolated between finished runs and never extrapolated, so some ratios are only "
+        "bounds.</p>"
     )
     below = "".join(
-        f"<details><summary>Over {_label(over)}</summary>{_speedup_tables(results, pairs[over.name])}</details>"
-        for over in others
+        f"<details><summary>Speedup over {_label(item)}</summary>{_speedup_tables(results, pairs[item.name])}</details>"
+        for item in others
     )
-    drawn = [charts.speedup(pairs[baseline.name], results.budgets, seconds) for seconds in (False, True)]
-    return Section("Speedup", above, drawn, _speedup_tables(results, pairs[baseline.name]) + below)
+    figures = [charts.speedup(pairs[baseline.name], results.budgets, seconds) for seconds in (False, True)]
+    return Section("Speedup", above, figures, _speedup_tables(results, pairs[baseline.name]) + below)
 
 
 def _speedup_tables(results: Results, pairs: Sequence[PairwiseSpeedup]) -> str:
@@ -85,13 +87,13 @@ def _speedup_table(results: Results, pairs: Sequence[PairwiseSpeedup], seconds: 
         point = next((point for point in pair.points if point.tokens == budget), None)
         if point is None:
             return "diverged"
-        ratio, low, high = (pair.words(point, value, seconds) for value in (point.ratio, point.low, point.high))
+        ratio, low, high = (pair.format_ratio(point, value, seconds) for value in (point.ratio, point.low, point.high))
         return ratio if math.isnan(point.low) or low == ratio == high else f"{ratio}\n{low} to {high}"
 
     unit = "seconds" if seconds else "tokens"
-    over = style_of(pairs[0].over.name).label
+    baseline = style_of(pairs[0].baseline.name).label
     return table(
-        f"Speedup over {over} in {unit}, with {CONFIDENCE:.0%} intervals",
+        f"Speedup over {baseline} in {unit}, with {CONFIDENCE:.0%} intervals",
         [f"in {unit}", *(f"at {format_count(budget)}" for budget in results.budgets)],
         [[style_of(pair.variant.name).label, *(cell(pair, budget) for budget in results.budgets)] for pair in pairs],
     )
@@ -100,27 +102,30 @@ def _speedup_table(results: Results, pairs: Sequence[PairwiseSpeedup], seconds: 
 def _search_section(results: Results) -> Section:
     settings = list(dict.fromkeys(trial.setting for item in results.variants for trial in item.trials))
     if not settings:
-        return Section("Search for settings", "<p>No setting was searched: each variant has its defaults.</p>")
+        return Section("Tuning", "<p>No setting was tuned: every variant has its default settings.</p>")
     above = (
-        "<p>What it costs to miss the best setting says how hard a variant is to tune: the loss lost where it is 3 "
-        "times too small or too large, read off the curve through the trials.</p>"
+        "<p>Regret shows how hard a variant is to tune: the increase in loss where a setting is 3 times too small or 3 "
+        "times too large. It is read off the curve through the trials.</p>"
     )
     rows = [row for setting in settings for item in results.variants if (row := _sensitivity_row(item, setting))]
     head = ["variant", "setting", "trials", "best", "3x too small", "3x too large"]
-    lost = table("Loss lost at a wrong setting", head, rows, text_columns=["setting"])
-    return Section("Search for settings", above, [charts.search(results, setting) for setting in settings], lost)
+    regrets = table("Regret of a setting 3 times too small or too large", head, rows, text_columns=["setting"])
+    return Section("Tuning", above, [charts.search(results, setting) for setting in settings], regrets)
 
 
 def _sensitivity_row(variant: Variant, setting: str) -> list[str]:
+    """Return the best value and the regrets of a variant, or an empty list without trials of the setting."""
     trials = charts.trials_of(variant, setting)
     if not trials:
         return []
     best = min(trials, key=lambda trial: trial.loss)
-    lost = sensitivity([trial.value for trial in trials], [trial.loss for trial in trials])
-    cells = ["not tried" if math.isnan(loss) else "diverged" if math.isinf(loss) else f"{loss:+.3f}" for loss in lost]
+    regrets = sensitivity([trial.value for trial in trials], [trial.loss for trial in trials])
+    cells = [
+        "not tried" if math.isnan(loss) else "diverged" if math.isinf(loss) else f"{loss:+.3f}" for loss in regrets
+    ]
     edge = " (at the edge)" if best.value in (trials[0].value, trials[-1].value) else ""
-    shown = f"{best.value:g}{edge}" if math.isfinite(best.loss) else "all diverged"
-    return [style_of(variant.name).label, display_name(setting), str(len(trials)), shown, *cells]
+    best_value = f"{best.value:g}{edge}" if math.isfinite(best.loss) else "all diverged"
+    return [style_of(variant.name).label, display_name(setting), str(len(trials)), best_value, *cells]
 
 
 def _curve_section(results: Results, folder: Path) -> Section:
@@ -129,25 +134,26 @@ def _curve_section(results: Results, folder: Path) -> Section:
 
 
 def _inside_section(results: Results, folder: Path) -> Section:
-    logs, missing = _logs(results, folder, "probes.jsonl", PROBES)
+    logs, missing = _logs(results, folder, "probes.jsonl", PROBE_KEYS)
     if not logs:
         return Section("Inside the models", missing)
     above = (
-        f"<p>Measured during the run of {format_count(results.budgets[-1])} tokens with the first seed, on a few "
-        f"sequences that are not trained on.</p>{missing}"
+        f"<p>Measured during the run with {format_count(results.budgets[-1])} tokens and the first seed, on a few "
+        f"validation sequences.</p>{missing}"
     )
-    stepping = [item for item in results.variants if item.name in logs and logs[item.name][-1]["alpha"]]
-    drawn = [
+    # Only architectures with a learned residual step have values of alpha.
+    with_alpha = [item for item in results.variants if item.name in logs and logs[item.name][-1]["alpha"]]
+    figures = [
         draw(results, logs)
         for draw in (charts.residual_by_layer, charts.residual_by_time, charts.row_norms, charts.moment_variance)
     ]
-    return Section("Inside the models", above, drawn + [charts.alphas(item, logs[item.name]) for item in stepping])
+    return Section("Inside the models", above, figures + [charts.alphas(item, logs[item.name]) for item in with_alpha])
 
 
 def _logs(results: Results, folder: Path, name: str, keys: set[str]) -> tuple[dict[str, Lines], str]:
-    """Lines of each variant's longest run with the first seed, and a sentence on those that have none.
+    """Return the lines of each variant's longest run with the first seed, and a note on variants without lines.
 
-    Lines without one of the keys, of another release, are left out.
+    Lines that lack one of the keys are skipped: runs of an earlier release may have other probes.
     """
     longest = {
         item.name: next(run for run in item.runs if (run.tokens, run.seed) == (results.budgets[-1], results.seeds[0]))
@@ -158,9 +164,7 @@ def _logs(results: Results, folder: Path, name: str, keys: set[str]) -> tuple[di
         for variant, run in longest.items()
     }
     empty = ", ".join(style_of(variant).label for variant, lines in logs.items() if not lines)
-    missing = (
-        f'<p class="note">Left out, as there is no {name} in the run folder: {escape(empty)}.</p>' if empty else ""
-    )
+    missing = f'<p class="note">Not shown, since the run folder has no {name}: {escape(empty)}.</p>' if empty else ""
     return {variant: lines for variant, lines in logs.items() if lines}, missing
 
 
@@ -179,7 +183,7 @@ def _all_numbers(results: Results) -> str:
     rows = []
     for variant in results.variants:
         difference = final_difference(results, variant)
-        compared = f"{_with_interval(difference)}\n{p_in_words(difference.p)}"
+        compared = f"{_with_interval(difference)}\n{format_p(difference.p)}"
         rows.append(
             [
                 style_of(variant.name).label,
@@ -188,53 +192,55 @@ def _all_numbers(results: Results) -> str:
                 "baseline" if variant is results.baseline else compared,
                 _bits(variant, longest),
                 f"{variant.seconds_per_step:.4g}" if math.isfinite(variant.seconds_per_step) else "diverged",
-                diverged_in_words(variant.runs),
+                format_diverged(variant.runs),
                 "\n".join(f"{display_name(key)} {format_value(value)}" for key, value in _own_settings(variant)),
             ]
         )
     note = (
-        "<p>Validation loss in nats per token, mean ± standard deviation over seeds. Differences are paired over "
-        f"seeds, with {CONFIDENCE:.0%} intervals and p values of the paired t-test.</p>"
+        "<p>Validation loss in nats per token: mean ± standard deviation over seeds. Differences are paired by seed; "
+        f"their {CONFIDENCE:.0%} intervals and p values are those of the paired t-test.</p>"
     )
     return note + table("Results of every variant", head, rows, text_columns=["settings"])
 
 
-# The page of an ablation
+# Sections of an ablation
 
 
 def _ablation(results: Results) -> list[Section]:
     differences = variant_differences(results)
-    known = significant(differences)
+    is_significant = significant(differences)
     note = (
-        "<p>Differences in validation loss are paired over seeds: the same data in the same order. The p values are "
-        "those of t-tests with the noise of all variants together, corrected over the rows by Holm's method; the "
-        "intervals are not corrected.</p>"
+        "<p>Differences in validation loss are paired by seed: equal seeds see the same data in the same order. The p "
+        "values are those of t-tests with the pooled noise of all variants, corrected for the number of variants by "
+        "Holm's method. The intervals are not corrected.</p>"
     )
     return [
-        Section("Differences", note, [charts.forest(results, differences, known)]),
-        Section("All numbers", _ablation_table(results, differences, known)),
+        Section("Differences", note, [charts.forest(results, differences, is_significant)]),
+        Section("All numbers", _ablation_table(results, differences, is_significant)),
         method_section(results.setup, _rules(results)),
     ]
 
 
 def _own_settings(variant: Variant) -> list[tuple[str, Any]]:
-    """Without the architecture, which is its name already."""
+    """Return the settings without the architecture, which the variant's name tells already."""
     return [(key, value) for key, value in variant.settings.items() if key != "architecture"]
 
 
-def _ablation_table(results: Results, differences: Sequence[Difference], significant: Sequence[bool]) -> str:
+def _ablation_table(results: Results, differences: Sequence[Difference], is_significant: Sequence[bool]) -> str:
     longest, default = results.budgets[-1], results.baseline.settings
     rows = [[style_of(results.baseline.name).label, _mean_loss(results.baseline, longest, results.seeds), *[""] * 4]]
     corrected = holm([difference.p for difference in differences])
-    for variant, difference, p, known in zip(results.variants[1:], differences, corrected, significant, strict=True):
-        outcome = "worse" if difference.mean > 0 else "better"
+    table_rows = zip(results.variants[1:], differences, corrected, is_significant, strict=True)
+    for variant, difference, p, clear in table_rows:
+        direction = "worse" if difference.mean > 0 else "better"
+        outcome = direction if clear else "diverged" if math.isnan(difference.mean) else "not significant"
         rows.append(
             [
                 style_of(variant.name).label,
                 _mean_loss(variant, longest, results.seeds),
                 _with_interval(difference),
-                p_in_words(p),
-                outcome if known else "diverged" if math.isnan(difference.mean) else "not significant",
+                format_p(p),
+                outcome,
                 ", ".join(
                     f"{display_name(key)} {format_value(value)}"
                     for key, value in variant.settings.items()
@@ -242,52 +248,53 @@ def _ablation_table(results: Results, differences: Sequence[Difference], signifi
                 ),
             ]
         )
-    head = ["variant", f"loss at {format_count(longest)}", "difference", "p, corrected", "outcome", "what is changed"]
+    head = ["variant", f"loss at {format_count(longest)}", "difference", "p, corrected", "outcome", "changed settings"]
     return table("Results of every variant", head, rows, text_columns=head[-2:])
 
 
-# How it was made
+# Rules
 
 
 def _rules(results: Results) -> Iterable[str]:
+    """Yield the rules of the experiment, one or two sentences each."""
     seeds = ", ".join(map(str, results.seeds))
-    yield f"Every budget is a run of its own to the end of its schedule, with each of the seeds {seeds}."
-    yield "Equal seeds see the same data in the same order; validation is the same for all."
+    yield f"Every budget is a separate run with a complete learning-rate schedule, repeated with the seeds {seeds}."
+    yield "Equal seeds see the same data in the same order. All variants share the validation windows."
     if results.trial_tokens:
-        trials = {style_of(item.name).label: len(item.trials) for item in results.variants}
-        each = ", ".join(f"{name} {number}" for name, number in trials.items())
-        searched = dict.fromkeys(display_name(trial.setting) for item in results.variants for trial in item.trials)
+        counts = ", ".join(f"{style_of(item.name).label} {len(item.trials)}" for item in results.variants)
+        names = dict.fromkeys(display_name(trial.setting) for item in results.variants for trial in item.trials)
         yield (
-            f"Searched: {', '.join(searched)}, with as many values for everyone, in the same ratios around each one's "
-            "own default; where the best lay at the edge the search went on. "
-            f"Trials of {format_count(results.trial_tokens)} tokens: {each}."
+            f"Tuned settings: {', '.join(names)}. Every variant has the same number of values, spaced by the same "
+            "factor around its own default. A grid was extended while its best value was at an edge. "
+            f"Trials with {format_count(results.trial_tokens)} tokens: {counts}."
         )
         yield (
-            "Trials have one seed, none of those measured, so no measured run was chosen for its luck. The search is "
-            "one pass, the learning rate first, and is not repeated at other budgets."
+            "Trials have one seed, which no measured run has, so that no measured run was selected for a lucky seed. "
+            "Settings were tuned once, the learning rate first, and not again at other budgets."
         )
-    nothing = "Nothing else" if results.trial_tokens else "No setting"
-    yield f"{nothing} was searched: batch size, betas, schedule, clipping and the rest are as given, or the defaults."
-    yield "Nothing is extrapolated: a loss that no finished run reached gives a bound, not a number."
+    untuned = "No other setting" if results.trial_tokens else "No setting"
+    yield f"{untuned} was tuned: batch size, betas, schedule, clipping and all others are as given or the defaults."
+    yield "Nothing is extrapolated: where no finished run reaches a loss, the report gives a bound."
     yield (
-        "Seconds a step are medians over the runs, variants side by side; their noise, which other work on the "
-        "machine adds to, is not in the intervals."
+        "Seconds per step are medians over the runs, in which variants alternate. Other load on the machine affects "
+        "them; the intervals do not include that noise."
     )
 
 
-# Numbers and HTML
+# Facts and numbers
 
 
 def _facts(results: Results) -> Iterable[str]:
-    number = len(results.variants)
-    yield f"{number} variants" if results.kind == "compare" else f"{number - 1} variants"
-    yield seeds_in_words(results)
+    compared = results.variants if results.kind == "compare" else results.variants[1:]
+    yield f"{len(compared)} variants"
+    yield format_seeds(results)
     yield f"{', '.join(map(format_count, results.budgets))} tokens"
-    yield f"{format_count(method(results).parameters)} parameters"
+    yield f"{format_count(main_variant(results).parameters)} parameters"
     yield f"batches of {results.setup['batch_tokens']:,} tokens"
 
 
 def _label(variant: Variant) -> str:
+    """Return the variant's display name, escaped for HTML."""
     return escape(style_of(variant.name).label)
 
 

@@ -1,8 +1,7 @@
-"""The statistics of comparisons: speedup without extrapolation, bootstrap intervals, paired tests.
+"""Statistics of comparisons: speedups without extrapolation, bootstrap intervals, paired tests.
 
-Convergence speedup (arXiv:2505.22014, section 5.2): the tokens that the baseline would need for the loss that the
-method reached, over the tokens that the method used. Every point is a finished run at its own budget. Needs the extra
-``analysis`` (scipy).
+Convergence speedup (arXiv:2505.22014, section 5.2): tokens that the baseline needs for the variant's loss, divided by
+the tokens of the variant. Every point is a finished run with its own budget. Needs the extra ``analysis`` (scipy).
 """
 
 import math
@@ -12,23 +11,26 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from antransformer.bootstrap import CONFIDENCE, RESAMPLES
+from antransformer.bootstrap import CONFIDENCE, RESAMPLES, TAILS, residual_inflation, student_t
 from antransformer.extras import require
 
 SENSITIVITY_FACTOR = 3.0
+CURVE_POINTS = 512
+ROUNDING = 1e-9  # slack in the logarithm of a setting: values are rounded to three digits
 
 Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Speedup:
-    """Tokens that the baseline needs for the method's loss, over the method's own.
+    """Speedup of a variant at one budget.
 
     Attributes:
-        tokens: the method's budget.
-        ratio: infinite where the baseline's longest run did not reach that loss, 0 where its shortest run is already
-            below it (no baseline).
-        low, high: bootstrap interval over seeds, with the same two special values; NaN with one seed.
+        tokens: budget of the variant.
+        ratio: tokens that the baseline needs for the same loss, over ``tokens``. Infinite where the baseline's longest
+            run does not reach that loss; 0 where its shortest run is below that loss already.
+        low: lower end of the bootstrap interval over seeds, with the same special values; NaN with one seed.
+        high: upper end.
     """
 
     tokens: int
@@ -39,9 +41,13 @@ class Speedup:
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean difference in loss of two variants over paired seeds, with its 95% interval and p value.
+    """Mean difference in loss of two variants over paired seeds.
 
-    The interval and p are those of the paired t-test, NaN with one seed; all are NaN where a run diverged.
+    Attributes:
+        mean: difference in nats per token; NaN where a run diverged.
+        low: lower end of the 95% interval of the t-test; NaN with one seed or a diverged run.
+        high: upper end.
+        p: two-sided p value, NaN like the interval.
     """
 
     mean: float
@@ -51,75 +57,75 @@ class Difference:
 
     @property
     def significant(self) -> bool:
-        """Whether p is below 0.05; a NaN is not."""
+        """Whether p is below 0.05; False for NaN."""
         return self.p < 1 - CONFIDENCE
 
 
-def loss_curve(budgets: Sequence[int], losses: Array) -> Callable[[float], float]:
-    """The tokens at which a variant reaches a loss, from its finished runs.
+def inverse_loss_curve(budgets: Sequence[int], losses: Array) -> Callable[[float], float]:
+    """Return a function from a loss to the tokens at which a variant reaches it.
 
-    The curve is monotone: PCHIP in log tokens through the running minimum of the losses. Nothing is extrapolated.
+    The loss curve is PCHIP in log tokens through the running minimum of the losses. Nothing is extrapolated: the
+    function returns infinity where no budget reaches the loss, and 0 where the shortest run is below it already.
 
     Args:
         budgets: ascending token counts.
-        losses: mean loss at each, (len(budgets),); an infinite one, of a diverged run, is left out.
-
-    Returns:
-        A function from a loss to tokens: infinite where no budget reaches that loss, 0 where the shortest run is below
-        it already.
+        losses: mean loss at each budget, shape (budgets,). Infinite losses of diverged runs are left out.
     """
     finished = np.isfinite(losses)
     if not finished.any():
         return lambda target: math.inf
-    x, lowest = np.log(np.asarray(budgets)[finished]), np.minimum.accumulate(losses[finished])
-    grid = np.union1d(np.linspace(x[0], x[-1], 512), x)
-    curve = np.minimum(_pchip(x, lowest)(grid), lowest[0])
+    # A longer run may end with a higher loss by chance. The running minimum makes the curve monotone, so that it can be
+    # inverted, and credits the baseline with the first budget that reached a loss.
+    log_tokens, lowest = np.log(np.asarray(budgets)[finished]), np.minimum.accumulate(losses[finished])
+    grid = np.union1d(np.linspace(log_tokens[0], log_tokens[-1], CURVE_POINTS), log_tokens)
+    curve = np.minimum(_pchip(log_tokens, lowest)(grid), lowest[0])
 
-    def tokens(target: float) -> float:
-        if not target >= lowest[-1]:
+    def tokens_at(target: float) -> float:
+        if not target >= lowest[-1]:  # also for NaN
             return math.inf
         if target > lowest[0]:
             return 0.0
-        at = int(np.argmax(curve <= target + 1e-12))  # the first point at or below
-        if at == 0:
+        index = int(np.argmax(curve <= target + 1e-12))  # first point at or below the target
+        if index == 0:
             return math.exp(grid[0])
-        share = (curve[at - 1] - target) / (curve[at - 1] - curve[at])
-        return math.exp(grid[at - 1] + share * (grid[at] - grid[at - 1]))
+        fraction = (curve[index - 1] - target) / (curve[index - 1] - curve[index])
+        return math.exp(grid[index - 1] + fraction * (grid[index] - grid[index - 1]))
 
-    return tokens
+    return tokens_at
 
 
-def speedups(budgets: Sequence[int], baseline: Array, method: Array, seed: int = 0) -> list[Speedup]:
-    """Convergence speedup of ``method`` over ``baseline`` at each budget of the method.
+def speedups(budgets: Sequence[int], baseline: Array, variant: Array, seed: int = 0) -> list[Speedup]:
+    """Convergence speedup of a variant over a baseline at each budget of the variant.
 
-    The interval is a bootstrap over seeds: residuals about each budget's mean, pooled over the budgets of one variant
-    and widened for their small number, are drawn anew for every run. (Drawing among two or three seeds of one budget
-    alone would give intervals that are far too narrow.) A diverged run makes the loss at its budget infinite.
+    The interval is a bootstrap over seeds. Residuals about the mean of each budget are pooled over the budgets of one
+    variant, inflated for their small number, and drawn anew for every run. A diverged run makes the mean loss at its
+    budget infinite.
 
     Args:
         budgets: ascending token counts, the same for both.
-        baseline, method: losses (budgets, seeds).
-        seed: of the resampling.
+        baseline: losses, shape (budgets, seeds).
+        variant: losses, shape (budgets, seeds).
+        seed: seed of the resampling.
     """
     generator = np.random.default_rng(seed)
-    curve, targets = loss_curve(budgets, baseline.mean(1)), method.mean(1)
+    curve, targets = inverse_loss_curve(budgets, baseline.mean(1)), variant.mean(1)
     ratios = np.array([[curve(target) for target in targets]]) / budgets
     low = high = np.full(len(budgets), math.nan)
     if baseline.shape[1] > 1:
-        curves = (loss_curve(budgets, drawn) for drawn in _resampled(baseline, generator))
-        drawn_targets = _resampled(method, generator)
-        drawn = [[curve(target) for target in row] for curve, row in zip(curves, drawn_targets, strict=True)]
-        tail = (1 - CONFIDENCE) / 2
-        low, high = np.quantile(np.array(drawn) / budgets, [tail, 1 - tail], axis=0, method="closest_observation")
+        curves = (inverse_loss_curve(budgets, losses) for losses in _resampled_means(baseline, generator))
+        resampled_targets = _resampled_means(variant, generator)
+        tokens = [[curve(target) for target in row] for curve, row in zip(curves, resampled_targets, strict=True)]
+        # Ratios may be 0 or infinite, between which interpolation gives NaN: take an observed value as the quantile.
+        low, high = np.quantile(np.array(tokens) / budgets, TAILS, axis=0, method="closest_observation")
     points = zip(budgets, ratios[0], low, high, strict=True)
-    return [Speedup(tokens, float(ratio), float(low), float(high)) for tokens, ratio, low, high in points]
+    return [Speedup(budget, float(ratio), float(low), float(high)) for budget, ratio, low, high in points]
 
 
-def paired_difference(baseline: Array, other: Array) -> Difference:
-    """``other - baseline`` over seeds, paired; both (seeds,)."""
-    if not np.isfinite([other, baseline]).all():
+def paired_difference(baseline: Array, variant: Array) -> Difference:
+    """Difference ``variant - baseline`` with the paired t-test over seeds; losses of both have shape (seeds,)."""
+    if not np.isfinite([variant, baseline]).all():
         return Difference(math.nan, math.nan, math.nan, math.nan)
-    differences = other - baseline
+    differences = variant - baseline
     mean = float(differences.mean())
     if len(differences) < 2 or not differences.any():
         return Difference(mean, math.nan, math.nan, math.nan)
@@ -131,102 +137,98 @@ def paired_difference(baseline: Array, other: Array) -> Difference:
     return Difference(mean, float(interval.low), float(interval.high), float(test.pvalue))
 
 
-def pooled_differences(baseline: Array, others: Sequence[Array]) -> list[Difference]:
-    """Differences of many variants from one, over seeds, with one residual variance for all of them.
+def pooled_differences(baseline: Array, variants: Sequence[Array]) -> list[Difference]:
+    """Differences of several variants from a baseline, tested with one residual variance for all of them.
 
-    The model is loss = variant + seed + noise: what a variant gains from a seed beyond what all gain from it is
-    noise, and all variants together measure its size, which three seeds of one alone hardly do. Intervals and p are
-    those of Student's t; a variant with a diverged run has NaN and no part in the pool.
+    The model is loss = variant + seed + noise. Three seeds of one variant hardly measure the noise; those of all
+    variants together do. Intervals and p values are those of Student's t, without correction for several tests. A
+    variant with a diverged run gets NaN and is left out of the pool.
 
     Args:
-        baseline: losses (seeds,).
-        others: losses of each other variant, (seeds,).
+        baseline: losses, shape (seeds,).
+        variants: losses of each variant, shape (seeds,).
     """
-    finished = [losses for losses in others if np.isfinite(losses).all()]
+    finished = [losses for losses in variants if np.isfinite(losses).all()]
     table = np.array([baseline, *finished])
     rows, seeds = table.shape
-    freedom = (rows - 1) * (seeds - 1)
-    if not np.isfinite(baseline).all() or not freedom:
-        return [paired_difference(baseline, losses) for losses in others]
+    degrees_of_freedom = (rows - 1) * (seeds - 1)
+    if not np.isfinite(baseline).all() or not degrees_of_freedom:
+        return [paired_difference(baseline, losses) for losses in variants]
     require("scipy", "analysis")
     from scipy.stats import t
 
+    # Residuals of the additive model: the means of variants and seeds are removed, the grand mean was removed twice.
     noise = table - table.mean(1, keepdims=True) - table.mean(0) + table.mean()
-    error = math.sqrt(2 * (noise**2).sum() / freedom / seeds)
-    half = float(t.ppf((1 + CONFIDENCE) / 2, freedom)) * error
+    # A difference of two means over seeds has twice the variance of one mean.
+    standard_error = math.sqrt(2 * (noise**2).sum() / degrees_of_freedom / seeds)
+    half_width = student_t(degrees_of_freedom) * standard_error
 
     def difference(losses: Array) -> Difference:
         if not np.isfinite(losses).all():
             return paired_difference(baseline, losses)
         mean = float((losses - baseline).mean())
-        p = float(2 * t.sf(abs(mean) / error, freedom)) if error else math.nan
-        return Difference(mean, mean - half, mean + half, p)
+        p = float(2 * t.sf(abs(mean) / standard_error, degrees_of_freedom)) if standard_error else math.nan
+        return Difference(mean, mean - half_width, mean + half_width, p)
 
-    return [difference(losses) for losses in others]
+    return [difference(losses) for losses in variants]
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p values of several tests by Holm's method; a NaN is no test and stays."""
+    """Adjust the p values of several tests by Holm's method; NaN stays NaN and does not count as a test."""
     adjusted, largest = list(p_values), 0.0
-    tests = sorted((p, place) for place, p in enumerate(p_values) if not math.isnan(p))
-    for done, (p, place) in enumerate(tests):
-        largest = max(largest, min(1.0, p * (len(tests) - done)))
-        adjusted[place] = largest
+    tests = sorted((p, index) for index, p in enumerate(p_values) if not math.isnan(p))
+    for rank, (p, index) in enumerate(tests):
+        # The running maximum keeps the order: a larger p value never gets a smaller adjusted one.
+        largest = max(largest, min(1.0, p * (len(tests) - rank)))
+        adjusted[index] = largest
     return adjusted
 
 
 def sensitivity(values: Sequence[float], losses: Sequence[float]) -> tuple[float, float]:
-    """Loss lost when a setting is 3 times too small, and when it is 3 times too large.
+    """Regret where a setting is 3 times too small, and where it is 3 times too large.
 
-    The curve is PCHIP in the logarithm of the setting through the finished trials, and its best point the best trial.
+    The regret is the loss above that of the best trial, in nats per token. It is read off a PCHIP curve through the
+    finished trials in the logarithm of the setting.
 
     Returns:
-        The two losses over the best; NaN on a side where no trial lies that far away, infinite where one diverged on
-        the way there.
+        Both regrets; NaN where no trial is that far from the best, infinite where a trial within that range diverged.
     """
     order = np.argsort(values)
     x, y = np.log(np.asarray(values, float))[order], np.asarray(losses, float)[order]
     finished = np.isfinite(y)
     if not finished.any():
         return math.nan, math.nan
-    best, slack = x[np.argmin(y)], 1e-9
+    best, distance = x[np.argmin(y)], math.log(SENSITIVITY_FACTOR)
 
-    def lost(side: float) -> float:
-        away = math.log(SENSITIVITY_FACTOR)
-        distance = (x[~finished] - best) * side
-        if ((distance > 0) & (distance <= away + slack)).any():
+    def regret(sign: int) -> float:
+        distances = (x[~finished] - best) * sign
+        if ((distances > 0) & (distances <= distance + ROUNDING)).any():
             return math.inf
-        at = best + side * away
-        if not x[finished][0] - slack <= at <= x[finished][-1] + slack:
+        target = best + sign * distance
+        if not x[finished][0] - ROUNDING <= target <= x[finished][-1] + ROUNDING:
             return math.nan
-        return float(_pchip(x[finished], y[finished])(at) - y.min())
+        return float(_pchip(x[finished], y[finished])(target) - y.min())
 
-    return lost(-1), lost(1)
+    return regret(-1), regret(1)
 
 
-def _resampled(losses: Array, generator: np.random.Generator) -> Array:
-    """Bootstrap means, (resamples, budgets)."""
+def _resampled_means(losses: Array, generator: np.random.Generator) -> Array:
+    """Bootstrap means over seeds, shape (RESAMPLES, budgets), from losses of shape (budgets, seeds)."""
     budgets, seeds = losses.shape
     means = losses.mean(1)
     finished = np.isfinite(means)
-    pool = (losses[finished] - means[finished, None]).flatten()
-    if seeds < 2 or not pool.size:
+    # Two or three seeds of one budget have far too few residuals to draw from; the noise is similar at all budgets.
+    residuals = (losses[finished] - means[finished, None]).flatten()
+    if seeds < 2 or not residuals.size:
         return np.broadcast_to(means, (RESAMPLES, budgets))
-    require("scipy", "analysis")
-    from scipy.stats import norm, t
-
-    # Resampled residuals are too small by the mean that was taken off, and know nothing of how badly few of them
-    # measure their own spread: Student's t over the normal quantile makes up for that.
-    upper = (1 + CONFIDENCE) / 2
-    wider = math.sqrt(seeds / (seeds - 1)) * t.ppf(upper, finished.sum() * (seeds - 1)) / norm.ppf(upper)
-    drawn = generator.choice(pool * wider, (RESAMPLES, budgets, seeds))
-    return means + drawn.mean(2)
+    inflated = residuals * residual_inflation(residuals.size, int(finished.sum()) * (seeds - 1))
+    return means + generator.choice(inflated, (RESAMPLES, budgets, seeds)).mean(2)
 
 
 def _pchip(x: Array, y: Array) -> Callable[[Array | float], Array]:
-    """Monotone interpolation; a single point is a constant."""
+    """Monotone interpolation (scipy's PCHIP); one point gives a constant."""
     if len(x) == 1:
-        return lambda at: np.full(np.shape(at), y[0])
+        return lambda points: np.full(np.shape(points), y[0])
     require("scipy", "analysis")
     from scipy.interpolate import PchipInterpolator
 

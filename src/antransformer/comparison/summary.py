@@ -1,154 +1,153 @@
-"""What an experiment found, in a sentence or two."""
+"""Summary of an experiment in one to three sentences, for the terminal, the report and the model card."""
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from antransformer.bootstrap import CONFIDENCE
 from antransformer.comparison.findings import PairwiseSpeedup, final_difference, significant, variant_differences
 from antransformer.reporting.labels import format_count, style_of
-from antransformer.results.comparison import Results, Variant
+from antransformer.results.comparison import Results, Run, Trial, Variant
 
 METHOD = "angpt"
 
 
 def summary(results: Results) -> str:
-    """What was found, in a sentence or two."""
-    return (_comparison_verdict if results.kind == "compare" else _ablation_verdict)(results)
+    """Return the main finding with its interval or test, and the number of diverged runs."""
+    return _comparison_summary(results) if results.kind == "compare" else _ablation_summary(results)
 
 
-# The verdict of a comparison
-
-
-def _comparison_verdict(results: Results) -> str:
-    ours, theirs = method(results), results.baseline
-    budget = results.budgets[-1]
-    sentence = (
-        f"{_speed_words(results, PairwiseSpeedup.of(results, ours, theirs))}; {_loss_words(results, ours, budget)}."
-    )
-    return f"{sentence} {_diverged_words(results)}".rstrip()
-
-
-def method(results: Results) -> Variant:
-    """The variant that the verdict is about."""
+def main_variant(results: Results) -> Variant:
+    """Return the variant that the summary is about: anGPT, or the last one where anGPT is absent or the baseline."""
     return next((item for item in results.variants[1:] if item.name == METHOD), results.variants[-1])
 
 
-def _speed_words(results: Results, pair: PairwiseSpeedup) -> str:
-    ours, theirs = style_of(pair.variant.name).label, style_of(pair.over.name).label
-    shared = f"{seeds_in_words(results)}, {format_count(pair.variant.parameters)} parameters"
+# Comparison
+
+
+def _comparison_summary(results: Results) -> str:
+    variant = main_variant(results)
+    speedup = _speedup_clause(results, PairwiseSpeedup.measure(results, variant, results.baseline))
+    return f"{speedup}. {_loss_sentence(results, variant)} {_diverged_sentence(results)}".rstrip()
+
+
+def _speedup_clause(results: Results, pair: PairwiseSpeedup) -> str:
+    name, baseline = style_of(pair.variant.name).label, style_of(pair.baseline.name).label
+    scope = f"{format_seeds(results)}, {format_count(pair.variant.parameters)} parameters"
     if len(results.budgets) == 1:
-        return f"One budget shows no speedup of {ours} over {theirs} ({shared})"
+        return f"A speedup of {name} over {baseline} cannot be measured with one budget ({scope})"
     if not pair.points:
-        return f"No speedup of {ours} over {theirs} can be given, as runs diverged at every budget ({shared})"
+        return f"A speedup of {name} over {baseline} cannot be measured: runs diverged at every budget ({scope})"
     measured = [point for point in pair.points if 0 < point.ratio < math.inf]
     if not measured:
-        return _bound_words(pair, shared)
+        return _bounds_clause(pair, scope)
     point = measured[-1]
-    ends = point.low, point.high
-    low, high = (pair.words(point, end).replace(">", "more than").replace("<", "less than") for end in ends)
+    ends = (pair.format_ratio(point, end) for end in (point.low, point.high))
+    low, high = (end.replace(">", "more than").replace("<", "less than") for end in ends)
     interval = "" if math.isnan(point.low) else f"{CONFIDENCE:.0%} interval {low} to {high}; "
-    scope = f"({interval}{format_count(point.tokens)} tokens, {shared})"
+    scope = f"({interval}{format_count(point.tokens)} tokens, {scope})"
     if point.low <= 1 <= point.high:
-        return f"No speedup of {ours} over {theirs} could be shown: {point.ratio:.2f}x {scope}"
+        return f"{name} shows no significant speedup over {baseline}: {point.ratio:.2f}x {scope}"
     if f"{point.ratio:.2f}" == "1.00":
-        return f"{ours} needed as many tokens as {theirs} for the same loss {scope}"
+        return f"{name} needs as many tokens as {baseline} for the same loss {scope}"
     if point.ratio > 1:
-        return f"{ours} reached the loss of {theirs} with {point.ratio:.2f}x fewer tokens {scope}"
-    return f"{ours} needed more tokens than {theirs} for the same loss, a speedup of only {point.ratio:.2f}x {scope}"
+        return f"{name} reaches the loss of {baseline} with {point.ratio:.2f}x fewer tokens {scope}"
+    return f"{name} needs more tokens than {baseline} for the same loss: the speedup is {point.ratio:.2f}x {scope}"
 
 
-def _bound_words(pair: PairwiseSpeedup, shared: str) -> str:
-    """Where every ratio lies outside of what the budgets can show."""
-    ours, theirs = style_of(pair.variant.name).label, style_of(pair.over.name).label
+def _bounds_clause(pair: PairwiseSpeedup, scope: str) -> str:
+    """Return the speedup of a pair whose ratio is a bound at every budget."""
+    name, baseline = style_of(pair.variant.name).label, style_of(pair.baseline.name).label
     first, last = pair.points[0], pair.points[-1]
-    ahead = (
-        f"with {format_count(first.tokens)} tokens its loss is below that of {theirs} with {format_count(pair.longest)}"
-    )
-    behind = (
-        f"with {format_count(last.tokens)} tokens its loss is above that of {theirs} with {format_count(pair.shortest)}"
-    )
     if all(math.isinf(point.ratio) for point in pair.points):
-        limit = pair.bounded(first, math.inf)
-        return f"{ours} reached the loss of {theirs} with more than {limit:.2f}x fewer tokens: {ahead} ({shared})"
+        return (
+            f"{name} reaches the loss of {baseline} with more than {pair.clamp_to_bound(first, math.inf):.2f}x fewer "
+            f"tokens: its loss with {format_count(first.tokens)} tokens is below that of {baseline} with "
+            f"{format_count(pair.longest)} ({scope})"
+        )
     if all(point.ratio == 0 for point in pair.points):
-        limit = pair.bounded(last, 0)
-        return f"{ours} needed more tokens than {theirs}, a speedup of less than {limit:.2f}x: {behind} ({shared})"
-    each = ", ".join(
-        f"{pair.words(point, point.ratio)} with {format_count(point.tokens)} tokens" for point in pair.points
+        return (
+            f"{name} needs more tokens than {baseline}; the speedup is less than {pair.clamp_to_bound(last, 0):.2f}x: "
+            f"its loss with {format_count(last.tokens)} tokens is above that of {baseline} with "
+            f"{format_count(pair.shortest)} ({scope})"
+        )
+    bounds = ", ".join(
+        f"{pair.format_ratio(point, point.ratio)} with {format_count(point.tokens)} tokens" for point in pair.points
     )
-    return f"The speedup of {ours} over {theirs} has bounds only: {each} ({shared})"
+    return f"Only bounds of the speedup of {name} over {baseline} are known: {bounds} ({scope})"
 
 
-def _loss_words(results: Results, ours: Variant, budget: int) -> str:
-    difference = final_difference(results, ours)
-    with_tokens, label = f"with {format_count(budget)} tokens", style_of(ours.name).label
+def _loss_sentence(results: Results, variant: Variant) -> str:
+    difference = final_difference(results, variant)
+    start, name = f"With {format_count(results.budgets[-1])} tokens", style_of(variant.name).label
     if math.isnan(difference.mean):
-        return f"{with_tokens} the losses can not be compared, as a run diverged"
+        return f"{start} the losses cannot be compared, since a run diverged."
     if difference.mean == 0:
-        return f"{with_tokens} the losses are the same"
+        return f"{start} the losses are equal."
     distance = f"{abs(difference.mean):.3f} nats {'lower' if difference.mean < 0 else 'higher'}"
     if math.isnan(difference.p):
-        return f"{with_tokens} the loss of {label} is {distance} (one seed: neither interval nor test)"
+        return f"{start} the loss of {name} is {distance} (one seed: no interval and no test)."
     if difference.significant:
-        return f"{with_tokens} the loss of {label} is {distance}, a significant difference ({p_in_words(difference.p)})"
-    return f"{with_tokens} no difference of the losses could be shown ({label} {distance}, {p_in_words(difference.p)})"
+        return f"{start} the loss of {name} is {distance}, a significant difference ({format_p(difference.p)})."
+    return f"{start} the losses do not differ significantly ({name}: {distance}, {format_p(difference.p)})."
 
 
-def _diverged_words(results: Results) -> str:
-    found = [
-        f"{style_of(item.name).label} {diverged_in_words(item.runs)}"
+def _diverged_sentence(results: Results) -> str:
+    counts = [
+        f"{style_of(item.name).label} {format_diverged(item.runs)}"
         for item in results.variants
         if count_diverged(item.runs)
     ]
-    return f"Diverged runs: {', '.join(found)}." if found else ""
+    return f"Diverged runs: {', '.join(counts)}." if counts else ""
 
 
-# The verdict of an ablation
+# Ablation
 
 
-def _ablation_verdict(results: Results) -> str:
+def _ablation_summary(results: Results) -> str:
     baseline, variants = style_of(results.baseline.name).label, results.variants[1:]
     budget, size = format_count(results.budgets[-1]), format_count(results.baseline.parameters)
-    scope = f"{seeds_in_words(results)}, {budget} tokens, {size} parameters"
-    differences = variant_differences(results)
-    means, known = np.array([difference.mean for difference in differences]), np.array(significant(differences))
+    scope = f"{format_seeds(results)}, {budget} tokens, {size} parameters"
     if not math.isfinite(results.baseline.losses(results.budgets[-1:], results.seeds).mean()):
-        return f"The {baseline} diverged, so nothing can be said of the variants ({scope})."
-    lost = int(np.isnan(means).sum())
+        return f"The variants cannot be compared, since the {baseline} diverged ({scope})."
+    differences = variant_differences(results)
+    means, is_significant = np.array([item.mean for item in differences]), np.array(significant(differences))
+    diverged = int(np.isnan(means).sum())
     if len(results.seeds) == 1:
-        found = f"{(means > 0).sum()} have a higher loss than the {baseline} and {(means < 0).sum()} a lower one"
+        counts = f"{(means > 0).sum()} have a higher loss than the {baseline}, {(means < 0).sum()} a lower loss"
         test = "no test"
     else:
-        worse, better = int((known & (means > 0)).sum()), int((known & (means < 0)).sum())
-        same = len(variants) - lost - worse - better
-        found = f"{worse} are significantly worse than the {baseline}, {better} better, {same} can not be told from it"
-        test = "t-tests with the noise of all variants together and Holm's correction"
-    sentence = f"Of {len(variants)} variants {found}, {lost} diverged ({scope}; {test})."
-    if lost == len(variants):
+        worse, better = (int((is_significant & sign).sum()) for sign in (means > 0, means < 0))
+        same = len(variants) - diverged - worse - better
+        counts = f"{worse} are significantly worse than the {baseline}, {better} are better, {same} do not differ"
+        test = "t-tests with the pooled noise of all variants and Holm's correction"
+    sentence = f"Of {len(variants)} variants {counts}, and {diverged} diverged ({scope}; {test})."
+    if diverged == len(variants):
         return sentence
     worst = int(np.nanargmax(means))
     label = style_of(variants[worst].name).label
-    return f"{sentence} The worst that did not diverge is {label}, {means[worst]:+.3f} nats."
+    return f"{sentence} The highest loss without divergence is that of {label}: {means[worst]:+.3f} nats."
 
 
-def seeds_in_words(results: Results) -> str:
-    """How many."""
+# Parts of sentences
+
+
+def format_seeds(results: Results) -> str:
+    """Return the number of seeds with its noun, such as 3 seeds."""
     return f"{len(results.seeds)} seed{'s' if len(results.seeds) > 1 else ''}"
 
 
-def p_in_words(p: float) -> str:
-    """A p value; a NaN is no test."""
+def format_p(p: float) -> str:
+    """Return a p value with two digits, or with its bound below 0.001; NaN means that there was no test."""
     return "no test" if math.isnan(p) else "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
 
 
-def count_diverged(runs: Sequence[Any]) -> int:
-    """How many of these runs or trials diverged."""
+def count_diverged(runs: Sequence[Run] | Sequence[Trial]) -> int:
+    """Number of runs or trials that diverged."""
     return sum(not math.isfinite(run.loss) for run in runs)
 
 
-def diverged_in_words(runs: Sequence[Any]) -> str:
-    """Diverged runs of all."""
+def format_diverged(runs: Sequence[Run] | Sequence[Trial]) -> str:
+    """Return the number of diverged runs and of all runs, such as 1 of 9."""
     return f"{count_diverged(runs)} of {len(runs)}"

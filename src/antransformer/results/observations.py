@@ -1,4 +1,4 @@
-"""What a fit reads: losses of runs, from folders of sweeps and comparisons or a table, or the optima of a table."""
+"""Inputs of a scaling-law fit: losses of runs from sweeps, comparisons or CSV tables, and optima from CSV tables."""
 
 import csv
 import itertools
@@ -12,23 +12,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from antransformer.errors import DataError
-from antransformer.results import comparison as results
+from antransformer.results import comparison as comparison_results
 from antransformer.results import sweep as sweep_results
 from antransformer.results.comparison import Results, Variant
-from antransformer.results.sweep import LARGEST, SMALLEST, Sweep
+from antransformer.results.records import LARGEST, SMALLEST
+from antransformer.results.sweep import Sweep
 
-# Without which losses do not compare.
-SHARED = {"data_digest": "data", "validation_tokens": "held-out windows", "context": "context"}
+# Losses are comparable only where these values of ``setup`` are equal; the error message names them so.
+SHARED = {"data_digest": "data", "validation_tokens": "validation windows", "context": "context length"}
 
 
 @dataclass(frozen=True)
 class Observation:
-    """The loss of one finished run.
+    """Loss of one finished run.
 
     Attributes:
-        architecture: or any other name of what has laws of its own.
-        parameters: all learnable numbers.
-        tokens: the run's budget.
+        architecture: architecture's name, or any other name whose runs get their own laws.
+        parameters: number of learnable parameters.
+        tokens: tokens of the run.
         batch: tokens of one step.
         lr: peak learning rate.
         loss: validation loss in nats per token; infinite where the run diverged.
@@ -44,7 +45,7 @@ class Observation:
 
 @dataclass(frozen=True)
 class BestSettings:
-    """The best batch, in whatever unit, and learning rate of one size."""
+    """Best batch size, in any one unit, and best learning rate of one model size."""
 
     architecture: str
     parameters: float
@@ -60,9 +61,9 @@ class Observations:
     """Runs to fit.
 
     Attributes:
-        searches: runs that differ in learning rate and batch only, among which the best settings are looked for.
-        runs: those whose loss counts. In a comparison they have settings and seeds of their own; in a sweep and in a
-            table they are the same.
+        searches: runs that differ in learning rate and batch size only; the best settings are interpolated from them.
+        runs: runs whose losses are fitted. For a sweep or a table these are the searches; for a comparison they are
+            the measured runs, which have other seeds than its trials.
     """
 
     searches: tuple[Observation, ...]
@@ -70,10 +71,10 @@ class Observations:
 
 
 def read_observations(paths: Sequence[Path]) -> Observations:
-    """Folders of sweeps and comparisons, and tables, together.
+    """Read sweep folders, comparison folders and CSV tables into one set of observations.
 
     Raises:
-        DataError: one of them can not be read, is an ablation, or is of other data than another.
+        DataError: a path cannot be read, is an ablation, or was measured on other data than another path.
     """
     searches: list[Observation] = []
     runs: list[Observation] = []
@@ -81,20 +82,20 @@ def read_observations(paths: Sequence[Path]) -> Observations:
     for path in paths:
         if (path / sweep_results.FILE).is_file():
             folders[path] = sweep = Sweep.load(path)
-            rows = swept(sweep)
+            rows = sweep_observations(sweep)
             searches += rows
             runs += rows
         elif path.is_dir():
-            if not (path / results.FILE).is_file():
-                raise DataError(f"{path}: neither a finished sweep nor a finished comparison in it")
-            folders[path] = compared = Results.load(path)
-            if compared.kind == "ablate":
-                raise DataError(f"{path} is an ablation, whose variants have one size: give comparisons")
+            if not (path / comparison_results.FILE).is_file():
+                raise DataError(f"{path} has no {sweep_results.FILE} and no {comparison_results.FILE}")
+            folders[path] = comparison = Results.load(path)
+            if comparison.kind == "ablate":
+                raise DataError(f"{path} is an ablation, whose variants have one size: give sweeps or comparisons")
             try:
-                searches += _searched(compared)
-                runs += _measured(compared)
+                searches += _trial_observations(comparison)
+                runs += _run_observations(comparison)
             except (KeyError, TypeError, ValueError) as error:
-                raise DataError(f"{path}: its results lack what a fit needs ({error})") from None
+                raise DataError(f"{path / comparison_results.FILE} lacks a value that a fit needs ({error})") from None
         else:
             rows = read_table(path, Observation)
             searches += rows
@@ -103,13 +104,13 @@ def read_observations(paths: Sequence[Path]) -> Observations:
     return Observations(tuple(searches), tuple(runs))
 
 
-def swept(sweep: Sweep) -> list[Observation]:
-    """All runs of a sweep."""
+def sweep_observations(sweep: Sweep) -> list[Observation]:
+    """Return every run of a sweep as an observation."""
     names = [field.name for field in fields(Observation)]
     return [Observation(**{name: getattr(run, name) for name in names}) for run in sweep.runs]
 
 
-def _searched(results: Results) -> list[Observation]:
+def _trial_observations(results: Results) -> list[Observation]:
     return [
         _observation(variant, results, results.trial_tokens, trial.value, trial.loss)
         for variant in results.variants
@@ -118,7 +119,7 @@ def _searched(results: Results) -> list[Observation]:
     ]
 
 
-def _measured(results: Results) -> list[Observation]:
+def _run_observations(results: Results) -> list[Observation]:
     return [
         _observation(variant, results, run.tokens, variant.settings["lr"], run.loss)
         for variant in results.variants
@@ -133,23 +134,23 @@ def _observation(variant: Variant, results: Results, tokens: int, lr: float, los
 
 
 def _check_shared(folders: Mapping[Path, Sweep | Results]) -> None:
-    """Losses on different text are not of one law."""
+    """Raise DataError where two folders were measured on different text: one law cannot hold for both."""
     for first, path in itertools.pairwise(folders):
         for key, name in SHARED.items():
             if folders[first].setup.get(key) != folders[path].setup.get(key):
-                raise DataError(f"{path} was measured on other {name} than {first}: fit each alone")
+                raise DataError(f"{path} has another {key} ({name}) than {first}: fit them separately")
 
 
 def column(rows: Iterable[Observation], name: str) -> NDArray[np.float64]:
-    """One number of every row."""
+    """Return one field of every row as an array."""
     return np.array([getattr(row, name) for row in rows], float)
 
 
 def read_table(path: Path, row_type: Callable[..., Row]) -> list[Row]:
-    """The rows of a CSV file with a header, whose columns are named as the fields of ``row_type``; others are ignored.
+    """Read a CSV file with a header; columns that are not fields of ``row_type`` are ignored.
 
     Raises:
-        DataError: it is missing, empty, lacks a column, or holds what is no positive number.
+        DataError: the file is missing or empty, lacks a column, or has a value that is not a positive number.
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -158,7 +159,7 @@ def read_table(path: Path, row_type: Callable[..., Row]) -> list[Row]:
             missing = [name for name in columns if name not in (lines.fieldnames or ())]
             if missing:
                 raise DataError(
-                    f"{path}: no column named {' or '.join(missing)} (a header with {','.join(columns)} is needed)"
+                    f"{path}: the header has no column {' or '.join(missing)}: it must have {','.join(columns)}"
                 )
             rows = [
                 row_type(
@@ -169,13 +170,14 @@ def read_table(path: Path, row_type: Callable[..., Row]) -> list[Row]:
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from error
     except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: no CSV file ({error})") from error
+        raise DataError(f"{path}: not a CSV file ({error})") from error
     if not rows:
-        raise DataError(f"{path}: no rows under the header")
+        raise DataError(f"{path}: no rows below the header")
     return rows
 
 
 def _value(line: Mapping[str, str | None], name: str, where: str) -> str | float:
+    """Return one field of a row; ``where`` begins the error message."""
     text = (line[name] or "").strip()
     if name == "architecture":
         if not text:

@@ -1,20 +1,16 @@
-"""What a sweep measured: every run with its settings, kept as ``sweep.json``."""
+"""Results of a sweep, stored in ``sweep.json``: every run with its settings, and activation sizes by width."""
 
-import json
-import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from antransformer.diagnostics.coord_check import CoordCheck
-from antransformer.errors import DataError
-from antransformer.files import read_json, replace_text
+from antransformer.renamed import upgrade_flat
+from antransformer.results.records import load_record, save_record
 
 FILE = "sweep.json"
 FORMAT = "antransformer-sweep"
-VERSION = 3  # version 2 has "turned" instead of "rotation_deg"
-
-SMALLEST, LARGEST = 1e-30, 1e30  # beyond, products and powers would overflow
+VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -22,17 +18,18 @@ class SweepRun:
     """One run at one point of the grid.
 
     Attributes:
-        architecture, size: its cell; ``size`` is the preset's name, with the width where that is another.
-        width: of the model.
-        parameters: all learnable numbers.
-        tokens: of the whole run.
+        architecture: architecture's name.
+        size: preset's name, with the width where that differs from the preset's, such as ``nano-w64``.
+        width: model width.
+        parameters: number of learnable parameters.
+        tokens: tokens of the run.
         batch: tokens of one step.
         lr: peak learning rate.
-        seed: of weights and data order.
+        seed: seed of the weights and of the data order.
         loss: validation loss in nats per token; infinite where the run diverged.
-        bits_per_byte: the same per byte of text.
-        seconds_per_step: median over the run; infinite where it diverged at once.
-        folder: the run's folder inside the sweep's ``runs``.
+        bits_per_byte: validation loss in bits per byte of text.
+        seconds_per_step: median over the steps; infinite where the run diverged before a measurement.
+        folder: name of the run folder inside the sweep's ``runs``.
     """
 
     architecture: str
@@ -51,98 +48,64 @@ class SweepRun:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A whole sweep; ``setup`` is what all runs share, for people, as in ``Results``."""
+    """Results of a sweep.
+
+    Attributes:
+        setup: values that all runs share, as in ``Results``; ``settings`` has those that change what is computed.
+        runs: every run.
+        coord_check: activation sizes at each width; empty for sweeps over other sizes.
+
+    Raises:
+        ValueError: no runs, or ``setup`` has values of another type.
+    """
 
     setup: dict[str, Any]
     runs: tuple[SweepRun, ...]
-    coordinates: tuple[CoordCheck, ...] = ()
+    coord_check: tuple[CoordCheck, ...] = ()
 
-    def joined(self, earlier: "Sweep") -> "Sweep":
-        """With what an earlier one in the same folder holds beside it, and the commands that this came from."""
-        here = {run.folder for run in self.runs}
-        now = self.setup.get("command")
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise ValueError("runs are missing")
+        for name, expected_type in (("settings", dict), ("commands_before", list)):
+            if not isinstance(self.setup.get(name, expected_type()), expected_type):
+                raise ValueError(f"setup.{name} cannot be {self.setup[name]!r}")
+
+    def merged_with(self, earlier: "Sweep") -> "Sweep":
+        """Return this sweep with the runs and commands of an earlier sweep in the same folder added.
+
+        Where both have a run or an activation size, this sweep's is kept.
+        """
+        folders = {run.folder for run in self.runs}
+        models = {(sizes.architecture, sizes.width) for sizes in self.coord_check}
         commands = (*earlier.setup.get("commands_before", ()), earlier.setup.get("command"))
-        before = [command for command in commands if command != now]
-        measured = {(it.architecture, it.width) for it in self.coordinates}
+        before = [command for command in commands if command != self.setup.get("command")]
         return replace(
             self,
             setup={**self.setup, **({"commands_before": before} if before else {})},
-            runs=(*(run for run in earlier.runs if run.folder not in here), *self.runs),
-            coordinates=(
-                *(it for it in earlier.coordinates if (it.architecture, it.width) not in measured),
-                *self.coordinates,
+            runs=(*(run for run in earlier.runs if run.folder not in folders), *self.runs),
+            coord_check=(
+                *(sizes for sizes in earlier.coord_check if (sizes.architecture, sizes.width) not in models),
+                *self.coord_check,
             ),
         )
 
-    def save(self, folder: Path) -> Path:
-        """Write ``sweep.json``; what is infinite is null there."""
-        path = folder / FILE
-        content = _plain({"format": FORMAT, "version": VERSION, **asdict(self)})
-        replace_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
-        return path
+    def save(self, folder: Path) -> None:
+        """Write ``sweep.json``; infinite values become null."""
+        save_record(self, folder / FILE, FORMAT, VERSION)
 
     @classmethod
     def load(cls, folder: Path) -> "Sweep":
-        """Read ``sweep.json``.
+        """Read ``sweep.json`` of this or an earlier release.
 
         Raises:
-            DataError: it is missing or damaged.
+            DataError: the file is missing or damaged.
         """
-        path = folder / FILE
-        try:
-            content = read_json(path)
-            if content["format"] != FORMAT or content["version"] not in (2, VERSION):
-                raise ValueError("another format or version")
-            runs = tuple(_checked(SweepRun, entry) for entry in content["runs"])
-            setup = content["setup"]
-            if not runs or not isinstance(setup, dict):
-                raise ValueError("no runs")
-            for name, kind in (("settings", dict), ("commands_before", list)):
-                if not isinstance(setup.get(name, kind()), kind):
-                    raise ValueError(f"{name} can not be {setup[name]!r}")
-            entries = [{"rotation_deg": entry.get("turned"), **entry} for entry in content["coordinates"]]
-            return cls(setup, runs, tuple(_checked(CoordCheck, entry) for entry in entries))
-        except OSError as error:
-            raise DataError(f"{folder}: no sweep in it ({FILE}: {error.strerror})") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{path}: damaged or of another release ({error})") from error
+        return load_record(cls, folder / FILE, FORMAT, VERSION, {2: _upgrade_2})
 
 
-def _checked(row_type: Any, entry: dict[str, Any]) -> Any:
-    """A row of ``row_type`` from JSON, in which null stands for infinity.
-
-    Raises:
-        KeyError, TypeError: a field is missing, or there is no entry.
-        ValueError: a value is of another type, or beyond what can be.
-    """
-    hints, values = get_type_hints(row_type), {}
-    for name in (field.name for field in fields(row_type)):
-        value = entry[name]
-        if hints[name] is str:
-            good = isinstance(value, str) and value and ".." not in value
-        elif hints[name] is int:
-            good = type(value) is int and (value > 0 or name in ("seed", "step")) and 0 <= value < 2**63
-        elif hints[name] is float:
-            value = _number(value)
-            good = value < math.inf or name != "lr"
-        else:
-            value = tuple(map(_number, value))
-            good = True
-        if not good:
-            raise ValueError(f"{name} can not be {value!r}")
-        values[name] = value
-    return row_type(**values)
-
-
-def _number(value: Any) -> float:
-    if value is not None and (type(value) not in (int, float) or not SMALLEST < value < LARGEST):
-        raise ValueError(f"{value!r} is no positive number")
-    return math.inf if value is None else float(value)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _upgrade_2(content: dict[str, Any]) -> None:
+    """Version 2 had other keys for the activation sizes, and settings had the names on the left in ``renamed.py``."""
+    content["coord_check"] = [{**sizes, "rotation_deg": sizes["turned"]} for sizes in content.pop("coordinates")]
+    setup = content["setup"]
+    if "settings" in setup:
+        setup["settings"] = upgrade_flat(setup["settings"])

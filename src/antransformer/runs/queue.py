@@ -1,7 +1,7 @@
-"""The queue of runs behind every experiment: each run a process and a folder of its own, several at a time.
+"""The run queue of comparisons and sweeps: one process and one folder for each run, several runs at a time.
 
-A run that is done is not run again, one that was broken off goes on from its checkpoint, and one that diverged has
-that as its result. So an experiment that was killed is gone on with by asking for it again.
+Finished runs are skipped, interrupted runs resume from their checkpoint, and diverged runs count as results. An
+interrupted experiment therefore continues when it is started again.
 """
 
 import json
@@ -13,10 +13,10 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -24,20 +24,21 @@ from antransformer.data import Dataset
 from antransformer.errors import AntransformerError, ConfigError, DataError, MachineError, RunStoppedError
 from antransformer.files import read_json
 from antransformer.runs import worker
+from antransformer.runs.settings import flatten
 from antransformer.runs.worker import RESULT_FILE
-from antransformer.training import run_folder as runs
+from antransformer.training import run_folder
 from antransformer.training.config import MUTABLE_ON_RESUME, TrainConfig, to_mapping
 from antransformer.training.trainer import StopSignals
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run to be made.
+    """A training run for the queue.
 
     Attributes:
-        name: of its folder.
-        config: its complete settings.
-        keep: whether its last checkpoint stays when it is finished.
+        name: unique name, which is also the name of the run folder.
+        config: complete settings.
+        keep: whether to keep the last checkpoint after the run.
     """
 
     name: str
@@ -47,7 +48,7 @@ class Job:
 
 @dataclass(frozen=True)
 class RunResult:
-    """How a job ended; the loss is infinite where it diverged."""
+    """Result of a finished run; the loss is infinite where the run diverged."""
 
     name: str
     loss: float
@@ -58,102 +59,105 @@ class RunResult:
 
 
 class Progress(Protocol):
-    """Hears of the queue; the command line shows it. Calls come from several threads, one at a time."""
+    """Receives progress callbacks from the queue: from several threads, one call at a time."""
 
     def plan(self, tokens: int, runs: int) -> None:
-        """So many more tokens and runs are to come."""
+        """Add tokens and runs to the work that is planned."""
 
     def advance(self, tokens: int) -> None:
-        """So many tokens were trained on, or found done."""
+        """Add tokens to those that are done, whether trained now or in an earlier call."""
 
-    def done(self, outcome: RunResult, found: bool) -> None:
-        """A run ended, or was found finished."""
+    def done(self, result: RunResult, cached: bool, /) -> None:
+        """Report a finished run; ``cached``: an earlier call finished it."""
 
 
 class RunQueue:
-    """Runs jobs in worker processes, one at a time on each device.
+    """Executes runs in worker processes, one at a time on each device.
 
     Args:
-        root: where the run folders go.
+        root: parent of the run folders.
         dataset: verified data.
-        devices: one entry a worker, such as ``["cpu", "cpu"]`` or ``["cuda:0", "cuda:1"]``.
-        progress: hears of it.
+        devices: one entry for each worker, such as ``["cpu", "cpu"]`` or ``["cuda:0", "cuda:1"]``.
+        progress: receives the callbacks.
     """
 
     def __init__(self, root: Path, dataset: Dataset, devices: Sequence[str], progress: Progress) -> None:
         self.root, self.dataset, self.devices, self.progress = root, dataset, devices, progress
-        self.lock = threading.Lock()
+        self.lock = threading.Lock()  # guards ``processes``, ``stopping`` and calls of ``progress``
         self.processes: set[subprocess.Popen[str]] = set()
-        self.halted = False
+        self.stopping = False
 
     def run(self, jobs: Iterable[Job]) -> dict[str, RunResult]:
-        """All jobs to their end, each named once; results by name.
+        """Execute all jobs and return their results by name; jobs of equal names are run once.
 
         Raises:
-            ConfigError: a folder holds a run of the same name with other settings.
-            DataError: it was trained on other data.
-            RunStoppedError: SIGINT or SIGTERM came; every run's checkpoint is written.
-            MachineError: a worker failed for another reason than divergence.
+            ConfigError: a run folder of that name has other settings.
+            DataError: a run folder was trained on other data, or its result is damaged.
+            RunStoppedError: SIGINT or SIGTERM was received; every active run has saved a checkpoint.
+            MachineError: a worker failed for a reason other than divergence.
         """
         jobs = list({job.name: job for job in jobs}.values())
-        self.progress.plan(sum(steps_tokens(job.config) for job in jobs), len(jobs))
-        outcomes, waiting = {}, []
+        self.progress.plan(sum(tokens_of(job.config) for job in jobs), len(jobs))
+        results, waiting = {}, []
         for job in jobs:
-            outcome = self.finished(job)
-            if outcome is None:
+            result = self.finished(job)
+            if result is None:
                 waiting.append(job)
             else:
-                outcomes[job.name] = outcome
-                self.progress.advance(steps_tokens(job.config))
-                self.progress.done(outcome, found=True)
-        return outcomes | self._work(waiting)
+                results[job.name] = result
+                self.progress.advance(tokens_of(job.config))
+                self.progress.done(result, True)
+        return results | self._execute(waiting)
 
     def finished(self, job: Job) -> RunResult | None:
-        """The outcome of a job that was done before; raises as ``run``."""
+        """Return the result of a run that an earlier call finished, or None; raises as ``run``."""
         folder = self.root / job.name
-        if not (folder / runs.CONFIG_FILE).is_file():
+        if not (folder / run_folder.CONFIG_FILE).is_file():
             return None
-        saved = flatten(to_mapping(runs.saved_config(folder)))
+        saved = flatten(to_mapping(run_folder.saved_config(folder)))
         for key, value in flatten(to_mapping(job.config)).items():
+            # Other validation windows give another loss, so a resumed run may change them but a cached result may not.
             if key not in MUTABLE_ON_RESUME - {"eval_tokens"} and saved.get(key) != value:
-                raise ConfigError(f"{folder} was made with {key} {saved.get(key)}, not {value}: choose another --out")
+                raise ConfigError(f"{folder} was run with {key} {saved.get(key)}, not {value}: choose another --out")
         if not (folder / RESULT_FILE).is_file():
             return None
         try:
-            result = read_json(folder / RESULT_FILE)
-            digest = result["data"]
-            outcome = RunResult(
+            content = read_json(folder / RESULT_FILE)
+            digest = content["data"]
+            result = RunResult(
                 name=job.name,
-                loss=_number(result["loss"]),
-                bits_per_byte=_number(result["bits_per_byte"]),
-                seconds_per_step=_number(result["seconds_per_step"]),
-                parameters=int(result["parameters"]),
-                machine=str(result["machine"]),
+                loss=_positive_or_infinite(content["loss"]),
+                bits_per_byte=_positive_or_infinite(content["bits_per_byte"]),
+                seconds_per_step=_positive_or_infinite(content["seconds_per_step"]),
+                parameters=int(content["parameters"]),
+                machine=str(content["machine"]),
             )
         except (ValueError, KeyError, TypeError, OverflowError) as error:
-            raise DataError(f"{folder / RESULT_FILE}: damaged; remove {folder}, and the run is made again") from error
+            raise DataError(f"{folder / RESULT_FILE} is damaged: delete {folder} to run it again") from error
         if digest != self.dataset.digest:
             raise DataError(f"{folder} was trained on other data than {self.dataset.path}: choose another --out")
-        return outcome
+        return result
 
-    def _work(self, jobs: Sequence[Job]) -> dict[str, RunResult]:
+    def _execute(self, jobs: Sequence[Job]) -> dict[str, RunResult]:
+        """Run jobs on all devices, each served by a thread that waits for one worker process at a time."""
         waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
-        for job in sorted(jobs, key=lambda job: -job.config.tokens):  # long ones first: the workers end together
+        # Longest first: otherwise a long run that starts last keeps one device busy while the others are idle.
+        for job in sorted(jobs, key=lambda job: -job.config.tokens):
             waiting.put(job)
-        outcomes: dict[str, RunResult] = {}
+        results: dict[str, RunResult] = {}
         failures: list[Exception] = []
 
         def serve(device: str) -> None:
             try:
-                while not self.halted:
-                    outcome = self._train(waiting.get_nowait(), device)
-                    if outcome is not None:
-                        outcomes[outcome.name] = outcome
+                while not self.stopping:
+                    result = self._train(waiting.get_nowait(), device)
+                    if result is not None:
+                        results[result.name] = result
             except queue.Empty:
                 pass
-            except Exception as error:  # raised again in the thread that waits
+            except Exception as error:  # raised again below, in the thread of the caller
                 failures.append(error)
-                self._halt()
+                self._stop_workers()
 
         threads = [threading.Thread(target=serve, args=(device,)) for device in self.devices]
         with StopSignals() as stop:
@@ -164,9 +168,9 @@ class RunQueue:
                     while thread.is_alive():
                         thread.join(0.2)
                         if stop.received:
-                            self._halt()
-            except KeyboardInterrupt:  # a second signal does not wait for the next look at the first
-                self._halt()
+                            self._stop_workers()
+            except KeyboardInterrupt:  # a second SIGINT can arrive before the loop has seen the first
+                self._stop_workers()
                 for thread in threads:
                     thread.join()
                 raise
@@ -174,113 +178,120 @@ class RunQueue:
             raise failures[0]
         if stop.received:
             raise RunStoppedError(
-                f"stopped by {stop.received.name}; {len(outcomes)} of {len(jobs)} runs of this stage are done; "
-                "the same command goes on with the rest",
+                f"stopped by {stop.received.name} after {len(results)} of {len(jobs)} runs of this stage; "
+                "run the same command again to continue",
                 stop.received,
             )
-        return outcomes
+        return results
 
     def _train(self, job: Job, device: str) -> RunResult | None:
-        """Run one worker to its end; None where it was stopped."""
+        """Train one run in a worker process; None where the queue stopped it."""
         folder = self.root / job.name
-        if not (folder / runs.CONFIG_FILE).is_file():
-            runs.create_run_folder(folder, job.config, self.dataset)
+        if not (folder / run_folder.CONFIG_FILE).is_file():
+            run_folder.create_run_folder(folder, job.config, self.dataset)
+        process = self._start_worker(folder, device)
+        if process is None:
+            return None
+        # A separate thread: a worker blocks when nobody empties the pipe of its standard error.
+        stderr_lines: list[str] = []
+        reader = threading.Thread(target=lambda: stderr_lines.extend(process.stderr or []))
+        reader.start()
+        error = self._forward_progress(process, job.config.batch_tokens)
+        status = process.wait()
+        reader.join()
         with self.lock:
-            if self.halted:
+            self.processes.discard(process)
+        if status and self.stopping:
+            return None
+        result = self.finished(job)
+        if result is None:
+            raise _worker_error(folder, status, error or "".join(stderr_lines[-1:]).strip())
+        if not job.keep:
+            shutil.rmtree(folder / run_folder.CHECKPOINTS, ignore_errors=True)
+        with self.lock:
+            self.progress.done(result, False)
+        return result
+
+    def _start_worker(self, folder: Path, device: str) -> "subprocess.Popen[str] | None":
+        """Start the worker process of a run; None where the queue is stopping."""
+        with self.lock:
+            if self.stopping:
                 return None
             process = subprocess.Popen(
-                # -P: a file of the user's that is named like a library is not imported in its place
+                # -P: a user's file in the current folder must not shadow a library of the same name
                 [sys.executable, "-P", "-m", worker.__name__, str(folder), str(self.dataset.path), device],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
-                env={**os.environ, "OMP_NUM_THREADS": str(max(1, cores() // len(self.devices)))},
-                start_new_session=True,  # a Ctrl-C in the terminal is ours to pass on
+                env={**os.environ, "OMP_NUM_THREADS": str(max(1, available_cores() // len(self.devices)))},
+                start_new_session=True,  # Ctrl-C in the terminal reaches this process only, which then stops workers
             )
             self.processes.add(process)
-        errors: list[str] = []
-        reader = threading.Thread(target=lambda: errors.extend(process.stderr or []))
-        reader.start()
-        failure = self._listen(process, job.config.batch_tokens)
-        status = process.wait()
-        reader.join()
-        with self.lock:
-            self.processes.discard(process)
-        if status and self.halted:
-            return None
-        outcome = self.finished(job)
-        if outcome is None:
-            raise _failure(folder, status, failure or "".join(errors[-1:]).strip())
-        if not job.keep:
-            shutil.rmtree(folder / runs.CHECKPOINTS, ignore_errors=True)
-        with self.lock:
-            self.progress.done(outcome, found=False)
-        return outcome
+            return process
 
-    def _listen(self, process: "subprocess.Popen[str]", batch_tokens: int) -> str | None:
-        """Pass a worker's steps on until it ends; returns the error that it sent, if any."""
-        failure, last = None, 0
+    def _forward_progress(self, process: "subprocess.Popen[str]", batch_tokens: int) -> str | None:
+        """Forward a worker's steps until it exits; return the error that it reported, if any."""
+        error, last_step = None, 0
         for line in process.stdout or []:
             try:
                 message = dict(json.loads(line))
-            except (ValueError, TypeError):  # a library's chatter
+            except (ValueError, TypeError):  # output of a library
                 continue
-            failure = message.get("error", failure)
-            step = message.get("step", last)
+            error = message.get("error", error)
+            step = message.get("step", last_step)
             with self.lock:
-                self.progress.advance((step - last) * batch_tokens)
-            last = step
-        return failure
+                self.progress.advance((step - last_step) * batch_tokens)
+            last_step = step
+        return error
 
-    def _halt(self) -> None:
-        """Start no more, and let each worker write its checkpoint; once, for a second signal would cut that short."""
+    def _stop_workers(self) -> None:
+        """Start no further runs and let active workers save a checkpoint.
+
+        Workers are signalled once: a second signal would abort a worker that is writing its checkpoint.
+        """
         with self.lock:
-            if not self.halted:
-                self.halted = True
+            if not self.stopping:
+                self.stopping = True
                 for process in self.processes:
                     process.terminate()
 
 
-def steps_tokens(config: TrainConfig) -> int:
-    """Tokens that a run trains on: whole batches."""
+def tokens_of(config: TrainConfig) -> int:
+    """Number of tokens that a run trains on: its full batches."""
     return config.steps * config.batch_tokens
 
 
 def default_devices(workers: int | None = None) -> list[str]:
-    """One entry a worker: every GPU, or a worker for each core (at most 8) on a CPU."""
+    """Return one entry for each worker: by default one for each GPU, or for each CPU core up to 8."""
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
         return [f"cuda:{index % count}" for index in range(workers or count)]
-    return ["cpu"] * (workers or min(8, cores()))
+    return ["cpu"] * (workers or min(8, available_cores()))
 
 
-def cores() -> int:
-    """Cores that this process may use."""
+def available_cores() -> int:
+    """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their dotted names."""
-    found: dict[str, Any] = {}
-    for name, value in settings.items():
-        found |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return found
-
-
-def _failure(folder: Path, status: int, said: str) -> AntransformerError:
-    """Why a worker left no result."""
-    if status == 2:
-        return ConfigError(f"{folder}: {said}")
+def _worker_error(folder: Path, status: int, message: str) -> AntransformerError:
+    """Return the error for a worker that exited without a result."""
+    if status == 2:  # the worker's exit status for a mistake of the user
+        return ConfigError(f"{folder}: {message}")
     if status < 0:
         name = signal.Signals(-status).name
-        said = f"its process was ended by {name}{', for want of memory?' if name == 'SIGKILL' else ''}"
-    reason = said or f"its process ended with status {status}"
-    return MachineError(f"{folder}: {reason}; the runs that are done are kept, and the same command goes on")
+        message = f"the worker was killed by {name}{' (out of memory?)' if name == 'SIGKILL' else ''}"
+    message = message or f"the worker exited with status {status}"
+    return MachineError(f"{folder}: {message}; finished runs are kept: run the same command again to continue")
 
 
-def _number(value: float | None) -> float:
-    """A positive number; a diverged run's null is infinity."""
+def _positive_or_infinite(value: float | None) -> float:
+    """Return a number of ``result.json``; null, which a diverged run has, becomes infinity.
+
+    Raises:
+        ValueError: the number is not positive.
+    """
     number = math.inf if value is None else float(value)
     if not number > 0:
         raise ValueError(f"{number} is not positive")

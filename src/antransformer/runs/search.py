@@ -1,22 +1,79 @@
-"""The grid search that comparisons and sweeps share: values to try, and when to extend the grid."""
+"""Grid search over one setting, shared by comparisons and sweeps: values to try, and when to extend the grid."""
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Generic, TypeVar
 
-from antransformer.training.config import TrainConfig
+import numpy as np
 
-EXTENSIONS = 4  # values that a search may try beyond its grid
+from antransformer.runs.queue import Job, RunQueue, RunResult
+
+EXTENSIONS = 4  # values that a search may add to its grid
+
+Key = TypeVar("Key", bound=Hashable)
 
 
-def grid_powers(trials: int) -> Iterable[int]:
-    """Exponents around 0: 3 gives -1, 0, 1."""
+class GridSearch(Generic[Key]):
+    """Runs a grid of values for each key; grids are extended one value at a time, all keys in the same round.
+
+    Args:
+        queue: executes the runs.
+        jobs_of: returns the runs of a key at a value, one for each seed.
+
+    Attributes:
+        results: results of the runs by key and value, one for each seed.
+    """
+
+    def __init__(self, queue: RunQueue, jobs_of: Callable[[Key, float], Sequence[Job]]) -> None:
+        self.queue, self.jobs_of = queue, jobs_of
+        self.results: dict[Key, dict[float, list[RunResult]]] = {}
+
+    def run(self, values: Mapping[Key, Iterable[float]]) -> None:
+        """Run some values of each key; raises as ``RunQueue.run``."""
+        jobs = {(key, value): self.jobs_of(key, value) for key, chosen in values.items() for value in chosen}
+        results = self.queue.run(job for seeds in jobs.values() for job in seeds)
+        for (key, value), seeds in jobs.items():
+            self.results.setdefault(key, {})[value] = [results[job.name] for job in seeds]
+
+    def run_grids(
+        self,
+        grids: Mapping[Key, Iterable[float]],
+        extend: Callable[[Key, Mapping[float, float]], Sequence[float]],
+        before_extension: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Run the grids, and then further values until ``extend`` returns none for any key.
+
+        Args:
+            grids: first values of each key.
+            extend: returns the values to add, given a key and its mean losses by value.
+            before_extension: called before each round of added values.
+        """
+        values = {key: list(grid) for key, grid in grids.items()}
+        while values:
+            self.run(values)
+            values = {key: added for key in grids if (added := list(extend(key, self.losses(key))))}
+            if values:
+                before_extension()
+
+    def losses(self, key: Key) -> dict[float, float]:
+        """Return the mean loss over seeds at each value, in the order in which values were run."""
+        return {value: mean_loss(results) for value, results in self.results[key].items()}
+
+
+def mean_loss(results: Iterable[RunResult]) -> float:
+    """Mean loss over seeds; infinite where one run diverged."""
+    return float(np.mean([result.loss for result in results]))
+
+
+def grid_powers(trials: int) -> range:
+    """Exponents around 0 of a grid with this number of values: 3 gives -1, 0, 1; 2 gives -1, 0."""
     return range(-(trials // 2), trials - trials // 2)
 
 
 def extension(losses: Mapping[float, float], trials: int, ratio: float) -> list[float]:
-    """The next value to try: one beyond the best where that lies at an edge, else nothing.
+    """Return the value beyond the best one where that is at an edge of the grid, else no value.
 
-    Among equals the lowest is the best: where all diverged, the next one is lower.
+    At most ``EXTENSIONS`` values are added to a grid of ``trials``. Of equal losses the lowest value counts as the
+    best: where all runs diverged, the next value is a lower one.
     """
     best = min(losses, key=lambda value: (losses[value], value))
     if len(losses) >= trials + EXTENSIONS:
@@ -27,25 +84,11 @@ def extension(losses: Mapping[float, float], trials: int, ratio: float) -> list[
 
 
 def neighbours(losses: Mapping[float, float], factor: float) -> list[float]:
-    """The values so many times below and above the best."""
+    """Return the best value divided and multiplied by ``factor``."""
     best = min(losses, key=lambda value: losses[value])
     return [best / factor, best * factor]
 
 
 def round_sig(value: float) -> float:
-    """To three digits, as it is written and used."""
+    """Round to three significant digits: values are run exactly as run names and reports print them."""
     return float(f"{value:.3g}")
-
-
-def value_of(config: TrainConfig, setting: str) -> Any:
-    """The value of a setting by its dotted name."""
-    value: Any = config
-    for part in setting.split("."):
-        value = getattr(value, part)
-    return value
-
-
-def unflatten(setting: str, value: Any) -> dict[str, Any]:
-    """``model.s_scale`` as ``{"model": {"s_scale": value}}``."""
-    first, _, rest = setting.partition(".")
-    return {first: unflatten(rest, value) if rest else value}

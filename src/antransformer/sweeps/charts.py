@@ -21,7 +21,7 @@ from antransformer.reporting.figure import (
     styled,
 )
 from antransformer.reporting.labels import format_count, style_of
-from antransformer.results.observations import Observation, column, swept
+from antransformer.results.observations import Observation, column, sweep_observations
 from antransformer.results.sweep import Sweep
 from antransformer.scaling.fits import SizeOptimum, optima_of
 from antransformer.scaling.fitting import PowerLaw, akima, mean_losses, optimum, power_law
@@ -82,13 +82,13 @@ def token_budgets(sweep: Sweep) -> list[TokenBudget]:
     for run in sweep.runs:
         tokens_of_size.setdefault(run.size, set()).add(run.tokens)
     count = max(map(len, tokens_of_size.values()))
-    widths = {float(run.parameters): run.width for run in sweep.runs} if sweep.coordinates else {}
+    widths = {float(run.parameters): run.width for run in sweep.runs} if sweep.coord_check else {}
     budgets = []
     for index in range(count):
         # A size with fewer token counts, after runs were added for others, repeats its largest.
         chosen = {size: sorted(tokens)[min(index, len(tokens) - 1)] for size, tokens in tokens_of_size.items()}
         runs = [run for run in sweep.runs if run.tokens == chosen[run.size]]
-        rows = tuple(row for row, run in zip(swept(sweep), sweep.runs, strict=True) if run in runs)
+        rows = tuple(row for row, run in zip(sweep_observations(sweep), sweep.runs, strict=True) if run in runs)
         ratio = np.median([run.tokens / run.parameters for run in runs])
         same = len(set(chosen.values())) == 1
         name = f"{format_count(runs[0].tokens)} tokens" if same else f"about {ratio:.3g} tokens per parameter"

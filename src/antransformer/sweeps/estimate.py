@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from antransformer.benchmarks.timing import now
-from antransformer.comparison.experiment import LINES
 from antransformer.data import Dataset
 from antransformer.diagnostics.probes import PROBE_TOKENS
-from antransformer.runs.queue import cores, steps_tokens
+from antransformer.runs.queue import available_cores, tokens_of
+from antransformer.runs.settings import METRICS_LINES
 from antransformer.settings import Count
 from antransformer.sweeps.sweep import Cell, Sweeper
 from antransformer.training.config import TrainConfig
@@ -60,9 +60,9 @@ def _total(
     tokens, seconds, longest = 0, 0.0, 0.0
     for cell, count in runs.items():
         config = sweeper.config(cell, sweeper.plan.grids[cell][0], 0)
-        tokens += count * steps_tokens(config)
-        evaluated = FORWARD * (config.eval_tokens + LINES * PROBE_TOKENS)
-        run_seconds = START_SECONDS + (steps_tokens(config) + evaluated) * speeds[cell.architecture, cell.size]
+        tokens += count * tokens_of(config)
+        evaluated = FORWARD * (config.eval_tokens + METRICS_LINES * PROBE_TOKENS)
+        run_seconds = START_SECONDS + (tokens_of(config) + evaluated) * speeds[cell.architecture, cell.size]
         seconds, longest = seconds + count * run_seconds, max(longest, run_seconds)
     # Devices share the runs, but each run is on one device, so the sweep takes at least as long as its longest run.
     return sum(runs.values()), tokens, max(seconds / len(sweeper.queue.devices), longest) / 3600
@@ -100,7 +100,7 @@ def seconds_per_token(config: TrainConfig, dataset: Dataset, device: str) -> flo
 def worker_threads(workers: int) -> Iterator[None]:
     """Limit this process to the threads that each of ``workers`` processes gets, for a fair timing."""
     before = torch.get_num_threads()
-    torch.set_num_threads(max(1, cores() // workers))
+    torch.set_num_threads(max(1, available_cores() // workers))
     try:
         yield
     finally:

@@ -41,9 +41,9 @@ def write(sweep: Sweep, folder: Path) -> list[Path]:
     ]
     title = f"Sweep: {', '.join(style_of(name).label for name in names)}"
     sections = [_budget_section(budget) for budget in token_budgets(sweep)]
-    if sweep.coordinates:
+    if sweep.coord_check:
         draws = (sweep_charts.residual_stream_by_width, sweep_charts.rotation_by_width, sweep_charts.logits_by_width)
-        sections.append(Section("Activations", "", [draw(sweep.coordinates) for draw in draws]))
+        sections.append(Section("Activations", "", [draw(sweep.coord_check) for draw in draws]))
     sections += [Section("All runs", _all_runs(sweep)), method_section(sweep.setup, RULES)]
     return save(folder, title, lead(sweep), facts, sections)
 

@@ -11,16 +11,15 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-import numpy as np
-
-from antransformer.comparison.experiment import fill_defaults, provenance
 from antransformer.data import Dataset
 from antransformer.diagnostics.coord_check import CoordCheck, coord_check
 from antransformer.errors import ConfigError
 from antransformer.models import ModelConfig, registry
 from antransformer.results.sweep import Sweep, SweepRun
-from antransformer.runs.queue import Job, RunQueue, RunResult, flatten
-from antransformer.runs.search import EXTENSIONS, extension, grid_powers, round_sig
+from antransformer.runs.provenance import provenance
+from antransformer.runs.queue import Job, RunQueue, RunResult
+from antransformer.runs.search import EXTENSIONS, GridSearch, extension, grid_powers, mean_loss, round_sig
+from antransformer.runs.settings import fill_defaults, flatten
 from antransformer.settings import nearest
 from antransformer.training.config import MUTABLE_ON_RESUME, TrainConfig, merge, resolve_config
 from antransformer.training.defaults import parameter_count
@@ -206,27 +205,22 @@ class Sweeper:
             if unfinished:
                 extensions = self.plan.max_rates(cell) - len(losses) - len(rates)
                 return unfinished, unfinished + extensions * self.plan.seeds
-            losses |= {rate: _mean_loss(outcome for outcome in seeds if outcome) for rate, seeds in outcomes.items()}
+            losses |= {rate: mean_loss(outcome for outcome in seeds if outcome) for rate, seeds in outcomes.items()}
         return 0, 0
 
     def run(self) -> Sweep:
         """Search every cell; raises the errors of ``RunQueue.run``."""
         started = time.monotonic()
-        results: dict[Cell, dict[float, list[RunResult]]] = {cell: {} for cell in self.plan.grids}
+        search = GridSearch(self.queue, self.jobs)
         self.stage("grid")
-        while points := self._next_points(results):
-            jobs = {point: self.jobs(*point) for point in points}
-            outcomes = self.queue.run(job for seeds in jobs.values() for job in seeds)
-            for (cell, rate), seeds in jobs.items():
-                results[cell][rate] = [outcomes[job.name] for job in seeds]
-            self.stage("grid extensions")
+        search.run_grids(self.plan.grids, self.plan.next_rates, lambda: self.stage("grid extensions"))
         runs = tuple(
             self.sweep_run(cell, rate, seed, outcome)
-            for cell, rates in results.items()
+            for cell, rates in search.results.items()
             for rate, seeds in sorted(rates.items())
             for seed, outcome in enumerate(seeds)
         )
-        ended = [outcome for rates in results.values() for seeds in rates.values() for outcome in seeds]
+        ended = [outcome for rates in search.results.values() for seeds in rates.values() for outcome in seeds]
         return Sweep(
             self.setup(time.monotonic() - started, ended), runs, self.coordinates() if self.plan.by_width else ()
         )
@@ -238,13 +232,6 @@ class Sweeper:
         middle = {cell: grid[len(grid) // 2] for cell, grid in self.plan.grids.items()}
         configs = [replace(self.config(cell, middle[cell], 0), device=self.queue.devices[0]) for cell in cells.values()]
         return tuple(check for config in configs for check in coord_check(config, self.dataset))
-
-    def _next_points(self, results: Mapping[Cell, Mapping[float, Sequence[RunResult]]]) -> list[tuple[Cell, float]]:
-        return [
-            (cell, rate)
-            for cell, rates in results.items()
-            for rate in self.plan.next_rates(cell, {tried: _mean_loss(seeds) for tried, seeds in rates.items()})
-        ]
 
     def sweep_run(self, cell: Cell, lr: float, seed: int, outcome: RunResult) -> SweepRun:
         """Record of a finished run."""
@@ -278,7 +265,3 @@ class Sweeper:
                 {f"{cell.architecture} {settings['lr_width']}" for cell, settings in self.plan.settings.items()}
             ),
         }
-
-
-def _mean_loss(seeds: Iterable[RunResult]) -> float:
-    return float(np.mean([outcome.loss for outcome in seeds]))
