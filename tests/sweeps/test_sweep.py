@@ -15,7 +15,7 @@ from antransformer.cli import main, sweep
 from antransformer.data import Dataset
 from antransformer.diagnostics.coord_check import STEPS, CoordCheck, coord_check
 from antransformer.errors import ConfigError, DataError
-from antransformer.results.observations import read_observations, swept
+from antransformer.results.observations import read_observations, sweep_observations
 from antransformer.results.sweep import Sweep
 from antransformer.runs.queue import RunResult
 from antransformer.runs.search import EXTENSIONS
@@ -168,7 +168,7 @@ def test_fit_recovers_the_laws_of_a_sweep(corpus, tmp_path):
     results.save(tmp_path)
     assert Sweep.load(tmp_path) == results
     observed = read_observations([tmp_path])
-    assert observed.searches == observed.runs == tuple(swept(results))
+    assert observed.searches == observed.runs == tuple(sweep_observations(results))
     laws = {fitted.name: fitted.laws for fitted in fit(observed)}
     assert laws["gpt+"]["lr"].exponent == pytest.approx(-0.5, abs=0.02)
     assert laws["angpt"]["lr"].exponent == pytest.approx(0.0, abs=0.02)
@@ -246,8 +246,8 @@ def test_a_sweep_writes_runs_and_a_report_and_repeats_nothing(small_sweep, capsy
     folder, words = small_sweep
     results = Sweep.load(folder)
     assert [(run.width, run.lr) for run in results.runs] == [(16, 1e-3), (16, 1e-2)]
-    assert [(check.width, check.step) for check in results.coordinates] == [(16, 0), (16, STEPS)]
-    start, end = results.coordinates
+    assert [(check.width, check.step) for check in results.coord_check] == [(16, 0), (16, STEPS)]
+    start, end = results.coord_check
     assert start.rotation_deg == () and len(end.rotation_deg) == len(end.stream)
     assert all(1 < angle < 120 for angle in end.rotation_deg)
     assert start.stream[0] == pytest.approx(16**-0.5, rel=0.01)  # norm 1
@@ -276,7 +276,7 @@ def test_a_sweep_with_other_batches_and_rates_adds_to_the_folder(small_sweep, tm
     assert re.search(r"\b2\b.*\b0\.0M\b", before)
     results = Sweep.load(folder)
     assert [(run.batch, run.lr) for run in results.runs] == [(256, 1e-3), (256, 1e-2), (128, 3e-3), (128, 1e-2)]
-    assert [(check.width, check.step) for check in results.coordinates] == [(16, 0), (16, STEPS)]
+    assert [(check.width, check.step) for check in results.coord_check] == [(16, 0), (16, STEPS)]
     page = (folder / "report.html").read_text()
     assert all(run.folder in page for run in results.runs)
     setup = Sweep.load(folder).setup
