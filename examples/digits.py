@@ -3,13 +3,13 @@
     pip install 'antransformer[examples]'
     python examples/digits.py    # under two minutes on 2 CPU cores
 
-The data are the 1,797 images of 8 x 8 pixels that scikit-learn ships. The other side is torch's own encoder, with its
-biases and LayerNorm, AdamW and a warm-up; ours has neither norms before the maps, nor decay, nor warm-up.
+The data are the 1,797 images of 8 x 8 pixels in scikit-learn. The baseline is torch's own encoder with biases,
+LayerNorm, AdamW and warm-up. The approximately normalized model has no pre-norms, no weight decay and no warm-up.
 """
 
 import torch
 import torch.nn.functional as F
-from side_by_side import Contender, Split, compare, options, split
+from side_by_side import Split, Variant, compare, options, split
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
@@ -23,7 +23,7 @@ LRS = (3e-3, 1e-2, 3e-2)
 
 
 class ApproximatelyNormalizedViT(nn.Module):
-    """Exact norms where real numbers come in and behind each sublayer; constant factors everywhere else."""
+    """Exact norms at the input and after each sublayer; constant factors everywhere else."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,11 +66,11 @@ def data() -> Split:
 
 
 def main() -> None:
-    """Compare."""
-    given = options("ViT on digits: approximately normalized against pre-norm", epochs=20)
-    ours = Contender("anTransformer", ApproximatelyNormalizedViT, LRS, bounded=True)
-    theirs = Contender("pre-norm", PreNormViT, LRS, weight_decay=0.1, warmup=0.1)
-    compare([ours, theirs], data(), given.epochs, given.seeds)
+    """Compare both models and print the result."""
+    arguments = options("ViT on digits: approximately normalized against pre-norm", epochs=20)
+    bounded = Variant("anTransformer", ApproximatelyNormalizedViT, LRS, bounded=True)
+    baseline = Variant("pre-norm", PreNormViT, LRS, weight_decay=0.1, warmup=0.1)
+    compare([bounded, baseline], data(), arguments.epochs, arguments.seeds)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""Which language is a name in? An approximately normalized sequence classifier against the same with pre-norm.
+"""The language of a name: an approximately normalized sequence classifier against a pre-norm one.
 
     pip install 'antransformer[examples]'
     python examples/sequences.py    # under two minutes on 2 CPU cores
 
-The data are the names of countries, regions and languages that pycountry ships, in eight languages written in Latin
-letters. Each name is taken in one language only, so that what is named in the test set was never seen before. Padding
-is masked.
+The data are names of countries, regions and languages from pycountry, in eight languages with Latin letters. Each name
+appears in one language only, so the test set holds unseen names. Padding is masked.
 """
 
 import gettext
@@ -13,7 +12,7 @@ import gettext
 import pycountry
 import torch
 import torch.nn.functional as F
-from side_by_side import Contender, Split, compare, options, split
+from side_by_side import Split, Variant, compare, options, split
 from torch import Tensor, nn
 
 from antransformer.blocks import EncoderBlock
@@ -27,7 +26,7 @@ LRS = (3e-3, 1e-2, 3e-2, 1e-1)
 
 
 class ApproximatelyNormalizedClassifier(nn.Module):
-    """Letters in, rotary positions inside, the mean over letters out."""
+    """Encoder over letters with rotary positions; classifies the mean over letters."""
 
     def __init__(self, letters: int) -> None:
         super().__init__()
@@ -40,10 +39,10 @@ class ApproximatelyNormalizedClassifier(nn.Module):
 
     def forward(self, letters: Tensor) -> Tensor:
         """Ids (B, T), padded on the right, to logits (B, languages)."""
-        x, there = self.embedding(letters), letters != PADDING
+        x, mask = self.embedding(letters), letters != PADDING
         for block in self.blocks:
-            x = block(x, there[:, None, None])
-        return self.head(normalize((x * there.unsqueeze(-1)).sum(1)))
+            x = block(x, mask[:, None, None])
+        return self.head(normalize((x * mask.unsqueeze(-1)).sum(1)))
 
 
 class PreNormClassifier(nn.Module):
@@ -61,45 +60,45 @@ class PreNormClassifier(nn.Module):
 
     def forward(self, letters: Tensor) -> Tensor:
         """Ids (B, T), padded on the right, to logits (B, languages)."""
-        gone = letters == PADDING
-        x = self.blocks(self.embedding(letters) + self.positions.weight, src_key_padding_mask=gone)
-        return self.head(x.masked_fill(gone.unsqueeze(-1), 0).sum(1) / (~gone).sum(1, keepdim=True))
+        padding = letters == PADDING
+        x = self.blocks(self.embedding(letters) + self.positions.weight, src_key_padding_mask=padding)
+        return self.head(x.masked_fill(padding.unsqueeze(-1), 0).sum(1) / (~padding).sum(1, keepdim=True))
 
 
 def names() -> list[tuple[str, int]]:
-    """Names, each in one language, with the place of that language in ``LANGUAGES``."""
+    """Return (name, index into ``LANGUAGES``) pairs; each name appears in one language."""
     kinds = {"iso3166-1": pycountry.countries, "iso3166-2": pycountry.subdivisions, "iso639-3": pycountry.languages}
-    found = {}
+    language_of = {}
     for domain, entries in kinds.items():
-        turned = [gettext.translation(domain, pycountry.LOCALES_DIR, [language]) for language in LANGUAGES]
-        for place, english in enumerate(sorted({entry.name for entry in entries})):
-            language = place % len(LANGUAGES)
-            name = turned[language].gettext(english)
-            if name != english:  # else nobody has translated it
-                found[name] = language
-    return list(found.items())
+        translations = [gettext.translation(domain, pycountry.LOCALES_DIR, [language]) for language in LANGUAGES]
+        for index, english in enumerate(sorted({entry.name for entry in entries})):
+            language = index % len(LANGUAGES)
+            name = translations[language].gettext(english)
+            if name != english:  # otherwise there is no translation
+                language_of[name] = language
+    return list(language_of.items())
 
 
 def data() -> tuple[Split, int]:
-    """Ids of letters (names, length), languages, and how many letters there are."""
-    known = names()
+    """Return letter ids (names, length) with language ids, split, and the alphabet size."""
+    pairs = names()
     alphabet = {
-        letter: place for place, letter in enumerate(sorted({letter for name, _ in known for letter in name}), 1)
+        letter: index for index, letter in enumerate(sorted({letter for name, _ in pairs for letter in name}), 1)
     }
-    rows = [[alphabet[letter] for letter in name[:LENGTH]] for name, _ in known]
+    rows = [[alphabet[letter] for letter in name[:LENGTH]] for name, _ in pairs]
     ids = torch.tensor([row + [PADDING] * (LENGTH - len(row)) for row in rows])
-    chosen = torch.randperm(len(known), generator=torch.Generator().manual_seed(0))[:NAMES]
-    targets = torch.tensor([language for _, language in known])
+    chosen = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))[:NAMES]
+    targets = torch.tensor([language for _, language in pairs])
     return split(ids[chosen], targets[chosen], parts=(1 / 6, 1 / 3)), len(alphabet) + 1
 
 
 def main() -> None:
-    """Compare."""
-    given = options("language of names: approximately normalized against pre-norm", epochs=6)
-    found, letters = data()
-    ours = Contender("anTransformer", lambda: ApproximatelyNormalizedClassifier(letters), LRS, bounded=True)
-    theirs = Contender("pre-norm", lambda: PreNormClassifier(letters), LRS, weight_decay=0.1, warmup=0.1)
-    compare([ours, theirs], found, given.epochs, given.seeds)
+    """Compare both models and print the result."""
+    arguments = options("language of names: approximately normalized against pre-norm", epochs=6)
+    examples, letters = data()
+    bounded = Variant("anTransformer", lambda: ApproximatelyNormalizedClassifier(letters), LRS, bounded=True)
+    baseline = Variant("pre-norm", lambda: PreNormClassifier(letters), LRS, weight_decay=0.1, warmup=0.1)
+    compare([bounded, baseline], examples, arguments.epochs, arguments.seeds)
 
 
 if __name__ == "__main__":

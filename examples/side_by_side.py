@@ -1,7 +1,7 @@
-"""Train two models with the same effort and show both learning curves; what the examples share.
+"""Train two models with equal tuning effort and print both learning curves; shared by the examples.
 
-Each contender gets every learning rate of its own grid once, on the first seed; the one with the lowest validation loss
-at the end is run with all seeds, and only these runs see the test set.
+Each variant tries every learning rate of its own grid once, with the first seed. The rate with the lowest final
+validation loss is then run with all seeds. Only these runs are evaluated on the test set.
 """
 
 import argparse
@@ -19,16 +19,16 @@ BATCH = 100
 
 
 @dataclass(frozen=True)
-class Contender:
-    """One side.
+class Variant:
+    """One side of the comparison.
 
     Attributes:
-        name: for the tables.
-        make: the model, which maps inputs (B, ...) to logits (B, classes).
-        lrs: the learning rates to try.
-        weight_decay: of the matrices, by AdamW.
-        warmup: share of the steps.
-        bounded: whether the model's rows are bounded, instead of decayed.
+        name: label in the tables.
+        make: function that builds the model, which maps inputs (B, ...) to logits (B, classes).
+        lrs: learning rates to try.
+        weight_decay: AdamW's decay of the weight matrices.
+        warmup: fraction of the steps used for linear warm-up.
+        bounded: whether weight rows are bounded by 1; replaces weight decay.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Split:
-    """Inputs (N, ...) and classes (N,) to train on, to choose by, and to report."""
+    """Inputs (N, ...) and classes (N,) for training, for choosing the learning rate, and for the final report."""
 
     train: tuple[Tensor, Tensor]
     validation: tuple[Tensor, Tensor]
@@ -50,7 +50,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Run:
-    """One training: validation loss and accuracy after each epoch, and the test accuracy at the end."""
+    """One training run: validation loss and accuracy after each epoch, and the test accuracy at the end."""
 
     losses: list[float]
     accuracies: list[float]
@@ -58,26 +58,26 @@ class Run:
 
 
 def split(inputs: Tensor, targets: Tensor, parts: tuple[float, float]) -> Split:
-    """In an order drawn once: these shares for validation and test, the rest to train."""
+    """Split in a fixed random order; ``parts`` are the fractions for validation and test."""
     order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))
     first, second = (round(share * len(inputs)) for share in parts)
     validation, test, train = order.split([first, second, len(inputs) - first - second])
     return Split(*((inputs[part], targets[part]) for part in (train, validation, test)))
 
 
-def train(contender: Contender, lr: float, seed: int, data: Split, epochs: int) -> Run:
-    """Cosine decay to zero, behind a linear warm-up if there is one."""
+def train(variant: Variant, lr: float, seed: int, data: Split, epochs: int) -> Run:
+    """Train one model with AdamW, linear warm-up and cosine decay to zero."""
     torch.manual_seed(seed)
-    model = contender.make()
+    model = variant.make()
     matrices = [value for value in model.parameters() if value.ndim > 1]
     others = [value for value in model.parameters() if value.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": contender.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [{"params": matrices, "weight_decay": variant.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
-    if contender.bounded:
+    if variant.bounded:
         antransformer.bind(model, optimizer)
     inputs, targets = data.train
     steps = epochs * (len(inputs) // BATCH)
-    warmup = max(1, round(contender.warmup * steps))
+    warmup = max(1, round(variant.warmup * steps))
 
     def share(step: int) -> float:
         return min(1.0, (step + 1) / warmup) * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / steps)).item())
@@ -99,23 +99,23 @@ def train(contender: Contender, lr: float, seed: int, data: Split, epochs: int) 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, inputs: Tensor, targets: Tensor) -> tuple[float, float]:
-    """Mean loss in nats, and accuracy."""
+    """Mean loss in nats, and accuracy between 0 and 1."""
     logits = model(inputs)
     return F.cross_entropy(logits, targets).item(), (logits.argmax(-1) == targets).float().mean().item()
 
 
-def compare(contenders: Sequence[Contender], data: Split, epochs: int, seeds: int) -> None:
-    """Tune, repeat, and print: the grid, both curves, and what came out."""
+def compare(variants: Sequence[Variant], data: Split, epochs: int, seeds: int) -> None:
+    """Tune each variant, repeat the best with all seeds, and print the grid, both curves and the result."""
     torch.set_num_threads(1)  # models so small gain nothing from more
     start, results = time.perf_counter(), {}
-    for contender in contenders:
-        size = sum(value.numel() for value in contender.make().parameters())
-        print(f"{contender.name}: {size:,} parameters; learning rate and validation loss at the end:")
-        tried = {lr: train(contender, lr, 0, data, epochs) for lr in contender.lrs}
+    for variant in variants:
+        size = sum(value.numel() for value in variant.make().parameters())
+        print(f"{variant.name}: {size:,} parameters; learning rate and validation loss at the end:")
+        tried = {lr: train(variant, lr, 0, data, epochs) for lr in variant.lrs}
         print("  " + ", ".join(f"{lr:g}: {run.losses[-1]:.3f}" for lr, run in tried.items()))
         best = min(tried, key=lambda lr: tried[lr].losses[-1])
-        more = [train(contender, best, seed, data, epochs) for seed in range(1, seeds)]
-        results[contender.name] = [tried[best], *more]
+        more = [train(variant, best, seed, data, epochs) for seed in range(1, seeds)]
+        results[variant.name] = [tried[best], *more]
     print(f"\nvalidation loss and accuracy, means over {seeds} seeds")
     print("epoch" + "".join(f"{name:>24}" for name in results))
     for epoch in sorted({*range(0, epochs, max(1, epochs // 10)), epochs - 1}):
@@ -133,7 +133,7 @@ def compare(contenders: Sequence[Contender], data: Split, epochs: int, seeds: in
 
 
 def mean(values: Iterable[float]) -> float:
-    """Of an iterable of numbers."""
+    """Arithmetic mean of some numbers."""
     return torch.tensor(list(values)).mean().item()
 
 
@@ -144,7 +144,7 @@ def spread(values: Tensor, form: str) -> str:
 
 
 def options(description: str, epochs: int) -> argparse.Namespace:
-    """The command line of an example."""
+    """Parse the command line of an example."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--epochs", type=int, default=epochs)
     parser.add_argument("--seeds", type=int, default=3)

@@ -1,4 +1,4 @@
-"""Whatever stands in a file, it is read, or refused in one line; nothing else is touched, nothing is executed.
+"""Any file content is read or refused in one line; nothing else is touched, nothing is executed.
 
 A few hundred cases, always the same, run with the other tests; ``make fuzz`` runs 10,000 new ones.
 """
@@ -104,7 +104,7 @@ def snapshot(root):
 
 @contextlib.contextmanager
 def case(root):
-    """An empty folder to work in; afterwards nothing beside it may have changed."""
+    """An empty folder to work in; nothing outside it may change."""
     folder, back = root / "case", Path.cwd()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -268,7 +268,7 @@ def json_files(content):
 
 
 KINDS = ["link", "loop", "folder", "nothing", "pipe", "copy"]
-strange = st.none() | st.none() | st.none() | st.sampled_from(KINDS)  # what stands in the place of a file
+strange = st.none() | st.none() | st.none() | st.sampled_from(KINDS)  # what takes the place of a file
 
 
 def put(path, content, kind=None):

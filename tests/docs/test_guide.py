@@ -22,7 +22,7 @@ def python_with(page, code):
 
 
 def block_after(steps):
-    """The guide's block with so many of its diffs applied, as a class."""
+    """Apply the first ``steps`` diffs to the guide's block and return it as a class, with the number of diffs."""
     lines = python_with(GUIDE, "class Block").splitlines()
     diffs = [textwrap.dedent(diff) for diff in re.findall(r" *```diff\n(.*?) *```", GUIDE, re.DOTALL)]
     for diff in diffs[:steps]:
