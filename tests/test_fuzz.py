@@ -64,7 +64,7 @@ def fuzz(*strategies):
     options = settings(
         max_examples=math.ceil(CASES / SHARES),
         derandomize=few,
-        database=None,  # it would lie in the current folder, which is watched
+        database=None,  # it would be in the current folder, which is watched
         deadline=None,
         phases=[Phase.generate],  # a case is small as it is, and shrinking one that hangs takes hours
         print_blob=True,
@@ -626,7 +626,7 @@ def test_text(root, data):
 
 
 def small_tokenizers():
-    """A tokenizer.json of each model, with a good part of what else can stand there."""
+    """A tokenizer.json of each model, with many of the other possible contents."""
     base = json.loads(byte_tokenizer().to_json())
     vocabulary = {"a": 0, "b": 1, "ab": 2, "[UNK]": 3, "##b": 4}
     models = [

@@ -22,7 +22,7 @@ BANNED = {
     r"goes on (with|from|as|where|training)\b": "continues, resumes",
     r"(that|those) of (a|the|its|those)\b": "the noun",
     r"(dearest|dearer)\b": "most expensive",
-    r"([Cc]ontenders?|CONTENDERS|[Ee]ntrants?|[Kk]nobs?|[Vv]erdicts?)\b": "variant, hyperparameter, summary",
+    r"(?<!\")([Cc]ontenders?|CONTENDERS|[Ee]ntrants?|[Kk]nobs?|[Vv]erdicts?)\b": "variant, hyperparameter, summary",
     r"[Bb]eside\b": "next to, in addition to",
     r"(lies|lie|stands|stand) (in|on|at|there|beside)\b": "is, is stored, appears",
     r"says so\b": "prints a warning, raises",
@@ -70,6 +70,7 @@ def test_docstrings_begin_with_a_verb_or_a_noun():
 
 def sentences(text):
     """Sentences of the prose in a docstring: no examples, no lists of names, no code."""
+    text = re.sub(r"(?m)^ +(antransformer|torchrun|python|pip) .*$", ".", text.partition("\nexamples:")[0])
     prose = re.sub(r"(?m)^\s*(>>>|\.\.\.|Args:|Attributes:|Returns:|Raises:|\w[\w, ]*:\s).*$", ".", text)
     for sentence in re.split(r"(?<=[.:;?!])\s+|\n\s*\n", prose):
         yield " ".join(sentence.split())

@@ -125,7 +125,7 @@ def mlp(
 
 
 class MLPFactors(NamedTuple):
-    """Constant factors of the three linear maps of an MLP; ``gate`` is 1 where there is none."""
+    """Constant factors of the three linear maps of an MLP; ``gate`` is 1 for an MLP without a gate."""
 
     up: float
     gate: float

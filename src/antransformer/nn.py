@@ -181,7 +181,7 @@ class ExactResidual(Residual):
 
 
 class MLP(nn.Module):
-    """MLP with or without a gate, whose factors include that of the activation; module form of ``functional.mlp``.
+    """MLP with or without a gate, whose factors include the activation's; module form of ``functional.mlp``.
 
     Args:
         width: model width d.

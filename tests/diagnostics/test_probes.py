@@ -84,7 +84,7 @@ def test_probe_leaves_model_optimizer_and_random_state_unchanged(architecture):
     optimizer = adam(model)
     train(model, optimizer)
     model.loss(some_tokens(), some_tokens()).backward()
-    model.blocks[0].eval()  # a mode that differs from that of the model
+    model.blocks[0].eval()  # a mode that differs from the model's
     before = [
         (weight.detach().clone(), weight.grad.clone(), optimizer.state[weight]["exp_avg"].clone())
         for weight in model.parameters()

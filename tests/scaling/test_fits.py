@@ -156,7 +156,7 @@ def test_comparison_folders_give_searches_and_runs(tmp_path):
     assert angpt.laws["lr"].delta["exponent"] == (-math.inf, math.inf)
     assert len(angpt.runs) == 6  # averaged over seeds
     assert fits["gpt+"].runs[0].loss - angpt.runs[0].loss == pytest.approx(0.2)
-    # No law of the batch, two points for that of the learning rate, different tokens per parameter, no surface.
+    # No law of the batch, two points for the law of the learning rate, different tokens per parameter, no surface.
     for words in (r"\bbatch\b", rf"^{LAWS['lr'][0]}", r"\b0\.25\b.*\b1\b", r"L\(N, D\).*\b6\b.*\b2\b.*\b3\b"):
         assert any(re.search(words, note) for note in angpt.notes), words
 

@@ -1,7 +1,7 @@
 """Growth of the time and memory of a training step with width, layers, context and batch.
 
-An exponent p means that a quantity grows as size^p. The exponent of the time is compared with that of the number of
-operations, the exponent of the memory with that of ``training.cost_model.memory``.
+An exponent p means that a quantity grows as size^p. The exponent of the time is compared with the
+operation count's, the exponent of the memory with the prediction of ``training.cost_model.memory``.
 """
 
 import math
@@ -108,7 +108,7 @@ def _time_axis(settings: StepSettings, mode: Mode, axis: str, log: Callable[[str
 
 
 def _sizes(settings: StepSettings, axis: str) -> list[int]:
-    """Sizes along an axis: that of the settings, times each of ``FACTORS``."""
+    """Sizes along an axis: the size in the settings, times each of ``FACTORS``."""
     base = settings.batch if axis == "batch" else getattr(settings.model, axis)
     return [factor * base for factor in FACTORS]
 

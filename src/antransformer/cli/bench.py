@@ -14,7 +14,7 @@ and prefetched batches, with the fraction of time spent waiting for data.
 
 generate: prefill and decode of our architectures and of Qwen3 (transformers) in the same shape, with random weights.
 
-The ratio is the speed divided by that of the first variant in the same round (generate: the folded anGPT).
+The ratio is the speed divided by the speed of the first variant in the same round (generate: the folded anGPT).
 
 With --sweep, time and memory are measured at several sizes. An exponent p means growth as size^p. "expected" is the
 exponent of the number of operations, or of the memory model.

@@ -31,7 +31,7 @@ class PairwiseSpeedup:
 
     Attributes:
         variant: the variant that is measured.
-        baseline: the variant that it is compared with; any other variant, not only that of the experiment.
+        baseline: the variant that it is compared with; any other variant, not only the baseline of the experiment.
         points: speedup at each budget where no run of ``variant`` diverged; empty where ``baseline`` diverged at all
             budgets.
         shortest: shortest budget with finished runs of ``baseline``.
@@ -58,7 +58,7 @@ class PairwiseSpeedup:
     def clamp_to_bound(self, point: Speedup, ratio: float, seconds: bool = False) -> float:
         """Replace a ratio of 0 or infinity by the known bound, and convert it to a ratio of seconds if requested.
 
-        The bound is the budget at the end of the baseline's range over that of the point.
+        The bound is the budget at the end of the baseline's range over the budget of the point.
         """
         scale = self.baseline.seconds_per_step / self.variant.seconds_per_step if seconds else 1.0
         bounds = {0.0: self.shortest / point.tokens, math.inf: self.longest / point.tokens}

@@ -65,8 +65,8 @@ def _speedup_section(results: Results) -> Section:
     }
     baseline, *others = results.variants
     above = (
-        f"<p>Tokens, or seconds, that {_label(baseline)} needs for the loss of a variant, divided by those of the "
-        "variant. The loss is interpolated between finished runs and never extrapolated, so some ratios are only "
+        f"<p>Tokens, or seconds, that {_label(baseline)} needs for the loss of a variant, divided by the "
+        "variant's own. The loss is interpolated between finished runs and never extrapolated, so some ratios are only "
         "bounds.</p>"
     )
     below = "".join(
@@ -198,7 +198,7 @@ def _all_numbers(results: Results) -> str:
         )
     note = (
         "<p>Validation loss in nats per token: mean ± standard deviation over seeds. Differences are paired by seed; "
-        f"their {CONFIDENCE:.0%} intervals and p values are those of the paired t-test.</p>"
+        f"their {CONFIDENCE:.0%} intervals and p values come from the paired t-test.</p>"
     )
     return note + table("Results of every variant", head, rows, text_columns=["settings"])
 

@@ -187,7 +187,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def sensitivity(values: Sequence[float], losses: Sequence[float]) -> tuple[float, float]:
     """Regret where a setting is 3 times too small, and where it is 3 times too large.
 
-    The regret is the loss above that of the best trial, in nats per token. It is read off a PCHIP curve through the
+    The regret is the loss above the best trial's, in nats per token. It is read off a PCHIP curve through the
     finished trials in the logarithm of the setting.
 
     Returns:

@@ -21,7 +21,7 @@ def stdlib_files() -> list[Path]:
     """Return the readable .py files of the standard library, sorted, without installed packages.
 
     Raises:
-        DataError: there are none, as in a Python whose library is in an archive.
+        DataError: no files were found, for example because the library is in an archive.
     """
     folder = Path(sysconfig.get_path("stdlib"))
     files = [path for path in walk(folder, excluded=EXCLUDED_FOLDERS) if path.suffix == ".py" and is_readable(path)]
@@ -33,7 +33,7 @@ def stdlib_files() -> list[Path]:
 def ensure_default(root: str | Path, progress: Progress | None = None) -> Path:
     """Return the prepared folder ``root/python-stdlib`` and create it if necessary (byte-pair encoding, 4,096 ids).
 
-    Several processes may call it at once. Each prepares a folder of its own, and all use that of the first to finish.
+    Several processes may call it at once. Each prepares a folder of its own, and all use the first one that is finished.
     A killed process leaves a hidden folder, which can be removed.
 
     Raises:

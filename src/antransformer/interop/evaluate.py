@@ -44,7 +44,7 @@ class Result:
     Attributes:
         name: name of the task or group, or path of the text file.
         source: path of the data, or "hub".
-        scores: scores; those of a group come before those of its tasks.
+        scores: scores; a group's scores come before the scores of its tasks.
         texts: number of texts that the model has read.
         cut: number of these texts that were longer than the context, so that their beginning was cut off.
         problem: reason why there are no scores, or None.

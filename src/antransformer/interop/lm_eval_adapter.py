@@ -93,7 +93,7 @@ class Scorer(HFLM):
             self.cut += len(context) + len(continuation) > self.max_length + 1
         rolling = "override_bs" in options
         # With its logits cache, lm_eval reads texts that differ only in their last token once. The cache is wrong for
-        # rolling windows: those of a repetitive text can have equal tokens but score different numbers of them.
+        # rolling windows: windows of a repetitive text can have equal tokens but score different numbers of them.
         self.logits_cache = not rolling
         if not rolling:
             self.total = len({(*context, *continuation[:-1]) for _, context, continuation in requests})

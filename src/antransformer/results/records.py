@@ -39,7 +39,7 @@ def load_record(
         record_type: dataclass whose ``__post_init__`` raises ValueError for inconsistent values.
         path: the file.
         format_name, version: as in ``save_record``.
-        upgrades: by older version, a function that changes the content to that of the version after it.
+        upgrades: functions by older version; each changes the content to the next version.
 
     Raises:
         DataError: the file is missing, damaged, or of another format or version.

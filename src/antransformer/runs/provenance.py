@@ -1,4 +1,4 @@
-"""How the runs of an experiment were made: command, versions, machines and data, for its report."""
+"""Provenance of an experiment's runs for its report: command, versions, machines and data."""
 
 import platform
 import shlex

@@ -334,8 +334,8 @@ def _starts(n: Array, d: Array, losses: Array) -> Array:
 def _minimize_huber(start: Array, n: Array, d: Array, y: Array) -> tuple[Array, float]:
     """Theta at the end of a search from ``start``, and the summed Huber loss there divided by HUBER squared.
 
-    L-BFGS-B and not ``least_squares(loss="huber")``: both find the same minimum inside the bounds, but the latter stays
-    strictly inside them, and for data without E it stops on the way to the bound, where ``_identifiable`` misses it.
+    Uses L-BFGS-B and not ``least_squares(loss="huber")``. Both find the same minimum inside the bounds. The latter stays
+    strictly inside them: for data without E it stops before the bound, where ``_identifiable`` misses it.
     """
 
     def objective(theta: Array) -> tuple[float, Array]:

@@ -91,7 +91,7 @@ def plan(
         architectures: names. ``ratios`` count the parameters of the first one, so that all train on the same tokens.
         sizes: presets. All get the longest context among them, because losses at different contexts do not compare.
         widths: widths to try with the only preset. Its batch, learning rates and ``lr_width`` then hold for all widths.
-        batches: tokens per step (default: that of the first architecture at each size).
+        batches: tokens per step (default: the default of the first architecture at each size).
         lrs: learning rates to try (default: ``trials`` values around the default, extended at an edge).
         tokens: training tokens, rounded down to whole steps of the largest batch.
         ratios: tokens per parameter, instead of ``tokens``.

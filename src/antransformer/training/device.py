@@ -11,7 +11,7 @@ from antransformer.errors import ConfigError
 def choose_device(name: str, local_rank: int = 0, local_size: int = 1) -> torch.device:
     """Device of this process. ``auto`` prefers CUDA, then Apple's MPS, then the CPU.
 
-    A CUDA device without a number is that of the local rank. The number of torch's CPU threads is limited to
+    A CUDA device without a number gets the number of the local rank. The number of torch's CPU threads is limited to
     ``OMP_THREAD_LIMIT``.
 
     Args:

@@ -84,7 +84,7 @@ def matrix_lrs(config: TrainConfig) -> tuple[float, float]:
 
 
 def format_lrs(config: TrainConfig) -> str:
-    """Peak learning rates of AdamW as text, with those of the matrices where they differ from ``lr``."""
+    """Peak learning rates of AdamW as text, with the rates of the matrices where they differ from ``lr``."""
     if not config.lr_width or config.lr_width == config.model.width:
         return f"{config.lr:g}"
     outer, blocks = (f"{rate:.3g}" for rate in matrix_lrs(config))

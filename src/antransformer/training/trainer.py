@@ -388,7 +388,7 @@ class Trainer:
         )
 
     def _fixed_settings(self) -> dict[str, Any]:
-        """Settings that must not change when the run resumes, without those of the model."""
+        """Settings that must not change when the run resumes, without the model's."""
         settings = to_mapping(self.config)
         return {name: value for name, value in settings.items() if name not in (*MUTABLE_ON_RESUME, "model")}
 

@@ -14,7 +14,7 @@ from antransformer.training.distributed.liveness import RankMonitor
 
 @pytest.fixture
 def monitors(monkeypatch):
-    """Monitors of twelve ranks in one store; those that are not asked for an error are as good as dead."""
+    """Monitors of twelve ranks in one store; ranks that do not answer count as dead."""
     monkeypatch.setattr(liveness, "ANSWER_TIMEOUT", 0.5)
     store = dist.HashStore()
     return [RankMonitor(store, rank, 12) for rank in range(12)]
