@@ -33,7 +33,7 @@ def stdlib_files() -> list[Path]:
 def ensure_default(root: str | Path, progress: Progress | None = None) -> Path:
     """Return the prepared folder ``root/python-stdlib`` and create it if necessary (byte-pair encoding, 4,096 ids).
 
-    Several processes may call it at once. Each prepares a folder of its own, and all use the first one that is finished.
+    Several processes may call it at once. Each prepares its own folder, and all use the first one that is finished.
     A killed process leaves a hidden folder, which can be removed.
 
     Raises:

@@ -132,7 +132,7 @@ class Results:
 
 
 def _upgrade_1(content: dict[str, Any]) -> None:
-    """Version 1 called variants contenders, and settings had the names on the left in ``renamed.py``."""
+    """Version 1 had another key for the variants, and settings had the names on the left in ``renamed.py``."""
     content["variants"] = content.pop("contenders")
     for entry in content["variants"]:
         entry["settings"] = upgrade_flat(entry["settings"])

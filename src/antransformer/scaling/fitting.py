@@ -334,8 +334,8 @@ def _starts(n: Array, d: Array, losses: Array) -> Array:
 def _minimize_huber(start: Array, n: Array, d: Array, y: Array) -> tuple[Array, float]:
     """Theta at the end of a search from ``start``, and the summed Huber loss there divided by HUBER squared.
 
-    Uses L-BFGS-B and not ``least_squares(loss="huber")``. Both find the same minimum inside the bounds. The latter stays
-    strictly inside them: for data without E it stops before the bound, where ``_identifiable`` misses it.
+    Uses L-BFGS-B and not ``least_squares(loss="huber")``. Both find the same minimum inside the bounds. The latter
+    stays strictly inside them: for data without E it stops before the bound, where ``_identifiable`` misses it.
     """
 
     def objective(theta: Array) -> tuple[float, Array]:
