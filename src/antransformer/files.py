@@ -7,6 +7,8 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from antransformer.errors import ConfigError
+
 
 def require_file(path: Path) -> None:
     """Raise OSError if the path does not exist or is a pipe, which would block a reader."""
@@ -57,3 +59,26 @@ def replace_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def check_file_target(option: str, path: Path, endings: tuple[str, ...] = ()) -> None:
+    """Check before the work that a file can be written after it.
+
+    Raises:
+        ConfigError: the folder does not exist, the path is a folder, or the ending is not one of ``endings``.
+    """
+    if endings and path.suffix not in endings:
+        raise ConfigError(f"{option} {path}: the file name of a figure must end in {', '.join(endings)}")
+    if path.is_dir() or not path.parent.is_dir():
+        raise ConfigError(f"{option} {path}: give a file name in an existing folder")
+
+
+def check_folder_target(path: Path) -> None:
+    """Check before the work that a folder can be created after it.
+
+    Raises:
+        ConfigError: the path or one of its parents is a file.
+    """
+    existing = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
+    if not existing.is_dir():
+        raise ConfigError(f"{existing} is a file: choose another folder for --out")

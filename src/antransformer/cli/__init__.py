@@ -1,95 +1,95 @@
-"""The command ``antransformer VERB``: parse, call, print. One file a verb."""
+"""The command ``antransformer VERB``: each verb has a file that parses options, calls the Python interface and prints.
 
+Only the chosen verb is imported, and no verb imports torch before it runs, so ``--help`` and mistakes are fast.
+"""
+
+import importlib
 import io
+import logging
 import sys
 from collections.abc import Sequence
 
-from antransformer.cli import (
-    ablate,
-    bench,
-    compare,
-    demo,
-    diagnose,
-    evaluate,
-    export,
-    fit,
-    generate,
-    import_,
-    plan,
-    prepare,
-    sweep,
-    train,
-)
 from antransformer.cli.options import Parser
-from antransformer.cli.progress import silence
 from antransformer.errors import AntransformerError, RunStoppedError, UsageError
-from antransformer.training.device import is_out_of_memory
 from antransformer.version import __version__
 
+# Verb -> one-line summary, which is also the first line of the docstring of its module.
 VERBS = {
-    "prepare": prepare,
-    "train": train,
-    "generate": generate,
-    "evaluate": evaluate,
-    "export": export,
-    "import": import_,
-    "compare": compare,
-    "ablate": ablate,
-    "sweep": sweep,
-    "fit": fit,
-    "plan": plan,
-    "diagnose": diagnose,
-    "bench": bench,
-    "demo": demo,
+    "prepare": "Turn text into a data folder to train on.",
+    "train": "Train a model on prepared data.",
+    "generate": "Write text with a trained model.",
+    "evaluate": "Score a trained model with lm_eval, or its perplexity on a text.",
+    "export": "Export a checkpoint to a Hugging Face folder.",
+    "import": 'Import a Hugging Face folder that "antransformer export" wrote.',
+    "compare": "Compare architectures with equal tuning effort, several seeds and confidence intervals.",
+    "ablate": "Measure what each part of anGPT contributes.",
+    "sweep": "Search the best learning rate and batch of every size.",
+    "fit": "Fit scaling laws: best learning rate and batch, compute frontier, and L(N, D), with 95% intervals.",
+    "plan": "Plan a run: size, tokens, batch, learning rate, expected loss, parallelism and time.",
+    "diagnose": "Measure norms inside a trained model: residual stream, blocks, factors and weights.",
+    "bench": "Measure speed and memory of variants in alternation: medians and quartiles over rounds.",
+    "demo": "Train a small model in about four minutes, and look at it.",
 }
 
 
-def make_parser() -> Parser:
-    """The parser of all verbs."""
+def make_parser(chosen: str | None = None) -> Parser:
+    """Return the parser of the command line; only the chosen verb gets its options."""
     parser = Parser(
         prog="antransformer",
-        description="Train transformers in a compact space: scalar normalization factors and bounded weight rows in "
-        "place of norm layers, weight decay and warm-up (arXiv:2505.22014).",
-        epilog="'antransformer train' alone trains a small model on the source of Python's standard library.",
+        description="Train transformers without learned norm layers, weight decay or learning-rate warm-up "
+        "(arXiv:2505.22014).",
+        epilog="'antransformer train' without options trains a small model on the source of Python's standard library.",
     )
     parser.add_argument("--version", action="version", version=f"antransformer {__version__}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True, dest="verb")
-    for name, module in VERBS.items():
-        summary = (module.__doc__ or "").strip().partition("\n")[0]
-        verb = verbs.add_parser(name, help=summary.replace("%", "%%"), description=module.__doc__, usage=module.USAGE)
+    for name, summary in VERBS.items():
+        if name != chosen:
+            verbs.add_parser(name, help=summary.replace("%", "%%"))
+            continue
+        module = importlib.import_module(f"antransformer.cli.{'import_' if name == 'import' else name}")
+        verb = verbs.add_parser(name, description=module.__doc__, usage=module.USAGE)
         module.add_arguments(verb)
-        verb.set_defaults(run=module.run, parser=verb)
+        verb.set_defaults(run=module.run)
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit status: 0, 2 for a user's mistake, 1 for a failure of the machine."""
+    """Run one verb; return the exit status: 0, 2 for wrong input, 1 for a failure of the machine."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a sample may hold what the terminal's encoding does not
+        sys.stdout.reconfigure(errors="replace")  # a sample may hold characters that the terminal cannot encode
+    # logging's own fallback handler prints bare messages on standard error, which is what a user should see.
+    if logging.lastResort and not logging.getLogger("antransformer").handlers:
+        logging.getLogger("antransformer").addHandler(logging.lastResort)
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        parsed, unknown = make_parser().parse_known_args(arguments)
-        if unknown:
-            parsed.parser.refuse(unknown[0])
+        # Before the verb there are only options without values, so the first other word is the verb.
+        chosen = next((word for word in words if not word.startswith("-")), None)
+        parsed = make_parser(chosen).parse(words)
         parsed.run(parsed)
     except RunStoppedError as error:
-        return _say(error, error.status)
+        return _complain(error, error.status)
     except UsageError as error:
-        return _say(f"error: {error}", 2)
+        return _complain(f"error: {error}", 2)
     except BrokenPipeError:  # the reader of a pipe has seen enough
-        silence()
+        from antransformer.progress import discard_output
+
+        discard_output()
         return 0
     except RuntimeError as error:
+        from antransformer.training.device import is_out_of_memory
+
         if not is_out_of_memory(error):
             raise
-        return _say("error: not enough memory: lower --micro-batch-size or --batch-size, or choose a smaller model", 1)
+        advice = "lower --micro-batch-size or --batch-tokens (evaluate: --batch-size), or choose a smaller model"
+        return _complain(f"error: out of memory: {advice}", 1)
     except (AntransformerError, OSError, MemoryError) as error:
-        return _say(f"error: {error or type(error).__name__}", 1)
+        return _complain(f"error: {error or type(error).__name__}", 1)
     except KeyboardInterrupt:
-        return _say("stopped by SIGINT", 130)
+        return _complain("stopped by SIGINT", 130)
     return 0
 
 
-def _say(message: object, status: int) -> int:
-    """One line on standard error, whatever the message holds."""
+def _complain(message: object, status: int) -> int:
+    """Print a message as one line on standard error, and return the status."""
     print("antransformer:", " ".join(str(message).split()), file=sys.stderr)
     return status

@@ -1,8 +1,8 @@
-"""Take anGPT apart: what each factor, bound and setting is worth.
+"""Measure what each part of anGPT contributes.
 
-Trains the default and one variant after the other with the same data and seeds, and says for each how much its loss
-differs and whether that is more than chance. Learning rates are the default's unless --lr-trials is raised. The same
-command goes on where a killed one was.
+Trains the default and variants that change one factor, bound or setting each, with the same data and seeds. The report
+gives each variant's difference in loss and whether it is significant. All variants use the default's learning rate
+unless --lr-trials is raised. If interrupted, run the same command again to continue.
 
 examples:
   antransformer ablate --quick
@@ -13,37 +13,33 @@ examples:
 import argparse
 from pathlib import Path
 
-from antransformer.cli.compare import add_experiment_arguments, effort, execute
-from antransformer.cli.options import Parser, settings_of
-from antransformer.comparison.ablate import plan, suite
-from antransformer.comparison.compare import QUICK, budgets_of
-from antransformer.models.config import preset_sizes
-from antransformer.settings import Count, convert
-from antransformer.training.config import normalize_settings
+import antransformer
+from antransformer.cli.options import Parser, add_experiment_arguments, experiment_options
 
 USAGE = "antransformer ablate [options]"
 
 
 def add_arguments(parser: Parser) -> None:
-    """Options of the verb."""
+    """Add the options of ``ablate``: variants, length of the runs, tuning effort and shared settings."""
     parser.add_argument("--only", nargs="+", default=(), metavar="NAME", help="variants, or patterns such as 'all-*'")
-    parser.add_argument("--list", action="store_true", help="print the names of all variants, and end")
-    parser.add_argument("--tokens", metavar="TOKENS", help="length of every run (default 1M)")
+    parser.add_argument("--list", action="store_true", help="print the names of all variants and exit")
+    parser.add_argument("--tokens", metavar="TOKENS", help="length of each run (default 1M; with --quick 500K)")
     parser.add_argument("--quick", action="store_true", help="the size of compare --quick, and 500K tokens")
-    add_experiment_arguments(parser, lr_trials=1)
+    add_experiment_arguments(parser, lr_trials=1, out="runs/ablate")
 
 
 def run(parsed: argparse.Namespace) -> None:
-    """Plan, run, report."""
+    """Run the ablation and print its summary, or list the variants."""
+    from antransformer.comparison.ablate import suite
+    from antransformer.comparison.summary import summary
+    from antransformer.models.config import preset_sizes
+
     if parsed.list:
         print("\n".join(suite(preset_sizes("nano")["width"])))
         return
-    given = normalize_settings(settings_of(parsed), "command line")
-    tokens = convert(parsed.tokens or ("500K" if parsed.quick else "1M"), Count, "--tokens")
-    planned = plan(
-        {**QUICK, **given} if parsed.quick else given,
-        parsed.only,
-        budgets_of(tokens, [tokens]),
-        **effort(parsed, lr_trials=1),
+    out = parsed.out or Path("runs") / ("ablate-quick" if parsed.quick else "ablate")
+    results = antransformer.ablate(
+        parsed.only, out=out, tokens=parsed.tokens, quick=parsed.quick, **experiment_options(parsed)
     )
-    execute(planned, parsed, parsed.out or Path("runs") / ("ablate-quick" if parsed.quick else "ablate"))
+    print(f"\n{summary(results)}\n")
+    print(f"report: {out / 'report.html'}")

@@ -37,9 +37,10 @@ from rich.console import Console
 from rich.table import Table
 
 from antransformer.benchmarks.settings import MODES, SHAPE, VARIANTS, Mode
-from antransformer.cli.common import check_target, new_table
 from antransformer.cli.options import Parser, add_config, settings_of
+from antransformer.cli.tables import new_table
 from antransformer.errors import ConfigError, UsageError
+from antransformer.files import check_file_target
 from antransformer.models.config import PAPER_VOCABULARY, ModelConfig, preset_sizes
 from antransformer.training.config import normalize_settings
 
@@ -121,7 +122,7 @@ def run(parsed: argparse.Namespace) -> None:
 
     apply_defaults(parsed)
     if parsed.json:
-        check_target("--json", parsed.json)
+        check_file_target("--json", parsed.json)
     if parsed.threads is not None:
         if parsed.threads < 1:
             raise ConfigError(f"--threads must be at least 1, got {parsed.threads}")

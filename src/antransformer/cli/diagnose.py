@@ -1,4 +1,4 @@
-"""Measure norms inside a trained model: residual stream, blocks, factors, residual steps and weight vectors.
+"""Measure norms inside a trained model: residual stream, blocks, factors and weights.
 
 Prints tables and a summary, and draws a figure: diagnose.png in the run folder.
 
@@ -17,12 +17,13 @@ from statistics import mean
 from rich.console import Console
 from rich.table import Table
 
-from antransformer.cli.common import DEFAULT_DATA, check_target, new_table, open_data
 from antransformer.cli.options import Parser
+from antransformer.cli.tables import new_table
 from antransformer.diagnostics.diagnosis import LEGEND, Diagnosis, FactorError, Spread, mean_abs_error
 from antransformer.diagnostics.figure import diagnosis_figure
 from antransformer.diagnostics.summary import format_number, summarize
 from antransformer.errors import MissingExtraError
+from antransformer.files import check_file_target
 from antransformer.settings import Count, convert
 
 USAGE = "antransformer diagnose --checkpoint RUN [options]"
@@ -49,7 +50,9 @@ def add_arguments(parser: Parser) -> None:
 def run(parsed: argparse.Namespace) -> None:
     """Diagnose a checkpoint, print tables and write the figure."""
     # torch is imported here, so that --help and mistyped options are fast.
+    from antransformer.data.stdlib import NAME as STDLIB
     from antransformer.diagnostics.diagnose import diagnose, text_tokens
+    from antransformer.progress import open_dataset
     from antransformer.training.checkpointing.checkpoint import restore
     from antransformer.training.device import choose_device
     from antransformer.training.run_folder import open_checkpoint, saved_settings
@@ -57,11 +60,11 @@ def run(parsed: argparse.Namespace) -> None:
     checkpoint, tokenizer = open_checkpoint(parsed.checkpoint, notify=lambda text: print(text, file=sys.stderr))
     folder = checkpoint.path.parent.parent
     figure_path = parsed.out or folder / "diagnose.png"
-    check_target("--out", figure_path, FIGURE_FORMATS)
+    check_file_target("--out", figure_path, FIGURE_FORMATS)
     if parsed.json:
-        check_target("--json", parsed.json)
+        check_file_target("--json", parsed.json)
     device = choose_device(parsed.device)
-    dataset = open_data(parsed.data or saved_settings(folder).get("data", DEFAULT_DATA))
+    dataset = open_dataset(parsed.data or saved_settings(folder).get("data", STDLIB), progress=True)
     context = checkpoint.model.context
     count = max(TOKENS, context) if parsed.tokens is None else convert(parsed.tokens, Count, "--tokens")
     tokens = text_tokens(dataset, tokenizer, checkpoint.model, count)

@@ -1,14 +1,14 @@
 """Score a trained model with lm_eval, or its perplexity on a text.
 
-Without --task-data a task's data comes from the Hugging Face hub, and any task of lm_eval that scores given text can be
-run. With it, the data lies in DIR, in the form in which each set is published: lambada_openai, hellaswag, arc_easy,
-arc_challenge, piqa, winogrande, blimp (or one of its parts, such as blimp_wh_island), wikitext.
+Without --task-data, a task's data is downloaded from the Hugging Face hub, and any lm_eval task that scores given text
+can be run. With it, DIR holds the data as each set is published: lambada_openai, hellaswag, arc_easy, arc_challenge,
+piqa, winogrande, blimp (or one of its parts, such as blimp_wh_island), wikitext.
 
-files looked for in DIR and two folders deep, in any case:
+files searched in DIR, up to two folders deep, ignoring case:
   lambada_openai  lambada*test.jsonl
   hellaswag       hellaswag*val*.jsonl
-  arc_easy        arc_easy*test*.jsonl, or val or dev (ARC-Easy/ARC-Easy-Test.jsonl); so arc_challenge
-  piqa            piqa*val*.jsonl or piqa*/dev.jsonl; with the labels in it, or beside it in *-labels.lst
+  arc_easy        arc_easy*test*.jsonl, or val or dev (ARC-Easy/ARC-Easy-Test.jsonl); same for arc_challenge
+  piqa            piqa*val*.jsonl or piqa*/dev.jsonl; labels inside, or next to it in *-labels.lst
   winogrande      winogrande*val*.jsonl or winogrande*/dev.jsonl
   blimp           blimp*/NAME.jsonl
   wikitext        wiki.test.raw or wiki.test.tokens
@@ -20,86 +20,78 @@ examples:
 """
 
 import argparse
-import json
-import sys
-from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from antransformer.cli.common import check_target, new_table
-from antransformer.cli.options import Parser, number
-from antransformer.cli.progress import EvaluationProgress
-from antransformer.interop.evaluate import BATCH_SIZE, Result, evaluate
-from antransformer.interop.model_card import EVALUATION_FILE
-from antransformer.training.device import choose_device
-from antransformer.training.run_folder import open_checkpoint, run_folder_of
+import antransformer
+from antransformer.cli.options import Parser, add_checkpoint_argument, add_device_argument, number
+from antransformer.cli.tables import new_table
+
+if TYPE_CHECKING:
+    from antransformer.api.checkpoints import Evaluation
 
 USAGE = "antransformer evaluate --checkpoint RUN (--tasks NAMES | --text FILE ...) [options]"
+BATCH_SIZE = 16
 
 
 def add_arguments(parser: Parser) -> None:
-    """Options of the verb."""
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="RUN", help="run folder, or one checkpoint")
-    parser.add_argument("--tasks", default="", metavar="NAMES", help="tasks by lm_eval's names, with commas between")
+    """Add the options of ``evaluate``: checkpoint, tasks or texts, batch size and output file."""
+    add_checkpoint_argument(parser)
+    parser.add_argument("--tasks", default="", metavar="NAMES", help="lm_eval tasks, separated by commas")
     parser.add_argument("--task-data", type=Path, metavar="DIR", help="folder with the files of the tasks")
     parser.add_argument(
-        "--text", type=Path, nargs="+", default=[], metavar="FILE", help="UTF-8 text, <|endoftext|> between documents"
+        "--text", type=Path, nargs="+", default=(), metavar="FILE", help="UTF-8 text, <|endoftext|> between documents"
     )
-    parser.add_argument("--batch-size", metavar="N", help=f"texts at a time (default {BATCH_SIZE})")
+    parser.add_argument("--batch-size", metavar="N", help=f"texts per forward pass (default {BATCH_SIZE})")
     parser.add_argument("--limit", metavar="N", help="only the first N items of a task, or documents of a file")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default auto)")
+    add_device_argument(parser)
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help=f"all figures as JSON (default {EVALUATION_FILE} in the run folder)"
+        "--out", type=Path, metavar="FILE", help="JSON file of all scores (default evaluation.json in the run folder)"
     )
 
 
 def run(parsed: argparse.Namespace) -> None:
-    """Score, print, write."""
-    found, tokenizer = open_checkpoint(parsed.checkpoint, notify=lambda text: print(text, file=sys.stderr))
-    out = parsed.out or run_folder_of(found) / EVALUATION_FILE
-    check_target("--out", out)
-    batch_size, limit = number(parsed, "batch_size", BATCH_SIZE), number(parsed, "limit", None)
-    tasks = [name.strip() for name in parsed.tasks.split(",") if name.strip()]
-    with EvaluationProgress() as progress:
-        results = evaluate(
-            found,
-            tokenizer,
-            tasks,
-            parsed.task_data,
-            parsed.text,
-            batch_size,
-            limit,
-            choose_device(parsed.device),
-            progress,
-        )
-    print(f"{run_folder_of(found).name} ({found.model.architecture}), step {found.step:,}\n")
-    show(results, found.model.context)
-    settings = {"checkpoint": str(found.path), "step": found.step, "batch_size": batch_size, "limit": limit}
-    content = {**settings, "results": [asdict(result) for result in results]}
-    out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    print(f"figures: {out}")
+    """Evaluate, and print the scores."""
+    evaluation = antransformer.evaluate(
+        parsed.checkpoint,
+        tasks=[name.strip() for name in parsed.tasks.split(",") if name.strip()],
+        task_data=parsed.task_data,
+        texts=parsed.text,
+        batch_size=number(parsed, "batch_size", BATCH_SIZE),
+        limit=number(parsed, "limit", None),
+        device=parsed.device,
+        out=parsed.out,
+        progress=True,
+    )
+    checkpoint = evaluation.checkpoint
+    run_name = checkpoint.path.resolve().parent.parent.name
+    print(f"{run_name} ({checkpoint.model.architecture}), step {checkpoint.step:,}\n")
+    print_scores(evaluation)
+    print(f"scores: {evaluation.path}")
 
 
-def show(results: list[Result], context: int) -> None:
-    """Print the table, and what is to be known of it."""
+def print_scores(evaluation: "Evaluation") -> None:
+    """Print the table of scores, the tasks without scores, and how many texts were truncated."""
     table = new_table("task", "metric", "value", "error", "items")
-    for score in (score for result in results for score in result.summary()):
-        error = "" if score.stderr is None else f"± {digits(score.stderr)}"
-        table.add_row(score.task, score.metric, digits(score.value), error, f"{score.items:,}")
+    for score in evaluation.scores:
+        error = "" if score.stderr is None else f"± {format_score(score.stderr)}"
+        table.add_row(score.task, score.metric, format_score(score.value), error, f"{score.items:,}")
     Console(highlight=False).print(table)
-    for result in results:
+    context = evaluation.checkpoint.model.context
+    for result in evaluation.results:
         if result.problem:
-            print(f"{result.name} can not be scored: {result.problem}")
+            print(f"{result.name} cannot be scored: {result.problem}")
         elif result.cut:
             print(
-                f"{result.name}: {result.cut:,} of {result.texts:,} texts were longer than the context of {context:,} "
-                "tokens, and lost their beginning"
+                f"{result.name}: {result.cut:,} of {result.texts:,} texts exceed the context of {context:,} tokens; "
+                "their beginning was cut off"
             )
 
 
-def digits(value: float | None) -> str:
-    """Four decimals of a small number, four figures of a large one."""
+def format_score(value: float | None) -> str:
+    """Return four decimals of a small number, or four significant digits of a large one."""
     if value is None:
         return "infinite"
     return f"{value:.4f}" if abs(value) < 100 else f"{value:,.1f}" if abs(value) < 1e6 else f"{value:.3g}"

@@ -1,7 +1,7 @@
-"""Make a Hugging Face folder of a checkpoint.
+"""Export a checkpoint to a Hugging Face folder.
 
-transformers loads it after "import antransformer", or without this package with trust_remote_code=True: the code is in
-the folder. "antransformer import" makes a run of it again.
+Exported models load with AutoModelForCausalLM.from_pretrained, either after "import antransformer", or without this
+package with trust_remote_code=True: the code is in the folder. "antransformer import" makes a run of it again.
 
 examples:
   antransformer export --checkpoint runs/angpt-nano --out exported/angpt-nano
@@ -9,37 +9,33 @@ examples:
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-from antransformer.cli.options import Parser
-from antransformer.comparison.summary import summary
-from antransformer.interop.export import DTYPES, SHARD_SIZE, export
-from antransformer.reporting import html as page
-from antransformer.results import comparison as results
-from antransformer.training.run_folder import open_checkpoint, run_folder_of
+import antransformer
+from antransformer.cli.options import Parser, add_checkpoint_argument
 
 USAGE = "antransformer export --checkpoint RUN --out DIR [options]"
-PICTURES = ("loss-tokens.png", "speedup-tokens.png")  # of a report, for the card of a run that belongs to it
 
 
 def add_arguments(parser: Parser) -> None:
-    """Options of the verb."""
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="RUN", help="run folder, or one checkpoint")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default float32)")
+    """Add the options of ``export``: checkpoint, folder, and format of the weights."""
+    add_checkpoint_argument(parser)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to create")
     parser.add_argument(
-        "--max-shard-size", default=SHARD_SIZE, metavar="SIZE", help=f"largest file of weights (default {SHARD_SIZE})"
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="data type of the weights (default float32)",
+    )
+    parser.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="size limit of one file of weights (default 5GB)"
     )
 
 
 def run(parsed: argparse.Namespace) -> None:
-    """Write the folder."""
-    found, tokenizer = open_checkpoint(parsed.checkpoint, notify=lambda text: print(text, file=sys.stderr))
-    experiment = run_folder_of(found).parent.parent
-    reported = all((experiment / name).is_file() for name in (page.FILE, results.FILE))
-    words = summary(results.Results.load(experiment)) if reported else None
-    pictures = [experiment / name for name in PICTURES if (experiment / name).is_file()] if reported else []
-    export(found, tokenizer, parsed.out, parsed.dtype, parsed.max_shard_size, words, pictures)
-    print(f"{parsed.out}: {found.model.architecture} of step {found.step:,}, {parsed.dtype}")
+    """Export, and print how to load the folder."""
+    checkpoint = antransformer.export(
+        parsed.checkpoint, parsed.out, dtype=parsed.dtype, max_shard_size=parsed.max_shard_size
+    )
+    print(f"{parsed.out}: {checkpoint.model.architecture}, step {checkpoint.step:,}, {parsed.dtype}")
     print(f'next: transformers.AutoModelForCausalLM.from_pretrained("{parsed.out}"), after import antransformer')

@@ -6,69 +6,53 @@ examples:
 """
 
 import argparse
-import sys
-from pathlib import Path
-from typing import Any
 
-from antransformer.cli.options import Parser
-from antransformer.errors import ConfigError
-from antransformer.inference import generate
-from antransformer.inference.folding import folded_where_possible
-from antransformer.inference.sampling import stream_text
-from antransformer.training.checkpointing.checkpoint import restore
-from antransformer.training.device import choose_device
-from antransformer.training.run_folder import open_checkpoint
+import antransformer
+from antransformer.cli.options import Parser, add_checkpoint_argument, add_device_argument
 
 USAGE = "antransformer generate --checkpoint RUN [options]"
 
 
 def add_arguments(parser: Parser) -> None:
-    """Options of the verb."""
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="RUN", help="run folder, or one checkpoint")
-    parser.add_argument("--prompt", default="", help="text to go on from (default: the start of a document)")
+    """Add the options of ``generate``: checkpoint, prompt, sampling and device."""
+    add_checkpoint_argument(parser)
+    parser.add_argument("--prompt", default="", help="text to continue (default: start a new document)")
     parser.add_argument(
-        "--max-new-tokens", type=int, default=200, metavar="N", help="most tokens to write (default 200)"
+        "--max-new-tokens",
+        type=int,
+        default=200,
+        metavar="N",
+        help="maximum number of tokens to generate (default 200)",
     )
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default 0.8)")
-    parser.add_argument("--top-k", type=int, metavar="K", help="sample among the K likeliest tokens only")
-    parser.add_argument("--top-p", type=float, default=0.95, metavar="P", help="nucleus sampling (default 0.95)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token (default 0.8)")
+    parser.add_argument("--top-k", type=int, metavar="K", help="sample from the K most likely tokens")
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=0.95,
+        metavar="P",
+        help="sample from the most likely tokens with total probability P (default 0.95)",
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sampling (default 0)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps (default auto)")
+    add_device_argument(parser)
 
 
 def run(parsed: argparse.Namespace) -> None:
-    """Print prompt and continuation, as it comes."""
-    write_sample(
+    """Print the prompt and its continuation as it is generated."""
+    antransformer.generate(
         parsed.checkpoint,
         parsed.prompt,
-        device=parsed.device,
         max_new_tokens=parsed.max_new_tokens,
         temperature=parsed.temperature,
         top_k=parsed.top_k,
         top_p=parsed.top_p,
         seed=parsed.seed,
+        device=parsed.device,
+        on_text=print_piece,
     )
-
-
-def write_sample(path: Path, prompt: str, device: str = "auto", **options: Any) -> None:
-    """Print a prompt and its continuation by the model of a run."""
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise ConfigError("the prompt is not UTF-8 text") from error
-    found, tokenizer = open_checkpoint(path, notify=lambda text: print(text, file=sys.stderr))
-    model = folded_where_possible(restore(found, choose_device(device)))
-    # A prompt continues a document; the end-of-text token before it says that one begins here.
-    words = tokenizer.encode(prompt)
-    ids = [tokenizer.end_of_text, *words]
-    if len(ids) > model.config.context:
-        print(
-            f"the prompt has {len(ids):,} tokens, more than the context of {model.config.context:,}: the model sees "
-            "its last ones only",
-            file=sys.stderr,
-        )
-    steps = generate(model, [ids], vocab_size=tokenizer.vocab_size, stop=[tokenizer.end_of_text], **options)
-    print(prompt, end="", flush=True)
-    for piece in stream_text(tokenizer, (token for step in steps for token in step if token is not None), words):
-        print(piece, end="", flush=True)
     print()
+
+
+def print_piece(piece: str) -> None:
+    """Print a piece of text at once, without a line break."""
+    print(piece, end="", flush=True)

@@ -1,6 +1,6 @@
-"""Make a run folder of a Hugging Face folder that "antransformer export" wrote.
+"""Import a Hugging Face folder that "antransformer export" wrote.
 
-The run stands at step 0: text can be written with it, and training started from its weights.
+Creates a run folder with the weights as the checkpoint of step 0. Use it to generate text, or to start a new run.
 
 examples:
   antransformer import exported/angpt-nano --out runs/imported
@@ -11,18 +11,19 @@ import argparse
 from pathlib import Path
 
 from antransformer.cli.options import Parser
-from antransformer.interop.import_hf import import_folder
 
 USAGE = "antransformer import DIR --out RUN"
 
 
 def add_arguments(parser: Parser) -> None:
-    """Options of the verb."""
-    parser.add_argument("folder", type=Path, metavar="DIR", help="the exported folder")
-    parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="run folder to make")
+    """Add the options of ``import``: exported folder and run folder."""
+    parser.add_argument("folder", type=Path, metavar="DIR", help="exported folder")
+    parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="run folder to create")
 
 
 def run(parsed: argparse.Namespace) -> None:
-    """Write the run folder."""
+    """Import, and print the checkpoint."""
+    from antransformer.interop.import_hf import import_folder
+
     print(f"weights and tokenizer of {parsed.folder}: {import_folder(parsed.folder, parsed.out)}")
     print(f"next: antransformer generate --checkpoint {parsed.out}, or antransformer train --init {parsed.out}")

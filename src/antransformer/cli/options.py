@@ -1,17 +1,26 @@
-"""Command-line options made from config dataclasses, so that a setting is declared once."""
+"""Parser and options of the command line; settings become options from the fields of the config dataclasses."""
 
 import argparse
 import dataclasses
 import typing
+from collections.abc import Sequence
+from itertools import zip_longest
+from pathlib import Path
 from typing import Any, NoReturn
 
 from antransformer import renamed
 from antransformer.errors import ConfigError, UsageError
+from antransformer.models.config import ModelConfig
+from antransformer.runs import shared_settings
 from antransformer.settings import Count, convert, nearest
+from antransformer.training.config import TrainConfig
+
+REMOVED = {f"--model.{name.replace('_', '-')}" for name in renamed.REMOVED_MODEL}
+SETTING = "set:"  # start of the destination of options that are settings
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Keeps the paragraphs of a verb's description, and leaves room for option names."""
+    """Keeps the paragraphs of a description, and leaves room for option names."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=32)
@@ -23,32 +32,58 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are one line, and which suggests the nearest option."""
+    """An argument parser with one-line errors, which names the nearest option and the new name of an old one."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**{"allow_abbrev": False, "formatter_class": HelpFormatter, **settings})
 
     def error(self, message: str) -> NoReturn:
-        """Raise instead of printing the usage."""
+        """Raise ``UsageError`` instead of printing the usage."""
         raise UsageError(f"{message} (see {self.prog} --help)")
 
-    def refuse(self, word: str) -> NoReturn:
-        """Complain of an argument that nothing took.
+    def parse(self, words: Sequence[str]) -> argparse.Namespace:
+        """Parse the words of a command line.
 
         Raises:
-            UsageError: always.
+            UsageError: an option is unknown or has an old name, or a value is missing or wrong.
         """
+        verbs = next(action for action in self._actions if isinstance(action, argparse._SubParsersAction))
+        verb = next((verbs.choices[word] for word in words if word in verbs.choices), self)
+        verb.check_renamed(words)  # first: argparse may complain about a value that belongs to an old option
+        parsed, unknown = self.parse_known_args(words)
+        if unknown:
+            verb.refuse(unknown[0])
+        return parsed
+
+    def check_renamed(self, words: Sequence[str]) -> None:
+        """Raise ``UsageError`` for an old option or value, naming the new one."""
+        known = self._known_options()
+        for word, following in zip_longest(words, words[1:], fillvalue=""):
+            if word == "--":  # only positional arguments follow
+                return
+            name, given, value = word.partition("=")
+            if name in renamed.OPTIONS and name not in known and renamed.OPTIONS[name] in known:
+                raise UsageError(f"{name} is now {renamed.OPTIONS[name]} (see {self.prog} --help)")
+            if name in REMOVED and name not in known:
+                raise UsageError(f"{name} was removed: omit it (see {self.prog} --help)")
+            old_values = renamed.VALUES.get(name.removeprefix("--"), {})
+            value = value if given else following
+            if name in known and value in old_values:
+                raise UsageError(f"{name} {value} is now {name} {old_values[value]} (see {self.prog} --help)")
+
+    def refuse(self, word: str) -> NoReturn:
+        """Raise ``UsageError`` for an argument that no option took."""
         name = word.partition("=")[0]
-        known = [option for action in self._actions for option in action.option_strings]
         if not name.startswith("-"):
             raise UsageError(f"unexpected argument {word} (see {self.prog} --help)")
-        if name in renamed.OPTIONS:
-            raise UsageError(f"{name} is now {renamed.OPTIONS[name]} (see {self.prog} --help)")
-        raise UsageError(f"unknown option {name}{nearest(name, known)} (see {self.prog} --help)")
+        raise UsageError(f"unknown option {name}{nearest(name, self._known_options())} (see {self.prog} --help)")
+
+    def _known_options(self) -> list[str]:
+        return [option for action in self._actions for option in action.option_strings]
 
 
-def add_config(group: Any, config: type, prefix: str = "", only: tuple[str, ...] = ()) -> None:
-    """An option for each field of a dataclass that has a help text; values stay text until the config is resolved."""
+def add_config(group: Any, config: type, prefix: str = "", only: Sequence[str] = ()) -> None:
+    """Add an option for each field of a dataclass that has a help text; values stay text until they are checked."""
     hints = typing.get_type_hints(config)
     for item in dataclasses.fields(config):
         if "help" not in item.metadata or (only and item.name not in only):
@@ -57,38 +92,84 @@ def add_config(group: Any, config: type, prefix: str = "", only: tuple[str, ...]
         if item.default is not None and item.default is not False and "(default" not in text:
             text += f" (default {item.default})"
         flag = f"--{prefix}{item.name.replace('_', '-')}"
-        dest = f"set:{prefix}{item.name}"
+        dest = f"{SETTING}{prefix}{item.name}"
         if hints[item.name] is bool:
             group.add_argument(flag, dest=dest, default=None, action=argparse.BooleanOptionalAction, help=text)
         else:
-            kind = (*typing.get_args(hints[item.name]), hints[item.name])[0]  # of "float | None" the first
+            kind = (*typing.get_args(hints[item.name]), hints[item.name])[0]  # the first of "float | None"
             metavar = {int: "N", float: "X", Count: "TOKENS"}.get(kind, "NAME")
             group.add_argument(flag, dest=dest, default=None, metavar=metavar, help=text)
 
 
 def settings_of(parsed: argparse.Namespace) -> dict[str, Any]:
-    """The config settings that were given on the command line, nested by their dots."""
+    """Return the settings given on the command line, nested at their dots."""
     settings: dict[str, Any] = {}
     for dest, value in vars(parsed).items():
-        if dest.startswith("set:") and value is not None:
-            *path, name = dest.removeprefix("set:").split(".")
-            place = settings
+        if dest.startswith(SETTING) and value is not None:
+            *path, name = dest.removeprefix(SETTING).split(".")
+            level = settings
             for part in path:
-                place = place.setdefault(part, {})
-            place[name] = value
+                level = level.setdefault(part, {})
+            level[name] = value
     return settings
 
 
 def number(parsed: argparse.Namespace, name: str, default: Any) -> Any:
-    """An option that is a positive whole number.
+    """Return an option as a positive integer, or the default if it is not given.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: the value is not a positive integer.
     """
     value = getattr(parsed, name)
     if value is None:
         return default
-    count = convert(value, int, f"--{name.replace('_', '-')}")
+    option = f"--{name.replace('_', '-')}"
+    count = convert(value, int, option)
     if count < 1:
-        raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {count}")
+        raise ConfigError(f"{option} must be at least 1, got {count}")
     return count
+
+
+def add_checkpoint_argument(parser: Parser) -> None:
+    """Add ``--checkpoint``, which most verbs that use a trained model require."""
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="RUN", help="run folder or checkpoint")
+
+
+def add_device_argument(parser: Parser) -> None:
+    """Add ``--device``."""
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
+
+
+def add_queue_arguments(parser: Parser, out: str) -> None:
+    """Add the options of every experiment: devices, number of workers, and folder (default ``out``)."""
+    parser.add_argument(
+        "--devices", nargs="+", metavar="NAME", default=(), help="one worker per device, such as cuda:0"
+    )
+    parser.add_argument("--workers", metavar="N", help="parallel runs (default: one per GPU, or one per CPU core)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help=f"folder of the runs and the report (default {out})")
+
+
+def add_experiment_arguments(parser: Parser, lr_trials: int, out: str) -> None:
+    """Add the options that comparisons and ablations share."""
+    parser.add_argument("--seeds", metavar="N", help="measured seeds per budget; trials use another seed (default 3)")
+    parser.add_argument(
+        "--lr-trials",
+        metavar="N",
+        help="number of learning rates to try, spaced by factors of 2 around the default; 1 keeps the default. The "
+        "grid is extended while the best value is at an edge. Then a third and three times the best are tried. With "
+        f"Muon, its own learning rate is searched too (default {lr_trials})",
+    )
+    parser.add_argument("--trial-tokens", metavar="TOKENS", help="budget of the trials (default: the middle budget)")
+    add_queue_arguments(parser, out)
+    add_config(parser, TrainConfig, only=shared_settings.TRAINING)
+    group = parser.add_argument_group("model settings", "override the preset, for all variants")
+    add_config(group, ModelConfig, prefix="model.", only=shared_settings.MODEL)
+
+
+def experiment_options(parsed: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of ``add_experiment_arguments`` and the settings as arguments of the Python interface."""
+    options = {name: number(parsed, name, None) for name in ("seeds", "lr_trials", "workers")}
+    if parsed.trial_tokens:
+        options["trial_tokens"] = convert(parsed.trial_tokens, Count, "--trial-tokens")
+    given = {name: value for name, value in options.items() if value is not None}
+    return {**given, "devices": parsed.devices, "progress": True, **settings_of(parsed)}

@@ -12,43 +12,41 @@ examples:
 import argparse
 from pathlib import Path
 
+import antransformer
 from antransformer.cli.options import Parser
-from antransformer.cli.progress import PrepareProgress
-from antransformer.data import prepare
 
 USAGE = "antransformer prepare INPUT... --out DIR [options]"
 
 
 def add_arguments(parser: Parser) -> None:
-    """Options of the verb."""
+    """Add the options of ``prepare``: inputs, folder, tokenizer and held-out text."""
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="text files, folders or patterns")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="data folder to make")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="data folder to create")
     tokenizers = parser.add_mutually_exclusive_group()
     tokenizers.add_argument(
         "--tokenizer", default="byte", metavar="NAME", help="byte, or the path of a tokenizer.json (default byte)"
     )
     tokenizers.add_argument(
-        "--bpe-vocab-size", type=int, metavar="SIZE", help="train a byte-level BPE of this many ids on the input"
+        "--bpe-vocab-size", type=int, metavar="N", help="train a byte-level BPE of this vocabulary size on the input"
     )
     parser.add_argument(
-        "--val-fraction", type=float, default=0.01, metavar="SHARE", help="documents to hold out (default 0.01)"
+        "--val-fraction", type=float, default=0.01, metavar="X", help="fraction of documents to hold out (default 0.01)"
     )
     parser.add_argument("--val-inputs", nargs="+", default=(), metavar="INPUT", help="text to hold out instead")
 
 
 def run(parsed: argparse.Namespace) -> None:
-    """Prepare, and say what came of it."""
-    with PrepareProgress(parsed.out.name) as progress:
-        dataset = prepare(
-            parsed.inputs,
-            parsed.out,
-            tokenizer=parsed.tokenizer,
-            bpe_vocab_size=parsed.bpe_vocab_size,
-            val_fraction=parsed.val_fraction,
-            val_inputs=parsed.val_inputs,
-            progress=progress,
-        )
-    print(f"{parsed.out}: {dataset.tokenizer_name} tokenizer, {dataset.vocab_size:,} ids")
+    """Prepare the data, and print its size."""
+    dataset = antransformer.prepare(
+        parsed.inputs,
+        parsed.out,
+        tokenizer=parsed.tokenizer,
+        bpe_vocab_size=parsed.bpe_vocab_size,
+        val_fraction=parsed.val_fraction,
+        val_inputs=parsed.val_inputs,
+        progress=True,
+    )
+    print(f"{parsed.out}: {dataset.tokenizer_name} tokenizer, vocabulary size {dataset.vocab_size:,}")
     for split in dataset.splits.values():
         print(
             f"  {split.name:5} {split.documents:,} documents, {split.tokens:,} tokens, {split.bytes:,} bytes, "

@@ -12,6 +12,7 @@ from antransformer.data.sources import walk
 from antransformer.errors import DataError
 
 NAME = "python-stdlib"
+DATA_ROOT = Path("data")
 VOCABULARY = 4096
 VAL_FRACTION = 0.02
 EXCLUDED_FOLDERS = ("site-packages", "dist-packages", "__pycache__")
@@ -56,3 +57,17 @@ def ensure_default(root: str | Path, progress: Progress | None = None) -> Path:
             shutil.rmtree(scratch, ignore_errors=True)
     Dataset.open(folder, verify=False)
     return folder
+
+
+def is_prepared(name: str) -> bool:
+    """Return whether ``open_data`` can open a dataset without preparing it first."""
+    return name != NAME or (DATA_ROOT / name).exists()
+
+
+def open_data(name: str, progress: Progress | None = None) -> Dataset:
+    """Open and verify a data folder; ``python-stdlib`` is prepared in ``data/`` on first use.
+
+    Raises:
+        DataError: the folder is missing, damaged or of another format.
+    """
+    return Dataset.open(ensure_default(DATA_ROOT, progress) if name == NAME else name)

@@ -1,10 +1,11 @@
 """Export of a checkpoint to a Hugging Face folder: weights, configuration, code, tokenizer and model card."""
 
+import contextlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -93,7 +94,8 @@ def write_model(
     unused = range(tokenizer.vocab_size, checkpoint.model.vocab_size)
     if unused:
         model.generation_config.suppress_tokens = list(unused)
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    with _progress_bars_disabled():
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
     # safetensors creates files that only their owner can read. Other users can read config.json.
     for file in folder.glob("*.safetensors"):
         file.chmod((folder / "config.json").stat().st_mode)
@@ -156,3 +158,17 @@ def transformers_tokenizer(tokenizer: Tokenizer, context: int) -> "PreTrainedTok
         padding_side="left",  # generation continues at the right end
         model_max_length=context,
     )
+
+
+@contextlib.contextmanager
+def _progress_bars_disabled() -> Iterator[None]:
+    """While entered, transformers shows no progress bars."""
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()

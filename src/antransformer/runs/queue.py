@@ -28,6 +28,7 @@ from antransformer.runs.settings import flatten
 from antransformer.runs.worker import RESULT_FILE
 from antransformer.training import run_folder
 from antransformer.training.config import MUTABLE_ON_RESUME, TrainConfig, to_mapping
+from antransformer.training.device import choose_device
 from antransformer.training.trainer import StopSignals
 
 
@@ -268,6 +269,18 @@ def default_devices(workers: int | None = None) -> list[str]:
         count = torch.cuda.device_count()
         return [f"cuda:{index % count}" for index in range(workers or count)]
     return ["cpu"] * (workers or min(8, available_cores()))
+
+
+def available_devices(devices: Sequence[str], workers: int | None = None) -> list[str]:
+    """Return one device for each worker: those given, or the default ones.
+
+    Raises:
+        ConfigError: a device is not available.
+    """
+    chosen = list(devices) or default_devices(workers)
+    for device in chosen:
+        choose_device(device)
+    return chosen
 
 
 def available_cores() -> int:

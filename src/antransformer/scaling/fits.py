@@ -59,6 +59,7 @@ class Fit:
         laws: power laws by their name in ``LAWS``; laws without enough points are left out.
         surface: L(N, D); None if there are too few runs.
         notes: warnings about missing laws and laws from few points.
+        searches: runs among which the best settings were searched, of all architectures, for the figures.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Fit:
     laws: dict[str, PowerLaw]
     surface: Surface | None
     notes: tuple[str, ...]
+    searches: tuple[Observation, ...] = ()
 
     def content(self) -> dict[str, Any]:
         """Values for JSON: the laws by name, then optima, frontier, surface and notes; NaN and infinity become null."""
@@ -112,7 +114,8 @@ def fit(observed: Observations, bins: int | None = None) -> list[Fit]:
     """
     rows = (*observed.searches, *observed.runs)
     _require_two_sizes(rows)
-    return [_fit_architecture(name, observed, bins) for name in dict.fromkeys(row.architecture for row in rows)]
+    names = dict.fromkeys(row.architecture for row in rows)
+    return [replace(_fit_architecture(name, observed, bins), searches=observed.searches) for name in names]
 
 
 def _require_two_sizes(rows: Sequence[Observation | BestSettings]) -> None:

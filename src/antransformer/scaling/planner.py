@@ -86,6 +86,7 @@ class Plan:
         hours: expected duration.
         sources: origins of batch size and learning rate, one line each.
         notes: warnings, one line each.
+        laws: file of scaling laws that was used; None if there is none for the architecture.
     """
 
     config: ModelConfig
@@ -101,6 +102,7 @@ class Plan:
     hours: float
     sources: tuple[str, ...]
     notes: tuple[str, ...]
+    laws: LawFile | None = None
 
     @property
     def compute(self) -> float:

@@ -1,5 +1,6 @@
 """Estimate of the runs, tokens and hours that a sweep needs, from a few timed steps of every size."""
 
+import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,6 +35,17 @@ class Estimate:
     runs: tuple[int, int]
     tokens: tuple[int, int]
     hours: tuple[float, float]
+
+    def __str__(self) -> str:
+        low, high = (
+            f"{runs:,} runs, {tokens / 1e6:,.1f}M tokens, {_duration(hours)}"
+            for runs, tokens, hours in zip(self.runs, self.tokens, self.hours, strict=True)
+        )
+        return low if low == high else f"{low}; up to {high} if the best values are at the edges"
+
+
+def _duration(hours: float) -> str:
+    return f"about {hours:.1f} hours" if hours >= 1 else f"about {math.ceil(60 * hours)} minutes"
 
 
 def estimate(sweeper: Sweeper, log: Callable[[str], None]) -> Estimate:

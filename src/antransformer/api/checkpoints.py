@@ -1,0 +1,181 @@
+"""Use a trained model: load, generate, export and evaluate."""
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from antransformer.comparison.summary import summary
+from antransformer.data import Tokenizer
+from antransformer.files import check_file_target, replace_text
+from antransformer.inference.text import continue_text
+from antransformer.interop import evaluate as lm_eval
+from antransformer.interop.export import SHARD_SIZE
+from antransformer.interop.export import export as export_checkpoint
+from antransformer.interop.model_card import EVALUATION_FILE
+from antransformer.models import Decoder
+from antransformer.progress import EvaluationProgress
+from antransformer.reporting.html import FILE as REPORT_FILE
+from antransformer.results import comparison
+from antransformer.training.checkpointing.checkpoint import Checkpoint, restore
+from antransformer.training.device import choose_device
+from antransformer.training.run_folder import open_checkpoint, run_folder_of
+
+LOG = logging.getLogger(__name__)
+REPORT_FIGURES = ("loss-tokens.png", "speedup-tokens.png")  # for the card of a run that belongs to a comparison
+
+
+def load(path: str | Path, device: str = "auto") -> tuple[Decoder, Tokenizer]:
+    """Return a trained model, in evaluation mode, and its tokenizer.
+
+    Args:
+        path: run folder, whose latest checkpoint is loaded, or one checkpoint.
+        device: device of the model: auto, cpu, cuda or mps.
+
+    Raises:
+        CheckpointError, DataError: there is no usable checkpoint or tokenizer.
+        ConfigError: the device is not available.
+    """
+    checkpoint, tokenizer = open_checkpoint(Path(path), LOG.warning)
+    return restore(checkpoint, choose_device(device)), tokenizer
+
+
+def generate(
+    checkpoint: str | Path | tuple[Decoder, Tokenizer],
+    prompt: str = "",
+    *,
+    max_new_tokens: int = 200,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float = 0.95,
+    seed: int = 0,
+    device: str = "auto",
+    on_text: Callable[[str], object] = lambda piece: None,
+) -> str:
+    """Return a prompt and its continuation.
+
+    Args:
+        checkpoint: run folder, checkpoint, or what ``load`` returned.
+        prompt: text to continue; empty starts a new document.
+        max_new_tokens: upper limit of the continuation.
+        temperature: divisor of the logits; 0 takes the most likely token.
+        top_k: sample from the K most likely tokens.
+        top_p: sample from the most likely tokens with this total probability.
+        seed: seed of the sampling.
+        device: device of a model that is loaded here.
+        on_text: called with the prompt, then with each piece of text as it is generated.
+
+    Raises:
+        ConfigError: an option is out of range, or the device is not available.
+        CheckpointError, DataError: as in ``load``.
+    """
+    model, tokenizer = checkpoint if isinstance(checkpoint, tuple) else load(checkpoint, device)
+    pieces = continue_text(
+        model,
+        tokenizer,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+    )
+    text = [prompt]
+    on_text(prompt)
+    for piece in pieces:
+        text.append(piece)
+        on_text(piece)
+    return "".join(text)
+
+
+def export(
+    checkpoint: str | Path, out: str | Path, *, dtype: str = "float32", max_shard_size: str = SHARD_SIZE
+) -> Checkpoint:
+    """Export a run or a checkpoint to a new folder in Hugging Face format; returns the checkpoint exported.
+
+    Args:
+        checkpoint: run folder, or one checkpoint.
+        out: folder to create.
+        dtype: data type of the weights: float32, bfloat16 or float16.
+        max_shard_size: size limit of one file of weights, such as 5GB or 200MB.
+
+    Raises:
+        CheckpointError, ConfigError, MachineError, MissingExtraError: as in ``interop.export.export``.
+    """
+    source, tokenizer = open_checkpoint(Path(checkpoint), LOG.warning)
+    experiment = run_folder_of(source).parent.parent  # if the run is one of a comparison
+    reported = all((experiment / name).is_file() for name in (REPORT_FILE, comparison.FILE))
+    text = summary(comparison.Results.load(experiment)) if reported else None
+    figures = [experiment / name for name in REPORT_FIGURES if reported and (experiment / name).is_file()]
+    export_checkpoint(source, tokenizer, Path(out), dtype, max_shard_size, text, figures)
+    return source
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of a checkpoint.
+
+    Attributes:
+        checkpoint: the checkpoint evaluated.
+        results: scores of each task and text file, or the reason why it has none.
+        path: JSON file with all of them.
+    """
+
+    checkpoint: Checkpoint
+    results: tuple[lm_eval.Result, ...]
+    path: Path
+
+    @property
+    def scores(self) -> list[lm_eval.Score]:
+        """One score for each task and metric; of a group of tasks, the score of the group."""
+        return [score for result in self.results for score in result.summary()]
+
+
+def evaluate(
+    checkpoint: str | Path,
+    *,
+    tasks: Sequence[str] = (),
+    task_data: str | Path | None = None,
+    texts: Sequence[str | Path] = (),
+    batch_size: int = lm_eval.BATCH_SIZE,
+    limit: int | None = None,
+    device: str = "auto",
+    out: str | Path | None = None,
+    progress: bool = False,
+) -> Evaluation:
+    """Score a run or a checkpoint with lm_eval, or by its perplexity on text files.
+
+    Args:
+        checkpoint: run folder, or one checkpoint.
+        tasks: names of lm_eval tasks.
+        task_data: folder with the files of the tasks; None downloads them from the Hugging Face hub.
+        texts: UTF-8 text files.
+        batch_size: texts per forward pass.
+        limit: maximum number of items per task, and of documents per file.
+        device: device of the model.
+        out: JSON file of the scores; by default ``evaluation.json`` in the run folder, which ``export`` reads.
+        progress: whether to show progress.
+
+    Raises:
+        ConfigError, CheckpointError, DataError, MissingExtraError: as in ``interop.evaluate.evaluate``.
+    """
+    source, tokenizer = open_checkpoint(Path(checkpoint), LOG.warning)
+    path = Path(out) if out else run_folder_of(source) / EVALUATION_FILE
+    check_file_target("--out", path)
+    with EvaluationProgress(enabled=progress) as display:
+        results = lm_eval.evaluate(
+            source,
+            tokenizer,
+            tasks,
+            None if task_data is None else Path(task_data),
+            [Path(text) for text in texts],
+            batch_size,
+            limit,
+            choose_device(device),
+            display,
+        )
+    settings = {"checkpoint": str(source.path), "step": source.step, "batch_size": batch_size, "limit": limit}
+    content = {**settings, "results": [asdict(result) for result in results]}
+    replace_text(path, json.dumps(content, indent=2) + "\n")
+    return Evaluation(source, tuple(results), path)

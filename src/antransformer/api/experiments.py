@@ -1,0 +1,134 @@
+"""Compare architectures, and variants of one."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from antransformer.comparison import ablate as ablations
+from antransformer.comparison import compare as comparisons
+from antransformer.comparison import report
+from antransformer.comparison.experiment import Experiment, Plan
+from antransformer.data.stdlib import NAME as STDLIB
+from antransformer.extras import require
+from antransformer.files import check_folder_target
+from antransformer.progress import ExperimentProgress, open_dataset
+from antransformer.results.comparison import Results
+from antransformer.runs import shared_settings
+from antransformer.runs.queue import RunQueue, available_devices
+from antransformer.settings import Count, convert
+from antransformer.training.config import normalize_settings
+from antransformer.training.lock import lock
+
+
+def compare(
+    architectures: Sequence[str] = ("gpt+", "angpt"),
+    *,
+    out: str | Path,
+    tokens: int | str | None = None,
+    budgets: Sequence[int | str] = (),
+    quick: bool = False,
+    seeds: int = 3,
+    lr_trials: int = 3,
+    tuning_trials: int | None = None,
+    trial_tokens: int | str = 0,
+    devices: Sequence[str] = (),
+    workers: int | None = None,
+    progress: bool = False,
+    **settings: Any,
+) -> Results:
+    """Compare architectures with equal tuning effort and several seeds; writes ``report.html`` to ``out``.
+
+    Finished runs in ``out`` are skipped and interrupted runs resume.
+
+    Args:
+        architectures: the first is the baseline; ``angpt-muon`` trains anGPT with Muon.
+        out: folder of the runs and the report.
+        tokens: largest budget (default 8M); a quarter and a half of it are run too.
+        budgets: budgets in tokens, instead of ``tokens``.
+        quick: use a small size and small budgets, 18 minutes on two CPU cores.
+        seeds: measured seeds per budget.
+        lr_trials: learning rates to try; 1 keeps the default.
+        tuning_trials: values to try of each architecture's own hyperparameter (default 3; with ``quick`` 1).
+        trial_tokens: budget of the trials; 0 selects the middle budget.
+        devices: one worker for each, such as ``["cuda:0", "cuda:1"]``.
+        workers: number of workers if no devices are given.
+        progress: whether to show progress.
+        settings: settings of all runs, such as ``data``, ``preset``, ``batch_tokens`` and ``model={...}``.
+
+    Raises:
+        ConfigError, DataError: wrong settings, or ``out`` holds another experiment.
+        RunStoppedError, MachineError: SIGINT or SIGTERM arrived, or a worker failed; finished runs are kept.
+    """
+    shared = _shared_settings(settings, quick)
+    if quick and tokens is None and not budgets:
+        budgets = comparisons.QUICK_BUDGETS
+    tuning_trials = tuning_trials or (1 if quick else 3)
+    planned = comparisons.plan(
+        shared,
+        architectures,
+        comparisons.budgets_of(convert(tokens or "8M", Count, "--tokens"), budgets),
+        seeds=seeds,
+        lr_trials=lr_trials,
+        tuning_trials=tuning_trials,
+        trial_tokens=convert(trial_tokens, Count, "--trial-tokens"),
+    )
+    return _run_experiment(planned, Path(out), devices, workers, progress)
+
+
+def ablate(
+    only: Sequence[str] = (),
+    *,
+    out: str | Path,
+    tokens: int | str | None = None,
+    quick: bool = False,
+    seeds: int = 3,
+    lr_trials: int = 1,
+    trial_tokens: int | str = 0,
+    devices: Sequence[str] = (),
+    workers: int | None = None,
+    progress: bool = False,
+    **settings: Any,
+) -> Results:
+    """Train anGPT and variants that change one part of it each; writes ``report.html`` to ``out``.
+
+    Args:
+        only: names of variants, or patterns such as ``all-*``; empty selects all.
+        out: folder of the runs and the report.
+        tokens: length of each run (default 1M; with ``quick`` 500K).
+        quick: use the size of ``compare(quick=True)``.
+        seeds, lr_trials, trial_tokens, devices, workers, progress, settings: as in ``compare``.
+
+    Raises:
+        ConfigError, DataError, RunStoppedError, MachineError: as in ``compare``.
+    """
+    length = convert(tokens or ("500K" if quick else "1M"), Count, "--tokens")
+    planned = ablations.plan(
+        _shared_settings(settings, quick),
+        only,
+        comparisons.budgets_of(length, [length]),
+        seeds=seeds,
+        lr_trials=lr_trials,
+        trial_tokens=convert(trial_tokens, Count, "--trial-tokens"),
+    )
+    return _run_experiment(planned, Path(out), devices, workers, progress)
+
+
+def _shared_settings(settings: Mapping[str, Any], quick: bool) -> dict[str, Any]:
+    shared = normalize_settings(settings, "settings")
+    shared_settings.require_shared(shared, shared_settings.TRAINING, shared_settings.MODEL)
+    return {**comparisons.QUICK, **shared} if quick else shared
+
+
+def _run_experiment(plan: Plan, folder: Path, devices: Sequence[str], workers: int | None, progress: bool) -> Results:
+    require("scipy", "analysis")
+    check_folder_target(folder)
+    queue_devices = available_devices(devices, workers)
+    dataset = open_dataset(plan.common.get("data", STDLIB), progress)
+    display = ExperimentProgress(enabled=progress)
+    experiment = Experiment(plan, dataset, RunQueue(folder / "runs", dataset, queue_devices, display), display.stage)
+    with lock(folder):
+        with display:
+            results = experiment.run()
+        results.save(folder)
+        report.write(results, folder)
+    return results

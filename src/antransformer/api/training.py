@@ -1,0 +1,93 @@
+"""Prepare data and train."""
+
+import contextlib
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from antransformer.data import Dataset
+from antransformer.data import prepare as prepare_data
+from antransformer.data.holdout import Inputs
+from antransformer.progress import PrepareProgress, TrainingProgress, open_dataset
+from antransformer.training import config_files, launch
+from antransformer.training.config import TrainConfig, merge, normalize_settings
+from antransformer.training.dry_run import NullReporter
+from antransformer.training.trainer import Reporter, Result
+
+
+def prepare(
+    inputs: Inputs,
+    out: str | Path,
+    *,
+    tokenizer: str | Path = "byte",
+    bpe_vocab_size: int | None = None,
+    val_fraction: float = 0.01,
+    val_inputs: Inputs = (),
+    progress: bool = False,
+) -> Dataset:
+    """Tokenize text into a new data folder; arguments and errors as in ``antransformer.data.prepare``."""
+    with PrepareProgress(Path(out).name, enabled=progress) as display:
+        return prepare_data(
+            inputs,
+            out,
+            tokenizer=tokenizer,
+            bpe_vocab_size=bpe_vocab_size,
+            val_fraction=val_fraction,
+            val_inputs=val_inputs,
+            progress=display,
+        )
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A finished run.
+
+    Attributes:
+        folder: run folder.
+        result: validation loss, bits per byte, tokens per second and last checkpoint.
+    """
+
+    folder: Path
+    result: Result
+
+
+def train(
+    *,
+    config: str | Path | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    profile: bool = False,
+    progress: bool | Reporter = False,
+    **settings: Any,
+) -> TrainedRun:
+    """Train a model; under torchrun, as one rank of many.
+
+    Args:
+        config: YAML file of settings, or the name of a shipped one; ``settings`` override it.
+        out: run folder; by default the first free ``runs/ARCHITECTURE-PRESET``.
+        resume: continue the run in ``out`` from its latest checkpoint.
+        profile: write a trace of a few steps to ``profile.json`` in the run folder.
+        progress: whether to show progress, or an object that receives it.
+        settings: fields of ``TrainConfig``, such as ``data``, ``preset``, ``tokens``, ``lr``, and ``model={...}``.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: wrong settings, an unusable run folder or unusable data.
+        RunStoppedError: SIGINT or SIGTERM arrived, and a checkpoint was written.
+        DivergedError, WriteError: the loss is not finite, or a checkpoint could not be written.
+    """
+    folder = None if out is None else Path(out)
+    checked = normalize_settings(settings, "settings")
+    if config is not None:
+        checked = merge(normalize_settings(config_files.read_config(str(config)), str(config)), checked)
+
+    def open_data(name: str) -> Dataset:
+        return open_dataset(name, progress=progress is True)
+
+    def open_reporter(config: TrainConfig, rank: int) -> AbstractContextManager[Reporter]:
+        if progress is True:
+            return TrainingProgress(config.steps, enabled=rank == 0)
+        return contextlib.nullcontext(NullReporter() if progress is False else progress)
+
+    resume = resume or launch.is_restart(folder)
+    return TrainedRun(*launch.train(checked, folder, open_data, open_reporter, resume=resume, profile=profile))

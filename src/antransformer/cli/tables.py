@@ -1,0 +1,12 @@
+"""Tables that several verbs print."""
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+
+def new_table(*columns: str) -> Table:
+    """Return a table with a left-aligned first column and right-aligned columns of numbers after it."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left", vertical="bottom")
+    return table

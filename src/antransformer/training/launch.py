@@ -1,0 +1,122 @@
+"""Start or resume a training run: settings, data and run folder first, then the trainer under the folder's lock."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from antransformer.data import Dataset
+from antransformer.errors import CheckpointError, ConfigError
+from antransformer.models.config import PAPER_VOCABULARY
+from antransformer.training import run_folder
+from antransformer.training.config import TrainConfig, resolve_config
+from antransformer.training.distributed.parallel import DistributedContext, init_distributed
+from antransformer.training.lock import lock
+from antransformer.training.optimizer import format_lrs
+from antransformer.training.profiling import FIRST, LAST, profile_steps
+from antransformer.training.trainer import Reporter, Result, Trainer
+
+LOG = logging.getLogger(__name__)
+OpenData = Callable[[str], Dataset]
+OpenReporter = Callable[[TrainConfig, int], AbstractContextManager[Reporter]]
+
+
+def is_restart(folder: Path | None) -> bool:
+    """Return whether ``torchrun --max-restarts`` may have started this run before.
+
+    torchrun repeats the arguments of the first start, so a restart must resume without being told to.
+
+    Raises:
+        ConfigError: no run folder is given, so that each start would create a new run.
+    """
+    if not int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+        return False
+    if folder is None:
+        raise ConfigError("torchrun --max-restarts resumes from the run folder: give it with --out")
+    return (folder / run_folder.CONFIG_FILE).is_file()
+
+
+def train(
+    settings: dict[str, Any],
+    folder: Path | None,
+    open_data: OpenData,
+    open_reporter: OpenReporter,
+    *,
+    resume: bool = False,
+    profile: bool = False,
+) -> tuple[Path, Result]:
+    """Train one run to its end, on one device or as one rank of many.
+
+    Args:
+        settings: normalized user settings.
+        folder: run folder; None selects the first free ``runs/ARCHITECTURE-PRESET``.
+        open_data: returns the dataset of that name or path.
+        open_reporter: returns the reporter of this rank, given the config and the rank.
+        resume: continue the run in ``folder`` from its latest checkpoint.
+        profile: write a trace of steps ``FIRST`` to ``LAST`` to ``profile.json`` in the run folder.
+
+    Returns:
+        Run folder and final losses.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: wrong settings, an unusable run folder or unusable data.
+        RunStoppedError, DivergedError, WriteError: the run ended early; raised on all ranks.
+    """
+    with init_distributed() as dist_ctx:
+        with dist_ctx.rank_0_first():
+            dataset, config, folder = (_resumed_run if resume else _new_run)(settings, folder, open_data)
+        with open_reporter(config, dist_ctx.rank) as reporter:
+            trainer = Trainer(config, dataset, folder, reporter, resume, dist_ctx)
+            if profile:
+                _require_steps_to_trace(config.steps - trainer.done)
+            with lock(folder) if dist_ctx.rank == 0 else contextlib.nullcontext():
+                with dist_ctx.rank_0_first():
+                    if not resume and dist_ctx.rank == 0:
+                        run_folder.create_run_folder(folder, config, dataset)
+                reporter.log(_description(trainer, dist_ctx))
+                traced = profile and dist_ctx.rank == 0
+                return folder, trainer.run(profile_steps(folder / "profile.json", reporter.log) if traced else None)
+
+
+def _new_run(settings: dict[str, Any], folder: Path | None, open_data: OpenData) -> tuple[Dataset, TrainConfig, Path]:
+    settings = run_folder.with_initial_model(settings, LOG.warning)
+    # Checked before the data is prepared or verified: a misspelt setting should not cost a minute.
+    data = resolve_config(settings, vocab_size=PAPER_VOCABULARY).data
+    if folder is not None:
+        run_folder.require_empty(folder)
+    dataset = open_data(data)
+    config = resolve_config(settings, dataset.vocab_size)
+    return dataset, config, folder or run_folder.default_folder(config)
+
+
+def _resumed_run(
+    settings: dict[str, Any], folder: Path | None, open_data: OpenData
+) -> tuple[Dataset, TrainConfig, Path]:
+    if folder is None:
+        raise CheckpointError("--resume needs the run folder: give it with --out")
+    config = run_folder.resumed_config(folder, settings)
+    return open_data(config.data), config, folder
+
+
+def _require_steps_to_trace(left: int) -> None:
+    if left < FIRST:
+        raise ConfigError(
+            f"--profile traces steps {FIRST} to {LAST}, but only {left} steps are left: omit it, or raise --tokens"
+        )
+
+
+def _description(trainer: Trainer, dist_ctx: DistributedContext) -> str:
+    """Architecture, size, length, learning rates, devices and folder of a run, in one line."""
+    config = trainer.config
+    muon = "" if config.muon_lr is None else f" and Muon {config.muon_lr:g}"
+    tensor_parallel = f", tensor parallel {config.tensor_parallel}" if config.tensor_parallel > 1 else ""
+    others = dist_ctx.world_size - 1
+    parallelism = f" and {others} more, {config.parallel}{tensor_parallel}" if others else ""
+    return (
+        f"{config.model.architecture}, {trainer.model.parameter_count() / 1e6:.2f}M parameters, "
+        f"{config.steps:,} steps of {config.batch_tokens:,} tokens, learning rate {format_lrs(config)}{muon}, "
+        f"on {trainer.device}{parallelism}; run folder {trainer.folder}"
+    )
