@@ -27,11 +27,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from antransformer.cli import common, main
-from antransformer.cli import train as train_verb
+from antransformer.cli import main
 from antransformer.comparison import statistics
 from antransformer.comparison.summary import summary
-from antransformer.data import Dataset, ShuffledWindows, Tokenizer, byte_tokenizer, readers
+from antransformer.data import Dataset, ShuffledWindows, Tokenizer, byte_tokenizer, readers, stdlib
 from antransformer.errors import AntransformerError, ConfigError
 from antransformer.inference import generate
 from antransformer.interop import local_tasks as task_data
@@ -39,6 +38,7 @@ from antransformer.interop.import_hf import import_folder, read_config
 from antransformer.interop.model_card import card
 from antransformer.results.comparison import Results
 from antransformer.scaling.law_files import SHIPPED, predict, read_laws
+from antransformer.training import launch
 from antransformer.training.checkpointing import checkpoint
 from antransformer.training.checkpointing.sharded_safetensors import SHARDING_KEY, TensorFiles
 from antransformer.training.config import TrainConfig, resolve_config
@@ -355,8 +355,8 @@ class SmallTrainer(Trainer):
 def small(whole):
     """Settings can ask for a long run, and for the built-in corpus."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_verb, "Trainer", SmallTrainer)
-        patch.setattr(common, "ensure_default", lambda *_: whole / "data")
+        patch.setattr(launch, "Trainer", SmallTrainer)
+        patch.setattr(stdlib, "ensure_default", lambda *_: whole / "data")
         yield
 
 

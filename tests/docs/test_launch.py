@@ -57,7 +57,7 @@ def test_a_launch_file_calls_the_package_as_it_wants_to_be(name, resuming, tmp_p
     assert (started.nnodes, started.nproc_per_node, started.rdzv_backend) == ("4", "8", "c10d")
     assert started.module and started.training_script == "antransformer"
     assert " ".join(started.training_script_args) == CALLS[resuming]
-    _, unknown = make_parser().parse_known_args(started.training_script_args)
+    _, unknown = make_parser("train").parse_known_args(started.training_script_args)
     assert not unknown
 
 

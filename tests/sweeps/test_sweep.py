@@ -304,7 +304,7 @@ def test_a_folder_with_other_data_or_settings_is_refused(small_sweep, corpus, ca
 
 
 def test_a_long_sweep_needs_yes(corpus, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sweep, "UNASKED_HOURS", 0.0)
+    monkeypatch.setattr(sweep, "HOURS_WITHOUT_YES", 0.0)
     words = ["sweep", "--data", str(corpus), "--out", str(tmp_path / "out"), *TINY, *OPTIONS]
     assert main(words) == 2
     captured = capsys.readouterr()
