@@ -11,6 +11,7 @@ import pytest
 import antransformer
 from antransformer.cli import main
 from antransformer.errors import CheckpointError, ConfigError, UsageError
+from antransformer.runs import provenance
 from antransformer.training.dry_run import NullReporter
 from antransformer.training.metrics import read_metrics
 from helpers.commands import TEN_STEPS, write_documents
@@ -199,3 +200,16 @@ def test_fit_and_plan(tmp_path):
     plan = antransformer.plan(flops="1e18", gpus=1)
     assert plan.compute == pytest.approx(1e18, rel=0.1) and plan.laws is not None
     assert antransformer.plan(tokens="10B", size="125m").tokens == pytest.approx(10e9, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("argv", "command"),
+    [
+        (["/usr/bin/antransformer", "compare", "--quick"], "antransformer compare --quick"),
+        (["/site-packages/antransformer/__main__.py", "sweep"], "antransformer sweep"),
+        (["study.py", "a b"], "python study.py 'a b'"),
+    ],
+)
+def test_results_record_the_command_or_the_script(argv, command, monkeypatch):
+    monkeypatch.setattr(sys, "argv", argv)
+    assert provenance.command() == command

@@ -5,11 +5,19 @@ import shlex
 import sys
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from antransformer.data import Dataset
 from antransformer.runs.queue import RunQueue, RunResult
 from antransformer.version import __version__
+
+
+def command() -> str:
+    """Return the command of this process: ``antransformer VERB ...``, or the script that uses the Python interface."""
+    program = Path(sys.argv[0])
+    is_cli = program.name == "antransformer" or program.parts[-2:] == ("antransformer", "__main__.py")
+    return shlex.join(["antransformer", *sys.argv[1:]] if is_cli else ["python", *sys.argv])
 
 
 def provenance(dataset: Dataset, queue: RunQueue, seconds: float, results: Iterable[RunResult]) -> dict[str, Any]:
@@ -22,7 +30,7 @@ def provenance(dataset: Dataset, queue: RunQueue, seconds: float, results: Itera
         results: every run, also those of earlier calls and of other machines.
     """
     return {
-        "command": shlex.join(["antransformer", *sys.argv[1:]]),
+        "command": command(),
         "antransformer": __version__,
         "python": platform.python_version(),
         "machines": sorted({result.machine for result in results}),
