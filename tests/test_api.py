@@ -31,7 +31,7 @@ def run(corpus, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def quiet(request, capfd):
-    """Nothing is printed by a function that was not asked for progress."""
+    """A function prints nothing unless progress is requested."""
     yield
     captured = capfd.readouterr()
     if "prints" not in request.node.name:  # the command line, and progress=True

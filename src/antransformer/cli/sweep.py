@@ -1,7 +1,7 @@
 """Search the best learning rate and batch of every size.
 
-Every architecture, size, number of tokens and batch has its own grid of learning rates, spaced by factors of 10^(1/3)
-around the default and extended while the best is at an edge. The sweep first times a few steps and prints the number
+Every architecture, size, number of tokens and batch has its own grid of learning rates. Rates are spaced by factors of
+10^(1/3) around the default. A grid is extended while the best rate is at an edge. The sweep first times a few steps and prints the number
 of runs, tokens and hours on this machine; more than an hour needs --yes. If interrupted, run the same command again to
 continue. Other batches, tokens or learning rates add to the results in the folder. 'antransformer fit' fits the laws.
 

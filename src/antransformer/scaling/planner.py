@@ -86,7 +86,7 @@ class Plan:
         hours: expected duration.
         sources: origins of batch size and learning rate, one line each.
         notes: warnings, one line each.
-        laws: file of scaling laws that was used; None if there is none for the architecture.
+        laws: file of scaling laws that was used; None without a file for the architecture.
     """
 
     config: ModelConfig

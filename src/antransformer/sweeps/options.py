@@ -70,7 +70,7 @@ def require_no_comparison(folder: Path) -> None:
 
 
 def earlier_sweep(folder: Path, dataset: Dataset, plan: SweepPlan) -> Sweep | None:
-    """Return the sweep in the folder, which this one extends; None if there is none.
+    """Return the sweep in the folder, which this one extends, or None for a new folder.
 
     Raises:
         ConfigError: it was made with other data or settings.
