@@ -115,3 +115,13 @@ def test_the_last_step_binds_and_the_short_form_is_the_same_map():
     short.up_proj.weight, short.down_proj.weight = block.up.weight, block.down.weight
     long = block.down(F.gelu(block.up(x) * block.root) * (block.nu / block.root))
     torch.testing.assert_close(short(x), long)
+
+
+def test_the_functions_of_the_verbs_run_as_the_guide_says(corpus, tmp_path, monkeypatch, capsys):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/mine").symlink_to(corpus)
+    monkeypatch.chdir(tmp_path)
+    exec(python_with(GUIDE, "antransformer.load("), {"antransformer": antransformer})
+    lines = capsys.readouterr().out.splitlines()
+    assert float(lines[0].split()[0]) > 0 and "runs/small/checkpoints" in lines[0]
+    assert lines[1].startswith("def ")
