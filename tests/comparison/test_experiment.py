@@ -1,4 +1,5 @@
 import math
+import sys
 from dataclasses import replace
 
 import pytest
@@ -154,14 +155,19 @@ def test_only_the_first_seed_of_the_longest_budget_keeps_its_checkpoint(corpus):
     assert kept == [(BUDGETS[-1], 1)]
 
 
-def test_results_are_saved_and_loaded(corpus, tmp_path):
+@pytest.mark.parametrize(
+    ("program", "expected"),
+    [("/usr/bin/antransformer", "antransformer compare --quick"), ("study.py", "python study.py compare --quick")],
+)
+def test_results_are_saved_and_loaded(corpus, tmp_path, monkeypatch, program, expected):
+    monkeypatch.setattr(sys, "argv", [program, "compare", "--quick"])
     made = experiment(corpus, lambda config: math.inf if config.seed == 2 else 3.0, lr_trials=2, seeds=2)
     results = made.run()
     results.save(tmp_path)
     loaded = Results.load(tmp_path)
     assert loaded == replace(results, setup=loaded.setup)
     assert "Infinity" not in (tmp_path / "results.json").read_text()
-    assert results.setup["command"].startswith("antransformer") and results.setup["machines"] == ["a machine"]
+    assert results.setup["command"] == expected and results.setup["machines"] == ["a machine"]
     (tmp_path / "results.json").write_text("{")
     with pytest.raises(DataError) as error:
         Results.load(tmp_path)
