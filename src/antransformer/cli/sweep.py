@@ -1,9 +1,10 @@
 """Search the best learning rate and batch of every size.
 
 Every architecture, size, number of tokens and batch has its own grid of learning rates. Rates are spaced by factors of
-10^(1/3) around the default. A grid is extended while the best rate is at an edge. The sweep first times a few steps and prints the number
-of runs, tokens and hours on this machine; more than an hour needs --yes. If interrupted, run the same command again to
-continue. Other batches, tokens or learning rates add to the results in the folder. 'antransformer fit' fits the laws.
+10^(1/3) around the default. A grid is extended while the best rate is at an edge. The sweep first times a few steps and
+prints the number of runs, tokens and hours on this machine; more than an hour needs --yes. If interrupted, run the same
+command again to continue. Other batches, tokens or learning rates add to the results in the folder. 'antransformer fit'
+fits the laws.
 
 With --widths, depth, batch and tokens are the same for all. The report then shows whether the best learning rate and
 the size of the activations change with the width.
