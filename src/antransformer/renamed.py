@@ -61,7 +61,9 @@ def upgrade_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 def upgrade_flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Rename settings of version 1 with dotted names, such as ``model.head_width``."""
     names = TRAINING | {f"model.{old}": f"model.{new}" for old, new in MODEL.items()}
-    return {names.get(name, name): _upgrade_value(name, value) for name, value in settings.items()}
+    removed = {f"model.{name}" for name in REMOVED_MODEL}
+    kept = {name: value for name, value in settings.items() if name not in removed}
+    return {names.get(name, name): _upgrade_value(name, value) for name, value in kept.items()}
 
 
 def _upgrade_value(name: str, value: Any) -> Any:
