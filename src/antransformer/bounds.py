@@ -45,8 +45,8 @@ class Bound:
 def collect_bounds(module: nn.Module) -> list[Bound]:
     """Bounds of a module: the list of its method ``bounds()``, or else the bounds of its children.
 
-    Bounded are the rows of every ``antransformer.nn.Linear``, ``Embedding`` and ``Head``, each bias as one vector, and
-    the rows of weights that ``normalize_`` has scaled.
+    The bounded vectors are the rows of every ``antransformer.nn.Linear``, ``Embedding`` and ``Head``, each bias as one
+    vector, and the rows of weights that ``normalize_`` has scaled.
 
     >>> model = nn.Sequential(Embedding(50, 64), nn.LayerNorm(64), Linear(64, 2, bias=True))
     >>> [(bound.name, bound.axis) for bound in collect_bounds(model)]
@@ -98,7 +98,7 @@ def local_rows(bound: Bound) -> Tensor | None:
 def project_(bounds: Iterable[Bound]) -> None:
     """Project every bounded vector onto its constraint, in place and without a host synchronization.
 
-    A vector inside its bound keeps every bit. A zero vector stays zero, also under a strict bound.
+    A vector inside its bound is left bit-for-bit unchanged. A zero vector stays zero, even under a strict bound.
     """
     for bound in bounds:
         rows = local_rows(bound)
@@ -142,7 +142,7 @@ def bind(model: nn.Module, optimizer: Optimizer) -> RemovableHandle:
     def project(_optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
         project_(bounds)
 
-    # A hook of the optimizer works in any training loop, also in the Hugging Face Trainer.
+    # A hook of the optimizer works in any training loop, including the Hugging Face Trainer.
     return optimizer.register_step_post_hook(project)
 
 

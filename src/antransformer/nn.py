@@ -1,7 +1,7 @@
 """Modules that hold the parameters of the method, as thin shells around ``functional``.
 
 Shapes: B batch, T queries, S keys, d model width. Constant factors keep norms: for inputs of unit norm the outputs have
-about unit norm. Constructors initialise the parameters, and ``reset_parameters`` initialises them again.
+about unit norm. Constructors initialize the parameters, and ``reset_parameters`` initializes them again.
 ``antransformer.bind(model, optimizer)`` bounds the rows of every ``Linear``, ``Embedding`` and ``Head`` of a model.
 """
 

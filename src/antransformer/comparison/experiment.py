@@ -111,7 +111,7 @@ class Experiment:
                 check_data(self.config(state, tokens, TRIAL_SEED), dataset)
 
     def run(self) -> Results:
-        """Tune all variants, then run every budget with every seed; raises as ``RunQueue.run``."""
+        """Tune all variants, then run every budget with every seed; raises the errors of ``RunQueue.run``."""
         started = time.monotonic()
         self.tune()
         self.stage("measured runs")
@@ -136,7 +136,7 @@ class Experiment:
         )
 
     def tune(self) -> None:
-        """Search the learning rates and then the hyperparameter of each variant, as far as the plan has trials."""
+        """Search the learning rates and then each variant's hyperparameter, skipping a search with only one trial."""
         plan = self.plan
         if plan.lr_trials > 1:
             self.stage(f"learning rates, {plan.trial_tokens:,} tokens")
@@ -196,7 +196,7 @@ class Experiment:
         return fill_defaults({**merged, "tokens": tokens, "seed": seed}, self.dataset.vocab_size)
 
     def job(self, state: VariantState, tokens: int, seed: int, settings: Mapping[str, Any] | None = None) -> Job:
-        """Return a run whose name has all settings that may differ within a variant."""
+        """Return a run whose name lists all settings that may differ within a variant."""
         config = self.config(state, tokens, seed, settings)
         default_config = self.config(VariantState(state.spec), tokens, seed)
         parts = [state.spec.name, str(tokens), f"lr{config.lr:g}"]

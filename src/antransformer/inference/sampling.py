@@ -71,7 +71,7 @@ def generate(
         for _ in range(max_new_tokens):
             logits = next_logits(model, new, cache)
             if not math.isfinite(logits.sum()):
-                raise CheckpointError("logits are not finite: the weights contain NaN or Inf, or have diverged")
+                raise CheckpointError("logits are not finite: the weights contain NaN or Inf, or training diverged")
             sampled = sample(logits[:, :vocab_size], temperature, top_k, top_p, generators)
             tokens = sampled.tolist()
             ended = [done or token in stop for done, token in zip(ended, tokens, strict=True)]

@@ -1,4 +1,4 @@
-"""Import of exported models into run folders, also after transformers has saved them. Needs no transformers."""
+"""Import of exported models into run folders, including models saved again by transformers, which is not required."""
 
 import re
 from dataclasses import fields

@@ -103,7 +103,7 @@ class Scorer(HFLM):
     def _model_call(self, inps: Tensor, *arguments: Any, **options: Any) -> Tensor:
         logits: Tensor = super()._model_call(inps, *arguments, **options)
         if not logits.isfinite().all():
-            raise CheckpointError("logits are not finite: the weights contain NaN or Inf, or have diverged")
+            raise CheckpointError("logits are not finite: the weights contain NaN or Inf, or training diverged")
         self.done += len(inps)
         self.progress(self.done, self.total)
         return logits

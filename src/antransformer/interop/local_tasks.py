@@ -82,7 +82,7 @@ def text_field(line: Row, name: str) -> str:
 
 
 def text_list(line: Row, name: str) -> list[str]:
-    """Return a field that must be a list of two or more non-empty texts; raises as ``text_field``."""
+    """Return a field that must be a list of two or more non-empty texts; raises the errors of ``text_field``."""
     value = line[name]
     if not isinstance(value, list) or len(value) < 2 or not all(isinstance(item, str) and item for item in value):
         raise ValueError(f"{name} is not a list of two or more texts")
@@ -90,7 +90,7 @@ def text_list(line: Row, name: str) -> list[str]:
 
 
 def choice_index(line: Row, name: str, count: int) -> int:
-    """Return a field that must be an index below ``count``, a number or its digits; raises as ``text_field``."""
+    """Return a field that must be an index below ``count`` (number or digits); raises the errors of ``text_field``."""
     value = str(line[name])
     if not value.isdecimal() or int(value) >= count:
         raise ValueError(f"{name} {value!r} is not the index of one of {count} answers")
@@ -168,7 +168,7 @@ def rows(task: str, path: Path) -> list[Row]:
 
 
 def json_rows(path: Path, row: Callable[[Row], Row]) -> Iterator[Row]:
-    """Yield lines of JSON converted by ``row``, with labels of FILE-labels.lst if it exists; raises as ``rows``."""
+    """Yield JSON lines through ``row``, with labels of any FILE-labels.lst; raises the errors of ``rows``."""
     lines = [(number, line) for number, line in enumerate(read_utf8(path).split("\n"), 1) if line.strip()]
     label_file = path.with_name(f"{path.stem}-labels.lst")
     labels = read_utf8(label_file).split() if label_file.is_file() else None

@@ -456,7 +456,7 @@ class AntransformerForCausalLM(PreTrainedModel, GenerationMixin):
         return self.lm_head(self.final_norm(x), None if self.logit_scale is None else self.logit_scale())
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialise a module: rows of about unit norm, where ``antransformer.build`` draws exact ones."""
+        """Initialize a module: rows of about unit norm, where ``antransformer.build`` draws exact ones."""
         reset = getattr(module, "reset_parameters", None)
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.width**-0.5)

@@ -90,7 +90,7 @@ class ModelAxisAnGPT(AnGPT):
         return [replace(bound, axis=model_axis(bound.name)) for bound in super().bounds()]
 
     def reset_parameters(self) -> None:
-        """Initialise with unit norm along the axis of each bound."""
+        """Initialize with unit norm along the axis of each bound."""
         super().reset_parameters()
         # Strict here only, so that columns start at norm 1 and not below it.
         project_(replace(bound, strict=True) for bound in self.bounds())

@@ -87,12 +87,12 @@ class Decoder(nn.Module, ABC):
         return F.linear(*self.head(hidden))
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Return logits (B, T, V) of token ids (B, T), or the mean loss if targets are given; raises as ``hidden``."""
+        """Return logits (B, T, V) of token ids (B, T), or the loss for targets; raises the errors of ``hidden``."""
         hidden = self.hidden(tokens)
         return self.logits(hidden) if targets is None else functional.cross_entropy(*self.head(hidden), targets)
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats of ``targets`` (B, T) given ``tokens`` (B, T); raises as ``hidden``."""
+        """Mean cross-entropy in nats of ``targets`` (B, T) given ``tokens`` (B, T); raises the errors of ``hidden``."""
         return self(tokens, targets)  # through __call__, since FSDP gathers weights in hooks of the forward pass
 
     def parameter_count(self) -> int:

@@ -50,7 +50,7 @@ class DyT(GPTPlus):
         return super().embed(tokens) * self.embedding_scale
 
     def reset_parameters(self) -> None:
-        """Initialise as GPT+; the embedding scale gives coordinates of variance 1."""
+        """Initialize as GPT+; the embedding scale gives coordinates of variance 1."""
         super().reset_parameters()
         nn.init.constant_(self.embedding_scale, math.sqrt(self.config.width))
         for module in self.modules():

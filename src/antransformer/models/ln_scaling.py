@@ -37,7 +37,7 @@ class LNScaling(GPTPlus):
     def output_std(self) -> float:
         """Initial standard deviation of ``out_proj`` and ``down_proj``, the same as of all other weights.
 
-        The authors found that an initialisation that shrinks with depth does not combine with scaled norms.
+        The authors found that an initialization that shrinks with depth does not combine with scaled norms.
         """
         return self.config.init_std
 

@@ -190,7 +190,7 @@ def integer_ticks(axis: Any) -> None:
 
 
 def log_ticks(axis: Any, unit: str = "") -> None:
-    """Label a logarithmic axis with plain numbers, also where it spans less than a decade.
+    """Label a logarithmic axis with plain numbers, even where it spans less than a decade.
 
     The x axes of three or more panels in a row get fewer ticks, since they are narrow.
     """

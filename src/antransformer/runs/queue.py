@@ -111,7 +111,7 @@ class RunQueue:
         return results | self._execute(waiting)
 
     def finished(self, job: Job) -> RunResult | None:
-        """Return the result of a run that an earlier call finished, or None; raises as ``run``."""
+        """Return the result of a run that an earlier call finished, or None; raises the errors of ``run``."""
         folder = self.root / job.name
         if not (folder / run_folder.CONFIG_FILE).is_file():
             return None

@@ -28,7 +28,7 @@ class GridSearch(Generic[Key]):
         self.results: dict[Key, dict[float, list[RunResult]]] = {}
 
     def run(self, values: Mapping[Key, Iterable[float]]) -> None:
-        """Run some values of each key; raises as ``RunQueue.run``."""
+        """Run some values of each key; raises the errors of ``RunQueue.run``."""
         jobs = {(key, value): self.jobs_of(key, value) for key, chosen in values.items() for value in chosen}
         results = self.queue.run(job for seeds in jobs.values() for job in seeds)
         for (key, value), seeds in jobs.items():

@@ -151,7 +151,7 @@ class Surface:
 def optimum(batches: Array, lrs: Array, losses: Array) -> Optimum | None:
     """Best batch and learning rate, by two stages of Akima interpolation (arXiv:2406.19146).
 
-    Stage one minimises the loss over log learning rate for each batch; stage two minimises these minima over log batch.
+    Stage one minimizes the loss over log learning rate for each batch; stage two minimizes these minima over log batch.
 
     Args:
         batches, lrs, losses: one entry for each run. Repeated settings are averaged; a diverged run has infinite loss.
@@ -262,7 +262,7 @@ def frontier(parameters: Array, tokens: Array, losses: Array, bins: int | None =
 def surface(parameters: Array, tokens: Array, losses: Array, resamples: int = SURFACE_RESAMPLES) -> Surface:
     """Fit E + A / N^alpha + B / D^beta by the Huber loss of log L (arXiv:2203.15556, approach 3).
 
-    The Huber loss is summed, not averaged, and minimised to convergence: stopping early biases the fit
+    The Huber loss is summed, not averaged, and minimized to convergence: stopping early biases the fit
     (arXiv:2404.10102). The delta method assumes normal residuals with the observed standard deviation.
 
     Args:

@@ -83,7 +83,7 @@ def _paper_size(config: ModelConfig) -> int:
 
 
 def learning_rate(config: ModelConfig) -> float:
-    """Peak learning rate of AdamW, rounded to three digits; raises as ``fitted_size``."""
+    """Peak learning rate of AdamW, rounded to three digits; raises the errors of ``fitted_size``."""
     size = fitted_size(config)
     if size is None:
         return SMALL_LR[config.architecture]
@@ -92,7 +92,10 @@ def learning_rate(config: ModelConfig) -> float:
 
 
 def lr_width(config: ModelConfig) -> int:
-    """Model width at which the default learning rate was tuned; 0 in the fitted range, where it needs no scaling."""
+    """Model width at which the default learning rate was tuned; 0 in the fitted range, where it needs no scaling.
+
+    ``training.optimizer.matrix_lrs`` applies the rule.
+    """
     return SMALL_LR_WIDTH if is_small(config) else 0
 
 
@@ -102,7 +105,7 @@ def optimizer_lr(config: ModelConfig, optimizer: OptimizerSpec) -> float:
 
 
 def batch_tokens(config: ModelConfig) -> int:
-    """Tokens per optimizer step; raises as ``fitted_size``."""
+    """Tokens per optimizer step; raises the errors of ``fitted_size``."""
     size = fitted_size(config)
     if size is None:
         return SMALL_BATCH_TOKENS

@@ -9,7 +9,7 @@ from antransformer.training.trainer import Trainer
 
 
 def dry_run_trainer(config: TrainConfig, dataset: Dataset) -> Trainer:
-    """Trainer for calls of ``update`` only, without a run folder; raises as ``Trainer``."""
+    """Trainer for calls of ``update`` only, without a run folder; raises the errors of ``Trainer``."""
     return Trainer(config, dataset, Path(), NullReporter())
 
 

@@ -51,7 +51,7 @@ def require_empty(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise ConfigError(f"{folder} is a file: choose the name of a new folder for --out")
-    # Files of a run that was killed while its folder was created, or is created now; the config is written last.
+    # Files of a run that was killed while creating its folder, or is still creating it. The config is written last.
     partial = {f"{name}.partial" for name in (TOKENIZER_FILE, CONFIG_FILE, HOLDER_FILE)}
     unfinished = {CHECKPOINTS, TOKENIZER_FILE, LOCK_FILE, HOLDER_FILE} | partial
     if {path.name for path in folder.iterdir()} - unfinished or any((folder / CHECKPOINTS).glob("*")):
@@ -59,7 +59,7 @@ def require_empty(folder: Path) -> None:
 
 
 def create_run_folder(folder: Path, config: TrainConfig, dataset: Dataset) -> None:
-    """Create the folder of a new run; raises as ``write_run_folder``."""
+    """Create the folder of a new run; raises the errors of ``write_run_folder``."""
     write_run_folder(folder, to_mapping(config), dataset.tokenizer())
 
 
@@ -91,7 +91,7 @@ def saved_settings(folder: Path) -> dict[str, Any]:
 
 
 def saved_config(folder: Path) -> TrainConfig:
-    """Config of the run in ``folder``; raises as ``saved_settings`` and ``resolve_config``."""
+    """Config of the run in ``folder``; raises the errors of ``saved_settings`` and ``resolve_config``."""
     settings = {**LEGACY_DEFAULTS, **saved_settings(folder)}
     # The saved settings hold the model's vocab_size, so the default does not matter.
     return resolve_config(settings, vocab_size=1, where=str(folder / CONFIG_FILE))
