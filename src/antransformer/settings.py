@@ -171,7 +171,10 @@ def nearest(word: str, known: Iterable[str]) -> str:
 def _read_int(value: Any) -> int:
     if isinstance(value, bool) or (isinstance(value, float) and value != int(value)):
         raise ValueError(value)
-    return int(value)
+    number = int(value)
+    if abs(number) >= 2**63:  # torch takes 64 bits
+        raise ValueError(value)
+    return number
 
 
 def _read_float(value: Any) -> float:
@@ -196,7 +199,7 @@ def _read_str(value: Any) -> str:
 
 _READERS: dict[Any, tuple[Callable[[Any], Any], str]] = {
     Count: (read_count, "a count of tokens such as 4096, 60K or 2.5B"),
-    int: (_read_int, "an integer"),
+    int: (_read_int, "an integer of at most 63 bits"),
     float: (_read_float, "a number"),
     bool: (_read_bool, "true or false"),
     str: (_read_str, "text"),

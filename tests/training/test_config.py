@@ -166,6 +166,8 @@ def test_batches_are_rounded_to_sequences():
         ({"optimizer": "muon", "muon_lr": 0}, "muon_lr 0.0"),
         ({"optimizer": "sgd"}, "config.yaml optimizer adam muon sgd"),
         ({"warmup_fraction": 1}, "warmup_fraction 0 1 1.0"),
+        ({"micro_batch_size": 2**63}, "micro_batch_size 63"),
+        ({"lr_width": 2**31}, "lr_width 0 2^31"),
         ({"log_every": 0}, "log_every 1 0"),
         ({"max_skipped_steps": -1}, "max_skipped_steps 0 -1"),
         ({"timeout": 0}, "timeout 1 1,000,000 0"),

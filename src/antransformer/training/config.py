@@ -54,6 +54,7 @@ class TrainConfig:
         "matrices by lr_width/width. 0 disables scaling (default: 128 below 30M parameters, otherwise 0)",
         0,
         ge=0,
+        lt=2**31,
     )
     muon_lr: float | None = setting("peak learning rate of Muon (default: by architecture)", None, gt=0)
     min_lr_ratio: float = setting("final learning rate as a fraction of the peak", 0.01, ge=0, le=1)
