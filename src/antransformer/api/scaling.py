@@ -91,7 +91,7 @@ def sweep(
         if max_hours is not None and expected.hours[1] > max_hours:
             raise ConfigError(
                 f"this takes up to {expected.hours[1]:.1f} hours on this machine, more than {max_hours:g}: "
-                "add --yes to start it"
+                "add --yes, or raise max_hours, to start it"
             )
     with lock(folder):
         with display:
@@ -184,7 +184,7 @@ def plan(
 
 
 def _choice(name: str, value: str, known: Sequence[str] | Mapping[str, Any]) -> str:
-    value = value.lower()
+    value = value if value in known else value.lower()
     if value not in known:
         raise ConfigError(f"unknown --{name} {value}{nearest(value, known)}; known are {', '.join(known)}")
     return value

@@ -9,6 +9,7 @@ from typing import Any
 
 from antransformer.errors import ConfigError
 from antransformer.models.registry import get
+from antransformer.training.optimizer_registry import OPTIMIZERS, split_variant
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,10 @@ FALLBACK = (("#9a9f2b", "h"), ("#b5651d", "p"), ("#5f7a8a", "d"), ("#a23b72", ">
 
 
 def style_of(name: str) -> SeriesStyle:
-    """Label, colour and marker of a variant: an architecture, one with the suffix ``-muon``, or any other name."""
-    architecture = name.removesuffix("-muon")
+    """Label, colour and marker of a variant: an architecture, with or without an optimizer suffix, or another name."""
+    architecture, optimizer = split_variant(name)
     try:
-        label = get(architecture).label + (" (Muon)" if architecture != name else "")
+        label = get(architecture).label + (f" ({OPTIMIZERS[optimizer].label})" if optimizer else "")
     except ConfigError:  # an ablation, or an architecture that is not installed here
         label = name
     fallback = FALLBACK[zlib.crc32(name.encode()) % len(FALLBACK)]

@@ -11,14 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from antransformer.bootstrap import CONFIDENCE
-from antransformer.extras import require
+from antransformer.bootstrap import TAILS, residual_inflation, student_t
 
 Array = NDArray[np.float64]
 Interval = tuple[float, float]
 Matrix = tuple[tuple[float, ...], ...]
-
-UPPER = (1 + CONFIDENCE) / 2  # probability below the upper end of a two-sided interval
 
 
 def delta_intervals(
@@ -45,7 +42,7 @@ def bootstrap_intervals(refitted: Array, logs: Mapping[str, bool]) -> dict[str, 
     """
     if not len(refitted):
         return _unknown(logs)
-    low, high = np.quantile(refitted, [1 - UPPER, UPPER], axis=0)
+    low, high = np.quantile(refitted, TAILS, axis=0)
     return _by_name(low, high, logs)
 
 
@@ -58,10 +55,7 @@ def bootstrap_samples(fitted: Array, residuals: Array, coefficients: int, resamp
     points, degrees_of_freedom = len(fitted), len(fitted) - coefficients
     if not degrees_of_freedom:
         return np.empty((0, points))
-    # The fit has absorbed part of the noise: restore its variance.
-    scale = math.sqrt(points / degrees_of_freedom)
-    # Few residuals show their own spread badly: widen as Student's t widens the normal interval.
-    scale *= student_t(degrees_of_freedom) / float(require("scipy.stats", "analysis").norm.ppf(UPPER))
+    scale = residual_inflation(points, degrees_of_freedom)
     # A Huber fit passes exactly through some points. Drawing their zero residuals again and again makes the fit look
     # more certain than it is, so smooth by Silverman's rule, in standard deviations, at the same total variance.
     bandwidth = 1.06 * points**-0.2
@@ -86,11 +80,6 @@ def relative_band(values: Any, slopes: Array, covariance: Matrix, degrees_of_fre
     variance = np.einsum("...i,ij,...j->...", slopes, matrix, slopes)
     factor = np.exp(student_t(degrees_of_freedom) * np.sqrt(np.maximum(variance, 0)))  # rounding can give -1e-20
     return values / factor, values * factor
-
-
-def student_t(degrees_of_freedom: int) -> float:
-    """Number of standard errors on either side of a 95% interval."""
-    return float(require("scipy.stats", "analysis").t.ppf(UPPER, degrees_of_freedom))
 
 
 def as_matrix(array: Array) -> Matrix:
