@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import itertools
 import json
 import math
 import os
@@ -202,6 +203,33 @@ def test_a_diverged_run_does_not_change_the_surface(tmp_path):
     assert fit(observed)[0].surface == fit(Observations((), tuple(rows)))[0].surface
 
 
+def length_search(sizes, lengths, exponent=0.4):
+    """Runs whose best learning rate is 1e-3 at 1,000 steps of a size of 1M, ~ N^-0.2 and ~ steps^-exponent."""
+    rows = []
+    for n, steps in itertools.product(sizes, lengths):
+        best = 1e-3 * (n / 1e6) ** -0.2 * (steps / 1000) ** -exponent
+        for rate in 1e-3 * 2.0 ** np.arange(-6, 7):
+            rows.append(Observation("angpt", n, steps * 2048, 2048, rate, 3 + 0.1 * math.log(rate / best) ** 2))
+    return rows
+
+
+def test_the_exponent_of_the_learning_rate_over_steps_is_recovered(tmp_path, capsys):
+    rows = length_search((1e6, 4e6), (100, 400, 1600))
+    (fitted,) = fit(Observations(rows, rows))
+    horizon = fitted.horizon
+    assert horizon.exponent == pytest.approx(0.4, abs=0.01) and horizon.points == 6
+    assert horizon.interval[0] < 0.4 < horizon.interval[1] and horizon.span == (100, 1600)
+    # At one number of tokens per parameter the larger size takes four times the steps.
+    assert fitted.laws["lr"].exponent == pytest.approx(-0.2 - 0.4, abs=0.01)
+    shortest = [row for row in rows if row.tokens == 100 * 2048]
+    assert fit(Observations(shortest, shortest))[0].horizon is None
+    one_size = write_table(tmp_path / "runs.csv", length_search((1e6,), (100, 1600)))
+    assert main(["fit", str(one_size), "--json", str(tmp_path / "laws.json"), "--out", str(tmp_path / "charts")]) == 0
+    content = json.loads((tmp_path / "laws.json").read_text())["angpt"]["horizon"]
+    assert content["exponent"] == pytest.approx(0.4, abs=0.01) and content["interval"] == [None, None]
+    assert re.search(r"p = 0\.4\d\d\b.*\b100 \S+ 1,600\b.* 2 *\n", capsys.readouterr().out)
+
+
 def test_an_architecture_with_one_size_is_no_error_next_to_others():
     one_size = [replace(row, architecture="ngpt") for row in grid_search(sizes=SIZES[:1])]
     diverged = [replace(row, architecture="dyt", loss=math.inf) for row in one_size]
@@ -226,7 +254,7 @@ def test_an_architecture_with_one_size_is_no_error_next_to_others():
         (f"{HEADER}\nangpt,1e6,inf,2048,1e-3,3\n", r"runs\.csv: .*1.*2.*\btokens\b.*\binf\b"),
         (f"{HEADER}\nangpt,1e6,1e7,2048,1e-3,nan\n", r"runs\.csv: .*1.*2.*\bloss\b.*\bnan\b"),
         (f"{HEADER}\n,1e6,1e7,2048,1e-3,3\n", r"runs\.csv: .*1.*2.*\barchitecture\b"),
-        (f"{HEADER}\nangpt,1e6,1e7,2048,1e-3,3\nangpt,1e6,2e7,2048,1e-3,2.9\n", r"\bangpt\b"),
+        (f"{HEADER}\nangpt,1e6,1e7,2048,1e-3,3\nangpt,1e6,1e7,2048,2e-3,2.9\n", r"\bangpt\b"),
         (b"PK\x03\x04\xff\xfe", r"runs\.csv: .*\butf-8\b"),
     ],
 )
@@ -250,7 +278,6 @@ def test_a_bad_table_gives_one_line_and_status_2(text, pattern, tmp_path, capsys
         (["one", "other"], ["other ", "data", " one"]),
         (["one", "ablated"], ["ablated"]),
         (["one", "bare"], ["bare", "'batch_tokens'"]),
-        (["one"], ["gpt+, angpt"]),
         (["--optima", "optima.csv", "--out", "optima.csv"], ["optima.csv", "--out"]),
         (["--optima", "optima.csv", "--out", "optima.csv/charts"], ["optima.csv", "--out"]),
         (["--optima", "optima.csv", "--json", "no/where.json"], ["--json", "no/where.json"]),

@@ -26,6 +26,8 @@ from antransformer.training.config_files import read_yaml
 from antransformer.training.cost_model.memory import estimate_memory
 from antransformer.training.cost_model.throughput import flops_per_token
 from antransformer.training.defaults import parameter_count
+from antransformer.training.learning_rates import peak_rates
+from antransformer.training.optimizer_registry import OPTIMIZERS
 
 SMALL = ModelConfig(width=256, layers=4, context=128, vocab_size=1024)
 BUDGETS = ("--flops", "--hours", "--gpus", "--tokens", "--size")
@@ -142,8 +144,27 @@ def test_a_default_rate_has_a_width_and_the_rate_of_a_law_has_none(fits, capsys)
     content = json.loads(fits.read_text())
     content["angpt"]["lr"] = {**content["angpt"]["loss"], "coefficient": 2e-3, "exponent": -0.1}
     fits.with_name("with-lr.json").write_text(json.dumps(content))
-    assert config_of(plan_output(capsys, *options, "--fits", fits.with_name("with-lr.json"))).lr_width == 0
+    by_law = config_of(plan_output(capsys, *options, "--fits", fits.with_name("with-lr.json")))
+    assert (by_law.lr_width, by_law.lr_horizon) == (0, 0)
     assert config_of(plan_output(capsys, "--tokens", "1B", "--size", "62m")).lr_width == 0
+
+
+def test_the_learning_rate_of_a_plan_follows_the_length_of_the_run(fits, capsys):
+    options = ["--size", "62m", "--vocab-size", 50304]
+    default = config_of(plan_output(capsys, *options, "--tokens", "1.25B"))
+    long = config_of(plan_output(capsys, *options, "--tokens", "12.5B"))
+    assert (long.lr, long.lr_horizon) == (default.lr, default.lr_horizon)
+    assert default.lr_horizon == pytest.approx(default.steps, rel=0.02)
+    exponent = OPTIMIZERS["adam"].horizon_exponents["angpt"]
+    assert peak_rates(long).blocks == pytest.approx(default.lr * 10**-exponent, rel=0.02)
+    content = json.loads(fits.read_text())
+    content["angpt"]["lr"] = {**content["angpt"]["loss"], "coefficient": 2e-3, "exponent": -0.1}
+    content["angpt"]["horizon"] = {"exponent": 0.3, "tokens_per_parameter": 4}
+    fits.with_name("horizon.json").write_text(json.dumps(content))
+    small = ["--size", "1M", "--vocab-size", 512, "--context", 256, "--fits", fits.with_name("horizon.json")]
+    config = config_of(plan_output(capsys, *small, "--tokens", "40M"))
+    assert config.horizon_exponent == 0.3
+    assert config.lr_horizon * config.batch_tokens == pytest.approx(4 * 1e6, rel=0.15)
 
 
 def test_the_band_follows_from_the_covariance(fits):

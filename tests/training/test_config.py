@@ -27,7 +27,8 @@ from antransformer.training.config import (
     to_mapping,
 )
 from antransformer.training.cost_model.throughput import flops_per_token
-from antransformer.training.optimizer import matrix_lrs
+from antransformer.training.learning_rates import given_rate, horizon_factor, peak_rates
+from antransformer.training.optimizer_registry import OPTIMIZERS
 from antransformer.training.schedule import learning_rate
 from helpers.messages import mentions
 
@@ -74,8 +75,9 @@ def test_defaults_below_the_fitted_range_are_measured():
 
 def test_default_learning_rates_of_matrices_scale_with_width_in_small_models():
     def rates(**settings):
-        config = resolve_config(settings, vocab_size=4096)
-        return config.lr, *matrix_lrs(config)
+        rates = peak_rates(resolve_config({**settings, "lr_horizon": 0}, vocab_size=4096))
+        assert rates.embedding == rates.head
+        return rates.vectors, rates.head, rates.blocks
 
     root, wide = pytest.approx(1e-3 / 2**0.5), {"model": {"width": 256, "layers": 2}}
     for architecture in BUILT_IN:
@@ -89,6 +91,50 @@ def test_default_learning_rates_of_matrices_scale_with_width_in_small_models():
     with pytest.raises(ConfigError) as error:
         resolve_config({"lr_width": -1}, vocab_size=4096)
     assert mentions(str(error.value), *["lr_width", "0", "-1"])
+
+
+def test_separate_rates_take_the_place_of_lr_and_scale_like_it():
+    given = {"lr": 1e-3, "embed_lr": 3e-2, "head_lr": 4e-3, "vector_lr": 5e-3}
+    nano = {"model": {"width": 128, "layers": 1}}
+    assert peak_rates(resolve_config({**given, **nano}, 4096)) == (3e-2, 4e-3, 5e-3, 1e-3)
+    narrow = peak_rates(resolve_config({**given, "model": {"width": 64, "layers": 1}}, 4096))
+    assert narrow == pytest.approx((3e-2 * 2**0.5, 4e-3 * 2**0.5, 5e-3, 2e-3))
+    muon = resolve_config({**given, **nano, "optimizer": "muon", "muon_lr": 0.02}, 4096)
+    assert peak_rates(muon) == (3e-2, 4e-3, 5e-3, 0.02)
+    long = {**given, **nano, "lr_horizon": 100, "horizon_exponent": 0.5, "tokens": 2048 * 400}
+    assert peak_rates(resolve_config(long, 4096)) == pytest.approx((1.5e-2, 2e-3, 2.5e-3, 5e-4))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("architecture", ["angpt", "gpt+"])
+def test_default_rates_follow_the_length_of_the_run_and_given_rates_do_not(architecture, optimizer):
+    def config(steps, **settings):
+        given = {"architecture": architecture, "optimizer": optimizer, "tokens": steps * 2048, **settings}
+        return resolve_config(given, 4096)
+
+    reference, exponent = defaults.SMALL_LR_STEPS, OPTIMIZERS[optimizer].horizon_exponents[architecture]
+    short, long = config(reference), config(16 * reference)
+    assert (long.lr_horizon, long.horizon_exponent) == (reference, exponent) and 0 < exponent < 1
+    assert horizon_factor(short) == horizon_factor(config(reference // 2)) == 1
+    for early, late in zip(peak_rates(short), peak_rates(long), strict=True):
+        assert late == pytest.approx(early * 16**-exponent)
+    assert peak_rates(config(16 * reference, lr_horizon=0)) == peak_rates(short)
+    # A given rate is exact; the optimizer's own rate then has the value that the horizon gives it.
+    mixed = config(16 * reference, lr=1e-3)
+    assert (mixed.lr, mixed.lr_horizon) == (1e-3, 0)
+    own = OPTIMIZERS[optimizer].lr_setting
+    if own:
+        assert getattr(mixed, own) == pytest.approx(given_rate(long, own), rel=5e-3)
+    assert config(16 * reference, lr=given_rate(long, "lr")).lr == pytest.approx(peak_rates(long).vectors)
+    assert resolve_config(to_mapping(long), 1) == long and resolve_config(to_mapping(mixed), 1) == mixed
+
+
+@pytest.mark.parametrize("preset", ["32m", "125m", "1b"])
+def test_in_the_fitted_range_the_horizon_is_the_default_length(preset):
+    default = resolve_config({"preset": preset}, 50_304)
+    assert default.lr_horizon == default.steps > 1000 and horizon_factor(default) == 1
+    longer = resolve_config({"preset": preset, "tokens": 4 * default.tokens}, 50_304)
+    assert horizon_factor(longer) == pytest.approx(4**-longer.horizon_exponent, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -168,6 +214,9 @@ def test_batches_are_rounded_to_sequences():
         ({"warmup_fraction": 1}, "warmup_fraction 0 1 1.0"),
         ({"micro_batch_size": 2**63}, "micro_batch_size 63"),
         ({"lr_width": 2**31}, "lr_width 0 2^31"),
+        ({"lr_horizon": -1}, "lr_horizon 0 -1"),
+        ({"horizon_exponent": 3}, "horizon_exponent 0 2 3.0"),
+        ({"embed_lr": 0}, "embed_lr 0"),
         ({"log_every": 0}, "log_every 1 0"),
         ({"max_skipped_steps": -1}, "max_skipped_steps 0 -1"),
         ({"timeout": 0}, "timeout 1 1,000,000 0"),

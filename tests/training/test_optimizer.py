@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from antransformer.training.config import resolve_config
+from antransformer.training.learning_rates import format_rates, peak_rates
 from antransformer.training.metrics import read_metrics
 from antransformer.training.muon import Muon
-from antransformer.training.optimizer import format_lrs, matrix_lrs
 from antransformer.training.optimizer_registry import OPTIMIZERS, split_variant
 from antransformer.training.schedule import learning_rate
 from helpers.trainers import ARCHITECTURES, start
@@ -46,17 +46,18 @@ def test_muon_trains_the_matrices_inside_the_blocks(corpus, tmp_path):
     trainer = start(corpus, tmp_path / "run", optimizer="muon", muon_lr=0.05, model={"architecture": "gpt+"})
     names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
     groups = [{names[id(p)] for p in group["params"]} for group in trainer.optimizer.param_groups]
-    outer, vectors, inner = *groups[:2], groups[2] | groups[3]
-    assert groups[3] == {f"blocks.{layer}.attention.qkv_proj.weight" for layer in (0, 1)}
-    assert outer == {"embedding.weight", "lm_head.weight"}
+    outer, vectors, inner = groups[0] | groups[1], groups[2], groups[3] | groups[4]
+    assert groups[4] == {f"blocks.{layer}.attention.qkv_proj.weight" for layer in (0, 1)}
+    assert groups[:2] == [{"embedding.weight"}, {"lm_head.weight"}]
     matrices = ("attention.qkv_proj", "attention.out_proj", "mlp.up_proj", "mlp.gate_proj", "mlp.down_proj")
     assert inner == {f"blocks.{layer}.{name}.weight" for layer in (0, 1) for name in matrices}
     assert len(outer) + len(vectors) + len(inner) == len(names)
     trainer.update(15)
     rates = [group["lr"] for group in trainer.optimizer.param_groups]
     share = learning_rate(15, 20, 1.0, warmup_fraction=0.1, min_lr_ratio=0.01)
-    outer_lr = matrix_lrs(trainer.config)[0]
-    assert rates == pytest.approx([outer_lr * share, trainer.config.lr * share, 0.05 * share, 0.05 * share])
+    peaks = peak_rates(trainer.config)
+    assert peaks.blocks == 0.05
+    assert rates == pytest.approx([peak * share for peak in (*peaks, peaks.blocks)])
 
 
 def test_muon_equals_torchs_with_separate_q_k_and_v():
@@ -93,11 +94,16 @@ def test_muon_rotates_rows_of_unit_norm_by_the_learning_rate(corpus, tmp_path):
 
 def test_learning_rates_as_text():
     def numbers(**settings):
-        return re.findall(r"[\d.]+", format_lrs(resolve_config({"lr": 1e-3, **settings}, 4096)))
+        config = resolve_config({"lr": 1e-3, "tokens": "819,200", **settings}, 4096)
+        return re.findall(r"\d[\d.,]*\d", format_rates(config))
 
     assert numbers() == numbers(lr_width=0) == ["0.001"]
-    assert numbers(lr_width=512) == ["0.001", "0.002", "0.004"]  # lr; embedding and head; block matrices
-    assert numbers(lr_width=512, optimizer="muon") == ["0.001", "0.002"]
+    # Embedding and head, vectors, block matrices; lr and the width and steps at which it was tuned.
+    assert numbers(lr_width=512) == ["0.002", "0.001", "0.004", "0.001", "512"]
+    assert numbers(lr_width=512, optimizer="muon", muon_lr=0.03)[:3] == ["0.002", "0.001", "0.03"]
+    horizon = {"lr_horizon": 100, "horizon_exponent": 0.5}  # a fourth of the steps of the run
+    assert numbers(**horizon) == ["0.0005", "0.001", "100"]
+    assert numbers(embed_lr=0.03, head_lr=0.01) == ["0.03", "0.01", "0.001"]
 
 
 def test_names_of_variants_select_the_optimizer():

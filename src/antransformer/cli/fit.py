@@ -35,7 +35,7 @@ from antransformer.reporting.labels import format_count, style_of
 
 if TYPE_CHECKING:
     from antransformer.scaling.fits import Fit
-    from antransformer.scaling.fitting import Surface
+    from antransformer.scaling.fitting import Horizon, Surface
     from antransformer.scaling.intervals import Interval
 
 USAGE = "antransformer fit RESULTS... [options]\n       antransformer fit --optima FILE.csv [options]"
@@ -84,6 +84,8 @@ def print_laws(fit: "Fit") -> None:
         console.print(optima_table(fit))
     if fit.laws:
         console.print(laws_table(fit))
+    if fit.horizon:
+        console.print(horizon_table(fit.horizon))
     if fit.surface:
         console.print(surface_table(fit.surface))
     for note in fit.notes:
@@ -122,6 +124,14 @@ def laws_table(fit: "Fit") -> Table:
                 "" if math.isnan(law.r2) else f"{law.r2:.3f}",
                 str(law.points),
             )
+    return table
+
+
+def horizon_table(horizon: "Horizon") -> Table:
+    """Return a table of the exponent of the best learning rate over the steps of a run."""
+    table = new_table("best learning rate ~ steps^-p", "95% (t)", "steps", "points")
+    steps = f"{horizon.span[0]:,.0f} to {horizon.span[1]:,.0f}"
+    table.add_row(f"p = {horizon.exponent:.3f}", format_interval(horizon.interval, ".3f"), steps, str(horizon.points))
     return table
 
 

@@ -126,8 +126,8 @@ def run_table(plan: "Plan") -> Table:
         "tokens": f"{format_quantity(plan.tokens)} ({plan.tokens / plan.parameters:.3g} per parameter)",
         "compute": f"{plan.compute:.3g} FLOPs (6 N D)",
         "batch": f"{plan.batch:,} sequences of {context:,} = {format_quantity(plan.batch * context)} tokens",
-        "steps": f"{plan.tokens // (plan.batch * context):,}",
-        "learning rate": f"{plan.lr:g}" + (f" (at width {plan.lr_width:,})" if plan.lr_width else ""),
+        "steps": f"{plan.steps:,}",
+        "learning rate": format_rate(plan),
         "devices": f"{plan.cluster.devices:,} {plan.cluster.gpu_name}",
         "parallelism": parallelism(plan),
         "micro batch": f"{layout.micro_batch_size} sequences, {layout.grad_accum_steps} per step",
@@ -137,6 +137,13 @@ def run_table(plan: "Plan") -> Table:
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def format_rate(plan: "Plan") -> str:
+    """Return the learning rate, with the width and the steps at which it was tuned."""
+    tuned = [f"width {plan.lr_width:,}"] if plan.lr_width else []
+    tuned += [f"{plan.lr_horizon:,} steps"] if plan.lr_horizon else []
+    return f"{plan.lr:g}" + (f" (at {' and '.join(tuned)})" if tuned else "")
 
 
 def parallelism(plan: "Plan") -> str:

@@ -13,8 +13,8 @@ from antransformer.models.registry import get
 from antransformer.training.checkpointing.checkpoint import Checkpoint
 from antransformer.training.config import TrainConfig
 from antransformer.training.defaults import parameter_count
+from antransformer.training.learning_rates import format_rates
 from antransformer.training.metrics import MetricsLine, read_metrics
-from antransformer.training.optimizer import format_lrs
 from antransformer.training.optimizer_registry import OPTIMIZERS
 from antransformer.training.run_folder import run_folder_of, saved_config, saved_settings
 
@@ -173,7 +173,7 @@ def learning_rate(config: TrainConfig) -> str:
     """Return the peak learning rates and the schedule."""
     warmup = f"warm-up over {config.warmup_fraction:.0%} of the run" if config.warmup_fraction else "no warm-up"
     decay = f"cosine decay to {config.min_lr_ratio:.0%} of the peak over {config.tokens:,} tokens"
-    return f"{format_lrs(config)}, {warmup}, {decay}"
+    return f"{format_rates(config)}, {warmup}, {decay}"
 
 
 def validation_fact(line: MetricsLine, step: int) -> Fact:

@@ -13,6 +13,8 @@ TRAINING = (
     "micro_batch_size",
     "optimizer",
     "lr_width",
+    "lr_horizon",
+    "horizon_exponent",
     "min_lr_ratio",
     "beta1",
     "beta2",
@@ -23,8 +25,10 @@ TRAINING = (
     "compile",
 )
 MODEL = ("width", "layers", "context", "head_dim", "mlp_ratio", "vocab_size", "rotary_fraction", "rope_theta")
-# A sweep has its own options for sizes and batches.
-SWEEP_TRAINING = tuple(name for name in TRAINING if name not in ("preset", "batch_tokens"))
+# A sweep has its own options for sizes and batches, and tries exact learning rates.
+SWEEP_TRAINING = tuple(
+    name for name in TRAINING if name not in ("preset", "batch_tokens", "lr_horizon", "horizon_exponent")
+)
 SWEEP_MODEL = tuple(name for name in MODEL if name != "width")
 
 

@@ -11,7 +11,7 @@ from antransformer.errors import DataError
 from antransformer.reporting.labels import format_count
 from antransformer.results.observations import BestSettings, Observation, Observations, column
 from antransformer.scaling import fitting as scaling
-from antransformer.scaling.fitting import Frontier, Optimum, PowerLaw, Surface, power_law
+from antransformer.scaling.fitting import Frontier, Horizon, Optimum, PowerLaw, Surface, power_law
 from antransformer.scaling.intervals import Array
 
 MIN_POINTS = 2  # of a power law
@@ -57,6 +57,7 @@ class Fit:
         optima: best settings, by size and then by tokens.
         frontier: runs on the compute frontier; None without runs.
         laws: power laws by their name in ``LAWS``; laws without enough points are left out.
+        horizon: best learning rate over the steps of a run; None if no size has two lengths.
         surface: L(N, D); None if there are too few runs.
         notes: warnings about missing laws and laws from few points.
         searches: runs among which the best settings were searched, of all architectures, for the figures.
@@ -67,6 +68,7 @@ class Fit:
     optima: tuple[SizeOptimum, ...]
     frontier: Frontier | None
     laws: dict[str, PowerLaw]
+    horizon: Horizon | None
     surface: Surface | None
     notes: tuple[str, ...]
     searches: tuple[Observation, ...] = ()
@@ -78,6 +80,8 @@ class Fit:
         if self.frontier:
             columns = {name: column.tolist() for name, column in asdict(self.frontier).items()}
             values["frontier"] = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        if self.horizon:
+            values["horizon"] = asdict(self.horizon)
         if self.surface:
             values["surface"] = asdict(self.surface)
         return _json_values({**values, "notes": self.notes})
@@ -89,7 +93,7 @@ def fit_optima(rows: Sequence[BestSettings]) -> list[Fit]:
     Raises:
         DataError: no architecture has two sizes.
     """
-    _require_two_sizes(rows)
+    _require_two_points(rows)
     fits = []
     for name in dict.fromkeys(row.architecture for row in rows):
         own_rows = sorted((row for row in rows if row.architecture == name), key=lambda row: row.parameters)
@@ -97,8 +101,8 @@ def fit_optima(rows: Sequence[BestSettings]) -> list[Fit]:
             SizeOptimum(row.parameters, math.nan, Optimum(row.batch, row.lr, math.nan, True, True, 3))
             for row in own_rows
         ]
-        laws, notes = _laws_of_size(optima)
-        fits.append(Fit(name, (), tuple(optima), None, laws, None, tuple(notes)))
+        laws, notes = _laws_of_size(optima, None)
+        fits.append(Fit(name, (), tuple(optima), None, laws, None, None, tuple(notes)))
     return fits
 
 
@@ -110,40 +114,50 @@ def fit(observed: Observations, bins: int | None = None) -> list[Fit]:
         bins: number of bins of compute (default: four per decade).
 
     Raises:
-        DataError: no architecture has two sizes.
+        DataError: no architecture has two sizes, or two lengths of the runs.
     """
     rows = (*observed.searches, *observed.runs)
-    _require_two_sizes(rows)
+    _require_two_points(rows)
     names = dict.fromkeys(row.architecture for row in rows)
     return [replace(_fit_architecture(name, observed, bins), searches=observed.searches) for name in names]
 
 
-def _require_two_sizes(rows: Sequence[Observation | BestSettings]) -> None:
-    sizes: dict[str, set[float]] = {}
+def _require_two_points(rows: Sequence[Observation | BestSettings]) -> None:
+    points: dict[str, set[tuple[float, float]]] = {}
     for row in rows:
-        sizes.setdefault(row.architecture, set()).add(row.parameters)
-    if max(map(len, sizes.values())) < MIN_POINTS:
-        raise DataError(f"each of {', '.join(sizes)} has one size: a law needs two sizes, and is reliable from five")
+        points.setdefault(row.architecture, set()).add((row.parameters, getattr(row, "tokens", 0)))
+    if max(map(len, points.values())) < MIN_POINTS:
+        raise DataError(
+            f"each of {', '.join(points)} has one size and one length: a law needs two, and is reliable from five"
+        )
 
 
 def _fit_architecture(name: str, observed: Observations, bins: int | None) -> Fit:
     optima = optima_of([row for row in observed.searches if row.architecture == name])
-    laws, notes = _laws_of_size(optima)
+    horizon = _horizon([optimum for optimum in optima if optimum.known_lr])
+    laws, notes = _laws_of_size(optima, horizon)
     ratios = [optimum.tokens / optimum.parameters for optimum in optima]
-    if laws and max(ratios) > MAX_RATIO_SPREAD * min(ratios):
+    confounded = [LAWS[law][0] for law in laws if law == "batch" or not horizon]
+    if confounded and max(ratios) > MAX_RATIO_SPREAD * min(ratios):
         notes.append(
-            f"best batch and learning rate are from runs with {min(ratios):.3g} to {max(ratios):.3g} tokens per "
-            "parameter: their laws over N include the effect of the tokens"
+            f"{' and '.join(confounded)}: from runs with {min(ratios):.3g} to {max(ratios):.3g} tokens per parameter, "
+            "so the law over N includes the effect of the tokens"
         )
     runs = _best_runs([row for row in observed.runs if row.architecture == name])
     if not runs:
-        return Fit(name, (), tuple(optima), None, laws, None, (*notes, "no finished run: no law of the loss"))
+        return Fit(name, (), tuple(optima), None, laws, horizon, None, (*notes, "no finished run: no law of the loss"))
     n, d, losses = column(runs, "parameters"), column(runs, "tokens"), column(runs, "loss")
     frontier = scaling.frontier(n, d, losses, bins)
     compute_laws, compute_notes = _laws_of_compute(frontier)
     surface, surface_notes = _surface(n, d, losses)
     notes += compute_notes + surface_notes
-    return Fit(name, tuple(runs), tuple(optima), frontier, {**laws, **compute_laws}, surface, tuple(notes))
+    laws |= compute_laws
+    return Fit(name, tuple(runs), tuple(optima), frontier, laws, horizon, surface, tuple(notes))
+
+
+def _horizon(known: Sequence[SizeOptimum]) -> Horizon | None:
+    columns = [(optimum.parameters, optimum.tokens, optimum.best.batch, optimum.best.lr) for optimum in known]
+    return scaling.horizon(*np.array(columns).T) if columns else None
 
 
 def optima_of(rows: Sequence[Observation]) -> list[SizeOptimum]:
@@ -174,7 +188,8 @@ def _best_runs(rows: Sequence[Observation]) -> list[Observation]:
     return list(lowest.values())
 
 
-def _laws_of_size(optima: Sequence[SizeOptimum]) -> tuple[dict[str, PowerLaw], list[str]]:
+def _laws_of_size(optima: Sequence[SizeOptimum], horizon: Horizon | None) -> tuple[dict[str, PowerLaw], list[str]]:
+    """Laws of the best batch and learning rate over N; with a horizon, of the rate at its tokens per parameter."""
     if not optima:
         return {}, ["no search over learning rates: no law of the best batch or of the best learning rate"]
     laws: dict[str, PowerLaw] = {}
@@ -190,7 +205,11 @@ def _laws_of_size(optima: Sequence[SizeOptimum]) -> tuple[dict[str, PowerLaw], l
                 f"law ({', '.join(dict.fromkeys(edges))})"
             )
         x = np.array([optimum.parameters for optimum in known])
-        _add_law(laws, notes, name, x, np.array([getattr(optimum.best, name) for optimum in known]))
+        y = np.array([getattr(optimum.best, name) for optimum in known])
+        if horizon and name == "lr":
+            ratios = np.array([optimum.tokens for optimum in known]) / x
+            y *= (ratios / horizon.tokens_per_parameter) ** horizon.exponent
+        _add_law(laws, notes, name, x, y)
 
     if all(optimum.best.batches == 1 for optimum in optima):
         notes.append("one batch per size: no law of the best batch, and the learning rates hold for that batch")

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from antransformer.bootstrap import student_t
 from antransformer.extras import require
 from antransformer.scaling.intervals import (
     Array,
@@ -85,6 +86,25 @@ class PowerLaw:
         """Ends of the 95% band of the law at x, by the delta method; new observations scatter more widely."""
         slopes = np.stack([np.ones_like(x), np.log(x)], -1)
         return relative_band(self(x), slopes, self.covariance, self.points - 2)
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """Dependence of the best learning rate on the length of the run at a fixed size: lr ~ steps ** -exponent.
+
+    Attributes:
+        exponent: one exponent for all sizes.
+        interval: its 95% interval; infinite without degrees of freedom.
+        tokens_per_parameter: geometric mean over the runs; the law of the best learning rate over N holds there.
+        points: number of best learning rates in the fit.
+        span: fewest and most steps.
+    """
+
+    exponent: float
+    interval: Interval
+    tokens_per_parameter: float
+    points: int
+    span: Interval
 
 
 @dataclass(frozen=True)
@@ -202,6 +222,41 @@ def _interpolated_minimum(x: Array, y: Array) -> tuple[float, float, bool]:
 
 
 # Power laws
+
+
+def horizon(parameters: Array, tokens: Array, batches: Array, lrs: Array) -> Horizon | None:
+    """Least-squares fit of log lr over log steps, with one exponent and a coefficient for each size.
+
+    Args:
+        parameters, tokens, batches, lrs: one entry for each best learning rate.
+
+    Returns:
+        The law, or None if no size has two lengths.
+    """
+    steps, sizes = tokens / batches, np.unique(parameters)
+    u, v = _centered(np.log(steps), parameters), _centered(np.log(lrs), parameters)
+    variation = float(u @ u)
+    if variation < 1e-9:  # lengths of one size that differ by rounding only
+        return None
+    slope = float(u @ v) / variation
+    degrees_of_freedom = len(u) - len(sizes) - 1
+    margin = math.inf
+    if degrees_of_freedom > 0:
+        residuals = v - slope * u
+        margin = student_t(degrees_of_freedom) * math.sqrt(residuals @ residuals / degrees_of_freedom / variation)
+    return Horizon(
+        exponent=-slope,
+        interval=(-slope - margin, -slope + margin),
+        tokens_per_parameter=float(np.exp(np.log(tokens / parameters).mean())),
+        points=len(u),
+        span=(float(steps.min()), float(steps.max())),
+    )
+
+
+def _centered(values: Array, groups: Array) -> Array:
+    """Values minus the mean of their group."""
+    means = {group: values[groups == group].mean() for group in np.unique(groups)}
+    return values - np.array([means[group] for group in groups])
 
 
 def power_law(x: Array, y: Array) -> PowerLaw:

@@ -30,11 +30,14 @@ class Laws:
         powers: power laws by name, some of ``POWER_LAWS``.
         rounding: largest errors of the loss law's coefficient and exponent, where these were printed with few digits.
         surface: L(N, D).
+        horizon: exponent of the best learning rate over steps, and the tokens per parameter at which its law over N
+            holds; None if unknown.
     """
 
     powers: dict[str, PowerLaw]
     rounding: tuple[float, float] | None
     surface: Surface | None
+    horizon: tuple[float, float] | None = None
 
     @property
     def compute(self) -> Interval | None:
@@ -160,7 +163,13 @@ def _laws(content: Mapping[str, Any]) -> Laws:
     powers = {name: _power_law(content[name]) for name in POWER_LAWS if content.get(name)}
     rounding = content["loss"].get("rounded") if "loss" in powers else None
     surface = _surface(content["surface"]) if content.get("surface") else None
-    return Laws(powers, _rounding(*rounding) if rounding else None, surface)
+    horizon = content.get("horizon")
+    return Laws(
+        powers,
+        _rounding(*rounding) if rounding else None,
+        surface,
+        (_exponent(horizon["exponent"]), _positive(horizon["tokens_per_parameter"])) if horizon else None,
+    )
 
 
 def _rounding(coefficient: Any, exponent: Any) -> Interval:

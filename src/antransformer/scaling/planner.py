@@ -23,6 +23,7 @@ from antransformer.scaling.law_files import LawFile, Laws, extrapolation_note, f
 from antransformer.training import defaults
 from antransformer.training.cost_model import throughput
 from antransformer.training.cost_model.memory import Layout, Memory, estimate_memory
+from antransformer.training.optimizer_registry import OPTIMIZERS
 
 HEAD_DIM = 64
 MAX_WIDTH = 16_384
@@ -79,6 +80,8 @@ class Plan:
         batch: sequences per step.
         lr: peak learning rate.
         lr_width: width at which ``lr`` was tuned, as in ``TrainConfig``; 0 if a law gives the rate for this model.
+        lr_horizon: steps at which ``lr`` was tuned, as in ``TrainConfig``.
+        horizon_exponent: exponent of ``lr_horizon``.
         cluster: hardware.
         layout: distribution over the devices.
         memory: memory of one device at its peak.
@@ -95,6 +98,8 @@ class Plan:
     batch: int
     lr: float
     lr_width: int
+    lr_horizon: int
+    horizon_exponent: float
     cluster: Cluster
     layout: Layout
     memory: Memory
@@ -108,6 +113,11 @@ class Plan:
     def compute(self) -> float:
         """Compute in FLOPs as scaling laws count it, 6 N D for N parameters and D tokens."""
         return float(FLOPS_PER_PARAMETER) * self.parameters * self.tokens
+
+    @property
+    def steps(self) -> int:
+        """Number of optimizer steps."""
+        return self.tokens // (self.batch * self.config.context)
 
     @property
     def preset(self) -> str | None:
@@ -131,6 +141,8 @@ class Plan:
             "micro_batch_size": self.layout.micro_batch_size,
             "lr": self.lr,
             "lr_width": self.lr_width,
+            "lr_horizon": self.lr_horizon,
+            "horizon_exponent": self.horizon_exponent,
             "precision": "bfloat16",
             "parallel": self.layout.strategy,
             **({"tensor_parallel": tensor_parallel} if tensor_parallel > 1 else {}),
@@ -231,6 +243,7 @@ def plan_run(config: ModelConfig, tokens: float, cluster: Cluster, laws: Laws | 
             f"the run has {format_quantity(run_tokens)} tokens instead of {format_quantity(tokens)}, "
             "to fill its batches"
         )
+    lr_horizon, exponent = _horizon(config, parameters, batch * config.context, laws)
     mfu = mfu or throughput.expected_mfu(config, layout, cluster.gpu, cluster.network)
     seconds = throughput.flops_per_token(config) * run_tokens / (cluster.peak_flops * mfu)
     return Plan(
@@ -240,6 +253,8 @@ def plan_run(config: ModelConfig, tokens: float, cluster: Cluster, laws: Laws | 
         batch=batch,
         lr=float(f"{lr:.3g}"),
         lr_width=defaults.SMALL_LR_WIDTH if _uses_small_default("lr", parameters, laws) else 0,
+        lr_horizon=lr_horizon,
+        horizon_exponent=exponent,
         cluster=cluster,
         layout=layout,
         memory=memory,
@@ -269,6 +284,18 @@ def _value_and_source(name: str, parameters: int, architecture: str, laws: Laws 
     coefficient, exponent = {"batch": defaults.BATCH_FITS, "lr": defaults.LR_FITS}[name][architecture]
     value = coefficient * parameters**exponent * (defaults.FITTED_SEQUENCE if name == "batch" else 1)
     return value, _with_extrapolation(f"{title}: the paper's law", parameters, defaults.FITTED_PARAMETERS)
+
+
+def _horizon(config: ModelConfig, parameters: int, batch_tokens: int, laws: Laws | None) -> tuple[int, float]:
+    """Return the steps at which the learning rate holds, and the exponent over steps; zeros if a law has no horizon."""
+    exponent, ratio = defaults.horizon_exponent(config, OPTIMIZERS["adam"]), float(defaults.TOKENS_PER_PARAMETER)
+    if laws and "lr" in laws.powers:
+        if laws.horizon is None:
+            return 0, 0.0
+        exponent, ratio = laws.horizon
+    elif parameters < defaults.FITTED_PARAMETERS[0]:
+        return defaults.SMALL_LR_STEPS, exponent
+    return max(1, round(ratio * parameters / batch_tokens)), max(0.0, exponent)
 
 
 def _uses_small_default(name: str, parameters: int, laws: Laws | None) -> bool:

@@ -23,6 +23,8 @@ from antransformer.runs.settings import fill_defaults, flatten
 from antransformer.settings import nearest
 from antransformer.training.config import MUTABLE_ON_RESUME, TrainConfig, merge, resolve_config
 from antransformer.training.defaults import parameter_count
+from antransformer.training.learning_rates import given_rate
+from antransformer.training.optimizer_registry import OPTIMIZERS
 from antransformer.training.trainer import check_data
 
 LR_RATIO = 10 ** (1 / 3)
@@ -125,13 +127,16 @@ def plan(
             budgets = _round_to_batches(budgets, max(batch_sizes), size)
             for budget, name, batch in product(budgets, architectures, batch_sizes):
                 cell = Cell(name, size, budget, batch)
+                length = {"tokens": budget, "batch_tokens": batch}
                 settings_of[cell] = {
                     **merge(sized, {"model": {"architecture": name}}),
-                    "tokens": budget,
-                    "batch_tokens": batch,
+                    **length,
                     "lr_width": defaults[name].lr_width,
                 }
-                grid = [round_sig(defaults[name].lr * LR_RATIO**power) for power in grid_powers(trials)]
+                default = resolve_config(
+                    {**merge(shared, {"preset": preset, "model": {"architecture": name}}), **length}, vocab_size
+                )
+                grid = [round_sig(given_rate(default, "lr") * LR_RATIO**power) for power in grid_powers(trials)]
                 grids[cell] = tuple(lrs or grid)
     kept = {key: value for key, value in flatten(shared).items() if key not in MUTABLE_ON_RESUME - {"eval_tokens"}}
     return SweepPlan(grids, settings_of, kept, None if lrs else trials, seeds, bool(widths))
@@ -188,8 +193,13 @@ class Sweeper:
             check_data(self.config(cell, grid[0], 0), dataset)
 
     def config(self, cell: Cell, lr: float, seed: int) -> TrainConfig:
-        """Complete settings of one run of a cell."""
-        return fill_defaults({**self.plan.settings[cell], "lr": lr, "seed": seed}, self.dataset.vocab_size)
+        """Complete settings of one run of a cell. A rate of the optimizer's own keeps its default ratio to ``lr``."""
+        settings = {**self.plan.settings[cell], "seed": seed}
+        default = fill_defaults(settings, self.dataset.vocab_size)
+        rates = {"lr": lr}
+        if own := OPTIMIZERS[default.optimizer].lr_setting:
+            rates[own] = round_sig(getattr(default, own) * lr / default.lr)
+        return fill_defaults({**settings, **rates}, self.dataset.vocab_size)
 
     def jobs(self, cell: Cell, lr: float) -> list[Job]:
         """Jobs of one learning rate, one for each seed; each name identifies the run within the sweep."""

@@ -49,6 +49,9 @@ class TrainConfig:
         choices=OPTIMIZERS,
     )
     lr: float = setting("peak learning rate of AdamW (default: by architecture and model size)", 0.0, gt=0)
+    embed_lr: float | None = setting("peak learning rate of the embedding (default: lr)", None, gt=0)
+    head_lr: float | None = setting("peak learning rate of the head (default: lr)", None, gt=0)
+    vector_lr: float | None = setting("peak learning rate of scales and other vectors (default: lr)", None, gt=0)
     lr_width: int = setting(
         "model width at which lr was tuned. Other widths scale it: embedding and head by sqrt(lr_width/width), block "
         "matrices by lr_width/width. 0 disables scaling (default: 128 below 30M parameters, otherwise 0)",
@@ -56,6 +59,15 @@ class TrainConfig:
         ge=0,
         lt=2**31,
     )
+    lr_horizon: int = setting(
+        "number of steps for which the learning rates were tuned. In a longer run all of them are multiplied by "
+        "(lr_horizon/steps)^horizon_exponent. 0 disables scaling (default: 100 below 30M parameters, above 20 tokens "
+        "per parameter; 0 if a learning rate is given)",
+        0,
+        ge=0,
+        lt=2**31,
+    )
+    horizon_exponent: float = setting("exponent of lr_horizon (default: by architecture)", 0.0, ge=0, le=2)
     muon_lr: float | None = setting("peak learning rate of Muon (default: by architecture)", None, gt=0)
     min_lr_ratio: float = setting("final learning rate as a fraction of the peak", 0.01, ge=0, le=1)
     warmup_fraction: float = setting(
@@ -155,7 +167,7 @@ MUTABLE_ON_RESUME = frozenset(
 )
 
 # Settings that older run folders lack, with the value that reproduces those runs.
-LEGACY_DEFAULTS: dict[str, Any] = {"optimizer": "adam", "lr_width": 0}
+LEGACY_DEFAULTS: dict[str, Any] = {"optimizer": "adam", "lr_width": 0, "lr_horizon": 0, "horizon_exponent": 0.0}
 
 
 def resolve_config(settings: Mapping[str, Any], vocab_size: int, where: str = "settings") -> TrainConfig:
@@ -185,21 +197,42 @@ def resolve_config(settings: Mapping[str, Any], vocab_size: int, where: str = "s
         "lr_width": defaults.lr_width(model),
         **user,
     }
-    if "lr" not in values:
-        values["lr"] = defaults.learning_rate(model)
-    optimizer = OPTIMIZERS[values.get("optimizer", "adam")]
-    if optimizer.lr_setting:
-        values.setdefault(optimizer.lr_setting, defaults.optimizer_lr(model, optimizer))
     if "batch_tokens" not in values:
         values["batch_tokens"] = round_to_sequences(defaults.batch_tokens(model), model.context)
     if "tokens" not in values:
         values["tokens"] = defaults.tokens(model)
+    values |= _resolve_rates(values, model)
     batch_size = values["batch_tokens"] // model.context
     tenth = max(10, values["tokens"] // max(1, values["batch_tokens"]) // 10)
     values.setdefault("eval_every", tenth)
     values.setdefault("checkpoint_every", tenth)
     values.setdefault("micro_batch_size", defaults.micro_batch_size(model, batch_size))
     return TrainConfig(model=model, **values)
+
+
+def _resolve_rates(values: Mapping[str, Any], model: ModelConfig) -> dict[str, Any]:
+    """Learning rates that the user left out, and the horizon of all.
+
+    A given rate is exact, so it switches the default horizon off, and the other rates take their scaled defaults.
+    """
+    optimizer = OPTIMIZERS[values.get("optimizer", "adam")]
+    own = optimizer.lr_setting
+    given = {"lr", "embed_lr", "head_lr", "vector_lr", own} & values.keys()
+    exponent = values.get("horizon_exponent", defaults.horizon_exponent(model, optimizer))
+    horizon = values.get("lr_horizon")
+    factor = 1.0
+    if horizon is None and (reference := defaults.lr_horizon(model)):
+        steps = max(1, values["tokens"] // values["batch_tokens"])
+        horizon, factor = (0, defaults.horizon_factor(reference, steps, exponent)) if given else (reference, 1.0)
+    rates = {"lr": values["lr"] if "lr" in values else _scaled(defaults.learning_rate(model), factor)}
+    if own:
+        rates[own] = values[own] if own in values else _scaled(defaults.optimizer_lr(model, optimizer), factor)
+    return {**rates, "lr_horizon": horizon or 0, "horizon_exponent": exponent}
+
+
+def _scaled(rate: float, factor: float) -> float:
+    """A default learning rate times a factor, rounded to three digits where the factor changes it."""
+    return rate if factor == 1 else float(f"{rate * factor:.3g}")
 
 
 def _resolve_model(user: Mapping[str, Any], vocab_size: int) -> ModelConfig:

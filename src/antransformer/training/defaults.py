@@ -39,6 +39,7 @@ LR_FITS = ByArchitecture({"angpt": (0.065, -0.178), "gpt+": (42.0, -0.482)})
 
 SMALL_LR = ByArchitecture({"angpt": 1.2e-2, "ngpt": 6e-3, "gpt+": 8e-3})
 SMALL_LR_WIDTH = 128  # model width at which these were measured
+SMALL_LR_STEPS = 100  # steps of the runs in which these were best
 SMALL_BATCH_TOKENS = 2048
 SMALL_TOKENS = 8_000_000  # less than one epoch of the default corpus
 
@@ -94,9 +95,29 @@ def learning_rate(config: ModelConfig) -> float:
 def lr_width(config: ModelConfig) -> int:
     """Model width at which the default learning rate was tuned; 0 in the fitted range, where it needs no scaling.
 
-    ``training.optimizer.matrix_lrs`` applies the rule.
+    ``training.learning_rates`` applies the rule.
     """
     return SMALL_LR_WIDTH if is_small(config) else 0
+
+
+def lr_horizon(config: ModelConfig) -> int:
+    """Number of steps for which the default learning rates were tuned; 0 above the fitted range.
+
+    In the fitted range these are the steps of the paper's runs, 20 tokens per parameter.
+    """
+    if is_small(config):
+        return SMALL_LR_STEPS
+    return tokens(config) // batch_tokens(config) if _paper_size(config) <= FITTED_PARAMETERS[1] else 0
+
+
+def horizon_exponent(config: ModelConfig, optimizer: OptimizerSpec) -> float:
+    """Default exponent of the best learning rates over the steps of a run."""
+    return ByArchitecture(optimizer.horizon_exponents)[config.architecture]
+
+
+def horizon_factor(horizon: int, steps: int, exponent: float) -> float:
+    """Factor of the learning rates in a run of ``steps``, given the ``horizon`` for which they were tuned or 0."""
+    return min(1.0, (horizon / steps) ** exponent) if horizon else 1.0
 
 
 def optimizer_lr(config: ModelConfig, optimizer: OptimizerSpec) -> float:

@@ -14,8 +14,8 @@ from antransformer.models.config import PAPER_VOCABULARY
 from antransformer.training import run_folder
 from antransformer.training.config import TrainConfig, resolve_config
 from antransformer.training.distributed.parallel import DistributedContext, init_distributed
+from antransformer.training.learning_rates import format_rates
 from antransformer.training.lock import lock
-from antransformer.training.optimizer import format_lrs
 from antransformer.training.profiling import FIRST, LAST, profile_steps
 from antransformer.training.trainer import Reporter, Result, Trainer
 
@@ -111,12 +111,11 @@ def _require_steps_to_trace(left: int) -> None:
 def _description(trainer: Trainer, dist_ctx: DistributedContext) -> str:
     """Architecture, size, length, learning rates, devices and folder of a run, in one line."""
     config = trainer.config
-    muon = "" if config.muon_lr is None else f" and Muon {config.muon_lr:g}"
     tensor_parallel = f", tensor parallel {config.tensor_parallel}" if config.tensor_parallel > 1 else ""
     others = dist_ctx.world_size - 1
     parallelism = f" and {others} more, {config.parallel}{tensor_parallel}" if others else ""
     return (
         f"{config.model.architecture}, {trainer.model.parameter_count() / 1e6:.2f}M parameters, "
-        f"{config.steps:,} steps of {config.batch_tokens:,} tokens, learning rate {format_lrs(config)}{muon}, "
+        f"{config.steps:,} steps of {config.batch_tokens:,} tokens, learning rate {format_rates(config)}, "
         f"on {trainer.device}{parallelism}; run folder {trainer.folder}"
     )

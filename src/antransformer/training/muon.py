@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from antransformer.models import Decoder
 from antransformer.training.config import TrainConfig
 from antransformer.training.distributed.parallel import full_tensor, shard_like
+from antransformer.training.learning_rates import peak_rates
 from antransformer.training.optimizer import CombinedOptimizer, build_adamw, run_closure, split_parameters
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients by the authors of Muon, for five steps
@@ -24,11 +25,10 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients by the authors of Muon
 
 def build_muon(model: Decoder, config: TrainConfig) -> Optimizer:
     """Muon for the weight matrices inside the blocks (learning rate ``muon_lr``), AdamW for all other parameters."""
-    assert config.muon_lr is not None
     blocks = split_parameters(model).blocks
     fused = [blocks.pop(name) for name in list(blocks) if name.endswith("qkv_proj.weight")]
     groups = [{"params": list(blocks.values())}, {"params": fused, "head_dim": config.model.head_dim}]
-    muon = Muon(groups, lr=config.muon_lr, weight_decay=config.weight_decay)
+    muon = Muon(groups, lr=peak_rates(config).blocks, weight_decay=config.weight_decay)
     return CombinedOptimizer(build_adamw(model, config, include_blocks=False), muon)
 
 

@@ -1,6 +1,5 @@
 """The optimizer of a run, with its parameter groups and learning rates."""
 
-import math
 import pkgutil
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ from torch.optim import Optimizer
 
 from antransformer.models import Decoder
 from antransformer.training.config import TrainConfig
+from antransformer.training.learning_rates import peak_rates
 from antransformer.training.optimizer_registry import OPTIMIZERS
 
 
@@ -30,20 +30,20 @@ def build_adamw(model: Decoder, config: TrainConfig, include_blocks: bool = True
         config: settings of the run.
         include_blocks: whether AdamW also trains the weight matrices inside the blocks.
     """
-    outer, vectors, blocks = split_parameters(model)
-    outer_lr, blocks_lr = matrix_lrs(config)
+    parameters, rates = split_parameters(model), peak_rates(config)
     groups: list[dict[str, Any]] = [
-        {"params": outer, "lr": outer_lr, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": parameters.embedding, "lr": rates.embedding, "weight_decay": config.weight_decay},
+        {"params": parameters.head, "lr": rates.head, "weight_decay": config.weight_decay},
+        {"params": parameters.vectors, "lr": rates.vectors, "weight_decay": 0.0},
     ]
     if include_blocks:
-        groups.append({"params": list(blocks.values()), "lr": blocks_lr, "weight_decay": config.weight_decay})
+        blocks = list(parameters.blocks.values())
+        groups.append({"params": blocks, "lr": rates.blocks, "weight_decay": config.weight_decay})
     return torch.optim.AdamW(
         groups,
-        lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.adam_eps,
-        fused=outer[0].device.type in ("cpu", "cuda"),
+        fused=next(model.parameters()).device.type in ("cpu", "cuda"),
     )
 
 
@@ -51,12 +51,14 @@ class ParameterSplit(NamedTuple):
     """Parameters of a model by their role.
 
     Attributes:
-        outer: embedding and head.
+        embedding: matrices of ``model.embedding``.
+        head: all other matrices outside the blocks.
         vectors: scales, biases and other parameters with one axis.
         blocks: weight matrices inside the blocks, by name.
     """
 
-    outer: list[Tensor]
+    embedding: list[Tensor]
+    head: list[Tensor]
     vectors: list[Tensor]
     blocks: dict[str, Tensor]
 
@@ -65,31 +67,11 @@ def split_parameters(model: Decoder) -> ParameterSplit:
     """Split the parameters of a model by their role."""
     matrices = {name: parameter for name, parameter in model.named_parameters() if parameter.ndim >= 2}
     return ParameterSplit(
-        outer=[parameter for name, parameter in matrices.items() if not name.startswith("blocks.")],
+        embedding=[parameter for name, parameter in matrices.items() if name.startswith("embedding.")],
+        head=[parameter for name, parameter in matrices.items() if not name.startswith(("embedding.", "blocks."))],
         vectors=[parameter for parameter in model.parameters() if parameter.ndim < 2],
         blocks={name: parameter for name, parameter in matrices.items() if name.startswith("blocks.")},
     )
-
-
-def matrix_lrs(config: TrainConfig) -> tuple[float, float]:
-    """Peak learning rates of AdamW for (embedding and head, weight matrices inside the blocks).
-
-    Vectors use ``lr`` itself. ``lr_width`` is the width at which ``lr`` was tuned.
-    """
-    # AdamW moves each coordinate by about the learning rate. Coordinates of a row of norm 1 have size 1/sqrt(width),
-    # so with lr ~ 1/sqrt(width) rows of any width rotate by the same angle. Inside the blocks 1/width, as in muP
-    # (arXiv:2203.03466), was measured to be better, with and without bounds.
-    ratio = config.lr_width / config.model.width if config.lr_width else 1.0
-    return config.lr * math.sqrt(ratio), config.lr * ratio
-
-
-def format_lrs(config: TrainConfig) -> str:
-    """Peak learning rates of AdamW as text, with the rates of the matrices where they differ from ``lr``."""
-    if not config.lr_width or config.lr_width == config.model.width:
-        return f"{config.lr:g}"
-    outer, blocks = (f"{rate:.3g}" for rate in matrix_lrs(config))
-    blocks_text = "" if OPTIMIZERS[config.optimizer].lr_setting else f", block matrices {blocks}"
-    return f"{config.lr:g} (embedding and head {outer}{blocks_text})"
 
 
 def optimizer_state_keys(group: dict[str, Any]) -> tuple[str, ...]:

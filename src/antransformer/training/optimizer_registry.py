@@ -18,6 +18,7 @@ class OptimizerSpec:
         variant_suffix: suffix of an architecture's name that selects the optimizer in a comparison.
         lr_setting: setting with its learning rate for the weight matrices inside the blocks, if it is not ``lr``.
         default_lrs: default of ``lr_setting`` by architecture. Other architectures use that of their relative.
+        horizon_exponents: default of ``horizon_exponent`` by architecture, likewise.
         init_std: default standard deviation of initial weights where rows are not normalized; None means 1/sqrt(width).
     """
 
@@ -26,17 +27,24 @@ class OptimizerSpec:
     variant_suffix: str = ""
     lr_setting: str | None = None
     default_lrs: Mapping[str, float] = field(default_factory=dict)
+    horizon_exponents: Mapping[str, float] = field(default_factory=dict)
     init_std: float | None = None
 
 
 OPTIMIZERS = {
-    "adam": OptimizerSpec("AdamW", "antransformer.training.optimizer:build_adamw"),
+    # Exponents: docs/results.md, "Length of the run".
+    "adam": OptimizerSpec(
+        "AdamW",
+        "antransformer.training.optimizer:build_adamw",
+        horizon_exponents={"angpt": 0.44, "ngpt": 0.5, "gpt+": 0.19},
+    ),
     "muon": OptimizerSpec(
         "Muon",
         "antransformer.training.muon:build_muon",
         variant_suffix="-muon",
         lr_setting="muon_lr",
         default_lrs={"angpt": 0.04, "gpt+": 0.02},
+        horizon_exponents={"angpt": 0.66, "gpt+": 0.34},
         # Every step of Muon has the same size, for which weights of size 1/sqrt(width) are too large.
         init_std=0.02,
     ),

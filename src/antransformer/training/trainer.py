@@ -30,6 +30,7 @@ from antransformer.training.distributed.parallel import (
     make_model,
     set_gradient_sync,
 )
+from antransformer.training.learning_rates import peak_rates
 from antransformer.training.metrics import MetricsLine, MetricsLog
 from antransformer.training.optimizer import make_optimizer
 from antransformer.training.run_folder import CHECKPOINTS, open_checkpoint, run_folder_of
@@ -345,7 +346,7 @@ class Trainer:
             "step": self.done,
             "tokens": self.done * self.config.batch_tokens,
             **measured,
-            "lr": self._lr(self.done, self.config.lr),
+            "lr": self._lr(self.done, peak_rates(self.config).vectors),
             "tokens_per_second": round(tokens_per_second, 1),
             "mfu": steps_per_second * self.flops_per_step / self.peak if self.peak else None,
             "largest_row_norm": float(metrics.largest_row_norm(self.model)),

@@ -1,0 +1,81 @@
+"""Peak learning rates of a run, by the role of the parameters; importable without torch."""
+
+import math
+from typing import NamedTuple
+
+from antransformer.training import defaults
+from antransformer.training.config import TrainConfig
+from antransformer.training.optimizer_registry import OPTIMIZERS
+
+
+class PeakRates(NamedTuple):
+    """Peak learning rates.
+
+    Attributes:
+        embedding, head, vectors: rates of AdamW. Vectors are all parameters with one axis.
+        blocks: rate of the weight matrices inside the blocks, of the optimizer that trains them.
+    """
+
+    embedding: float
+    head: float
+    vectors: float
+    blocks: float
+
+
+def peak_rates(config: TrainConfig) -> PeakRates:
+    """Peak learning rates of a run at its width and its number of steps.
+
+    ``embed_lr``, ``head_lr`` and ``vector_lr`` take the place of ``lr`` where they are set. All rates are scaled from
+    ``lr_width`` and ``lr_horizon`` to the width and the steps of the run, see ``width_ratio`` and ``horizon_factor``.
+    """
+    # AdamW moves each coordinate by about the learning rate. Coordinates of a row of norm 1 have size 1/sqrt(width),
+    # so with lr ~ 1/sqrt(width) rows of any width rotate by the same angle. Inside the blocks 1/width, as in muP
+    # (arXiv:2203.03466), was measured to be better, with and without bounds.
+    width, horizon = width_ratio(config), horizon_factor(config)
+    outer, own = math.sqrt(width) * horizon, OPTIMIZERS[config.optimizer].lr_setting
+    return PeakRates(
+        embedding=(config.embed_lr or config.lr) * outer,
+        head=(config.head_lr or config.lr) * outer,
+        vectors=(config.vector_lr or config.lr) * horizon,
+        blocks=(getattr(config, own) if own else config.lr * width) * horizon,
+    )
+
+
+def given_rate(config: TrainConfig, setting: str) -> float:
+    """Value of a learning-rate setting that trains the same if the user gives it, which switches the horizon off."""
+    return (getattr(config, setting) or config.lr) * horizon_factor(config)
+
+
+def width_ratio(config: TrainConfig) -> float:
+    """``lr_width`` over the model's width; 1 if ``lr_width`` is 0."""
+    return config.lr_width / config.model.width if config.lr_width else 1.0
+
+
+def horizon_factor(config: TrainConfig) -> float:
+    """Factor of all rates in a run of more than ``lr_horizon`` steps: (lr_horizon / steps) ^ horizon_exponent.
+
+    It is 1 in shorter runs and if ``lr_horizon`` is 0.
+    """
+    # A row that is held at norm 1 keeps rotating by the angle that the rate gives it, so a longer run needs a lower
+    # rate to settle. docs/results.md has the measured exponents. Higher rates in shorter runs are an extrapolation
+    # towards divergence, so they are left to the user.
+    return defaults.horizon_factor(config.lr_horizon, config.steps, config.horizon_exponent)
+
+
+def format_rates(config: TrainConfig) -> str:
+    """Peak learning rates as text: one rate, or one for each role with the width and steps that ``lr`` was tuned at."""
+    spec, rates = OPTIMIZERS[config.optimizer], peak_rates(config)
+    if set(rates) == {config.lr}:
+        return f"{config.lr:g}"
+    matrices = f"block matrices ({spec.label})" if spec.lr_setting else "block matrices"
+    roles: dict[str, list[str]] = {}
+    for role, rate in zip(("embedding", "head", "vectors", matrices), rates, strict=True):
+        roles.setdefault(f"{rate:.3g}", []).append(role)
+    text = ", ".join(f"{_joined(names)} {rate}" for rate, names in roles.items())
+    tuned = [f"width {config.lr_width:,}"] if width_ratio(config) != 1 else []
+    tuned += [f"{config.lr_horizon:,} steps"] if horizon_factor(config) != 1 else []
+    return f"{text} ({config.lr:g} at {_joined(tuned)})" if tuned else text
+
+
+def _joined(names: list[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
