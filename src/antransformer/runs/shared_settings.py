@@ -13,6 +13,8 @@ TRAINING = (
     "micro_batch_size",
     "optimizer",
     "lr_width",
+    "schedule",
+    "decay_fraction",
     "min_lr_ratio",
     "beta1",
     "beta2",
