@@ -179,11 +179,16 @@ class TrainConfig:
         return self.tokens // self.batch_tokens
 
     @property
+    def initial_steps(self) -> int:
+        """Number of steps of the run before it was first extended."""
+        return (self.initial_tokens or self.tokens) // self.batch_tokens
+
+    @property
     def warmup_steps(self) -> int:
         """Number of steps with a rising learning rate; extending a run does not change it."""
         if self.rewarm_steps is not None:
             return self.rewarm_steps
-        return int(self.warmup_fraction * ((self.initial_tokens or self.tokens) // self.batch_tokens))
+        return int(self.warmup_fraction * self.initial_steps)
 
     @property
     def decay_start(self) -> int:
