@@ -7,6 +7,7 @@ import pytest
 
 import antransformer
 from antransformer.errors import CheckpointError, ConfigError, UsageError
+from antransformer.interop.model_card import learning_rate
 from antransformer.training import run_folder
 from antransformer.training.config import resolve_config
 from antransformer.training.metrics import read_metrics
@@ -177,6 +178,22 @@ def test_rewarmed_run_needs_a_checkpoint_from_its_rewarm_on(corpus, tmp_path):
     with pytest.raises(CheckpointError) as error:
         antransformer.train(config=tmp_path / "run/config.yaml", out=tmp_path / "again")
     assert mentions(error.value, 10, 0) and not (tmp_path / "again").exists()
+
+
+def test_model_card_tells_schedule_and_rewarm(corpus, tmp_path):
+    start(corpus, tmp_path / "run", **WSD, warmup_fraction=0.1, tokens=STEP * 8).run()
+    extend(tmp_path / "run", 16, rewarm=0.25)
+    row = learning_rate(run_folder.saved_config(tmp_path / "run"))
+    assert "wsd" in row and mentions(row, "10%", 2048, 8, 2, 512, 4096)
+
+
+def test_extension_keeps_the_peak_rates(corpus, tmp_path):
+    trainer = start(corpus, tmp_path / "run", lr_width=128, tokens=STEP * 10)
+    peaks = [group["initial_lr"] for group in trainer.optimizer.param_groups]
+    trainer.run()
+    extend(tmp_path / "run", 20, rewarm=0.5)
+    extended, _ = resume(corpus, tmp_path / "run")
+    assert [group["initial_lr"] for group in extended.optimizer.param_groups] == peaks
 
 
 def test_eval_and_checkpoint_intervals_stay_unless_given(corpus, tmp_path):
