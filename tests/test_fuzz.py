@@ -371,6 +371,8 @@ SETTINGS = {
     "micro_batch_size": 2,
     "lr": 0.01,
     "warmup_fraction": 0.1,
+    "schedule": "wsd",
+    "decay_fraction": 0.2,
     "seed": 1,
     "max_skipped_steps": 2,
     "timeout": 60,

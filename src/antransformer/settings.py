@@ -34,6 +34,7 @@ def setting(
     le: float | None = None,
     lt: float | None = None,
     choices: Iterable[str] = (),
+    recorded: bool = False,
 ) -> Any:
     """Declare a field of a config.
 
@@ -45,12 +46,14 @@ def setting(
         le: largest permitted value.
         lt: bound that the value must stay below.
         choices: permitted values of a text setting.
+        recorded: whether training itself sets the field, so that it is not an option of the command line.
     """
     bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
     metadata = {
         "help": help,
         "bounds": {name: bound for name, bound in bounds.items() if bound is not None},
         "choices": tuple(choices),
+        "recorded": recorded,
     }
     return field(default=default, metadata=metadata)
 

@@ -316,7 +316,7 @@ def test_any_settings_are_normalized_or_refused(settings, model):
 
 
 def test_learning_rate_schedule():
-    rates = [learning_rate(step, 100, 2.0, warmup_fraction=0.1, min_lr_ratio=0.01) for step in range(1, 101)]
+    rates = [learning_rate(step, 100, 2.0, warmup_steps=10, min_lr_ratio=0.01) for step in range(1, 101)]
     assert rates[:10] == pytest.approx([0.2 * step for step in range(1, 11)])
     assert max(rates) == rates[9] == 2.0
     assert rates[54] == pytest.approx(2 * (0.01 + 0.99 / 2))

@@ -54,7 +54,7 @@ def test_muon_trains_the_matrices_inside_the_blocks(corpus, tmp_path):
     assert len(outer) + len(vectors) + len(inner) == len(names)
     trainer.update(15)
     rates = [group["lr"] for group in trainer.optimizer.param_groups]
-    share = learning_rate(15, 20, 1.0, warmup_fraction=0.1, min_lr_ratio=0.01)
+    share = learning_rate(15, 20, 1.0, warmup_steps=2, min_lr_ratio=0.01)
     peaks = peak_rates(trainer.config)
     assert peaks.blocks == 0.05
     assert rates == pytest.approx([peak * share for peak in (*peaks, peaks.blocks)])

@@ -13,6 +13,7 @@ from antransformer.progress import PrepareProgress, TrainingProgress, open_datas
 from antransformer.training import config_files, launch
 from antransformer.training.config import TrainConfig, merge, normalize_settings
 from antransformer.training.dry_run import NullReporter
+from antransformer.training.extension import read_rewarm
 from antransformer.training.trainer import Reporter, Result
 
 
@@ -57,6 +58,7 @@ def train(
     config: str | Path | None = None,
     out: str | Path | None = None,
     resume: bool = False,
+    rewarm: float | str | None = None,
     profile: bool = False,
     progress: bool | Reporter = False,
     **settings: Any,
@@ -66,7 +68,9 @@ def train(
     Args:
         config: YAML file of settings, or the name of a shipped one; ``settings`` override it.
         out: run folder; by default the first free ``runs/ARCHITECTURE-PRESET``.
-        resume: continue the run in ``out`` from its latest checkpoint.
+        resume: continue the run in ``out`` from its latest checkpoint. With more ``tokens`` than it has, extend it.
+        rewarm: fraction of the added steps over which the learning rate of an extended run rises to its peak. It is
+            required if the learning rate has begun to decay.
         profile: write a trace of a few steps to ``profile.json`` in the run folder.
         progress: whether to show progress, or an object that receives it.
         settings: fields of ``TrainConfig``, such as ``data``, ``preset``, ``tokens``, ``lr``, and ``model={...}``.
@@ -77,6 +81,7 @@ def train(
         DivergedError, WriteError: the loss is not finite, or a checkpoint could not be written.
     """
     folder = None if out is None else Path(out)
+    rewarm = None if rewarm is None else read_rewarm(rewarm, resume)
     checked = normalize_settings(settings, "settings")
     if config is not None:
         checked = merge(normalize_settings(config_files.read_config(str(config)), str(config)), checked)
@@ -90,4 +95,5 @@ def train(
         return contextlib.nullcontext(NullReporter() if progress is False else progress)
 
     resume = resume or launch.is_restart(folder)
-    return TrainedRun(*launch.train(checked, folder, open_data, open_reporter, resume=resume, profile=profile))
+    trained = launch.train(checked, folder, open_data, open_reporter, resume=resume, rewarm=rewarm, profile=profile)
+    return TrainedRun(*trained)

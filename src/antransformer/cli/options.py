@@ -86,7 +86,7 @@ def add_config(group: Any, config: type, prefix: str = "", only: Sequence[str] =
     """Add an option for each field of a dataclass that has a help text; values stay text until they are checked."""
     hints = typing.get_type_hints(config)
     for item in dataclasses.fields(config):
-        if "help" not in item.metadata or (only and item.name not in only):
+        if "help" not in item.metadata or item.metadata["recorded"] or (only and item.name not in only):
             continue
         text = item.metadata["help"].replace("%", "%%")
         if item.default is not None and item.default is not False and "(default" not in text:

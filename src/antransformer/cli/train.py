@@ -7,6 +7,7 @@ examples:
   antransformer train
   antransformer train --data data/mine --preset 125m --tokens 2.5B --batch-tokens 0.5M --lr 2e-3
   antransformer train --out runs/angpt-nano --resume
+  antransformer train --out runs/angpt-nano --resume --tokens 50M --rewarm 0.1
   antransformer train --preset 32m --tokens 20K --batch-tokens 2048 --profile
   antransformer train --init runs/angpt-nano --data data/other --tokens 1M --lr 1e-3
   torchrun --nproc-per-node 8 -m antransformer train --data data/mine --preset 0.5b --parallel fsdp
@@ -37,6 +38,12 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="run folder (default runs/ARCHITECTURE-PRESET)")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out from its latest checkpoint")
     parser.add_argument(
+        "--rewarm",
+        metavar="X",
+        help="with --resume and more --tokens: fraction of the added steps over which the learning rate rises to its "
+        "peak again. Required if it has begun to decay",
+    )
+    parser.add_argument(
         "--profile",
         action="store_true",
         help="write a trace of a few steps to the run folder, and print the ten most expensive operations",
@@ -55,6 +62,7 @@ def run(parsed: argparse.Namespace) -> None:
             config=parsed.config,
             out=parsed.out,
             resume=parsed.resume,
+            rewarm=parsed.rewarm,
             profile=parsed.profile,
             progress=True,
             **settings_of(parsed),

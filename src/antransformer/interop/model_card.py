@@ -171,8 +171,13 @@ def training_facts(checkpoint: Checkpoint, folder: Path) -> Iterator[Fact]:
 
 def learning_rate(config: TrainConfig) -> str:
     """Return the peak learning rates and the schedule."""
-    warmup = f"warm-up over {config.warmup_fraction:.0%} of the run" if config.warmup_fraction else "no warm-up"
-    decay = f"cosine decay to {config.min_lr_ratio:.0%} of the peak over {config.tokens:,} tokens"
+    span = f"{config.initial_tokens:,} tokens" if config.initial_tokens else "the run"
+    warmup = f"warm-up over {config.warmup_fraction:.0%} of {span}" if config.warmup_fraction else "no warm-up"
+    if config.rewarm_steps:
+        warmup += f" and again over {config.rewarm_steps:,} steps from step {config.rewarm_from:,}"
+    decayed = (config.steps - config.decay_start) * config.batch_tokens
+    last = f"the last {decayed:,} of " if config.decay_start else ""
+    decay = f"{config.schedule} decay to {config.min_lr_ratio:.0%} of the peak over {last}{config.tokens:,} tokens"
     return f"{format_rates(config)}, {warmup}, {decay}"
 
 

@@ -15,6 +15,8 @@ TRAINING = (
     "lr_width",
     "lr_horizon",
     "horizon_exponent",
+    "schedule",
+    "decay_fraction",
     "min_lr_ratio",
     "beta1",
     "beta2",

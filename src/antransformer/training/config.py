@@ -15,6 +15,7 @@ from antransformer.renamed import new_name, new_value
 from antransformer.settings import Count, check_settings, convert_settings, nearest, setting, shown
 from antransformer.training import defaults
 from antransformer.training.optimizer_registry import OPTIMIZERS
+from antransformer.training.schedule import SHAPES, learning_rate
 
 # Model settings that users may also give at the top level.
 ALIASES = ("architecture", "context")
@@ -69,6 +70,18 @@ class TrainConfig:
     )
     horizon_exponent: float = setting("exponent of lr_horizon (default: by architecture)", 0.0, ge=0, le=2)
     muon_lr: float | None = setting("peak learning rate of Muon (default: by architecture)", None, gt=0)
+    schedule: str = setting(
+        "shape of the learning-rate decay after the warm-up. wsd (warm-up, stable, decay) needs decay_fraction",
+        "cosine",
+        choices=SHAPES,
+    )
+    decay_fraction: float | None = setting(
+        "fraction of training at its end over which the learning rate decays; before that it stays at the peak "
+        "(default: all steps after the warm-up)",
+        None,
+        gt=0,
+        le=1,
+    )
     min_lr_ratio: float = setting("final learning rate as a fraction of the peak", 0.01, ge=0, le=1)
     warmup_fraction: float = setting(
         "fraction of training used for linear warm-up (default: angpt, ngpt 0; others 0.1)", 0.0, ge=0, lt=1
@@ -111,6 +124,19 @@ class TrainConfig:
     )
     activation_checkpointing: bool = setting("recompute blocks in the backward pass to save memory", False)
     tensorboard: bool = setting("also write TensorBoard events", False)
+    initial_tokens: Count | None = setting(
+        "tokens of a continued run before it was first extended, for which its warm-up was set",
+        None,
+        ge=1,
+        recorded=True,
+    )
+    rewarm_from: int | None = setting(
+        "step after which the learning rate of a continued run rose again", None, ge=1, recorded=True
+    )
+    rewarm_ratio: float | None = setting(
+        "learning rate at rewarm_from as a fraction of the peak", None, ge=0, le=1, recorded=True
+    )
+    rewarm_steps: int | None = setting("number of steps of the rise after rewarm_from", None, ge=1, recorded=True)
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -126,12 +152,33 @@ class TrainConfig:
                 f"tokens {self.tokens:,} is less than one batch of {self.batch_tokens:,}: raise tokens or lower "
                 "batch_tokens"
             )
+        self._check_schedule()
         model, split = self.model, self.tensor_parallel
         if split > 1 and not get(model.architecture).tensor_parallel:
             supported = " and ".join(name for name in BUILT_IN if get(name).tensor_parallel)
             raise ConfigError(f"tensor_parallel is for {supported}, not {model.architecture}: leave it out")
         if model.heads % split:  # the width of the MLP is a multiple of the number of heads
             raise ConfigError(f"tensor_parallel {split} cannot split {model.heads} heads evenly: choose a divisor")
+
+    def _check_schedule(self) -> None:
+        decay = self.decay_fraction
+        if self.schedule == "wsd" and decay is None:
+            raise ConfigError("schedule wsd needs decay_fraction, such as 0.2, the fraction of the run that decays")
+        if self.warmup_fraction + (decay or 0) > 1 + 1e-9:  # 1e-9: rounding of the sum
+            raise ConfigError(
+                f"warmup_fraction {self.warmup_fraction:g} and decay_fraction {decay:g} exceed 1 together: lower one"
+            )
+        if not self.batch_tokens <= (self.initial_tokens or self.tokens) <= self.tokens:
+            raise ConfigError(
+                f"initial_tokens {self.initial_tokens:,} must be at least batch_tokens {self.batch_tokens:,} and at "
+                f"most tokens {self.tokens:,}: restore the saved config"
+            )
+        rewarm = (self.rewarm_from, self.rewarm_ratio, self.rewarm_steps)
+        if len({value is None for value in rewarm}) > 1 or (rewarm[0] or 0) + (rewarm[2] or 0) > self.steps:
+            raise ConfigError(
+                f"rewarm_from, rewarm_ratio and rewarm_steps must be set together and fit into {self.steps:,} steps: "
+                "restore the saved config"
+            )
 
     @property
     def batch_size(self) -> int:
@@ -142,6 +189,41 @@ class TrainConfig:
     def steps(self) -> int:
         """Number of optimizer steps of the run."""
         return self.tokens // self.batch_tokens
+
+    @property
+    def initial_steps(self) -> int:
+        """Number of steps of the run before it was first extended."""
+        return (self.initial_tokens or self.tokens) // self.batch_tokens
+
+    @property
+    def warmup_steps(self) -> int:
+        """Number of steps with a rising learning rate; extending a run does not change it."""
+        if self.rewarm_steps is not None:
+            return self.rewarm_steps
+        return int(self.warmup_fraction * self.initial_steps)
+
+    @property
+    def decay_start(self) -> int:
+        """Last step at the peak learning rate. Fractions are of the steps after ``rewarm_from``, if that is set."""
+        start = self.rewarm_from or 0
+        warmed_up = start + self.warmup_steps
+        if self.decay_fraction is None:
+            return warmed_up
+        return max(warmed_up, self.steps - max(1, round(self.decay_fraction * (self.steps - start))))
+
+    def lr_at(self, step: int, peak: float) -> float:
+        """Learning rate of one step for a peak rate."""
+        return learning_rate(
+            step,
+            self.steps,
+            peak,
+            schedule=self.schedule,
+            warmup_steps=self.warmup_steps,
+            decay_start=self.decay_start,
+            min_lr_ratio=self.min_lr_ratio,
+            start=self.rewarm_from or 0,
+            start_ratio=self.rewarm_ratio or 0.0,
+        )
 
 
 # Settings that may change when a run resumes. They affect logging, speed or whether the run continues after a failed
@@ -167,7 +249,13 @@ MUTABLE_ON_RESUME = frozenset(
 )
 
 # Settings that older run folders lack, with the value that reproduces those runs.
-LEGACY_DEFAULTS: dict[str, Any] = {"optimizer": "adam", "lr_width": 0, "lr_horizon": 0, "horizon_exponent": 0.0}
+LEGACY_DEFAULTS: dict[str, Any] = {
+    "optimizer": "adam",
+    "lr_width": 0,
+    "lr_horizon": 0,
+    "horizon_exponent": 0.0,
+    "schedule": "cosine",
+}
 
 
 def resolve_config(settings: Mapping[str, Any], vocab_size: int, where: str = "settings") -> TrainConfig:

@@ -11,7 +11,9 @@ from typing import Any
 from antransformer.data import Dataset
 from antransformer.errors import CheckpointError, ConfigError
 from antransformer.models.config import PAPER_VOCABULARY
-from antransformer.training import run_folder
+from antransformer.settings import Count
+from antransformer.training import extension, run_folder
+from antransformer.training.checkpointing import checkpoint
 from antransformer.training.config import TrainConfig, resolve_config
 from antransformer.training.distributed.parallel import DistributedContext, init_distributed
 from antransformer.training.learning_rates import format_rates
@@ -46,6 +48,7 @@ def train(
     open_reporter: OpenReporter,
     *,
     resume: bool = False,
+    rewarm: float | None = None,
     profile: bool = False,
 ) -> tuple[Path, Result]:
     """Train one run to its end, on one device or as one rank of many.
@@ -55,7 +58,8 @@ def train(
         folder: run folder; None selects the first free ``runs/ARCHITECTURE-PRESET``.
         open_data: returns the dataset of that name or path.
         open_reporter: returns the reporter of this rank, given the config and the rank.
-        resume: continue the run in ``folder`` from its latest checkpoint.
+        resume: continue the run in ``folder`` from its latest checkpoint. More tokens than it has extend the run.
+        rewarm: fraction of the added steps over which the learning rate of an extended run rises to its peak.
         profile: write a trace of steps ``FIRST`` to ``LAST`` to ``profile.json`` in the run folder.
 
     Returns:
@@ -67,7 +71,13 @@ def train(
     """
     with init_distributed() as dist_ctx:
         with dist_ctx.rank_0_first():
-            dataset, config, folder = (_resumed_run if resume else _new_run)(settings, folder, open_data)
+            if resume:
+                dataset, saved, folder = _resumed_run(settings, folder, open_data, rewarm)
+            else:
+                dataset, saved, folder = _new_run(settings, folder, open_data)
+        config = saved
+        if resume and settings.get("tokens", 0) > saved.tokens:
+            config = _extended(saved, settings["tokens"], rewarm, folder, dist_ctx)
         with open_reporter(config, dist_ctx.rank) as reporter:
             trainer = Trainer(config, dataset, folder, reporter, resume, dist_ctx)
             if profile:
@@ -76,6 +86,10 @@ def train(
                 with dist_ctx.rank_0_first():
                     if not resume and dist_ctx.rank == 0:
                         run_folder.create_run_folder(folder, config, dataset)
+                    if config is not saved and dist_ctx.rank == 0:
+                        run_folder.save_config(folder, config)
+                if config is not saved:
+                    reporter.log(extension.describe(config, trainer.done))
                 reporter.log(_description(trainer, dist_ctx))
                 traced = profile and dist_ctx.rank == 0
                 return folder, trainer.run(profile_steps(folder / "profile.json", reporter.log) if traced else None)
@@ -93,12 +107,25 @@ def _new_run(settings: dict[str, Any], folder: Path | None, open_data: OpenData)
 
 
 def _resumed_run(
-    settings: dict[str, Any], folder: Path | None, open_data: OpenData
+    settings: dict[str, Any], folder: Path | None, open_data: OpenData, rewarm: float | None
 ) -> tuple[Dataset, TrainConfig, Path]:
     if folder is None:
         raise CheckpointError("--resume needs the run folder: give it with --out")
-    config = run_folder.resumed_config(folder, settings)
+    others = {name: value for name, value in settings.items() if name != "tokens"}
+    config = run_folder.resumed_config(folder, others)
+    # torchrun repeats the arguments of the first start, so a restart may find its --rewarm applied.
+    restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    extension.check_length(config, settings.get("tokens", config.tokens), None if restart else rewarm, folder)
     return open_data(config.data), config, folder
+
+
+def _extended(
+    config: TrainConfig, tokens: Count, rewarm: float | None, folder: Path, dist_ctx: DistributedContext
+) -> TrainConfig:
+    # The trainer reports damaged checkpoints when it loads one.
+    newest = checkpoint.newest(folder / run_folder.CHECKPOINTS, lambda _: None, dist_ctx)
+    with dist_ctx.rank_0_first():
+        return extension.extend(config, tokens, 0 if newest is None else newest.step, rewarm, folder)
 
 
 def _require_steps_to_trace(left: int) -> None:

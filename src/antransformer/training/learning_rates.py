@@ -54,12 +54,12 @@ def width_ratio(config: TrainConfig) -> float:
 def horizon_factor(config: TrainConfig) -> float:
     """Factor of all rates in a run of more than ``lr_horizon`` steps: (lr_horizon / steps) ^ horizon_exponent.
 
-    It is 1 in shorter runs and if ``lr_horizon`` is 0.
+    It is 1 in shorter runs and if ``lr_horizon`` is 0. An extended run keeps the factor of its first length.
     """
     # A row that is held at norm 1 keeps rotating by the angle that the rate gives it, so a longer run needs a lower
     # rate to settle. docs/results.md has the measured exponents. Higher rates in shorter runs are an extrapolation
     # towards divergence, so they are left to the user.
-    return defaults.horizon_factor(config.lr_horizon, config.steps, config.horizon_exponent)
+    return defaults.horizon_factor(config.lr_horizon, config.initial_steps, config.horizon_exponent)
 
 
 def format_rates(config: TrainConfig) -> str:

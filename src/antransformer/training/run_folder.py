@@ -78,6 +78,11 @@ def write_run_folder(folder: Path, settings: Mapping[str, Any], tokenizer: Token
     replace_text(folder / CONFIG_FILE, format_settings(settings))  # last, so that a folder with a config is complete
 
 
+def save_config(folder: Path, config: TrainConfig) -> None:
+    """Replace the config of the run in ``folder`` atomically."""
+    replace_text(folder / CONFIG_FILE, format_settings(to_mapping(config)))
+
+
 def saved_settings(folder: Path) -> dict[str, Any]:
     """Settings of the run in ``folder``.
 

@@ -5,7 +5,7 @@ import math
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol, TypedDict
@@ -17,7 +17,7 @@ from torch.profiler import profile, record_function
 from antransformer.bounds import bind
 from antransformer.data import Dataset, Prefetcher, ShuffledWindows, eval_batches
 from antransformer.errors import CheckpointError, DataError, DivergedError, RunStoppedError, WriteError
-from antransformer.training import metrics
+from antransformer.training import extension, metrics
 from antransformer.training.checkpointing import checkpoint
 from antransformer.training.checkpointing.checkpoint import Checkpoint
 from antransformer.training.config import LEGACY_DEFAULTS, MUTABLE_ON_RESUME, TrainConfig, to_mapping
@@ -34,7 +34,6 @@ from antransformer.training.learning_rates import peak_rates
 from antransformer.training.metrics import MetricsLine, MetricsLog
 from antransformer.training.optimizer import make_optimizer
 from antransformer.training.run_folder import CHECKPOINTS, open_checkpoint, run_folder_of
-from antransformer.training.schedule import learning_rate
 
 # Ranks agree on the largest number that one of them reports: 0, a signal, or this number beyond all signals.
 CHECKPOINT_FAILED = signal.NSIG
@@ -136,6 +135,7 @@ class Trainer:
         self.skipped = 0  # completed steps that were skipped
         if resume:
             self._resume()
+        extension.require_rewarm_step(config, self.done, folder)
         if config.init is not None and not self.done:
             self._start_from(Path(config.init))
         self.peak = throughput.peak_flops(self.device, self.precision)
@@ -146,6 +146,7 @@ class Trainer:
         if newest is None:
             self.reporter.log(f"{self.folder}: no checkpoint yet, starting from step 0")
             return
+        extension.require_rewarm_step(self.config, newest.step, self.folder)
         self._check_same_run(newest)
         checkpoint.load_model(newest, self.model)
         self.done = newest.step
@@ -171,8 +172,10 @@ class Trainer:
         ):
             raise CheckpointError(f"{saved.path}: the state of the run in state.json is missing or damaged")
         settings = {**LEGACY_DEFAULTS, **settings}
-        changed = [name for name, value in self._fixed_settings().items() if settings.get(name) != value]
-        if changed or saved.step > self.config.steps:
+        fixed, other = self._fixed_settings(), {*MUTABLE_ON_RESUME, *extension.LENGTH_SETTINGS, "model"}
+        names = [item.name for item in fields(TrainConfig) if item.name not in other]
+        changed = [name for name in names if settings.get(name) != fixed.get(name)]
+        if changed or not extension.extends(self.config, settings, saved.step):
             raise CheckpointError(
                 f"{saved.path}: {changed[0] if changed else 'tokens'} differs from the one in config.yaml: restore "
                 "config.yaml"
@@ -292,18 +295,12 @@ class Trainer:
             total += loss.detach()
         grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip))
         for group in self.optimizer.param_groups:
-            group["lr"] = self._lr(step, group["initial_lr"])
+            group["lr"] = config.lr_at(step, group["initial_lr"])
         skip = config.max_skipped_steps > 0 and self._skips(step, total, grad_norm)
         if not skip:
             self.optimizer.step()
         self.optimizer.zero_grad()
         return [] if skip else [(total, grad_norm)]
-
-    def _lr(self, step: int, peak: float) -> float:
-        config = self.config
-        return learning_rate(
-            step, config.steps, peak, warmup_fraction=config.warmup_fraction, min_lr_ratio=config.min_lr_ratio
-        )
 
     def _skips(self, step: int, loss: Tensor, grad_norm: Tensor) -> bool:
         """Whether all ranks skip this step, because one of them has a NaN or Inf loss or gradient.
@@ -346,7 +343,7 @@ class Trainer:
             "step": self.done,
             "tokens": self.done * self.config.batch_tokens,
             **measured,
-            "lr": self._lr(self.done, peak_rates(self.config).vectors),
+            "lr": self.config.lr_at(self.done, peak_rates(self.config).vectors),
             "tokens_per_second": round(tokens_per_second, 1),
             "mfu": steps_per_second * self.flops_per_step / self.peak if self.peak else None,
             "largest_row_norm": float(metrics.largest_row_norm(self.model)),

@@ -233,6 +233,29 @@ def test_the_command_line_resumes_a_run_of_two_processes(corpus, tmp_path, singl
     assert "cli/train.py" not in repeated.stderr  # no traceback of ours; torchrun prints its own
 
 
+def test_two_processes_extend_a_run(corpus, tmp_path):
+    """They equal one process, and resume bit for bit if interrupted before the first new checkpoint."""
+    options = ["--data", corpus, "--batch-tokens=256", "--tokens=2560", "--lr=5e-3", "--log-every=1"]
+    options += ["--eval-tokens=2048", "--eval-every=10", "--checkpoint-every=10", *SMALL_OPTIONS]
+    single, folder = tmp_path / "one", tmp_path / "two"
+    for out in (single, folder):
+        assert main([str(word) for word in ("train", "--out", out, *options)]) == 0
+    extension = ["train", "--resume", "--tokens=5120", "--rewarm=0.2", "--out"]
+    assert main([*extension, str(single)]) == 0
+    refused = torchrun(2, "-m", "antransformer", *extension[:3], "--out", folder)
+    assert refused.returncode != 0 and len(re.findall(r"^antransformer: .*--rewarm", refused.stderr, re.M)) == 1
+    extended = torchrun(2, "-m", "antransformer", *extension, folder)
+    assert extended.returncode == 0, extended.stderr
+    assert sum(mentions(line, 2560, 5120, 10, 20) for line in extended.stdout.splitlines()) == 1
+    check_equal(folder, single, 1e-4)
+    new = folder / "checkpoints/step-00000020"
+    files = {path.name: path.read_bytes() for path in new.glob("*.safetensors")}
+    shutil.rmtree(new)
+    resumed = torchrun(2, "-m", "antransformer", "train", "--resume", "--out", folder)
+    assert resumed.returncode == 0, resumed.stderr
+    assert {path.name: path.read_bytes() for path in new.glob("*.safetensors")} == files
+
+
 def test_a_batch_that_cannot_be_divided_is_refused(corpus):
     with pytest.raises(ConfigError) as error:
         make_model(config_of(corpus, "angpt-fsdp"), DistributedContext(world_size=3), CPU, torch.float32)

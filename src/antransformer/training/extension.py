@@ -1,0 +1,130 @@
+"""Continuation of a run to more tokens, with its optimizer state and peak learning rates.
+
+A longer run keeps its settings except for the length. It also records ``initial_tokens``, its first length, and with
+``--rewarm`` where its learning rate rose again.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from antransformer.errors import CheckpointError, ConfigError
+from antransformer.settings import Count, convert, shown
+from antransformer.training.config import TrainConfig
+from antransformer.training.learning_rates import peak_rates
+
+# Settings that differ between a longer run and its checkpoints from before the extension.
+LENGTH_SETTINGS = ("tokens", "initial_tokens", "rewarm_from", "rewarm_ratio", "rewarm_steps")
+
+
+def read_rewarm(value: Any, resume: bool) -> float:
+    """Convert and check the value of ``--rewarm``.
+
+    Raises:
+        ConfigError: it is not a number above 0 and below 1, or is given without ``--resume``.
+    """
+    rewarm: float = convert(value, float, "--rewarm")
+    if not 0 < rewarm < 1:
+        raise ConfigError(f"--rewarm must be above 0 and below 1, got {shown(rewarm)}")
+    if not resume:
+        raise ConfigError("--rewarm continues a finished run with more tokens: add --resume, or omit --rewarm")
+    return rewarm
+
+
+def check_length(config: TrainConfig, tokens: int, rewarm: float | None, folder: Path) -> None:
+    """Check that a run can be resumed with a length of ``tokens``: its own, or at least one step more.
+
+    Raises:
+        CheckpointError: the length is shorter, or less than one step longer.
+        ConfigError: ``rewarm`` is given, and the length is the run's own.
+    """
+    if tokens == config.tokens:
+        if rewarm is not None:
+            raise ConfigError(
+                f"--rewarm needs more tokens than the {config.tokens:,} of {folder}: raise --tokens, or omit --rewarm"
+            )
+    elif tokens // config.batch_tokens <= config.steps:
+        least = (config.steps + 1) * config.batch_tokens
+        raise CheckpointError(
+            f"{folder} has {config.tokens:,} tokens, and --tokens {tokens:,} adds no step: give at least {least:,} to "
+            "extend the run, omit --tokens to resume it, or start a new run with another --out"
+        )
+
+
+def extend(config: TrainConfig, tokens: Count, step: int, rewarm: float | None, folder: Path) -> TrainConfig:
+    """Return the settings of a longer run.
+
+    Without ``rewarm`` the run equals one of the new length with the same peak rates and warm-up steps. With
+    ``rewarm`` the schedule begins anew at ``step``, and its fractions are of the added steps.
+
+    Args:
+        config: settings of the run so far.
+        tokens: new length, at least one step longer.
+        step: step of the newest checkpoint, 0 without one.
+        rewarm: fraction of the added steps over which the learning rate rises to its peak.
+        folder: run folder, for messages.
+
+    Raises:
+        CheckpointError: the decay has begun and ``rewarm`` is None, or there is no checkpoint to rewarm.
+        ConfigError: ``rewarm`` and ``decay_fraction`` exceed 1 together.
+    """
+    longer = replace(config, tokens=tokens, initial_tokens=config.initial_tokens or config.tokens)
+    if rewarm is None:
+        if step > config.decay_start:
+            raise CheckpointError(
+                f"{folder} is at step {step:,} of {config.steps:,}, and its learning rate decays from step "
+                f"{config.decay_start:,} on: add --rewarm 0.1 to raise the rate again, or start a new run with "
+                "another --out"
+            )
+        return longer
+    if not step:
+        raise CheckpointError(f"{folder} has no checkpoint, so no learning rate to raise: omit --rewarm")
+    if rewarm + (config.decay_fraction or 0) > 1 + 1e-9:
+        raise ConfigError(
+            f"--rewarm {rewarm:g} and decay_fraction {config.decay_fraction:g} exceed 1 together: lower --rewarm"
+        )
+    added = tokens // config.batch_tokens - step
+    rise = max(1, int(rewarm * added))
+    return replace(longer, rewarm_from=step, rewarm_ratio=config.lr_at(step, 1.0), rewarm_steps=rise)
+
+
+def extends(config: TrainConfig, settings: Mapping[str, Any], step: int) -> bool:
+    """Return whether a config continues a checkpoint: the same first length, and the same learning rate at its step.
+
+    Args:
+        config: settings of the run; all but its length equal the settings of the checkpoint.
+        settings: settings in the checkpoint.
+        step: step of the checkpoint.
+    """
+    try:
+        length: dict[str, Any] = {name: settings.get(name) for name in LENGTH_SETTINGS}
+        earlier = replace(config, **length)
+    except ConfigError:
+        return False
+    return (
+        step <= earlier.steps <= config.steps
+        and (earlier.initial_tokens or earlier.tokens) == (config.initial_tokens or config.tokens)
+        and earlier.lr_at(step, 1.0) == config.lr_at(step, 1.0)
+    )
+
+
+def require_rewarm_step(config: TrainConfig, step: int, folder: Path) -> None:
+    """Raise ``CheckpointError`` if a rewarmed run would train from before the step where its rate rose again."""
+    if step < (config.rewarm_from or 0):
+        raise CheckpointError(
+            f"{folder}: config.yaml raises the learning rate after step {config.rewarm_from:,} of a run, but training "
+            f"would start from step {step:,}: restore a later checkpoint, or remove the rewarm settings"
+        )
+
+
+def describe(config: TrainConfig, step: int) -> str:
+    """One line about an extended run: its steps and tokens, the next learning rate, and the beginning of the decay."""
+    rising = config.warmup_steps + (config.rewarm_from or 0) - step
+    rise = f", rising over {rising:,} steps" if rising > 0 else ""
+    rate = config.lr_at(step + 1, peak_rates(config).vectors)
+    return (
+        f"extending the run from step {step:,} ({step * config.batch_tokens:,} tokens) to step {config.steps:,} "
+        f"({config.tokens:,} tokens): learning rate {rate:.4g}{rise}, decay after step "
+        f"{config.decay_start:,}"
+    )
