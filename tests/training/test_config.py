@@ -115,6 +115,7 @@ def test_default_rates_follow_the_length_of_the_run_and_given_rates_do_not(archi
     reference, exponent = defaults.SMALL_LR_STEPS, OPTIMIZERS[optimizer].horizon_exponents[architecture]
     short, long = config(reference), config(16 * reference)
     assert (long.lr_horizon, long.horizon_exponent) == (reference, exponent) and 0 < exponent < 1
+    assert (short.lr_horizon, short.horizon_exponent) == (0, 0.0)
     assert horizon_factor(short) == horizon_factor(config(reference // 2)) == 1
     for early, late in zip(peak_rates(short), peak_rates(long), strict=True):
         assert late == pytest.approx(early * 16**-exponent)
@@ -132,8 +133,9 @@ def test_default_rates_follow_the_length_of_the_run_and_given_rates_do_not(archi
 @pytest.mark.parametrize("preset", ["32m", "125m", "1b"])
 def test_in_the_fitted_range_the_horizon_is_the_default_length(preset):
     default = resolve_config({"preset": preset}, 50_304)
-    assert default.lr_horizon == default.steps > 1000 and horizon_factor(default) == 1
+    assert (default.lr_horizon, horizon_factor(default)) == (0, 1) and default.steps > 1000
     longer = resolve_config({"preset": preset, "tokens": 4 * default.tokens}, 50_304)
+    assert longer.lr_horizon == default.steps
     assert horizon_factor(longer) == pytest.approx(4**-longer.horizon_exponent, rel=1e-3)
 
 

@@ -307,15 +307,14 @@ def _resolve_rates(values: Mapping[str, Any], model: ModelConfig) -> dict[str, A
     own = optimizer.lr_setting
     given = {"lr", "embed_lr", "head_lr", "vector_lr", own} & values.keys()
     exponent = values.get("horizon_exponent", defaults.horizon_exponent(model, optimizer))
-    horizon = values.get("lr_horizon")
-    factor = 1.0
-    if horizon is None and (reference := defaults.lr_horizon(model)):
-        steps = max(1, values["tokens"] // values["batch_tokens"])
+    horizon, factor = values.get("lr_horizon", 0), 1.0
+    steps = max(1, values["tokens"] // values["batch_tokens"])
+    if "lr_horizon" not in values and 0 < (reference := defaults.lr_horizon(model)) < steps:
         horizon, factor = (0, defaults.horizon_factor(reference, steps, exponent)) if given else (reference, 1.0)
     rates = {"lr": values["lr"] if "lr" in values else _scaled(defaults.learning_rate(model), factor)}
     if own:
         rates[own] = values[own] if own in values else _scaled(defaults.optimizer_lr(model, optimizer), factor)
-    return {**rates, "lr_horizon": horizon or 0, "horizon_exponent": exponent}
+    return {**rates, "lr_horizon": horizon, "horizon_exponent": exponent if horizon else 0.0}
 
 
 def _scaled(rate: float, factor: float) -> float:
