@@ -64,6 +64,10 @@ CASES |= {
     "stopped-tensor": {"parallel": "fsdp", "tensor_parallel": 2},
     "skipped": {"parallel": "fsdp", "max_skipped_steps": 2},
     "clipped": {"parallel": "fsdp", "grad_clip": 0.05},
+    "averaged-ddp": {"parallel": "ddp", "ema": 0.3},
+    "averaged-fsdp": {"parallel": "fsdp", "ema": 0.3},
+    "averaged-ngpt": {"parallel": "fsdp", "ema": 0.3, "model": {"architecture": "ngpt"}},
+    "averaged-tensor": {"parallel": "fsdp", "tensor_parallel": 2, "ema": 0.3},
 }
 # Cases that need four processes, or are left to the slow tests with four processes to save time.
 FOUR_PROCESS_CASES = {f"{name}-hsdp": {"parallel": "hsdp", "model": {"architecture": name}} for name in ARCHITECTURES}
@@ -72,6 +76,7 @@ FOUR_PROCESS_CASES |= {
 }
 FOUR_PROCESS_CASES |= {
     "tensor-hsdp": {"parallel": "hsdp", "tensor_parallel": 2},
+    "averaged-hsdp": {"parallel": "hsdp", "ema": 0.3},
     "tensor-accumulated": {"parallel": "fsdp", "tensor_parallel": 2, "micro_batch_size": 1},
     "tensor-recomputed": {"parallel": "fsdp", "tensor_parallel": 2, "activation_checkpointing": True},
     "tensor-compiled": {"parallel": "fsdp", "tensor_parallel": 2, "compile": True},
@@ -198,6 +203,10 @@ def check_collectives(trainer):
         project_(bound for bound in trainer.model.bounds() if bound.axis == 1)
     columns_split = trainer.config.tensor_parallel > 1 and trainer.model.bounds()
     assert collectives.get_total_counts() == (2 * trainer.config.model.layers if columns_split else 0)
+    if trainer.average is not None and not trainer.average.strict_bounds:
+        with CommDebugMode() as collectives:
+            trainer.average.update()
+        assert collectives.get_total_counts() == 0
     if trainer.config.micro_batch_size < trainer.config.batch_size // 2 and trainer.config.parallel == "fsdp":
         with ReduceScatterCounter() as counter:
             trainer.update(trainer.done)

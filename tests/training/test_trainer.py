@@ -198,6 +198,7 @@ def test_step_does_not_wait_for_the_device(corpus, tmp_path, monkeypatch, archit
         optimizer=optimizer,
         precision=precision,
         micro_batch_size=4,
+        ema=0.3,
     )
     monkeypatch.setattr("antransformer.models.decoder.check_tokens", lambda *_: None)  # it runs on a CPU only
     with NoHostSync():

@@ -40,7 +40,7 @@ def import_folder(source: Path, target: Path) -> Path:
     with torch.device("meta"):
         model = build(config)
     weights = TensorFiles(weight_files(source))
-    checkpoint.require_shapes(weights, model, source)
+    checkpoint.require_shapes(weights, model.state_dict(), source)
     model.to_empty(device="cpu")
     weights.read_into(model.state_dict())
     write_run_folder(target, {"model": config.mapping()}, tokenizer)

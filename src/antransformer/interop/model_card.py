@@ -158,6 +158,8 @@ def training_facts(checkpoint: Checkpoint, folder: Path) -> Iterator[Fact]:
         "optimizer",
         f"{blocks}AdamW, betas {config.beta1} and {config.beta2}, gradients clipped at {config.grad_clip:g}",
     )
+    if config.ema:
+        yield "averaging", f"exponential moving average of the weights, time constant {config.ema:.2g} of the run"
     yield "weight decay", f"{config.weight_decay:g}"
     yield "seed", str(config.seed)
     # The log may continue past the exported checkpoint.

@@ -22,6 +22,7 @@ TRAINING = (
     "beta2",
     "adam_eps",
     "grad_clip",
+    "ema",
     "eval_tokens",
     "precision",
     "compile",

@@ -94,6 +94,13 @@ class TrainConfig:
     max_skipped_steps: int = setting(
         "maximum number of steps with a NaN or Inf loss or gradient that are skipped before the run stops", 0, ge=0
     )
+    ema: float = setting(
+        "time constant of an exponential moving average of the weights, as a fraction of training. Validation, "
+        "generate, evaluate, export, diagnose and --init use the averaged weights. 0 disables averaging",
+        0.0,
+        ge=0,
+        lt=1,
+    )
     seed: int = setting("seed of the initial weights and the data order", 0, ge=0, lt=2**63)
     log_every: int = setting("steps between metrics lines", 10, ge=1)
     eval_every: int = setting("steps between validations (default: a tenth of the run)", 0, ge=1)
@@ -255,6 +262,7 @@ LEGACY_DEFAULTS: dict[str, Any] = {
     "lr_horizon": 0,
     "horizon_exponent": 0.0,
     "schedule": "cosine",
+    "ema": 0.0,
 }
 
 

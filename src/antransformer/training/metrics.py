@@ -35,7 +35,8 @@ class MetricsLine(TypedDict):
         mean_alpha: mean residual step size; None if the architecture has none.
         seconds: training time of the run, without validation.
         skipped: number of skipped steps, if ``max_skipped_steps`` is set.
-        val_loss: validation loss in nats per token, on lines with a validation.
+        val_loss: validation loss in nats per token, on lines with a validation; with ``ema``, of the averaged weights.
+            All other values are measured on the weights in training.
         bits_per_byte: validation loss in bits per byte of text, on lines with a validation.
     """
 

@@ -18,6 +18,7 @@ from antransformer.bounds import bind
 from antransformer.data import Dataset, Prefetcher, ShuffledWindows, eval_batches
 from antransformer.errors import CheckpointError, DataError, DivergedError, RunStoppedError, WriteError
 from antransformer.training import extension, metrics
+from antransformer.training.averaging import WeightAverage
 from antransformer.training.checkpointing import checkpoint
 from antransformer.training.checkpointing.checkpoint import Checkpoint
 from antransformer.training.config import LEGACY_DEFAULTS, MUTABLE_ON_RESUME, TrainConfig, to_mapping
@@ -133,27 +134,32 @@ class Trainer:
         )
         self.done, self.seconds = 0, 0.0  # completed steps, and the time that they took
         self.skipped = 0  # completed steps that were skipped
-        if resume:
-            self._resume()
+        saved = self._resume() if resume else None
         extension.require_rewarm_step(config, self.done, folder)
         if config.init is not None and not self.done:
             self._start_from(Path(config.init))
+        self.average = WeightAverage(self.model, config.ema * config.steps) if config.ema else None
+        if self.average is not None and saved is not None:
+            checkpoint.load_weights(saved, "average", self.average.weights)
+            self.average.updates = self.done - self.skipped
         self.peak = throughput.peak_flops(self.device, self.precision)
         self.flops_per_step = throughput.flops_per_token(config.model) * config.batch_tokens
 
-    def _resume(self) -> None:
+    def _resume(self) -> Checkpoint | None:
+        """Restore model and optimizer from the newest checkpoint and return it; None if there is no checkpoint."""
         newest = checkpoint.newest(self.folder / CHECKPOINTS, self.reporter.log, self.dist_ctx)
         if newest is None:
             self.reporter.log(f"{self.folder}: no checkpoint yet, starting from step 0")
-            return
+            return None
         extension.require_rewarm_step(self.config, newest.step, self.folder)
         self._check_same_run(newest)
-        checkpoint.load_model(newest, self.model)
+        checkpoint.load_weights(newest, "model", self.model.state_dict())
         self.done = newest.step
         self.seconds, self.skipped = newest.extra["seconds"], newest.extra.get("skipped", 0)
         if self.skipped < self.done:  # otherwise the optimizer has no state yet
             checkpoint.load_optimizer(newest, self.model, self.optimizer)
         self.reporter.log(f"resuming from {newest.path}")
+        return newest
 
     def _check_same_run(self, saved: Checkpoint) -> None:
         """Refuse a checkpoint whose model, data or settings are not those of this run."""
@@ -190,7 +196,7 @@ class Trainer:
                 f"{self.config.data}: its tokenizer differs from the one of {init}: prepare the data with "
                 f"--tokenizer {run_folder_of(initial)}"
             )
-        checkpoint.load_model(initial, self.model)
+        checkpoint.load_weights(initial, initial.inference_kind, self.model.state_dict())
         self.reporter.log(f"starting from the weights of {initial.path}")
 
     def run(self, profiler: profile | None = None) -> Result:
@@ -299,6 +305,8 @@ class Trainer:
         skip = config.max_skipped_steps > 0 and self._skips(step, total, grad_norm)
         if not skip:
             self.optimizer.step()
+            if self.average is not None:
+                self.average.update()
         self.optimizer.zero_grad()
         return [] if skip else [(total, grad_norm)]
 
@@ -319,19 +327,23 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> Validation:
-        """Validation loss over about ``eval_tokens`` tokens, in evenly spaced windows of the split."""
+        """Validation loss over about ``eval_tokens`` tokens, in evenly spaced windows of the split.
+
+        With ``ema`` it is the loss of the averaged weights.
+        """
         dist_ctx, context = self.dist_ctx, self.config.model.context
         rank, size = dist_ctx.data_parallel_rank, dist_ctx.data_parallel_size
         total, count = torch.zeros((), dtype=torch.float64), 0
         batches = eval_batches(self.validation, context, self.config.micro_batch_size * size, self.config.eval_tokens)
-        for tokens, targets in batches:
-            # A rank without a window of its own computes the first one, since sharded models need all ranks.
-            share = slice(rank, None, size) if rank < len(tokens) else slice(1)
-            with autocast(self.device, self.precision):
-                loss = self.model.loss(self._to_device(tokens[share]), self._to_device(targets[share]))
-            if rank < len(tokens):
-                total += loss.double().cpu() * tokens[share].numel()
-            count += tokens.numel()
+        with contextlib.nullcontext() if self.average is None else self.average.applied():
+            for tokens, targets in batches:
+                # A rank without a window of its own computes the first one, since sharded models need all ranks.
+                share = slice(rank, None, size) if rank < len(tokens) else slice(1)
+                with autocast(self.device, self.precision):
+                    loss = self.model.loss(self._to_device(tokens[share]), self._to_device(targets[share]))
+                if rank < len(tokens):
+                    total += loss.double().cpu() * tokens[share].numel()
+                count += tokens.numel()
         loss_per_token = float(dist_ctx.all_reduce_sum(total)) / (count * dist_ctx.tensor_parallel)
         tokens_per_byte = self.validation.tokens / self.validation.bytes
         return {"val_loss": loss_per_token, "bits_per_byte": loss_per_token * tokens_per_byte / math.log(2)}
@@ -398,7 +410,8 @@ class Trainer:
             "settings": self._fixed_settings(),
             "torch": torch.__version__,
         }
-        return self.writer.save(self.done, self.model, self.optimizer, extra)
+        average = None if self.average is None else self.average.weights
+        return self.writer.save(self.done, self.model, self.optimizer, extra, average)
 
     def _result(self, line: MetricsLine | None) -> Result:
         if line is not None and "val_loss" in line:

@@ -185,10 +185,10 @@ def test_interrupted_write_is_not_a_checkpoint(corpus, tmp_path):
 def test_newer_checkpoint_is_not_skipped(corpus, tmp_path):
     path = start(corpus, tmp_path / "run", tokens=256 * 5).run().checkpoint
     state = json.loads((path / "state.json").read_text())
-    (path / "state.json").write_text(json.dumps({**state, "version": 3}))
+    (path / "state.json").write_text(json.dumps({**state, "version": checkpoint.VERSION + 1}))
     with pytest.raises(NewerCheckpointError) as error:
         resume(corpus, tmp_path / "run")
-    assert mentions(error.value, path, 3, checkpoint.VERSION)
+    assert mentions(error.value, path, checkpoint.VERSION + 1, checkpoint.VERSION)
 
 
 @pytest.mark.parametrize(

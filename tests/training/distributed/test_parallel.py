@@ -31,7 +31,7 @@ from helpers.trainers import poison, start
 CPU = torch.device("cpu")
 WORKER = Path(parallel_worker.__file__)
 INEXACT = ("bfloat16", "fp8", "fp8-tensor", "muon-fsdp", "muon-tensor", "skipped", *FAILURES)
-HSDP = [*(f"{architecture}-hsdp" for architecture in ARCHITECTURES), "tensor-hsdp"]
+HSDP = [*(f"{architecture}-hsdp" for architecture in ARCHITECTURES), "tensor-hsdp", "averaged-hsdp"]
 EXACT = [name for name in CASES if name not in INEXACT]
 
 
@@ -63,7 +63,7 @@ def single_run(corpus, tmp_path_factory):
     def train(name):
         single = {"parallel": "ddp", "tensor_parallel": 1, "compile": False, "activation_checkpointing": False}
         config = replace(config_of(corpus, name), **single)
-        key = (config.model.architecture, config.precision, config.optimizer, str(config.grad_clip))
+        key = (config.model.architecture, config.precision, config.optimizer, str(config.grad_clip), str(config.ema))
         if key not in folders:
             dataset = Dataset.open(corpus)
             folders[key] = root / "-".join(key)
@@ -158,7 +158,10 @@ def resume_in_one_process(corpus, folder, done):
     trainer.run()
 
 
-@pytest.mark.parametrize("name", ["angpt-fsdp", "angpt-tensor", "gpt+-tensor", "stopped", "stopped-tensor"])
+@pytest.mark.parametrize(
+    "name",
+    ["angpt-fsdp", "angpt-tensor", "gpt+-tensor", "averaged-ngpt", "averaged-tensor", "stopped", "stopped-tensor"],
+)
 def test_one_process_resumes_the_run_of_two(corpus, two_process_runs, single_run, tmp_path, name):
     """Optimizer moments are restored, and no window is repeated or skipped."""
     folder = shutil.copytree(two_process_runs / name, tmp_path / name, ignore=shutil.ignore_patterns("step-00000020"))
@@ -166,6 +169,19 @@ def test_one_process_resumes_the_run_of_two(corpus, two_process_runs, single_run
     check_equal(folder, single_run(name), 1e-4)
     if name.startswith("stopped"):
         assert windows_of(folder) == windows_of(single_run(name))
+
+
+def test_two_processes_resume_averages_bit_identically(corpus, two_process_runs, tmp_path):
+    names = ["averaged-ddp", "averaged-ngpt"]
+    for name in names:
+        ignored = shutil.ignore_patterns("step-00000020", "windows-*")
+        shutil.copytree(two_process_runs / name, tmp_path / name, ignore=ignored)
+    train_cases(corpus, tmp_path, 2, names)
+    for name in names:
+        folders = [root / name / "checkpoints/step-00000020" for root in (two_process_runs, tmp_path)]
+        files, again = ({path.name: path.read_bytes() for path in sorted(folder.glob("*.saf*"))} for folder in folders)
+        assert len(files) == 6 and files == again
+        assert lines_of(two_process_runs / name)[-1]["val_loss"] == lines_of(tmp_path / name)[-1]["val_loss"]
 
 
 @pytest.mark.slow
@@ -182,14 +198,18 @@ def test_four_then_two_then_one_process_continue_a_run(corpus, tmp_path, single_
         assert len(list((tmp_path / name).glob("windows-*"))) == (7 if name == "stopped" else 4)
 
 
-def test_each_process_writes_its_shards(two_process_runs):
-    folder = two_process_runs / "angpt-fsdp/checkpoints/step-00000020"
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [("angpt-fsdp", ("model", "optimizer")), ("averaged-fsdp", ("model", "optimizer", "average"))],
+)
+def test_each_process_writes_its_shards(two_process_runs, name, kinds):
+    folder = two_process_runs / name / "checkpoints/step-00000020"
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
     assert set(sizes) == {
         "state.json",
-        *(f"{kind}-0000{number}-of-00002.safetensors" for kind in ("model", "optimizer") for number in (1, 2)),
+        *(f"{kind}-0000{number}-of-00002.safetensors" for kind in kinds for number in (1, 2)),
     }
-    for kind in ("model", "optimizer"):
+    for kind in kinds:
         first, second = (sizes[f"{kind}-0000{number}-of-00002.safetensors"] for number in (1, 2))
         assert 0.8 < first / second < 1.25
 

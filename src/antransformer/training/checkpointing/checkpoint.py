@@ -3,10 +3,11 @@
     checkpoints/step-00001000/
         model.safetensors       weights, by parameter name
         optimizer.safetensors   optimizer moments, as <parameter>.<moment>
+        average.safetensors     averaged weights, by parameter name; only in runs with ``ema``
         state.json              step, model config, sha256 of the other files
 
-A run of several ranks writes one pair of files per rank, such as model-00002-of-00004.safetensors. Any number of ranks
-can read them, each its own shards (sharded_safetensors.py).
+A run of several ranks writes one file of each kind per rank, such as model-00002-of-00004.safetensors. Any number of
+ranks can read them, each its own shards (sharded_safetensors.py).
 
 A checkpoint is complete or absent: it is written under a temporary name, flushed to the disk and renamed. A folder
 without state.json, or with files that do not match its checksums, is not used. No file is ever executed or unpickled.
@@ -37,9 +38,10 @@ from antransformer.training.distributed.parallel import SINGLE_PROCESS, Distribu
 from antransformer.training.optimizer import optimizer_state_keys
 
 FORMAT = "antransformer-checkpoint"
-VERSION = 2
+VERSION = 3
+VERSION_WITHOUT_AVERAGE = 2  # checkpoints without averaged weights are written as this one, for older releases
 STATE_FILE = "state.json"
-TENSOR_KINDS = ("model", "optimizer")  # prefixes of the tensor files
+TENSOR_KINDS = ("model", "optimizer", "average")  # prefixes of the tensor files; not every checkpoint has an average
 FINISH_TIMEOUT = 60.0  # seconds that a failed run waits for the checkpoint in progress
 
 
@@ -61,8 +63,13 @@ class Checkpoint:
     extra: dict[str, Any]
     files: tuple[str, ...]
 
+    @property
+    def inference_kind(self) -> str:
+        """Kind of the weights for inference: the averaged weights, if there are any."""
+        return "average" if any(name.startswith("average") for name in self.files) else "model"
+
     def tensors(self, kind: str) -> TensorFiles:
-        """Open the weights ("model") or the optimizer moments ("optimizer")."""
+        """Open the tensors of one of ``TENSOR_KINDS``: weights, optimizer moments or averaged weights."""
         return TensorFiles(self.path / name for name in self.files if name.startswith(kind))
 
 
@@ -105,21 +112,37 @@ class CheckpointWriter:
             concurrent.futures.wait([self._pending], FINISH_TIMEOUT)
             self._join()
 
-    def save(self, step: int, model: Decoder, optimizer: Optimizer, extra: dict[str, Any]) -> Path:
+    def save(
+        self,
+        step: int,
+        model: Decoder,
+        optimizer: Optimizer,
+        extra: dict[str, Any],
+        average: Mapping[str, Tensor] | None = None,
+    ) -> Path:
         """Start writing a checkpoint after the previous one is complete; return its future folder.
+
+        Args:
+            step: number of completed steps.
+            model: model in training.
+            optimizer: its optimizer.
+            extra: other state of the run, as JSON data.
+            average: averaged weights by parameter name, which inference will use instead of the model's.
 
         Raises:
             WriteError: the previous checkpoint could not be written.
         """
         self.wait()
         rank, world_size = self.dist_ctx.rank, self.dist_ctx.world_size
-        states = (model.state_dict(), _optimizer_tensors(model, optimizer))
+        states = {"model": model.state_dict(), "optimizer": _optimizer_tensors(model, optimizer)}
+        if average is not None:
+            states["average"] = dict(average)
         # Copied before the thread starts, because the next training step changes the tensors in place.
         shards = {
-            tensor_file_name(kind, rank, world_size): LocalShards(tensors, rank)
-            for kind, tensors in zip(TENSOR_KINDS, states, strict=True)
+            tensor_file_name(kind, rank, world_size): LocalShards(tensors, rank) for kind, tensors in states.items()
         }
-        state = {"format": FORMAT, "version": VERSION, "step": step, "model": model.config.mapping(), "extra": extra}
+        version = VERSION_WITHOUT_AVERAGE if average is None else VERSION
+        state = {"format": FORMAT, "version": version, "step": step, "model": model.config.mapping(), "extra": extra}
         pending = self._pending = concurrent.futures.Future()
 
         def write_in_thread() -> None:
@@ -281,8 +304,9 @@ def _read(path: Path, rank: int, world_size: int) -> Checkpoint:
         if missing or {**complete, **fields} != complete or step != step_of(path):
             raise ValueError("a field of the model is missing, or the step differs from that in the folder's name")
         digests = dict(state["sha256"])
-        writers = max(1, len(digests) // len(TENSOR_KINDS))
-        expected = {tensor_file_name(kind, writer, writers) for kind in TENSOR_KINDS for writer in range(writers)}
+        kinds = [kind for kind in TENSOR_KINDS if kind != "average" or state["version"] > VERSION_WITHOUT_AVERAGE]
+        writers = max(1, len(digests) // len(kinds))
+        expected = {tensor_file_name(kind, writer, writers) for kind in kinds for writer in range(writers)}
         if digests.keys() != expected:
             raise ValueError("sha256 does not list all tensor files")
     except (KeyError, TypeError, ValueError) as error:  # a ConfigError is a ValueError
@@ -305,27 +329,27 @@ def _read_state_file(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: {STATE_FILE} is corrupted") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"{path}: {STATE_FILE} does not have the format {FORMAT}")
-    if state.get("version") not in (1, VERSION):
+    if state.get("version") not in range(1, VERSION + 1):
         raise NewerCheckpointError(
             f"{path}: checkpoint version {state.get('version')!r}, this release reads {VERSION}: update antransformer"
         )
     return state
 
 
-def load_model(checkpoint: Checkpoint, model: Decoder) -> None:
-    """Copy the checkpoint's weights into ``model``; of a sharded model, the shards of this rank.
+def load_weights(checkpoint: Checkpoint, kind: str, target: Mapping[str, Tensor]) -> None:
+    """Copy the weights ("model") or averaged weights ("average") into ``target``; of DTensors, the shards of this rank.
 
     Raises:
         CheckpointError: names or shapes of the weights differ.
     """
-    weights = checkpoint.tensors("model")
-    require_shapes(weights, model, checkpoint.path)
-    weights.read_into(model.state_dict())
+    weights = checkpoint.tensors(kind)
+    require_shapes(weights, target, checkpoint.path)
+    weights.read_into(target)
 
 
-def require_shapes(weights: TensorFiles, model: Decoder, origin: Path) -> None:
-    """Raise ``CheckpointError`` if names or shapes of the weights in ``origin`` differ from those of ``model``."""
-    if weights.shapes != {name: value.shape for name, value in model.state_dict().items()}:
+def require_shapes(weights: TensorFiles, target: Mapping[str, Tensor], origin: Path) -> None:
+    """Raise ``CheckpointError`` if names or shapes of the weights in ``origin`` differ from those of ``target``."""
+    if weights.shapes != {name: value.shape for name, value in target.items()}:
         raise CheckpointError(f"{origin}: the weights belong to another model")
 
 
@@ -350,11 +374,11 @@ def load_optimizer(checkpoint: Checkpoint, model: Decoder, optimizer: Optimizer)
 
 
 def restore(checkpoint: Checkpoint, device: torch.device) -> Decoder:
-    """Build the checkpoint's model on ``device`` and load its weights; the model is in evaluation mode."""
+    """Build the checkpoint's model on ``device`` with its weights for inference; the model is in evaluation mode."""
     with torch.device("meta"):
         model = build(checkpoint.model)
-    weights = checkpoint.tensors("model")
-    require_shapes(weights, model, checkpoint.path)  # before allocating the sizes that the config claims
+    weights = checkpoint.tensors(checkpoint.inference_kind)
+    require_shapes(weights, model.state_dict(), checkpoint.path)  # before allocating the sizes that the config claims
     model.to_empty(device=device)
     weights.read_into(model.state_dict())
     return model.eval()

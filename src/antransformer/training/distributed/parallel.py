@@ -288,6 +288,13 @@ def set_gradient_sync(model: Decoder, enabled: bool) -> None:
         model.set_requires_gradient_sync(enabled)
 
 
+def reshard(model: Decoder) -> None:
+    """Free gathered weights, so that the next forward pass gathers the current ones."""
+    for module in (*model.blocks, model):
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 class ReplicatedInitMode(TorchDispatchMode):
     """Makes random initialization of sharded parameters the same as in a single process.
 
@@ -312,6 +319,12 @@ def shard_like(full: Tensor, parameter: Tensor) -> Tensor:
     full = full.to(parameter.device)
     # No source rank: all ranks have the same values, so nothing has to be sent.
     return distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def local_shard(value: Tensor) -> Tensor:
+    """This rank's shard of a sharded tensor, or the whole of any other, without gradient; it shares the memory."""
+    value = value.detach()
+    return value.to_local() if isinstance(value, DTensor) else value
 
 
 def full_tensor(value: Tensor) -> Tensor:
