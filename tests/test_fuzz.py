@@ -309,6 +309,7 @@ def whole(root):
     command(*words)
     train = ["--data", folder / "data", "--batch-tokens=32", "--tokens=64", "--eval-tokens=32", "--log-every=1"]
     command("train", "--out", folder / "run", "--checkpoint-every=1", *train, *sizes)
+    command("train", "--out", folder / "run-averaged", "--ema=0.5", "--checkpoint-every=1", *train, *sizes)
     step = next(iter(sorted((folder / "run/checkpoints").iterdir())))
     shutil.copytree(folder / "run", folder / "run-of-two")
     share(folder / "run-of-two/checkpoints" / "step-00000002")
@@ -509,7 +510,7 @@ def checkpoints(draw, folder):
 
 @fuzz(st.data())
 def test_checkpoints(root, whole, data):
-    run = whole / data.draw(st.sampled_from(["run", "run-of-two"]))
+    run = whole / data.draw(st.sampled_from(["run", "run-of-two", "run-averaged"]))
     files = data.draw(checkpoints(run / "checkpoints/step-00000002"))
     name, kind = data.draw(st.sampled_from(sorted(files))), data.draw(strange)
     with case(root) as folder:
