@@ -568,7 +568,7 @@ def test_wrong_exports_are_refused(tmp_path, capsys, monkeypatch):
     state = next((tmp_path / "run/checkpoints").iterdir()) / "state.json"
     content = state.read_text()
     state.write_text(content.replace('"version": 2', '"version": 9'))
-    assert mentions(wrong(words, capsys), str(state.parent), "9", "2")
+    assert mentions(wrong(words, capsys), str(state.parent), 9, checkpoint.VERSION)
     state.write_text(content)
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "transformers", None)
