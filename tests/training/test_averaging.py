@@ -291,13 +291,13 @@ def test_run_without_the_setting_resumes_without_an_average(corpus, tmp_path):
 @pytest.mark.parametrize(
     "words",
     [
-        ["compare", "--budgets", "2560", "--seeds=1", "--lr-trials=1", "--tuning-trials=1", "--batch-tokens=256"],
+        ["ablate", "--only", "all-x2", "--seeds=1", "--batch-tokens=256", "--tokens=2560"],
         ["sweep", "--widths", "64", "--batch-tokens=256", "--tokens=2560", "--lrs", "1e-3"],
     ],
     ids=lambda words: words[0],
 )
 def test_experiments_average_in_all_runs(corpus, tmp_path, words):
-    sizes = [option for option in SMALL_OPTIONS if "width" not in option or words[0] == "compare"]
+    sizes = [option for option in SMALL_OPTIONS if "width" not in option or words[0] == "ablate"]
     out = ["--data", str(corpus), "--out", str(tmp_path / "out"), "--eval-tokens=1024", "--workers=1", "--ema=0.3"]
     assert main([*words, *out, *sizes]) == 0
     runs = [path.parent for path in (tmp_path / "out").glob("runs/*/result.json")]
