@@ -54,8 +54,8 @@ def losses(folder):
     return {line["step"]: line["loss"] for line in read_metrics(folder / "metrics.jsonl")}
 
 
-def weights(folder, step):
-    return (folder / f"checkpoints/step-{step:08d}" / "model.safetensors").read_bytes()
+def weights(folder, step, kind="model"):
+    return (folder / f"checkpoints/step-{step:08d}" / f"{kind}.safetensors").read_bytes()
 
 
 def poison(trainer, *steps, spoil=lambda loss: loss * math.nan):
