@@ -59,6 +59,17 @@ class ScaledParameter(nn.Module):
         return f"{len(self.value)}, init={self.init:g}, scale={self.scale:g}"
 
 
+class AbsoluteParameter(ScaledParameter):
+    """Learnable vector |s|, where s is that of ``ScaledParameter``; nGPT's alpha.
+
+    The surrogate may become negative; the vector then grows again.
+    """
+
+    def forward(self) -> Tensor:
+        """Vector |s| (size,), in the dtype of the parameter."""
+        return super().forward().abs()
+
+
 class Linear(nn.Module):
     """Linear map ``factor * (W x)`` with rows of W that start at unit norm and are bounded by it.
 
@@ -170,10 +181,16 @@ class Residual(nn.Module):
 class ExactResidual(Residual):
     """Residual update of nGPT: an interpolation that is normalized exactly; arguments as for ``Residual``.
 
+    alpha is an absolute value, as in the code by nGPT's authors.
+
     >>> x, y = functional.normalize(torch.randn(2, 100, 256))
     >>> round(ExactResidual(256, alpha=0.3)(x, x).norm(dim=-1).max().item(), 4)
     1.0
     """
+
+    def __init__(self, width: int, alpha: float = 0.05, scale: float = 0.03) -> None:
+        super().__init__(width, alpha, scale)
+        self.alpha = AbsoluteParameter(width, alpha, scale)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Update the residual stream x with the sublayer output y (any norm), both (..., width)."""

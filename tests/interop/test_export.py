@@ -110,6 +110,24 @@ def test_transformers_computes_the_same_function(pair):
     }
 
 
+@torch.no_grad()
+def test_exported_ngpt_uses_the_absolute_value_of_alpha(tmp_path):
+    ours = make_run(tmp_path / "run", "ngpt")
+    for name, value in ours.named_parameters():
+        if name.endswith("residual.alpha.value"):
+            value.abs_()[::2].neg_()
+    checkpoint.save(tmp_path / "run" / runs.CHECKPOINTS, 30, ours, torch.optim.Adam(ours.parameters()), {}, keep=1)
+    export(*runs.open_checkpoint(tmp_path / "run"), tmp_path / "hf")
+    theirs = load(tmp_path / "hf")
+    negative = theirs(some_tokens()).logits
+    torch.testing.assert_close(negative, ours(some_tokens()), rtol=1e-5, atol=1e-5)
+    for name, value in theirs.named_parameters():
+        if name.endswith("residual.alpha.value"):
+            assert value.min() < 0
+            value.abs_()
+    assert torch.equal(theirs(some_tokens()).logits, negative)
+
+
 def test_gradients_and_bounds_are_equal(pair):
     ours, theirs = pair
     tokens = some_tokens()

@@ -5,9 +5,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from antransformer.diagnostics.probes import layer_alphas
 from antransformer.errors import ConfigError
 from antransformer.models import ModelConfig, build
 from antransformer.nn import Linear, Residual, ScaledParameter
+from antransformer.training.metrics import mean_alpha
 from helpers.messages import mentions
 
 GPT_PLUS_FAMILY = ["gpt+", "gpt", "ln-scaling", "dyt"]
@@ -159,11 +161,11 @@ def reference_ngpt(model, tokens):
             q, k = unit(rotate_half(x @ wq.T, h)) * s, unit(rotate_half(x @ wk.T, h)) * s
             heads.append(attend(q, k, x @ wv.T, math.sqrt(h)))
         y = unit(torch.cat(heads, -1) @ block.attention.out_proj.weight.T)
-        x = unit(x + scaled(block.attention_residual.alpha) * (y - x))
+        x = unit(x + scaled(block.attention_residual.alpha).abs() * (y - x))
         u = x @ block.mlp.up_proj.weight.T * scaled(block.mlp.up_scale)
         z = x @ block.mlp.gate_proj.weight.T * scaled(block.mlp.gate_scale) * math.sqrt(d)
         y = unit(u * F.silu(z) @ block.mlp.down_proj.weight.T)
-        x = unit(x + scaled(block.mlp_residual.alpha) * (y - x))
+        x = unit(x + scaled(block.mlp_residual.alpha).abs() * (y - x))
     return scaled(model.logit_scale) * (x @ model.lm_head.weight.T)
 
 
@@ -383,6 +385,22 @@ def test_ngpt_residual_stream_has_norm_one_exactly():
     with torch.no_grad():
         hidden = stir(small("ngpt")).hidden(some_tokens())
     torch.testing.assert_close(hidden.norm(dim=-1), torch.ones(3, 24))
+
+
+def test_ngpt_uses_the_absolute_value_of_alpha():
+    model, tokens = stir(small("ngpt").double()), some_tokens(batch=1, length=7)
+    surrogates = [value for name, value in model.named_parameters() if name.endswith("residual.alpha.value")]
+    assert len(surrogates) == 6
+    with torch.no_grad():
+        for value in surrogates:
+            value.abs_()
+        logits, mean = model(tokens), mean_alpha(model)
+        for value in surrogates:
+            value[::2].neg_()
+        torch.testing.assert_close(model(tokens), logits, rtol=0, atol=0)
+        torch.testing.assert_close(reference_ngpt(model, tokens[0]), logits[0], rtol=1e-6, atol=1e-6)
+    assert mean_alpha(model) == mean > 0.04
+    assert torch.tensor(layer_alphas(model)).mean().item() == pytest.approx(mean.item())
 
 
 def test_scaled_parameter_moves_at_the_chosen_speed():

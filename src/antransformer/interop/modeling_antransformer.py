@@ -297,11 +297,11 @@ class Interpolation(nn.Module):
 
 
 class ExactInterpolation(Interpolation):
-    """Residual update of nGPT: normalize(x + alpha (normalize(y) - x))."""
+    """Residual update of nGPT: normalize(x + |alpha| (normalize(y) - x))."""
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Update the residual stream x with the sublayer output y, both (..., d)."""
-        return normalize(torch.lerp(x, normalize(y).to(x.dtype), self.alpha().to(x.dtype)))
+        return normalize(torch.lerp(x, normalize(y).to(x.dtype), self.alpha().abs().to(x.dtype)))
 
 
 class Bound(NamedTuple):
