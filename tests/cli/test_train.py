@@ -91,6 +91,23 @@ def test_both_learning_rates_of_muon_are_printed_and_on_the_model_card(corpus, t
     assert mentions(capsys.readouterr().err, *["muon_lr", "optimizer", "muon"])
 
 
+def test_normuon_with_cautious_decay_from_the_command_line(corpus, tmp_path, capsys):
+    pytest.importorskip("transformers")
+    options = ["--data", str(corpus), "--batch-tokens", "256", "--tokens", "512", "--eval-tokens", "2048"]
+    options += ["--optimizer", "normuon", "--architecture", "gpt+", "--cautious-weight-decay", *SMALL_OPTIONS]
+    run = tmp_path / "run"
+    assert main(["train", *options, "--weight-decay", "0", "--out", str(run)]) == 2
+    assert mentions(capsys.readouterr().err, "cautious_weight_decay", "weight_decay", 0) and not run.exists()
+    assert main(["train", *options, "--weight-decay", "0.2", "--out", str(run)]) == 0
+    assert any(mentions(line, "NorMuon", "0.02") for line in capsys.readouterr().out.splitlines())
+    config = (run / "config.yaml").read_text()
+    assert all(line in config for line in ("optimizer: normuon", "muon_lr: 0.02", "cautious_weight_decay: true"))
+    assert main(["export", "--checkpoint", str(run), "--out", str(tmp_path / "hf")]) == 0
+    card = (tmp_path / "hf/README.md").read_text()
+    assert re.search(r"^\| optimizer \|.*NorMuon.*0\.02", card, re.M)
+    assert re.search(r"^\| weight decay \| 0\.2, cautious", card, re.M)
+
+
 def test_resuming_a_finished_run_changes_nothing(trained, capsys):
     before = (trained / "metrics.jsonl").read_text()
     assert main(["train", "--out", str(trained), "--resume"]) == 0

@@ -118,6 +118,18 @@ def test_the_learning_rate_of_muon_is_searched_after_that_of_adam_with_the_same_
     assert f"angpt-muon-10240-lr0.012-muon{muon.settings['muon_lr']:g}-seed1" in made.queue.calls[-1]
 
 
+def test_muon_and_normuon_each_search_the_rate_that_they_share(corpus):
+    best = {"muon": 0.04, "normuon": 0.08}
+
+    def loss(config):
+        return bowl({"angpt": 1.2e-2})(config) + math.log(config.muon_lr / best[config.optimizer]) ** 2
+
+    made = experiment(corpus, loss, architectures=("angpt-muon", "angpt-normuon"), lr_trials=3)
+    for variant, optimizer in zip(made.run().variants, best, strict=True):
+        assert (variant.settings["optimizer"], variant.settings["muon_lr"]) == (optimizer, best[optimizer])
+        assert f"angpt-{optimizer}-10240-lr0.012-muon{best[optimizer]:g}-seed1" in made.queue.calls[-1]
+
+
 def test_a_comparison_with_muon_for_all_variants(corpus):
     plan = compare.plan({**COMMON, "optimizer": "muon"}, ("gpt+", "angpt"), BUDGETS, lr_trials=2, tuning_trials=2)
     results = Experiment(plan, Dataset.open(corpus), FakeQueue(bowl({"gpt+": 8e-3, "angpt": 1.2e-2})), print).run()

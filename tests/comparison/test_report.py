@@ -542,7 +542,8 @@ def test_page_is_drawn(chromium, written, tmp_path, scheme):
 
 
 def test_variants_have_different_styles_with_and_without_muon():
-    names = ("gpt+", "gpt+-muon", "ngpt", "ngpt-muon", "angpt", "angpt-muon", "gpt-muon")
+    suffixes = ("", "-muon", "-normuon")
+    names = [*(name + suffix for name in ("gpt+", "ngpt", "angpt") for suffix in suffixes), "gpt-muon"]
     styles = [labels.style_of(name) for name in names]
     for attribute in ("label", "colour", "marker"):
         assert len({getattr(style, attribute) for style in styles}) == len(names)

@@ -14,7 +14,7 @@ from antransformer.training.trainer import Trainer
 from helpers.small import SMALL, SMALL_OPTIONS, Notes
 
 ARCHITECTURES = ["angpt", "ngpt", "gpt+"]
-OPTIMIZED = [*((name, "adam") for name in ARCHITECTURES), ("angpt", "muon"), ("gpt+", "muon")]
+OPTIMIZED = [*((name, "adam") for name in ARCHITECTURES), ("angpt", "muon"), ("gpt+", "muon"), ("angpt", "normuon")]
 
 
 def settings(corpus, **more):

@@ -16,6 +16,7 @@ from antransformer.models.registry import BUILT_IN, Architecture
 from antransformer.reporting.labels import style_of
 from antransformer.results.comparison import Results
 from antransformer.training import defaults
+from antransformer.training.optimizer_registry import OPTIMIZERS
 from helpers.messages import mentions
 from helpers.small import SMALL_OPTIONS
 
@@ -90,21 +91,20 @@ def test_transformers_has_every_architecture_that_says_so():
 
 
 def test_labels_of_other_names():
-    assert style_of("angpt-muon").label == "anGPT (Muon)" and style_of("no-lerp").label == "no-lerp"
+    assert style_of("angpt-muon").label == "anGPT (Muon)" and style_of("angpt-normuon").label == "anGPT (NorMuon)"
+    assert style_of("no-lerp").label == "no-lerp"
     assert style_of("no-lerp") == style_of("no-lerp")
 
 
 def test_hyperparameters_that_compare_tunes():
-    tuned = {
-        name: [registry.get(name).hyperparameter(optimizer) for optimizer in ("adam", "muon")] for name in BUILT_IN
-    }
+    tuned = {name: [registry.get(name).hyperparameter(optimizer) for optimizer in OPTIMIZERS] for name in BUILT_IN}
     assert tuned == {
-        "angpt": ["model.s_scale", "model.s_scale"],
-        "ngpt": ["model.s_scale", "model.s_scale"],
-        "gpt+": ["weight_decay", "model.init_std"],
-        "gpt": ["weight_decay", "model.init_std"],
-        "ln-scaling": ["weight_decay", "model.init_std"],
-        "dyt": ["model.dyt_alpha_init", "model.dyt_alpha_init"],
+        "angpt": ["model.s_scale"] * 3,
+        "ngpt": ["model.s_scale"] * 3,
+        "gpt+": ["weight_decay", "model.init_std", "model.init_std"],
+        "gpt": ["weight_decay", "model.init_std", "model.init_std"],
+        "ln-scaling": ["weight_decay", "model.init_std", "model.init_std"],
+        "dyt": ["model.dyt_alpha_init"] * 3,
     }
 
 

@@ -210,9 +210,11 @@ def test_batches_are_rounded_to_sequences():
         ({"width": 64}, "config.yaml width model.width"),
         ({"model": {"width": 2**40}}, "config.yaml model.width 2^31 1099511627776"),
         ({"model": {"s_scale": 1e300}}, "s_scale 1e+300"),
-        ({"muon_lr": 0.02}, "muon_lr optimizer muon"),
+        ({"muon_lr": 0.02}, "muon_lr optimizer muon normuon"),
+        ({"cautious_weight_decay": True}, "cautious_weight_decay weight_decay 0"),
+        ({"cautious_weight_decay": True, "architecture": "gpt+", "weight_decay": 0}, "cautious_weight_decay"),
         ({"optimizer": "muon", "muon_lr": 0}, "muon_lr 0.0"),
-        ({"optimizer": "sgd"}, "config.yaml optimizer adam muon sgd"),
+        ({"optimizer": "sgd"}, "config.yaml optimizer adam muon normuon sgd"),
         ({"warmup_fraction": 1}, "warmup_fraction 0 1 1.0"),
         ({"micro_batch_size": 2**63}, "micro_batch_size 63"),
         ({"lr_width": 2**31}, "lr_width 0 2^31"),
@@ -287,6 +289,7 @@ def test_initial_weights_for_muon_are_smaller_unless_normalized():
     assert initial("gpt+", optimizer="muon") == initial("ln-scaling", optimizer="muon") == 0.02
     assert initial("gpt+", optimizer="muon", model={"init_std": 0.05}) == 0.05
     assert initial("gpt+") == initial("gpt+", optimizer="adam") == 128**-0.5
+    assert initial("gpt+", optimizer="normuon") == 0.02
     assert initial("angpt", optimizer="muon") is None
 
 

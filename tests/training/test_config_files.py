@@ -9,6 +9,7 @@ import yaml
 from antransformer.errors import ConfigError
 from antransformer.training.config import resolve_config, to_mapping
 from antransformer.training.config_files import format_settings, read_config, read_yaml, shipped_configs
+from antransformer.training.optimizer_registry import OPTIMIZERS
 from helpers.messages import mentions
 
 
@@ -22,7 +23,7 @@ def test_there_are_shipped_configs():
     assert "demo" in shipped_configs()
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_the_config_of_a_run_gives_an_equal_config(tmp_path, optimizer):
     config = resolve_config({"optimizer": optimizer, "context": 64, "seed": 3}, vocab_size=300)
     (tmp_path / "config.yaml").write_text(format_settings(to_mapping(config)))

@@ -6,13 +6,16 @@ import pytest
 import torch
 from torch import nn
 
+from antransformer.training import trainer as trainer_module
 from antransformer.training.config import resolve_config
 from antransformer.training.learning_rates import format_rates, peak_rates
 from antransformer.training.metrics import read_metrics
-from antransformer.training.muon import Muon
+from antransformer.training.muon import Muon, newton_schulz
 from antransformer.training.optimizer_registry import OPTIMIZERS, split_variant
 from antransformer.training.schedule import learning_rate
 from helpers.trainers import ARCHITECTURES, start
+
+NO_DECAY = {"weight_decay": 0, "cautious_weight_decay": False}
 
 
 def test_weight_decay_applies_to_matrices_only(corpus, tmp_path):
@@ -65,21 +68,21 @@ def test_muon_equals_torchs_with_separate_q_k_and_v():
     heads, width, shapes = 3, 8, [(24, 40), (40, 24), (72, 24)]
     ours = [nn.Parameter(torch.randn(shape)) for shape in shapes]
     # Rows of q, k and v are ordered by head in our fused matrix; torch gets one matrix for each of them.
-    q_k_v = ours[2].detach().view(heads, 3, width, 24).transpose(0, 1).flatten(1, 2).unbind()
+    q_k_v = split_qkv(ours[2], heads, width)
     theirs = [nn.Parameter(value.detach().clone()) for value in (*ours[:2], *q_k_v)]
     muon = Muon([{"params": ours[:2]}, {"params": ours[2:], "head_dim": width}], lr=0.05, weight_decay=0.1)
     torchs = torch.optim.Muon(theirs, lr=0.05, weight_decay=0.1)
     for _ in range(3):
         for weight in ours:
             weight.grad = torch.randn_like(weight)
-        gradients = ours[2].grad.view(heads, 3, width, 24).transpose(0, 1).flatten(1, 2)
+        gradients = split_qkv(ours[2].grad, heads, width)
         for weight, gradient in zip(theirs, (ours[0].grad, ours[1].grad, *gradients), strict=True):
             weight.grad = gradient.clone()
         muon.step()
         torchs.step()
-    updated = (*ours[:2], *ours[2].view(heads, 3, width, 24).transpose(0, 1).flatten(1, 2))
+    updated = (*ours[:2], *split_qkv(ours[2], heads, width))
     for our_weight, their_weight in zip(updated, theirs, strict=True):
-        torch.testing.assert_close(our_weight, their_weight)
+        torch.testing.assert_close(our_weight.detach(), their_weight.detach())
 
 
 def test_muon_rotates_rows_of_unit_norm_by_the_learning_rate(corpus, tmp_path):
@@ -90,6 +93,119 @@ def test_muon_rotates_rows_of_unit_norm_by_the_learning_rate(corpus, tmp_path):
         if name.startswith("blocks") and value.ndim == 2:
             angles = torch.cosine_similarity(value.detach(), before[name]).clamp(-1, 1).acos()
             assert angles.square().mean().sqrt().item() == pytest.approx(0.05, rel=0.3), name
+
+
+def reference_normuon(weights, gradients, lr, beta1=0.95, beta2=0.95, weight_decay=0.0, cautious=False):
+    """NorMuon (arXiv:2510.05491, algorithm 1) with the scale of the official code, one matrix and row at a time."""
+    weights = [weight.clone() for weight in weights]
+    momenta = [torch.zeros_like(weight) for weight in weights]
+    moments = [[0.0] * len(weight) for weight in weights]
+    for of_step in gradients:
+        for weight, momentum, moment, gradient in zip(weights, momenta, moments, of_step, strict=True):
+            momentum.mul_(beta1).add_((1 - beta1) * gradient)
+            orthogonal = newton_schulz((1 - beta1) * gradient + beta1 * momentum)
+            update = orthogonal.clone()
+            for number, row in enumerate(orthogonal):
+                moment[number] = beta2 * moment[number] + (1 - beta2) * float(row.square().sum()) / len(row)
+                update[number] /= moment[number] ** 0.5
+            update *= orthogonal.norm() / update.norm()
+            decayed = torch.where(update.sign() * weight.sign() >= 0, weight, 0) if cautious else weight.clone()
+            weight -= lr * (update + weight_decay * decayed)
+    return weights
+
+
+def split_qkv(matrix, heads, head_dim):
+    """Rows of q, of k and of v in a fused matrix, whose rows are ordered by head."""
+    return matrix.detach().view(heads, 3, head_dim, -1).transpose(0, 1).flatten(1, 2).unbind()
+
+
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}, {"weight_decay": 0.5, "cautious": True}], ids=str)
+def test_normuon_follows_its_paper_with_separate_q_k_and_v(options):
+    torch.manual_seed(0)
+    heads, width, shapes = 3, 8, [(24, 40), (40, 24), (72, 24)]
+    ours = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    gradients = [[torch.randn(shape) * torch.rand(shape[0], 1).square() for shape in shapes] for _ in range(4)]
+
+    def parts(matrices):
+        return [*matrices[:2], *split_qkv(matrices[2], heads, width)]
+
+    expected = reference_normuon(parts([value.detach() for value in ours]), map(parts, gradients), 0.05, **options)
+    normuon = Muon([{"params": ours[:2]}, {"params": ours[2:], "head_dim": width}], lr=0.05, beta2=0.95, **options)
+    for of_step in gradients:
+        for weight, gradient in zip(ours, of_step, strict=True):
+            weight.grad = gradient.clone()
+        normuon.step()
+    for our_weight, their_weight in zip(parts(ours), expected, strict=True):
+        torch.testing.assert_close(our_weight.detach(), their_weight)
+
+
+def test_normuon_moves_rows_equally_and_as_far_as_muon_on_average(corpus, tmp_path):
+    moved = {}
+    for optimizer in ("muon", "normuon"):
+        trainer = start(corpus, tmp_path / optimizer, optimizer=optimizer, model={"architecture": "gpt+"}, **NO_DECAY)
+        before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+        trainer.update(1)
+        matrices = [name for name, value in before.items() if name.startswith("blocks") and value.ndim == 2]
+        moved[optimizer] = {name: (trainer.model.get_parameter(name) - before[name]).norm(dim=1) for name in matrices}
+    for name, lengths in moved["normuon"].items():
+        assert lengths.norm().item() == pytest.approx(moved["muon"][name].norm().item(), rel=1e-4)
+        parts = [lengths] if "qkv" not in name else split_qkv(lengths.unsqueeze(1), 2, 32)
+        for part in parts:  # the first moments are mean squares of this update
+            assert part.max() / part.min() < 1.001, name
+        assert moved["muon"][name].max() / moved["muon"][name].min() > 1.05, name
+
+
+def test_normuon_rotates_every_row_of_angpt_by_about_the_learning_rate(corpus, tmp_path):
+    trainer = start(corpus, tmp_path / "run", optimizer="normuon", muon_lr=0.05)
+    before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+    trainer.update(1)
+    for name, value in trainer.model.named_parameters():
+        if name.startswith("blocks") and value.ndim == 2:
+            angles = torch.cosine_similarity(value.detach(), before[name]).clamp(-1, 1).acos()
+            assert angles.min() > 0.03 and angles.max() < 0.06, name
+
+
+def test_normuon_leaves_weights_without_gradients_where_they_are():
+    weight = nn.Parameter(torch.randn(8, 4))
+    weight.grad = torch.zeros(8, 4)
+    before = weight.detach().clone()
+    Muon([weight], lr=0.05, beta2=0.95).step()
+    assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+@pytest.mark.parametrize("architecture", ["gpt+", "angpt"])
+def test_cautious_decay_spares_coordinates_that_grow(corpus, tmp_path, monkeypatch, architecture, optimizer):
+    """A step with cautious decay differs from one without decay in the coordinates that shrink."""
+    monkeypatch.setattr(trainer_module, "bind", lambda *_: None)  # a projection would change all coordinates
+    after = {}
+    options = {"optimizer": optimizer, "warmup_fraction": 0, "model": {"architecture": architecture}}
+    for name, more in (("none", NO_DECAY), ("cautious", {"weight_decay": 0.5, "cautious_weight_decay": True})):
+        trainer = start(corpus, tmp_path / name, **{**options, **more})
+        initial = {key: value.detach().clone() for key, value in trainer.model.named_parameters()}
+        trainer.update(1)
+        after[name] = {key: value.detach() for key, value in trainer.model.named_parameters()}
+    rates = {id(parameter): group["lr"] for group in trainer.optimizer.param_groups for parameter in group["params"]}
+    for key, parameter in trainer.model.named_parameters():
+        free = after["none"][key]
+        shrinks = (initial[key] - free) * initial[key] >= 0
+        decay = rates[id(parameter)] * 0.5 * initial[key] * shrinks if parameter.ndim == 2 else 0
+        torch.testing.assert_close(after["cautious"][key], free - decay, rtol=1e-5, atol=1e-7)
+        assert parameter.ndim == 1 or 0.2 < shrinks.float().mean() < 0.8 or key == "embedding.weight"
+
+
+def test_cautious_adamw_uses_the_sign_of_its_update_at_every_step(corpus, tmp_path):
+    options = {"model": {"architecture": "gpt+"}, "weight_decay": 0.5, "cautious_weight_decay": True}
+    trainer = start(corpus, tmp_path / "run", **options)
+    weight = trainer.model.blocks[0].mlp.up_proj.weight
+    for step in range(1, 4):
+        before = weight.detach().clone()
+        trainer.update(step)
+        state, group = trainer.optimizer.state[weight], trainer.optimizer.param_groups[-1]
+        scale = (1 - 0.9**step) * ((state["exp_avg_sq"] / (1 - 0.95**step)).sqrt() + 1e-9)
+        decay = 0.5 * before * (state["exp_avg"] * before >= 0)
+        expected = before - group["lr"] * (state["exp_avg"] / scale + decay)
+        torch.testing.assert_close(weight.detach(), expected, rtol=1e-4, atol=1e-7)
 
 
 def test_learning_rates_as_text():
@@ -108,6 +224,7 @@ def test_learning_rates_as_text():
 
 def test_names_of_variants_select_the_optimizer():
     assert split_variant("angpt") == ("angpt", None) and split_variant("gpt+-muon") == ("gpt+", "muon")
+    assert split_variant("gpt+-normuon") == ("gpt+", "normuon")
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

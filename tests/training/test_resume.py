@@ -32,6 +32,27 @@ def test_resumed_run_is_bit_identical(corpus, tmp_path, options):
     assert weights(tmp_path / "interrupted", 20) == weights(tmp_path / "uninterrupted", 20)
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "normuon"])
+def test_resumed_run_with_cautious_decay_is_bit_identical(corpus, tmp_path, optimizer):
+    options = {"model": {"architecture": "gpt+"}, "weight_decay": 0.5, "cautious_weight_decay": True}
+    start(corpus, tmp_path / "uninterrupted", optimizer=optimizer, **options).run()
+    run_until(start(corpus, tmp_path / "interrupted", optimizer=optimizer, **options), 13)
+    resume(corpus, tmp_path / "interrupted")[0].run()
+    assert losses(tmp_path / "interrupted") == losses(tmp_path / "uninterrupted")
+    assert weights(tmp_path / "interrupted", 20) == weights(tmp_path / "uninterrupted", 20)
+    start(corpus, tmp_path / "plain", **{**options, "optimizer": optimizer, "cautious_weight_decay": False}).run()
+    assert losses(tmp_path / "plain")[20] != losses(tmp_path / "uninterrupted")[20]
+
+
+def test_run_without_cautious_setting_resumes(corpus, tmp_path):
+    path = start(corpus, tmp_path / "run", tokens=256 * 5).run().checkpoint
+    state, config = json.loads((path / "state.json").read_text()), tmp_path / "run/config.yaml"
+    assert state["extra"]["settings"].pop("cautious_weight_decay") is False
+    (path / "state.json").write_text(json.dumps(state))
+    config.write_text(config.read_text().replace("cautious_weight_decay: false\n", ""))
+    assert resume(corpus, tmp_path / "run")[0].done == 5
+
+
 def test_run_killed_at_a_random_step_resumes_bit_identically(corpus, tmp_path):
     length = ["--tokens", str(256 * 400), "--checkpoint-every", "20", "--eval-every", "400"]
     subprocess.run(command(corpus, tmp_path / "uninterrupted", *length), check=True, capture_output=True)

@@ -41,7 +41,8 @@ def compare(
     Finished runs in ``out`` are skipped and interrupted runs resume.
 
     Args:
-        architectures: the first is the baseline; ``angpt-muon`` trains anGPT with Muon.
+        architectures: the first is the baseline; ``angpt-muon`` trains anGPT with Muon, and ``angpt-normuon`` with
+            NorMuon.
         out: folder of the runs and the report.
         tokens: largest budget (default 8M); a quarter and a half of it are run too.
         budgets: budgets in tokens, instead of ``tokens``.

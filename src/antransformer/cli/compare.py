@@ -28,7 +28,7 @@ def add_arguments(parser: Parser) -> None:
         metavar="NAME",
         default=("gpt+", "angpt"),
         help=f"two or more of {', '.join(registry.names())}; the first is the baseline. The suffix -muon, as in "
-        "angpt-muon, selects training with Muon (default gpt+ angpt)",
+        "angpt-muon, selects training with Muon, and -normuon with NorMuon (default gpt+ angpt)",
     )
     parser.add_argument(
         "--tokens", metavar="TOKENS", help="largest budget; a quarter and a half of it are run too (default 8M)"

@@ -19,6 +19,8 @@ QUICK_BUDGETS = (200_000, 400_000, 800_000)
 def variant_specs(names: Sequence[str], optimizer: str = "adam") -> list[VariantSpec]:
     """Return one variant for each name: an architecture such as ``angpt``, or ``angpt-muon`` to train it with Muon.
 
+    The suffix ``-normuon`` selects NorMuon.
+
     Args:
         names: names; the first is the baseline.
         optimizer: optimizer of the variants without the suffix.

@@ -160,7 +160,7 @@ def training_facts(checkpoint: Checkpoint, folder: Path) -> Iterator[Fact]:
     )
     if config.ema:
         yield "averaging", f"exponential moving average of the weights, time constant {config.ema:.2g} of the run"
-    yield "weight decay", f"{config.weight_decay:g}"
+    yield "weight decay", f"{config.weight_decay:g}{', cautious' if config.cautious_weight_decay else ''}"
     yield "seed", str(config.seed)
     # The log may continue past the exported checkpoint.
     lines = [line for line in read_metrics(folder / "metrics.jsonl") if line["step"] <= step and "loss" in line]

@@ -81,7 +81,8 @@ class ModelConfig:
         f"angpt: ablation of the method: {', '.join(get_args(Ablation))}", None, choices=get_args(Ablation)
     )
     init_std: float = setting(
-        "gpt+, gpt, ln-scaling, dyt: standard deviation of the initial weights (default: 1/sqrt(width); muon: 0.02)",
+        "gpt+, gpt, ln-scaling, dyt: standard deviation of the initial weights (default: 1/sqrt(width); "
+        "muon, normuon: 0.02)",
         None,
         **POSITIVE,
     )

@@ -43,7 +43,7 @@ class Architecture:
         defaults_like: architecture whose default learning rate, batch, warm-up and weight decay it uses, as far as
             ``training.defaults`` has none of its own.
         tuned_hyperparameter: setting that ``compare`` tunes in addition to the learning rate.
-        muon_tuned_hyperparameter: the setting tuned under Muon; None for the same one.
+        muon_tuned_hyperparameter: the setting tuned under Muon and NorMuon; None for the same one.
         tensor_parallel: axis along which the weights of each module, by its name, are split over the ranks; empty where
             tensor parallelism is not supported.
         hf_export: whether ``interop.modeling_antransformer`` implements it for transformers.
@@ -62,8 +62,8 @@ class Architecture:
     hf_export: bool = False
 
     def hyperparameter(self, optimizer: str) -> str:
-        """Setting that ``compare`` tunes in addition to the learning rate of ``adam`` or ``muon``."""
-        muon = self.muon_tuned_hyperparameter if optimizer == "muon" else None
+        """Setting that ``compare`` tunes in addition to the learning rate of ``adam``, ``muon`` or ``normuon``."""
+        muon = self.muon_tuned_hyperparameter if optimizer in ("muon", "normuon") else None
         return muon or self.tuned_hyperparameter
 
 

@@ -32,6 +32,9 @@ COLOURS_AND_MARKERS = {
     "gpt+-muon": ("#8168c8", "X"),
     "ngpt-muon": ("#6f9a1f", "<"),
     "angpt-muon": ("#17a2b8", "*"),
+    "gpt+-normuon": ("#a0695a", "H"),
+    "ngpt-normuon": ("#a3b18a", "d"),
+    "angpt-normuon": ("#5b6ee1", ">"),
 }
 # For all other names, chosen by the name so that a variant looks the same in every chart.
 FALLBACK = (("#9a9f2b", "h"), ("#b5651d", "p"), ("#5f7a8a", "d"), ("#a23b72", ">"), ("#3f8f5f", "8"))

@@ -18,6 +18,7 @@ TRAINING = (
     "schedule",
     "decay_fraction",
     "min_lr_ratio",
+    "cautious_weight_decay",
     "beta1",
     "beta2",
     "adam_eps",

@@ -45,7 +45,8 @@ class TrainConfig:
         ge=1,
     )
     optimizer: str = setting(
-        "adam: AdamW for all parameters; muon: Muon for the weight matrices inside the blocks, AdamW for the rest",
+        "adam: AdamW for all parameters; muon: Muon for the weight matrices inside the blocks, AdamW for the rest; "
+        "normuon: the same with NorMuon, which evens out the step sizes of rows",
         "adam",
         choices=OPTIMIZERS,
     )
@@ -69,7 +70,7 @@ class TrainConfig:
         lt=2**31,
     )
     horizon_exponent: float = setting("exponent of lr_horizon (default: by architecture)", 0.0, ge=0, le=2)
-    muon_lr: float | None = setting("peak learning rate of Muon (default: by architecture)", None, gt=0)
+    muon_lr: float | None = setting("peak learning rate of Muon or NorMuon (default: by architecture)", None, gt=0)
     schedule: str = setting(
         "shape of the learning-rate decay after the warm-up. wsd (warm-up, stable, decay) needs decay_fraction",
         "cosine",
@@ -87,6 +88,9 @@ class TrainConfig:
         "fraction of training used for linear warm-up (default: angpt, ngpt 0; others 0.1)", 0.0, ge=0, lt=1
     )
     weight_decay: float = setting("weight decay of matrices (default: angpt, ngpt 0; others 0.1)", 0.0, ge=0)
+    cautious_weight_decay: bool = setting(
+        "decay only coordinates of matrices that the optimizer moves towards zero (needs weight_decay)", False
+    )
     beta1: float = setting("beta1 of AdamW", 0.9, ge=0, lt=1)
     beta2: float = setting("beta2 of AdamW", 0.95, ge=0, lt=1)
     adam_eps: float = setting("epsilon of AdamW", 1e-9, gt=0)
@@ -147,9 +151,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        for name, spec in OPTIMIZERS.items():
-            if spec.lr_setting and (getattr(self, spec.lr_setting) is None) != (self.optimizer != name):
-                raise ConfigError(f"{spec.lr_setting} is the learning rate of optimizer {name}: set both or neither")
+        self._check_optimizer()
         if self.batch_tokens % self.model.context:
             raise ConfigError(
                 f"batch_tokens {self.batch_tokens:,} is not a multiple of the context of {self.model.context:,} tokens"
@@ -185,6 +187,21 @@ class TrainConfig:
             raise ConfigError(
                 f"rewarm_from, rewarm_ratio and rewarm_steps must be set together and fit into {self.steps:,} steps: "
                 "restore the saved config"
+            )
+
+    def _check_optimizer(self) -> None:
+        users: dict[str, list[str]] = {}  # optimizers by the setting of their learning rate
+        for name, spec in OPTIMIZERS.items():
+            if spec.lr_setting:
+                users.setdefault(spec.lr_setting, []).append(name)
+        for lr_setting, names in users.items():
+            if (getattr(self, lr_setting) is None) == (self.optimizer in names):
+                raise ConfigError(
+                    f"{lr_setting} is the learning rate of optimizer {' or '.join(names)}: set both or neither"
+                )
+        if self.cautious_weight_decay and not self.weight_decay:
+            raise ConfigError(
+                "cautious_weight_decay has no effect at weight_decay 0: set weight_decay, such as 0.1, or omit it"
             )
 
     @property
@@ -263,6 +280,7 @@ LEGACY_DEFAULTS: dict[str, Any] = {
     "horizon_exponent": 0.0,
     "schedule": "cosine",
     "ema": 0.0,
+    "cautious_weight_decay": False,
 }
 
 

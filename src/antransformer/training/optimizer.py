@@ -31,20 +31,47 @@ def build_adamw(model: Decoder, config: TrainConfig, include_blocks: bool = True
         include_blocks: whether AdamW also trains the weight matrices inside the blocks.
     """
     parameters, rates = split_parameters(model), peak_rates(config)
+    decay = {"weight_decay": config.weight_decay}
+    if config.cautious_weight_decay:
+        decay = {"weight_decay": 0.0, "cautious_weight_decay": config.weight_decay}
     groups: list[dict[str, Any]] = [
-        {"params": parameters.embedding, "lr": rates.embedding, "weight_decay": config.weight_decay},
-        {"params": parameters.head, "lr": rates.head, "weight_decay": config.weight_decay},
+        {"params": parameters.embedding, "lr": rates.embedding, **decay},
+        {"params": parameters.head, "lr": rates.head, **decay},
         {"params": parameters.vectors, "lr": rates.vectors, "weight_decay": 0.0},
     ]
     if include_blocks:
         blocks = list(parameters.blocks.values())
-        groups.append({"params": blocks, "lr": rates.blocks, "weight_decay": config.weight_decay})
-    return torch.optim.AdamW(
+        groups.append({"params": blocks, "lr": rates.blocks, **decay})
+    optimizer = torch.optim.AdamW(
         groups,
         betas=(config.beta1, config.beta2),
         eps=config.adam_eps,
         fused=next(model.parameters()).device.type in ("cpu", "cuda"),
     )
+    if config.cautious_weight_decay:
+        optimizer.register_step_pre_hook(_decay_before_adamw)
+    return optimizer
+
+
+@torch.no_grad()
+def _decay_before_adamw(optimizer: Optimizer, *_: Any) -> None:
+    """Apply cautious weight decay before a step of AdamW, whose own decay is 0."""
+    for group in optimizer.param_groups:
+        for weight in group["params"] if "cautious_weight_decay" in group else ():
+            if weight.grad is not None:
+                # The update will have the signs of the next first moment, at the first step of the gradient.
+                moment = optimizer.state[weight].get("exp_avg")
+                update = weight.grad if moment is None else moment.lerp(weight.grad, 1 - group["betas"][0])
+                decay_cautiously_(weight, update, group["lr"] * group["cautious_weight_decay"])
+
+
+def decay_cautiously_(weight: Tensor, update: Tensor, decay: float) -> None:
+    """Shrink the coordinates of a weight that an update moves towards zero by a fraction ``decay``, in place.
+
+    The update is subtracted from the weight later. Coordinates without an update are shrunk too (arXiv:2510.12402,
+    algorithm 1).
+    """
+    weight.sub_(weight * (update * weight >= 0), alpha=decay)
 
 
 class ParameterSplit(NamedTuple):
@@ -76,7 +103,9 @@ def split_parameters(model: Decoder) -> ParameterSplit:
 
 def optimizer_state_keys(group: dict[str, Any]) -> tuple[str, ...]:
     """Names of the state tensors that the optimizer keeps for each parameter of a group."""
-    return ("step", "exp_avg", "exp_avg_sq") if "betas" in group else ("momentum_buffer",)
+    if "betas" in group:
+        return ("step", "exp_avg", "exp_avg_sq")
+    return ("momentum_buffer",) if group["beta2"] is None else ("momentum_buffer", "second_moment")
 
 
 class CombinedOptimizer(Optimizer):

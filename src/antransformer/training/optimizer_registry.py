@@ -5,7 +5,7 @@ takes a field of ``TrainConfig``.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,7 @@ class OptimizerSpec:
         builder: function that builds it from a model and a ``TrainConfig``, as ``module:function``.
         variant_suffix: suffix of an architecture's name that selects the optimizer in a comparison.
         lr_setting: setting with its learning rate for the weight matrices inside the blocks, if it is not ``lr``.
+            Optimizers may share one.
         default_lrs: default of ``lr_setting`` by architecture. Other architectures use that of their relative.
         horizon_exponents: default of ``horizon_exponent`` by architecture, likewise.
         init_std: default standard deviation of initial weights where rows are not normalized; None means 1/sqrt(width).
@@ -31,6 +32,16 @@ class OptimizerSpec:
     init_std: float | None = None
 
 
+MUON = OptimizerSpec(
+    "Muon",
+    "antransformer.training.muon:build_muon",
+    variant_suffix="-muon",
+    lr_setting="muon_lr",
+    default_lrs={"angpt": 0.04, "gpt+": 0.02},
+    horizon_exponents={"angpt": 0.66, "gpt+": 0.34},
+    # Every step of Muon has the same size, for which weights of size 1/sqrt(width) are too large.
+    init_std=0.02,
+)
 OPTIMIZERS = {
     # Exponents: docs/results.md, "Length of the run".
     "adam": OptimizerSpec(
@@ -38,15 +49,10 @@ OPTIMIZERS = {
         "antransformer.training.optimizer:build_adamw",
         horizon_exponents={"angpt": 0.44, "ngpt": 0.5, "gpt+": 0.19},
     ),
-    "muon": OptimizerSpec(
-        "Muon",
-        "antransformer.training.muon:build_muon",
-        variant_suffix="-muon",
-        lr_setting="muon_lr",
-        default_lrs={"angpt": 0.04, "gpt+": 0.02},
-        horizon_exponents={"angpt": 0.66, "gpt+": 0.34},
-        # Every step of Muon has the same size, for which weights of size 1/sqrt(width) are too large.
-        init_std=0.02,
+    "muon": MUON,
+    # Its steps are as large as those of Muon, so they share the learning rate.
+    "normuon": replace(
+        MUON, label="NorMuon", builder="antransformer.training.muon:build_normuon", variant_suffix="-normuon"
     ),
 }
 

@@ -422,7 +422,9 @@ def _optimizer_tensors(model: Decoder, optimizer: Optimizer) -> dict[str, Tensor
 
 
 def _empty_moment(moment: str, parameter: Tensor) -> Tensor:
-    """Allocate a moment, sharded as its parameter; the step count is a plain scalar."""
+    """Allocate a moment, sharded as its parameter; the step count and moments of rows are plain tensors."""
     if moment == "step":
         return torch.zeros((), dtype=torch.float32, device=parameter.device)
+    if moment == "second_moment":
+        return torch.zeros(len(parameter), 1, dtype=parameter.dtype, device=parameter.device)
     return torch.zeros_like(parameter, requires_grad=False)
