@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from antransformer.comparison import ablate, compare
-from antransformer.comparison.experiment import Experiment, Plan
+from antransformer.comparison.experiment import Experiment, Plan, VariantSpec
+from antransformer.comparison.tuning import tuning_label, tuning_scope
 from antransformer.data import Dataset
 from antransformer.errors import ConfigError, DataError
 from antransformer.results.comparison import Results
@@ -39,6 +40,20 @@ def bowl(best):
     return lambda config: 3 + math.log(config.lr / best[config.model.architecture]) ** 2 - 1e-6 * config.tokens
 
 
+def moving_bowl(best):
+    """A loss whose best learning rate changes with the budget: ``best`` by architecture and then by tokens."""
+    return lambda config: 3 + math.log(config.lr / best[config.model.architecture][config.tokens]) ** 2
+
+
+def values_of(variant, setting="lr"):
+    """Values of the trials of a setting by budget, in the order of the trials."""
+    values = {}
+    for trial in variant.trials:
+        if trial.setting == setting:
+            values.setdefault(trial.tokens, []).append(trial.value)
+    return values
+
+
 def experiment(corpus, loss, architectures=("gpt+", "angpt"), **effort):
     plan = compare.plan(COMMON, architectures, BUDGETS, **effort)
     return Experiment(plan, Dataset.open(corpus), FakeQueue(loss), lambda words: None)
@@ -46,20 +61,90 @@ def experiment(corpus, loss, architectures=("gpt+", "angpt"), **effort):
 
 def test_every_variant_has_the_same_grid_around_its_own_default(corpus):
     results = experiment(corpus, bowl({"gpt+": 8e-3, "angpt": 1.2e-2}), lr_trials=3, seeds=2).run()
-    assert [[trial.value for trial in variant.trials] for variant in results.variants] == [
-        [0.00267, 4e-3, 8e-3, 1.6e-2, 2.4e-2],  # three around the default, and a third and three times the best
-        [4e-3, 6e-3, 1.2e-2, 2.4e-2, 3.6e-2],
+    plus = [0.00267, 4e-3, 8e-3, 1.6e-2, 2.4e-2]  # three around the default, and a third and three times the best
+    angpt = [4e-3, 6e-3, 1.2e-2, 2.4e-2, 3.6e-2]
+    assert [values_of(item) for item in results.variants] == [
+        dict.fromkeys(BUDGETS, plus),
+        dict.fromkeys(BUDGETS, angpt),
     ]
     assert [variant.settings["lr"] for variant in results.variants] == [8e-3, 1.2e-2]
-    assert results.baseline.name == "gpt+" and results.trial_tokens == BUDGETS[1]
+    assert results.baseline.name == "gpt+"
+
+
+def test_each_budget_is_searched_around_the_choice_of_the_next_shorter_one(corpus):
+    best = {
+        "gpt+": dict(zip(BUDGETS, (1.6e-2, 8e-3, 4e-3), strict=True)),
+        "angpt": dict(zip(BUDGETS, (1.2e-2, 1.2e-2, 2.4e-2), strict=True)),
+    }
+    made = experiment(corpus, moving_bowl(best), lr_trials=3, seeds=1)
+    results = made.run()
+    for variant in results.variants:
+        assert {tokens: variant.settings_at(tokens)["lr"] for tokens in BUDGETS} == best[variant.name]
+        assert all(variant.search_budget("lr", tokens) == tokens for tokens in BUDGETS)
+        assert variant.settings["lr"] == best[variant.name][BUDGETS[-1]]
+    grids = values_of(results.baseline)
+    assert {8e-3, 1.6e-2, 3.2e-2} < set(grids[BUDGETS[1]]) and 1.6e-2 not in grids[BUDGETS[1]][:2]
+    assert {2e-3, 4e-3, 8e-3, 1.6e-2} < set(grids[BUDGETS[2]]) and 3.2e-2 not in grids[BUDGETS[2]]
+    assert sorted(made.queue.calls[-1]) == sorted(
+        f"{name}-{tokens}-lr{best[name][tokens]:g}-seed1" for name in best for tokens in BUDGETS
+    )
+
+
+def test_a_search_at_one_budget_is_not_tuning_at_the_others(corpus):
+    best = {name: dict(zip(BUDGETS, (1.6e-2, 8e-3, 4e-3), strict=True)) for name in ("gpt+", "angpt")}
+    results = experiment(corpus, moving_bowl(best), lr_trials=3, seeds=1, trial_tokens=BUDGETS[1]).run()
+    for variant in results.variants:
+        assert set(values_of(variant)) == {BUDGETS[1]}
+        assert [item.trial_tokens for item in variant.chosen] == [BUDGETS[1]] * 3
+        assert len({variant.settings_at(tokens)["lr"] for tokens in BUDGETS}) == 1
+    assert results.baseline.settings_at(BUDGETS[0])["lr"] == 8e-3
+    labels = [tuning_label(results, tokens) for tokens in BUDGETS]
+    assert len(set(labels)) == 2 and labels[1] == "tuned" and "5.12K" in labels[0]
+    assert "5.12K" in tuning_scope(results)
+
+
+def test_default_rates_are_not_called_tuned(corpus):
+    """A searched hyperparameter does not make the learning rates tuned."""
+    results = experiment(corpus, bowl({"gpt+": 8e-3, "angpt": 1.2e-2}), tuning_trials=3, seeds=1).run()
+    assert results.baseline.search_budget("lr", BUDGETS[0]) == 0
+    assert results.baseline.search_budget("weight_decay", BUDGETS[0]) == BUDGETS[0]
+    assert {tuning_label(results, tokens) for tokens in BUDGETS}.isdisjoint({"tuned"})
+    assert not set(map(str, BUDGETS)) & set(tuning_scope(results).split())
 
 
 def test_a_best_value_at_the_edge_extends_the_grid_until_it_is_inside(corpus):
     results = experiment(corpus, bowl({"gpt+": 3.2e-2, "angpt": 1.2e-2}), lr_trials=3).run()
-    values = [trial.value for trial in results.variants[0].trials]
-    assert values == [4e-3, 8e-3, 0.0107, 1.6e-2, 3.2e-2, 6.4e-2, 9.6e-2]
+    values = values_of(results.variants[0])
+    assert values[BUDGETS[0]] == [4e-3, 8e-3, 0.0107, 1.6e-2, 3.2e-2, 6.4e-2, 9.6e-2]
+    assert values[BUDGETS[1]] == [0.0107, 1.6e-2, 3.2e-2, 6.4e-2, 9.6e-2]  # around 3.2e-2 from the beginning
     assert results.variants[0].settings["lr"] == 3.2e-2
-    assert len(results.variants[1].trials) == 5  # the other grid is not extended
+    assert len(values_of(results.variants[1])[BUDGETS[0]]) == 5  # the other grid is not extended
+
+
+def test_all_variants_have_the_same_number_of_trials_and_the_plan_counts_them(corpus):
+    best = {"gpt+": 8e-3, "angpt": 1.2e-2, "ngpt": 6e-3}
+
+    def loss(config):
+        own = config.weight_decay / 0.1 if config.model.architecture == "gpt+" else config.model.s_scale / 0.03
+        return bowl(best)(config) + math.log(own) ** 2
+
+    made = experiment(corpus, loss, architectures=tuple(best), lr_trials=3, tuning_trials=3, seeds=2)
+    results = made.run()
+    assert {len(item.trials) for item in results.variants} == {3 * (5 + 3)}
+    names = {name for call in made.queue.calls for name in call}
+    tokens = sum(int(name.removesuffix(name[name.index("-lr") :]).rpartition("-")[2]) for name in names)
+    assert made.plan.minimum() == (len(names), tokens) == (3 * 3 * (5 + 2 + 2), 3 * 9 * sum(BUDGETS))
+
+
+def test_a_longer_budget_adds_its_own_runs_only(corpus):
+    def names_at(budgets):
+        plan = compare.plan(COMMON, ("gpt+", "angpt"), budgets, lr_trials=3, seeds=2)
+        queue = FakeQueue(bowl({"gpt+": 1.6e-2, "angpt": 1.2e-2}))
+        Experiment(plan, Dataset.open(corpus), queue, print).run()
+        return {name for call in queue.calls for name in call}
+
+    short, more = names_at(BUDGETS[:2]), names_at(BUDGETS)
+    assert short < more and all(f"-{BUDGETS[2]}-" in name for name in more - short)
 
 
 def test_trials_have_their_own_seed(corpus):
@@ -78,7 +163,7 @@ def test_a_diverged_trial_is_never_the_best(corpus):
 
     results = experiment(corpus, loss, lr_trials=3).run()
     assert results.variants[0].settings["lr"] == 8e-3 and results.variants[1].settings["lr"] == 6e-3
-    assert math.isinf(results.variants[1].trials[-1].loss)
+    assert any(math.isinf(trial.loss) for trial in results.variants[1].trials)
 
 
 def test_the_hyperparameter_is_searched_at_the_best_learning_rate(corpus):
@@ -97,8 +182,10 @@ def test_the_hyperparameter_is_searched_at_the_best_learning_rate(corpus):
     names = {name for call in made.queue.calls for name in call}
     assert "gpt+-10240-lr0.016-weight_decay0.3-seed1" in names
     # The middle of the hyperparameter's grid is the run at the best learning rate: the queue skips it the second time.
-    center = "gpt+-5120-lr0.016-seed0"
+    center = "gpt+-2560-lr0.016-seed0"
     assert sum(center in call for call in made.queue.calls) == 2 and center in {trial.folder for trial in plus.trials}
+    # A longer budget starts from both choices of the shorter one.
+    assert "gpt+-5120-lr0.016-weight_decay0.3-seed0" in {trial.folder for trial in plus.trials if trial.setting == "lr"}
 
 
 def test_the_learning_rate_of_muon_is_searched_after_that_of_adam_with_the_same_number_of_trials(corpus):
@@ -111,7 +198,7 @@ def test_the_learning_rate_of_muon_is_searched_after_that_of_adam_with_the_same_
     made = experiment(corpus, loss, architectures=("gpt+", "angpt-muon"), lr_trials=3)
     plus, muon = made.run().variants
     assert {trial.setting for trial in plus.trials} == {"lr"} and "muon_lr" not in plus.settings
-    values = [[trial.value for trial in muon.trials if trial.setting == name] for name in ("lr", "muon_lr")]
+    values = [values_of(muon, name)[BUDGETS[0]] for name in ("lr", "muon_lr")]
     assert list(map(len, values)) == [5, 6]  # a grid of 3, a third and three times the best; muon_lr: one extension
     assert (muon.settings["optimizer"], muon.settings["lr"]) == ("muon", 1.2e-2)
     assert muon.settings["muon_lr"] == 2 * OPTIMIZERS["muon"].default_lrs["angpt"]
@@ -135,10 +222,9 @@ def test_a_comparison_with_muon_for_all_variants(corpus):
     results = Experiment(plan, Dataset.open(corpus), FakeQueue(bowl({"gpt+": 8e-3, "angpt": 1.2e-2})), print).run()
     tuned = [{trial.setting for trial in item.trials} for item in results.variants]
     assert tuned == [{"lr", "muon_lr", "model.init_std"}, {"lr", "muon_lr", "model.s_scale"}]
-    assert [spec.hyperparameter for spec in compare.variant_specs(("gpt+", "gpt+-muon"))] == [
-        "weight_decay",
-        "model.init_std",
-    ]
+    specs = compare.variant_specs(("gpt+", "gpt+-muon"))
+    assert [spec.rates for spec in specs] == [("lr",), ("lr", "muon_lr")]
+    assert [spec.hyperparameters for spec in specs] == [("weight_decay",), ("model.init_std",)]
 
 
 def test_variants_differ_only_in_the_model_and_tuned_settings(corpus):
@@ -249,6 +335,25 @@ def test_patterns_select_a_part_of_the_suite():
         assert mentions(error.value, *parts)
 
 
-def test_trials_have_the_middle_budget_by_default():
-    assert Plan("compare", {}, [], (1, 2, 3, 4)).trial_tokens == 2
-    assert Plan("compare", {}, [], (1, 2, 3), trial_tokens=7).trial_tokens == 7
+def test_the_searches_have_every_budget_by_default():
+    assert Plan("compare", {}, [], (1, 2, 3, 4)).search_budgets() == [1, 2, 3, 4]
+    assert Plan("compare", {}, [], (1, 2, 3), trial_tokens=7).search_budgets() == [7]
+
+
+def test_a_searched_setting_cannot_be_given_for_all_runs():
+    spec = VariantSpec("x", {}, ("lr",), ("model.s_scale",))
+    for common, effort, name in (
+        ({"lr": 0.1}, {"lr_trials": 2}, "lr"),
+        ({"model": {"s_scale": 0.1}}, {"tuning_trials": 2}, "model.s_scale"),
+    ):
+        Plan("compare", common, [spec], (1,))
+        with pytest.raises(ConfigError) as error:
+            Plan("compare", common, [spec], (1,), **effort)
+        assert mentions(error.value, name)
+
+
+def test_the_quick_comparison_needs_no_more_tokens_than_twenty_minutes_allow():
+    """Two CPU cores train about 0.73 million tokens per minute at this size; extended grids add to the plan."""
+    plan = compare.plan(compare.QUICK, ("gpt+", "angpt"), compare.QUICK_BUDGETS, lr_trials=3)
+    runs, tokens = plan.minimum()
+    assert runs == 2 * 3 * (3 + 5) and tokens < 11.3e6

@@ -19,7 +19,7 @@ from antransformer.comparison.summary import summary
 from antransformer.errors import MissingExtraError
 from antransformer.reporting import figure, labels
 from antransformer.results.comparison import Run, Trial, Variant
-from helpers.experiments import BUDGETS, SEEDS, experiment, loss_at, variant
+from helpers.experiments import BUDGETS, SEEDS, chosen, experiment, loss_at, variant
 
 SPEEDS = {"gpt+": 1.0, "ngpt": 1.25, "angpt": 1.6}
 
@@ -29,11 +29,11 @@ def few_resamples(monkeypatch):
     monkeypatch.setattr(statistics, "RESAMPLES", 200)
 
 
-def trials_of(name, best=0.004):
+def trials_of(name, best=0.004, tokens=500_000):
     """Five trials of the learning rate around the best; the largest diverged."""
     rates = [best * 2.0**power for power in (-2, -1, 0, 1, 2)]
     losses = [2.1 + 0.02 * math.log(rate / best) ** 2 for rate in rates[:-1]] + [math.inf]
-    return [Trial("lr", rate, loss, f"{name}-{rate}") for rate, loss in zip(rates, losses, strict=True)]
+    return [Trial("lr", rate, loss, f"{name}-{rate}", tokens) for rate, loss in zip(rates, losses, strict=True)]
 
 
 def pair(speed, **options):
@@ -153,7 +153,7 @@ def test_summary_of_a_faster_method():
 
 
 TWIN = variant("gpt+", 1.0)
-TWINS = experiment(TWIN, Variant("angpt", {}, 2_100_000, (), TWIN.runs))
+TWINS = experiment(TWIN, Variant("angpt", {}, 2_100_000, (), TWIN.runs, TWIN.chosen))
 ONE_BUDGET, ONE_SEED = {"budgets": BUDGETS[:1]}, {"seeds": (1,)}
 ONE_DIVERGED, ALL_DIVERGED = [(1_000_000, 2)], [(budget, 1) for budget in BUDGETS]
 
@@ -225,9 +225,24 @@ def test_summary_uses_only_the_finished_runs_of_the_baseline(diverged, speed, fi
 def test_summary_of_bounds():
     runs = [Run(budget, 1, loss, 1.0, 0.1, "r") for budget, loss in zip(BUDGETS[:2], (3.0, 1.0), strict=True)]
     shape = {"budgets": BUDGETS[:2], "seeds": (1,)}
-    results = experiment(variant("gpt+", 1, **shape), Variant("angpt", {}, 2_100_000, (), tuple(runs)), **shape)
+    results = experiment(
+        variant("gpt+", 1, **shape), Variant("angpt", {}, 2_100_000, (), tuple(runs), chosen(BUDGETS[:2])), **shape
+    )
     text = summary(results)
     assert text.index("< 1.00x") < text.index("> 1.00x") and text.index("250K") < text.index("500K")
+
+
+def searched_at(*budgets):
+    """Results in which GPT+ and anGPT searched their learning rate at these budgets."""
+    trials = [trial for tokens in budgets for trial in trials_of("x", 0.004 * 250_000 / tokens, tokens)]
+    return experiment(variant("gpt+", 1.0, trials=trials), variant("angpt", 1.6, trials=trials))
+
+
+def test_summary_tells_at_which_budgets_the_learning_rates_were_tuned():
+    everywhere, once, never = (summary(searched_at(*budgets)) for budgets in (BUDGETS, BUDGETS[:1], ()))
+    assert len({everywhere, once, never}) == 3
+    assert numbers_of(everywhere) == numbers_of(never) and "250K" in numbers_of(once)
+    assert "tuned" in everywhere.split() and "untuned" in never.split()
 
 
 # The report of a comparison
@@ -330,7 +345,7 @@ def test_a_missing_extra_is_named(module, tmp_path, monkeypatch):
 
 def test_hostile_names_and_settings_are_text(tmp_path):
     hostile = "<script>alert('$x^{$ & \"q\"')</script>-->"
-    variants = variant("gpt+", 1), variant(hostile, 1.5, trials=[Trial(hostile, 1.0, 2.0, "t")])
+    variants = variant("gpt+", 1), variant(hostile, 1.5, trials=[Trial(hostile, 1.0, 2.0, "t", BUDGETS[0])])
     results = experiment(*variants, command=f"antransformer {hostile}", **{hostile: [hostile, 1]})
     files = report.write(results, tmp_path)
     text = files[0].read_text(encoding="utf-8")
@@ -341,6 +356,29 @@ def test_hostile_names_and_settings_are_text(tmp_path):
     assert all(path.parent == tmp_path for path in files)
     for image in page.images():
         assert "<script" not in base64.b64decode(image["src"].partition("base64,")[2]).decode()
+
+
+def test_report_has_a_search_at_every_budget(tmp_path):
+    results = searched_at(*BUDGETS)
+    files = report.write(results, tmp_path)
+    assert {"search-learning-rate", "best-learning-rate"} <= {path.stem for path in files}
+    page = Page(files[0].read_text(encoding="utf-8"))
+    rates = [f"{0.004 * 250_000 / tokens:g}" for tokens in BUDGETS]
+    for budget, rate in zip(("250K", "500K", "1.0M"), rates, strict=True):
+        assert page.shows(budget, "5", rate) and f"{budget} (tuned)" in page.text
+        assert f"{rate} at {budget}" in page.text
+    drawn = next(image["alt"] for image in page.images() if image["alt"].count("250K") == 2)
+    assert all(drawn.count(rate) == 2 for rate in rates)
+
+
+def test_report_calls_only_the_searched_budget_tuned(tmp_path):
+    files = report.write(searched_at(BUDGETS[1]), tmp_path)
+    text = Page(files[0].read_text(encoding="utf-8")).text
+    assert "500K (tuned)" in text and "250K (rates of 500K)" in text and "1.0M (rates of 500K)" in text
+    assert "250K (tuned)" not in text and "0.002 (found at 500K)" in text
+    assert "best-learning-rate" not in {path.stem for path in files}
+    untuned = Page(report.write(searched_at(), tmp_path)[0].read_text(encoding="utf-8")).text
+    assert "(tuned)" not in untuned and "0.004 (default)" in untuned
 
 
 def test_report_without_logs_names_the_missing_files(tmp_path):
@@ -404,7 +442,7 @@ def ablated(name, difference, seeds=SEEDS):
     runs = tuple(
         Run(500_000, seed, loss, 1.4, 0.05, f"{name}-{seed}") for seed, loss in zip(seeds, losses, strict=True)
     )
-    return Variant(name, {"lr": 0.004, "model.ablation": name}, 2_100_000, (), runs)
+    return Variant(name, {"lr": 0.004, "model.ablation": name}, 2_100_000, (), runs, chosen((500_000,)))
 
 
 def ablation(*variants, seeds=SEEDS):

@@ -26,7 +26,7 @@ from antransformer.interop.import_hf import import_folder
 from antransformer.interop.model_card import card
 from antransformer.models import ModelConfig
 from antransformer.models.registry import BUILT_IN
-from antransformer.results.comparison import Results, Run, Variant
+from antransformer.results.comparison import ChosenSettings, Results, Run, Variant
 from antransformer.training import run_folder as runs
 from antransformer.training.checkpointing import checkpoint
 from antransformer.training.metrics import read_metrics
@@ -354,11 +354,16 @@ def test_the_card_of_a_run_in_an_experiment_has_its_summary(tmp_path):
     runs_of = {"gpt+": (3.0, 3.2), "angpt": (2.0, 2.1)}
     variants = tuple(
         Variant(
-            name, {}, 1000, (), tuple(Run(9_600, seed, loss, loss, 1.0, name) for seed, loss in enumerate(losses, 1))
+            name,
+            {},
+            1000,
+            (),
+            tuple(Run(9_600, seed, loss, loss, 1.0, name) for seed, loss in enumerate(losses, 1)),
+            (ChosenSettings(9_600, 0, {"lr": 0.01}),),
         )
         for name, losses in runs_of.items()
     )
-    results = Results("compare", {}, (9_600,), (1, 2), 0, variants)
+    results = Results("compare", {}, (9_600,), (1, 2), variants)
     make_run(tmp_path / "runs/angpt")
     words = ["export", "--checkpoint", str(tmp_path / "runs/angpt"), "--out"]
     (tmp_path / "results.json").write_text("somebody else's")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from antransformer.comparison.tuning import tuning_label
 from antransformer.errors import DataError
 from antransformer.results.comparison import Results
 from antransformer.results.sweep import Sweep
@@ -56,17 +57,19 @@ def test_a_wrong_value_of_an_experiment_is_refused(tmp_path, comparison, key, va
 
 
 def test_seeds_and_tuned_values_may_be_zero(tmp_path, comparison):
-    comparison["variants"][0]["trials"] = [{"setting": "weight_decay", "value": 0.0, "loss": 3.0, "folder": "x"}]
+    comparison["variants"][0]["trials"] = [
+        {"setting": "weight_decay", "value": 0.0, "loss": 3.0, "folder": "x", "tokens": 1}
+    ]
     comparison["variants"][0]["runs"].append({**comparison["variants"][0]["runs"][0], "seed": 0})
     baseline = load_results(tmp_path, comparison).baseline
     assert baseline.trials[0].value == 0 and baseline.runs[-1].seed == 0
 
 
 def test_another_format_or_a_later_version_is_refused(tmp_path, comparison):
-    for change in ({"version": 3}, {"version": "2"}, {"version": 0}, {"format": "antransformer-sweep"}):
+    for change in ({"version": 4}, {"version": "3"}, {"version": 0}, {"format": "antransformer-sweep"}):
         with pytest.raises(DataError) as error:
             load_results(tmp_path, {**comparison, **change})
-        assert mentions(error.value, tmp_path / "results.json", "antransformer-results", 2)
+        assert mentions(error.value, tmp_path / "results.json", "antransformer-results", 3)
 
 
 def test_a_comparison_of_version_1_has_variants_and_the_new_names_of_settings():
@@ -77,6 +80,32 @@ def test_a_comparison_of_version_1_has_variants_and_the_new_names_of_settings():
     ]
     settings = old["contenders"][0]["settings"]
     assert results.baseline.settings["warmup_fraction"] == settings["warmup"]
+
+
+def test_a_comparison_of_version_2_has_one_search_for_all_budgets(tmp_path, comparison):
+    for entry in comparison["variants"]:
+        del entry["chosen"]
+        entry["settings"] |= {"muon_lr": 0.02, "weight_decay": 0.3}
+        entry["trials"] = [{"setting": "lr", "value": 0.004, "loss": 3.0, "folder": "x"}]
+    old = {**comparison, "version": 2, "trial_tokens": 500_000}
+    results = load_results(tmp_path, old)
+    for item in results.variants:
+        assert [(part.tokens, part.trial_tokens) for part in item.chosen] == [
+            (tokens, 500_000) for tokens in results.budgets
+        ]
+        assert all(part.settings == {"lr": 0.004, "muon_lr": 0.02} for part in item.chosen)
+        assert item.trials[0].tokens == item.search_budget("lr", 250_000) == 500_000
+        assert item.search_budget("muon_lr", 250_000) == 0
+    results.save(tmp_path)
+    assert Results.load(tmp_path) == results
+
+
+def test_an_old_comparison_without_a_search_has_default_rates():
+    results = Results.load(GOLDEN / "comparison")
+    for item in results.variants:
+        assert [item.search_budget("lr", tokens) for tokens in results.budgets] == [0, 0]
+        assert item.settings_at(results.budgets[0])["lr"] == item.settings["lr"]
+    assert {tuning_label(results, tokens) for tokens in results.budgets}.isdisjoint({"tuned"})
 
 
 def test_a_sweep_of_version_2_has_rotations_in_degrees_and_the_new_names_of_settings(tmp_path):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from antransformer.cli import main
-from antransformer.results.comparison import Results, Run, Trial, Variant
+from antransformer.results.comparison import ChosenSettings, Results, Run, Trial, Variant
 from antransformer.results.observations import Observation, Observations, read_observations
 from antransformer.scaling.charts import charts
 from antransformer.scaling.fits import LAWS, fit
@@ -65,12 +65,13 @@ def write_table(path, rows):
     return path
 
 
-def experiment(size, best_lr, kind="compare", **setup):
-    """Results of a comparison at one size, with a learning-rate search."""
+def experiment(size, best_lr, kind="compare", searches=(2_000_000,), **setup):
+    """Results of a comparison at one size, whose searches find the same learning rate."""
     variants = []
     for name, shift in (("gpt+", 0.2), ("angpt", 0.0)):
         trials = [
-            Trial("lr", rate, 3.5 + shift + 0.1 * math.log(rate / best_lr) ** 2, f"{name}-{rate:g}")
+            Trial("lr", rate, 3.5 + shift + 0.1 * math.log(rate / best_lr) ** 2, f"{name}-{rate:g}", search)
+            for search in searches
             for rate in best_lr * 2.0 ** np.arange(-2, 3)
         ]
         runs = [
@@ -85,11 +86,12 @@ def experiment(size, best_lr, kind="compare", **setup):
             for tokens in (1_000_000, 2_000_000, 4_000_000)
             for seed in (1, 2)
         ]
-        hyperparameter = Trial("weight_decay", 0.1, 0.1, f"{name}-hyperparameter")
+        hyperparameter = Trial("weight_decay", 0.1, 0.1, f"{name}-hyperparameter", 2_000_000)
         settings = {"architecture": name, "lr": best_lr}
-        variants.append(Variant(name, settings, int(size), (*trials, hyperparameter), tuple(runs)))
+        chosen = tuple(ChosenSettings(tokens, 2_000_000, settings) for tokens in (1_000_000, 2_000_000, 4_000_000))
+        variants.append(Variant(name, settings, int(size), (*trials, hyperparameter), tuple(runs), chosen))
     setup = {"batch_tokens": 2048, "data_digest": "abc", "validation_tokens": 4096, **setup}
-    return Results(kind, setup, (1_000_000, 2_000_000, 4_000_000), (1, 2), 2_000_000, tuple(variants))
+    return Results(kind, setup, (1_000_000, 2_000_000, 4_000_000), (1, 2), tuple(variants))
 
 
 def write_folder(path, *args, **kwargs):

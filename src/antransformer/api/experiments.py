@@ -30,6 +30,7 @@ def compare(
     seeds: int = 3,
     lr_trials: int = 3,
     tuning_trials: int | None = None,
+    separate_rates: bool = False,
     trial_tokens: int | str = 0,
     devices: Sequence[str] = (),
     workers: int | None = None,
@@ -48,9 +49,11 @@ def compare(
         budgets: budgets in tokens, instead of ``tokens``.
         quick: use a small size and small budgets, 18 minutes on two CPU cores.
         seeds: measured seeds per budget.
-        lr_trials: learning rates to try; 1 keeps the default.
-        tuning_trials: values to try of each architecture's own hyperparameter (default 3; with ``quick`` 1).
-        trial_tokens: budget of the trials; 0 selects the middle budget.
+        lr_trials: learning rates to try at each budget; 1 keeps the default.
+        tuning_trials: values to try of each architecture's own hyperparameter (default 3; with ``quick`` 1, unless
+            ``separate_rates`` is set).
+        separate_rates: also try this number of values for the learning rates of the embedding and of the head.
+        trial_tokens: search at this budget only and use the result at every budget; 0 searches at every budget.
         devices: one worker for each, such as ``["cuda:0", "cuda:1"]``.
         workers: number of workers if no devices are given.
         progress: whether to show progress.
@@ -63,11 +66,12 @@ def compare(
     shared = _shared_settings(settings, quick)
     if quick and tokens is None and not budgets:
         budgets = comparisons.QUICK_BUDGETS
-    tuning_trials = tuning_trials or (1 if quick else 3)
+    tuning_trials = tuning_trials or (1 if quick and not separate_rates else 3)
     planned = comparisons.plan(
         shared,
         architectures,
         comparisons.budgets_of(convert(tokens or "8M", Count, "--tokens"), budgets),
+        separate_rates,
         seeds=seeds,
         lr_trials=lr_trials,
         tuning_trials=tuning_trials,
@@ -127,8 +131,10 @@ def _run_experiment(plan: Plan, folder: Path, devices: Sequence[str], workers: i
     dataset = open_dataset(plan.common.get("data", STDLIB), progress)
     display = ExperimentProgress(enabled=progress)
     experiment = Experiment(plan, dataset, RunQueue(folder / "runs", dataset, queue_devices, display), display.stage)
+    runs, tokens = plan.minimum()
     with lock(folder):
         with display:
+            display.print_line(f"at least {runs:,} runs, {tokens / 1e6:,.1f}M tokens; extended grids add runs")
             results = experiment.run()
         results.save(folder)
         report.write(results, folder)

@@ -1,8 +1,10 @@
 """Compare architectures with equal tuning effort, several seeds and confidence intervals.
 
-Each architecture first searches its learning rate (--lr-trials) and one setting of its own (--tuning-trials) on the
-same grid of factors around its default. Then every budget is run with every seed. The first architecture is the
-baseline. If interrupted, run the same command again to continue; more --seeds or --budgets add the missing runs.
+At every budget, each architecture first searches its learning rate (--lr-trials) and one setting of its own
+(--tuning-trials). The grid has the same number of values and the same factors for all. It begins around the default,
+at a longer budget around the best value of the next shorter one. Then every budget is run with every seed. The first
+architecture is the baseline. If interrupted, run the same command again to continue; more --seeds or a longer budget in
+--budgets add the missing runs.
 
 examples:
   antransformer compare --quick
@@ -40,7 +42,13 @@ def add_arguments(parser: Parser) -> None:
         metavar="N",
         help="number of values to try of each architecture's own hyperparameter, spaced by factors of 3: weight decay "
         "of gpt+, gpt and ln-scaling (with Muon, init_std), s_scale of angpt and ngpt, dyt_alpha_init of dyt (default "
-        "3; with --quick 1)",
+        "3; with --quick 1, unless --separate-rates is set)",
+    )
+    parser.add_argument(
+        "--separate-rates",
+        action="store_true",
+        help="also search embed_lr and head_lr, the learning rates of the embedding and the head, before that "
+        "hyperparameter and with the same number of values",
     )
     add_experiment_arguments(parser, lr_trials=3, out="runs/compare-PRESET")
 
@@ -58,6 +66,7 @@ def run(parsed: argparse.Namespace) -> None:
         budgets=parsed.budgets,
         quick=parsed.quick,
         tuning_trials=number(parsed, "tuning_trials", None),
+        separate_rates=parsed.separate_rates,
         **experiment_options(parsed),
     )
     print(f"\n{summary(results)}\n")

@@ -159,7 +159,11 @@ def add_experiment_arguments(parser: Parser, lr_trials: int, out: str) -> None:
         "grid is extended while the best value is at an edge. Then a third and three times the best are tried. With "
         f"Muon, its own learning rate is searched too (default {lr_trials})",
     )
-    parser.add_argument("--trial-tokens", metavar="TOKENS", help="budget of the trials (default: the middle budget)")
+    parser.add_argument(
+        "--trial-tokens",
+        metavar="TOKENS",
+        help="search at this budget only and use the result at every budget (default: search at every budget)",
+    )
     add_queue_arguments(parser, out)
     add_config(parser, TrainConfig, only=shared_settings.TRAINING)
     group = parser.add_argument_group("model settings", "override the preset, for all variants")

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from antransformer.comparison.compare import common_settings, full_batches
-from antransformer.comparison.experiment import Plan, VariantSpec
+from antransformer.comparison.experiment import Plan, VariantSpec, learning_rates
 from antransformer.errors import ConfigError
 from antransformer.models.ablations import ABLATIONS
 from antransformer.models.config import PAPER_VOCABULARY
@@ -39,7 +39,7 @@ def suite(width: int) -> dict[str, dict[str, Any]]:
     return {DEFAULT: {}, **parts, **{name: {"model": option} for name, option in options.items()}, **recipe}
 
 
-def variant_specs(width: int, only: Sequence[str] = ()) -> list[VariantSpec]:
+def variant_specs(width: int, only: Sequence[str] = (), optimizer: str = "adam") -> list[VariantSpec]:
     """Return the default and the variants whose names match a pattern; without patterns, the full suite.
 
     Raises:
@@ -54,8 +54,11 @@ def variant_specs(width: int, only: Sequence[str] = ()) -> list[VariantSpec]:
     chosen = [name for name in variants if not only or any(fnmatch.fnmatch(name, pattern) for pattern in only)]
     if set(chosen) == {DEFAULT}:
         raise ConfigError(f"--only {' '.join(only)} selects no variant to compare with the default")
-    names, hyperparameter = dict.fromkeys([DEFAULT, *chosen]), get("angpt").hyperparameter("adam")
-    return [VariantSpec(name, {"architecture": "angpt", **variants[name]}, hyperparameter) for name in names]
+    rates, hyperparameters = learning_rates(optimizer), (get("angpt").hyperparameter(optimizer),)
+    return [
+        VariantSpec(name, {"architecture": "angpt", **variants[name]}, rates, hyperparameters)
+        for name in dict.fromkeys([DEFAULT, *chosen])
+    ]
 
 
 def plan(settings: Mapping[str, Any], only: Sequence[str], budgets: Sequence[int], **effort: int) -> Plan:
@@ -73,4 +76,5 @@ def plan(settings: Mapping[str, Any], only: Sequence[str], budgets: Sequence[int
     common = common_settings(settings, {"architecture": "angpt"})
     width = resolve_config({**common, "architecture": "angpt"}, PAPER_VOCABULARY).model.width
     budgets = full_batches(budgets, common["batch_tokens"])
-    return Plan("ablate", common, variant_specs(width, only), budgets, **effort)
+    specs = variant_specs(width, only, settings.get("optimizer", "adam"))
+    return Plan("ablate", common, specs, budgets, **effort)

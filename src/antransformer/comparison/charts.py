@@ -9,6 +9,7 @@ import numpy as np
 
 from antransformer.comparison.findings import PairwiseSpeedup
 from antransformer.comparison.statistics import Array, Difference
+from antransformer.comparison.tuning import tuning_scope
 from antransformer.reporting.figure import (
     INK,
     PAPER,
@@ -54,7 +55,8 @@ def loss_by_tokens(results: Results) -> Chart:
     return Chart(
         "loss-tokens",
         "Loss against tokens",
-        "Each point is a finished run with its own budget. Small dots are single seeds, lines are means over seeds.",
+        "Each point is a finished run with its own budget. Small dots are single seeds, lines are means over seeds. "
+        f"The runs have {tuning_scope(results)}.",
         _mean_losses(results),
         figure,
     )
@@ -170,9 +172,10 @@ def _speedup_points(axes: Any, pair: PairwiseSpeedup, seconds: bool, x_factor: f
 
 @styled
 def search(results: Results, setting: str) -> Chart:
-    """Loss of the trials against the values of one setting."""
+    """Loss of the trials of the longest search against the values of one setting."""
     figure, axes = new_figure()
-    searched = [(item, trials) for item in results.variants if (trials := trials_of(item, setting))]
+    tokens = max(trial.tokens for item in results.variants for trial in item.trials if trial.setting == setting)
+    searched = [(item, trials) for item in results.variants if (trials := trials_of(item, setting, tokens))]
     for index, (variant, trials) in enumerate(searched):
         _trials(axes, style_of(variant.name), trials, index)
     if all(trial.value > 0 for _, trials in searched for trial in trials):
@@ -182,24 +185,56 @@ def search(results: Results, setting: str) -> Chart:
     low, high = axes.get_ylim()
     padding = max(0, LEAST_SPAN - (high - low)) / 2
     axes.set_ylim(low - padding, high + padding)
-    name = display_name(setting)
-    axes.set(xlabel=name, ylabel="validation loss (nats per token)")
+    name, budget = display_name(setting), format_count(tokens)
+    axes.set(xlabel=f"{name}, {budget} tokens", ylabel="validation loss (nats per token)")
     legend(figure, [variant for variant, _ in searched])
     best = [(style_of(item.name).label, min(trials, key=lambda trial: trial.loss)) for item, trials in searched]
     values = ", ".join(f"{label} {trial.value:g} (loss {finite_or_diverged(trial.loss)})" for label, trial in best)
     return Chart(
         f"search-{slug(name)}",
         f"Search: {name}",
-        f"Trials with {format_count(results.trial_tokens)} tokens. A ring marks the best trial, a cross at the top a "
-        "diverged trial.",
-        f"Best {name}: {values}.",
+        f"Trials with {budget} tokens. A ring marks the best trial, a cross at the top a diverged trial.",
+        f"Best {name} with {budget} tokens: {values}.",
         figure,
     )
 
 
-def trials_of(variant: Variant, setting: str) -> list[Trial]:
-    """Return the trials of one setting in the order of its values."""
-    return sorted((trial for trial in variant.trials if trial.setting == setting), key=lambda trial: trial.value)
+@styled
+def best_by_budget(results: Results, setting: str) -> Chart:
+    """Chosen value of one setting against the budget of its search."""
+    figure, axes = new_figure()
+    searched, texts = [], []
+    for variant in results.variants:
+        found = [item for item in variant.chosen if variant.search_budget(setting, item.tokens) == item.tokens]
+        if not found:
+            continue
+        style, values = style_of(variant.name), [item.settings[setting] for item in found]
+        axes.plot([item.tokens for item in found], values, color=style.colour, marker=style.marker)
+        searched.append(variant)
+        texts.append(
+            f"{style.label} "
+            + ", ".join(f"{value:g} at {format_count(item.tokens)}" for item, value in zip(found, values, strict=True))
+        )
+    if min(axes.dataLim.intervaly) > 0:
+        axes.set_yscale("log")
+        log_ticks(axes.yaxis)
+    budget_ticks(axes, results.budgets)
+    name = display_name(setting)
+    axes.set(xlabel="tokens of the search", ylabel=f"best {name}")
+    legend(figure, searched)
+    return Chart(
+        f"best-{slug(name)}",
+        f"Best {name} by budget",
+        "The best trial of the search at each budget. Neighbouring values of a grid differ by a constant factor.",
+        f"Best {name}: {'; '.join(texts)}.",
+        figure,
+    )
+
+
+def trials_of(variant: Variant, setting: str, tokens: int) -> list[Trial]:
+    """Return the trials of one setting at one search budget, in the order of their values."""
+    trials = [trial for trial in variant.trials if (trial.setting, trial.tokens) == (setting, tokens)]
+    return sorted(trials, key=lambda trial: trial.value)
 
 
 def _trials(axes: Any, style: SeriesStyle, trials: Sequence[Trial], index: int) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from antransformer.comparison.experiment import Plan, VariantSpec
+from antransformer.comparison.experiment import SEPARATE_RATES, Plan, VariantSpec, learning_rates
 from antransformer.errors import ConfigError
 from antransformer.models import registry
 from antransformer.models.config import PAPER_VOCABULARY
@@ -13,10 +13,10 @@ from antransformer.training.optimizer_registry import split_variant
 
 # Settings of --quick: a comparison of two architectures takes less than 20 minutes on two cores.
 QUICK: dict[str, Any] = {"preset": "pico", "batch_tokens": 1024, "eval_tokens": 65_536}
-QUICK_BUDGETS = (200_000, 400_000, 800_000)
+QUICK_BUDGETS = (100_000, 200_000, 400_000)
 
 
-def variant_specs(names: Sequence[str], optimizer: str = "adam") -> list[VariantSpec]:
+def variant_specs(names: Sequence[str], optimizer: str = "adam", separate_rates: bool = False) -> list[VariantSpec]:
     """Return one variant for each name: an architecture such as ``angpt``, or ``angpt-muon`` to train it with Muon.
 
     The suffix ``-normuon`` selects NorMuon.
@@ -24,6 +24,7 @@ def variant_specs(names: Sequence[str], optimizer: str = "adam") -> list[Variant
     Args:
         names: names; the first is the baseline.
         optimizer: optimizer of the variants without the suffix.
+        separate_rates: whether to search the learning rates of the embedding and of the head too.
 
     Raises:
         ConfigError: a name is unknown or given twice, or there are fewer than two.
@@ -40,8 +41,10 @@ def variant_specs(names: Sequence[str], optimizer: str = "adam") -> list[Variant
     for name in names:
         architecture, own_optimizer = split_variant(name)
         settings = {"architecture": architecture, **({"optimizer": own_optimizer} if own_optimizer else {})}
-        hyperparameter = registry.get(architecture).hyperparameter(settings.get("optimizer", optimizer))
-        specs.append(VariantSpec(name, settings, hyperparameter))
+        optimizer_of = settings.get("optimizer", optimizer)
+        own = registry.get(architecture).hyperparameter(optimizer_of)
+        hyperparameters = (*(SEPARATE_RATES if separate_rates else ()), own)
+        specs.append(VariantSpec(name, settings, learning_rates(optimizer_of), hyperparameters))
     return specs
 
 
@@ -85,18 +88,27 @@ def full_batches(budgets: Sequence[int], batch_tokens: int) -> tuple[int, ...]:
     return trained
 
 
-def plan(settings: Mapping[str, Any], architectures: Sequence[str], budgets: Sequence[int], **effort: int) -> Plan:
+def plan(
+    settings: Mapping[str, Any],
+    architectures: Sequence[str],
+    budgets: Sequence[int],
+    separate_rates: bool = False,
+    **effort: int,
+) -> Plan:
     """Plan a comparison.
 
     Args:
         settings: settings of all runs.
         architectures: names as in ``variant_specs``; the first is the baseline.
         budgets: token counts, ascending.
+        separate_rates: as in ``variant_specs``; needs two or more ``tuning_trials``.
         effort: numbers of seeds and trials, as in ``Plan``.
 
     Raises:
-        ConfigError: as ``variant_specs``, ``full_batches`` and ``Plan``.
+        ConfigError: as ``variant_specs``, ``full_batches`` and ``Plan``, or too few trials for separate rates.
     """
-    specs = variant_specs(architectures, settings.get("optimizer", "adam"))
+    if separate_rates and effort.get("tuning_trials", 1) < 2:
+        raise ConfigError("--separate-rates searches with --tuning-trials, which must be at least 2, got 1")
+    specs = variant_specs(architectures, settings.get("optimizer", "adam"), separate_rates)
     common = common_settings(settings, specs[0].settings)
     return Plan("compare", common, specs, full_batches(budgets, common["batch_tokens"]), **effort)

@@ -1,28 +1,32 @@
 """An experiment: several variants, tuned with equal effort, then trained at each budget with each seed.
 
-All variants share the data, the order of batches, the batch size, the budgets and the validation windows. A search
-tries the same number of values for each variant, spaced by the same factor around the variant's own default. Trials
-have their own seed, so that no measured run was selected for a lucky seed.
+All variants share the data, the order of batches, the batch size, the budgets and the validation windows. Settings are
+searched at every budget, one after another. A search tries the same number of values for each variant, spaced by the
+same factor. At the shortest budget the values are around the variant's own default, at a longer budget around the
+choice of the next shorter one. Trials have their own seed, so that no measured run was selected for a lucky seed.
 """
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from antransformer.comparison.statistics import SENSITIVITY_FACTOR
 from antransformer.data import Dataset
 from antransformer.errors import ConfigError
-from antransformer.results.comparison import Results, Run, Trial, Variant
+from antransformer.reporting.labels import display_name
+from antransformer.results.comparison import ChosenSettings, Results, Run, Trial, Variant
 from antransformer.runs.provenance import provenance
 from antransformer.runs.queue import Job, RunQueue, RunResult
 from antransformer.runs.search import GridSearch, extension, grid_powers, neighbours, round_sig
 from antransformer.runs.settings import fill_defaults, flatten, unflatten, value_of
 from antransformer.training.config import TrainConfig, merge
+from antransformer.training.optimizer_registry import OPTIMIZERS
 from antransformer.training.trainer import check_data
 
 LR_RATIO = 2.0  # between neighbouring learning rates of a grid
 HYPERPARAMETER_RATIO = 3.0  # between neighbouring values of any other setting
+SEPARATE_RATES = ("embed_lr", "head_lr")  # derived from lr unless they are searched
 TRIAL_SEED = 0
 
 
@@ -33,12 +37,38 @@ class VariantSpec:
     Attributes:
         name: unique name.
         settings: the variant's settings; they override the common settings.
-        hyperparameter: dotted name of the setting that is tuned after the learning rate, such as ``model.s_scale``.
+        rates: learning rates that are searched first, in this order.
+        hyperparameters: dotted names of the settings that are searched after them, such as ``model.s_scale``.
     """
 
     name: str
     settings: Mapping[str, Any]
-    hyperparameter: str
+    rates: tuple[str, ...]
+    hyperparameters: tuple[str, ...]
+
+
+def learning_rates(optimizer: str) -> tuple[str, ...]:
+    """Return the settings with the learning rates of an optimizer: ``lr``, and its own rate if it has one."""
+    own = OPTIMIZERS[optimizer].lr_setting
+    return ("lr", own) if own else ("lr",)
+
+
+@dataclass(frozen=True)
+class Round:
+    """Search for one setting of each variant at one budget.
+
+    Attributes:
+        settings: dotted name of the setting by variant, without the variants that have no such setting.
+        trials: number of values of the grid.
+        ratio: factor between neighbouring values.
+        neighbour_factor: after the search, also try the best value divided and multiplied by this factor, which shows
+            how much a badly chosen value costs.
+    """
+
+    settings: Mapping[str, str]
+    trials: int
+    ratio: float
+    neighbour_factor: float | None = None
 
 
 @dataclass(frozen=True)
@@ -51,12 +81,12 @@ class Plan:
         specs: variants; the first is the baseline.
         budgets: tokens of the measured runs, ascending.
         seeds: number of seeds at each budget.
-        lr_trials: number of learning rates to try for each variant; 1 keeps the default.
-        tuning_trials: number of values to try for each variant's hyperparameter; 1 keeps the default.
-        trial_tokens: budget of the trials; 0 selects the middle budget, which favours neither short nor long runs.
+        lr_trials: number of values to try for each learning rate of a variant; 1 keeps the defaults.
+        tuning_trials: number of values to try for each hyperparameter of a variant; 1 keeps the defaults.
+        trial_tokens: budget of the only search, whose choice holds at all budgets; 0 searches at every budget.
 
     Raises:
-        ConfigError: a number is below 1.
+        ConfigError: a number is below 1, or a searched setting is given for all runs.
     """
 
     kind: str
@@ -72,20 +102,62 @@ class Plan:
         for name in ("seeds", "lr_trials", "tuning_trials"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name.replace('_', ' ')} must be at least 1, got {getattr(self, name)}")
-        if not self.trial_tokens:
-            object.__setattr__(self, "trial_tokens", self.budgets[(len(self.budgets) - 1) // 2])
+        given = flatten(self.common)
+        for setting in (name for part in self.rounds() for name in part.settings.values()):
+            if setting in given:
+                raise ConfigError(f"{setting} is searched for each variant and cannot be set for all runs: omit it")
 
     def run_seeds(self) -> tuple[int, ...]:
         """Seeds of the measured runs; the seed of the trials is not among them."""
         return tuple(range(TRIAL_SEED + 1, TRIAL_SEED + 1 + self.seeds))
 
+    def search_budget(self, tokens: int) -> int:
+        """Budget of the search that chooses the settings of the runs at ``tokens``."""
+        return self.trial_tokens or tokens
+
+    def search_budgets(self) -> list[int]:
+        """Budgets of all searches, ascending."""
+        return sorted({self.search_budget(tokens) for tokens in self.budgets})
+
+    def rounds(self) -> Iterator[Round]:
+        """Searches of each search budget, in order: learning rates, then hyperparameters."""
+        if self.lr_trials > 1:
+            for settings in _by_position({spec.name: spec.rates for spec in self.specs}):
+                yield Round(settings, self.lr_trials, LR_RATIO, SENSITIVITY_FACTOR)
+        if self.tuning_trials > 1:
+            for settings in _by_position({spec.name: spec.hyperparameters for spec in self.specs}):
+                yield Round(settings, self.tuning_trials, HYPERPARAMETER_RATIO)
+
+    def minimum(self) -> tuple[int, int]:
+        """Numbers of runs and of tokens if no grid is extended, whether or not some runs are finished."""
+        trials = 0
+        for index, part in enumerate(self.rounds()):
+            # After the first round, the middle of a grid is the best trial of the round before.
+            new = part.trials - (index > 0) + (2 if part.neighbour_factor else 0)
+            trials += new * len(part.settings)
+        runs = self.seeds * len(self.specs)
+        tokens = trials * sum(self.search_budgets()) + runs * sum(self.budgets)
+        return trials * len(self.search_budgets()) + runs * len(self.budgets), tokens
+
+
+def _by_position(settings: Mapping[str, Sequence[str]]) -> Iterator[dict[str, str]]:
+    """Yield the first setting of each variant, then the second, and so on; variants drop out after their last."""
+    for index in range(max(map(len, settings.values()), default=0)):
+        yield {variant: names[index] for variant, names in settings.items() if index < len(names)}
+
+
+def given_rate(config: TrainConfig, setting: str) -> float:
+    """Stub."""
+    rate: float = getattr(config, setting, None) or config.lr
+    return rate
+
 
 @dataclass
 class VariantState:
-    """A variant during the experiment: its tuned settings by dotted name, and the trials behind them."""
+    """A variant during the experiment: settings by dotted name for each search budget, and the trials behind them."""
 
     spec: VariantSpec
-    tuned: dict[str, Any] = field(default_factory=dict)
+    tuned: dict[int, dict[str, Any]] = field(default_factory=dict)
     trials: list[Trial] = field(default_factory=list)
 
 
@@ -107,7 +179,7 @@ class Experiment:
         self.plan, self.dataset, self.queue, self.stage = plan, dataset, queue, stage
         self.states = [VariantState(spec) for spec in plan.specs]
         for state in self.states:  # a wrong setting must fail now, not after hours of runs
-            for tokens in (plan.trial_tokens, *plan.budgets):
+            for tokens in (*plan.search_budgets(), *plan.budgets):
                 check_data(self.config(state, tokens, TRIAL_SEED), dataset)
 
     def run(self) -> Results:
@@ -131,81 +203,73 @@ class Experiment:
             setup=self.setup(time.monotonic() - started, results.values()),
             budgets=tuple(self.plan.budgets),
             seeds=self.plan.run_seeds(),
-            trial_tokens=self.plan.trial_tokens if any(state.trials for state in self.states) else 0,
             variants=tuple(self.variant(state, by_variant[state.spec.name]) for state in self.states),
         )
 
     def tune(self) -> None:
-        """Search the learning rates and then each variant's hyperparameter, skipping a search with only one trial."""
-        plan = self.plan
-        if plan.lr_trials > 1:
-            self.stage(f"learning rates, {plan.trial_tokens:,} tokens")
-            for setting in ("lr", "muon_lr"):
-                settings = {spec.name: setting for spec in plan.specs}
-                self.search(settings, plan.lr_trials, LR_RATIO, SENSITIVITY_FACTOR)
-        if plan.tuning_trials > 1:
-            self.stage(f"hyperparameters, {plan.trial_tokens:,} tokens")
-            settings = {spec.name: spec.hyperparameter for spec in plan.specs}
-            self.search(settings, plan.tuning_trials, HYPERPARAMETER_RATIO)
+        """Run all searches, from the shortest budget to the longest."""
+        rounds, shorter = list(self.plan.rounds()), 0
+        for tokens in self.plan.search_budgets() if rounds else ():
+            for state in self.states:
+                state.tuned[tokens] = dict(state.tuned.get(shorter, {}))
+            shorter = tokens
+            for part in rounds:
+                names = dict.fromkeys(map(display_name, part.settings.values()))
+                self.stage(f"search at {tokens:,} tokens: {', '.join(names)}")
+                self.search(tokens, part)
 
-    def search(
-        self, settings: Mapping[str, str], trials: int, ratio: float, neighbour_factor: float | None = None
-    ) -> None:
-        """Choose one setting for each variant by the loss of trial runs, all of which have the seed of the trials.
-
-        Args:
-            settings: dotted name of the setting by variant; variants whose value is None have no such setting.
-            trials: number of values of the grid.
-            ratio: factor between neighbouring values.
-            neighbour_factor: after the search, also try the best value divided and multiplied by this factor, which
-                shows how much a badly chosen value costs.
-        """
-        tokens = self.plan.trial_tokens
-        states = {state.spec.name: state for state in self.states}
-        defaults = {
-            name: value_of(self.config(state, tokens, TRIAL_SEED), settings[name]) for name, state in states.items()
-        }
+    def search(self, tokens: int, part: Round) -> None:
+        """Choose one setting for each variant by the loss of trial runs, all of which have the seed of the trials."""
+        settings, states = part.settings, {state.spec.name: state for state in self.states}
+        centers = {name: self.current(states[name], tokens, setting) for name, setting in settings.items()}
         grids = {
-            name: [default * ratio**power for power in grid_powers(trials)]
-            for name, default in defaults.items()
-            if default is not None
+            name: [center * part.ratio**power for power in grid_powers(part.trials)]
+            for name, center in centers.items()
+            if center is not None
         }
 
         def jobs_of(name: str, value: float) -> list[Job]:
             return [self.job(states[name], tokens, TRIAL_SEED, {settings[name]: round_sig(value)})]
 
         search = GridSearch(self.queue, jobs_of)
-        search.run_grids(grids, lambda name, losses: extension(losses, trials, ratio))
-        if neighbour_factor and grids:
-            search.run({name: neighbours(search.losses(name), neighbour_factor) for name in grids})
+        search.run_grids(grids, lambda name, losses: extension(losses, part.trials, part.ratio))
+        if part.neighbour_factor and grids:
+            search.run({name: neighbours(search.losses(name), part.neighbour_factor) for name in grids})
         for name in grids:
             losses, setting = search.losses(name), settings[name]
             states[name].trials += [
-                Trial(setting, round_sig(value), losses[value], search.results[name][value][0].name)
+                Trial(setting, round_sig(value), losses[value], search.results[name][value][0].name, tokens)
                 for value in sorted(losses)
             ]
-            states[name].tuned[setting] = round_sig(min(losses, key=lambda value: losses[value]))
+            states[name].tuned[tokens][setting] = round_sig(min(losses, key=lambda value: losses[value]))
+
+    def current(self, state: VariantState, tokens: int, setting: str) -> Any:
+        """Return the value of a setting at a budget; for a learning rate, the value that trains the same when given."""
+        config = self.config(state, tokens, TRIAL_SEED)
+        if setting in (*state.spec.rates, *SEPARATE_RATES):
+            return round_sig(given_rate(config, setting))
+        return value_of(config, setting)
 
     def config(
         self, state: VariantState, tokens: int, seed: int, settings: Mapping[str, Any] | None = None
     ) -> TrainConfig:
         """Return the complete settings of a run; ``settings`` by dotted name override the tuned ones."""
         merged = merge(self.plan.common, state.spec.settings)
-        for setting, value in {**state.tuned, **(settings or {})}.items():
+        tuned = state.tuned.get(self.plan.search_budget(tokens), {})
+        for setting, value in {**tuned, **(settings or {})}.items():
             merged = merge(merged, unflatten(setting, value))
         return fill_defaults({**merged, "tokens": tokens, "seed": seed}, self.dataset.vocab_size)
 
     def job(self, state: VariantState, tokens: int, seed: int, settings: Mapping[str, Any] | None = None) -> Job:
         """Return a run whose name lists all settings that may differ within a variant."""
-        config = self.config(state, tokens, seed, settings)
-        default_config = self.config(VariantState(state.spec), tokens, seed)
-        parts = [state.spec.name, str(tokens), f"lr{config.lr:g}"]
-        if config.muon_lr is not None:
-            parts.append(f"muon{config.muon_lr:g}")
-        hyperparameter = state.spec.hyperparameter
-        value = value_of(config, hyperparameter)
-        if value != value_of(default_config, hyperparameter):
-            parts.append(f"{hyperparameter.rpartition('.')[2]}{value:g}")
+        config, spec = self.config(state, tokens, seed, settings), state.spec
+        default_config = self.config(VariantState(spec), tokens, seed)
+        parts = [spec.name, str(tokens)]
+        parts += [f"{rate.removesuffix('_lr')}{value_of(config, rate):g}" for rate in spec.rates]
+        for setting in spec.hyperparameters:
+            value = value_of(config, setting)
+            if value != value_of(default_config, setting):
+                parts.append(f"{setting.rpartition('.')[2]}{value:g}")
         keep = seed == self.plan.run_seeds()[0] and tokens == max(self.plan.budgets)
         return Job("-".join([*parts, f"seed{seed}"]), config, keep)
 
@@ -220,14 +284,22 @@ class Experiment:
                 Run(tokens, seed, result.loss, result.bits_per_byte, result.seconds_per_step, result.name)
                 for tokens, seed, result in runs
             ),
+            chosen=tuple(self.chosen_settings(state, tokens) for tokens in self.plan.budgets),
         )
+
+    def chosen_settings(self, state: VariantState, tokens: int) -> ChosenSettings:
+        """Return the learning rates and the searched settings of the runs at a budget."""
+        trial_tokens = self.plan.search_budget(tokens)
+        names = dict.fromkeys((*state.spec.rates, *state.tuned.get(trial_tokens, {})))
+        settings = {name: self.current(state, tokens, name) for name in names}
+        return ChosenSettings(tokens, trial_tokens if state.trials else 0, settings)
 
     def reported_settings(self, state: VariantState) -> dict[str, Any]:
         """Return the variant's own settings and those that are often tuned, by dotted name."""
-        config = self.config(state, self.plan.budgets[-1], TRIAL_SEED)
-        names = dict.fromkeys(("lr", "muon_lr", "warmup_fraction", "weight_decay", state.spec.hyperparameter))
-        values = {name: value_of(config, name) for name in names}
-        return flatten(state.spec.settings) | {name: value for name, value in values.items() if value is not None}
+        spec, longest = state.spec, self.plan.budgets[-1]
+        names = dict.fromkeys((*spec.rates, "warmup_fraction", "weight_decay", *spec.hyperparameters))
+        values = {name: self.current(state, longest, name) for name in names}
+        return flatten(spec.settings) | {name: value for name, value in values.items() if value is not None}
 
     def setup(self, seconds: float, results: Iterable[RunResult]) -> dict[str, Any]:
         """Return what all runs share, for the report; ``seconds`` is the wall time of this call."""

@@ -1,10 +1,9 @@
 """The HTML report of a comparison or an ablation: sections, tables and rules."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -14,6 +13,7 @@ from antransformer.comparison.charts import Lines
 from antransformer.comparison.findings import PairwiseSpeedup, final_difference, significant, variant_differences
 from antransformer.comparison.statistics import Difference, holm, sensitivity
 from antransformer.comparison.summary import METHOD, format_diverged, format_p, format_seeds, main_variant, summary
+from antransformer.comparison.tuning import chosen_text, tuning_label, tuning_scope
 from antransformer.reporting.html import Section, method_section, save, table
 from antransformer.reporting.labels import display_name, format_count, format_value, style_of
 from antransformer.results.comparison import Results, Variant
@@ -67,7 +67,7 @@ def _speedup_section(results: Results) -> Section:
     above = (
         f"<p>Tokens, or seconds, that {_label(baseline)} needs for the loss of a variant, divided by the "
         "variant's own. The loss is interpolated between finished runs and never extrapolated, so some ratios are only "
-        "bounds.</p>"
+        f"bounds. All speedups rest on {tuning_scope(results)}.</p>"
     )
     below = "".join(
         f"<details><summary>Speedup over {_label(item)}</summary>{_speedup_tables(results, pairs[item.name])}</details>"
@@ -94,7 +94,7 @@ def _speedup_table(results: Results, pairs: Sequence[PairwiseSpeedup], seconds: 
     baseline = style_of(pairs[0].baseline.name).label
     return table(
         f"Speedup over {baseline} in {unit}, with {CONFIDENCE:.0%} intervals",
-        [f"in {unit}", *(f"at {format_count(budget)}" for budget in results.budgets)],
+        [f"in {unit}", *(f"at {_budget_label(results, budget)}" for budget in results.budgets)],
         [[style_of(pair.variant.name).label, *(cell(pair, budget) for budget in results.budgets)] for pair in pairs],
     )
 
@@ -105,19 +105,34 @@ def _search_section(results: Results) -> Section:
         return Section("Tuning", "<p>No setting was tuned: every variant has its default settings.</p>")
     above = (
         "<p>Regret shows how hard a variant is to tune: the increase in loss where a setting is 3 times too small or 3 "
-        "times too large. It is read off the curve through the trials.</p>"
+        "times too large. It is read off the curve through the trials of one budget.</p>"
     )
-    rows = [row for setting in settings for item in results.variants if (row := _sensitivity_row(item, setting))]
-    head = ["variant", "setting", "trials", "best", "3x too small", "3x too large"]
+    rows = [
+        _sensitivity_row(item, setting, tokens)
+        for setting in settings
+        for item in results.variants
+        for tokens in _search_budgets(item, setting)
+    ]
+    head = ["variant", "setting", "tokens", "trials", "best", "3x too small", "3x too large"]
     regrets = table("Regret of a setting 3 times too small or too large", head, rows, text_columns=["setting"])
-    return Section("Tuning", above, [charts.search(results, setting) for setting in settings], regrets)
+    figures = [charts.search(results, setting) for setting in settings]
+    figures += [charts.best_by_budget(results, setting) for setting in settings if _search_several(results, setting)]
+    return Section("Tuning", above, figures, regrets)
 
 
-def _sensitivity_row(variant: Variant, setting: str) -> list[str]:
-    """Return the best value and the regrets of a variant, or an empty list without trials of the setting."""
-    trials = charts.trials_of(variant, setting)
-    if not trials:
-        return []
+def _search_budgets(variant: Variant, setting: str) -> list[int]:
+    """Return the budgets at which a setting of a variant was searched, ascending."""
+    return sorted({trial.tokens for trial in variant.trials if trial.setting == setting})
+
+
+def _search_several(results: Results, setting: str) -> bool:
+    """Whether a setting was searched at several budgets."""
+    return any(len(_search_budgets(item, setting)) > 1 for item in results.variants)
+
+
+def _sensitivity_row(variant: Variant, setting: str, tokens: int) -> list[str]:
+    """Return the best value and the regrets of a variant at one search budget."""
+    trials = charts.trials_of(variant, setting, tokens)
     best = min(trials, key=lambda trial: trial.loss)
     regrets = sensitivity([trial.value for trial in trials], [trial.loss for trial in trials])
     cells = [
@@ -125,7 +140,8 @@ def _sensitivity_row(variant: Variant, setting: str) -> list[str]:
     ]
     edge = " (at the edge)" if best.value in (trials[0].value, trials[-1].value) else ""
     best_value = f"{best.value:g}{edge}" if math.isfinite(best.loss) else "all diverged"
-    return [style_of(variant.name).label, display_name(setting), str(len(trials)), best_value, *cells]
+    name, budget = style_of(variant.name).label, format_count(tokens)
+    return [name, display_name(setting), budget, str(len(trials)), best_value, *cells]
 
 
 def _curve_section(results: Results, folder: Path) -> Section:
@@ -173,7 +189,7 @@ def _all_numbers(results: Results) -> str:
     head = [
         "variant",
         "parameters",
-        *(f"loss at {format_count(budget)}" for budget in results.budgets),
+        *(f"loss at {_budget_label(results, budget)}" for budget in results.budgets),
         f"difference at {format_count(longest)}",
         "bits/byte",
         "s/step",
@@ -193,7 +209,7 @@ def _all_numbers(results: Results) -> str:
                 _bits(variant, longest),
                 f"{variant.seconds_per_step:.4g}" if math.isfinite(variant.seconds_per_step) else "diverged",
                 format_diverged(variant.runs),
-                "\n".join(f"{display_name(key)} {format_value(value)}" for key, value in _own_settings(variant)),
+                "\n".join(_settings_text(variant)),
             ]
         )
     note = (
@@ -201,6 +217,21 @@ def _all_numbers(results: Results) -> str:
         f"their {CONFIDENCE:.0%} intervals and p values come from the paired t-test.</p>"
     )
     return note + table("Results of every variant", head, rows, text_columns=["settings"])
+
+
+def _budget_label(results: Results, budget: int) -> str:
+    """Return a budget with the origin of its learning rates, such as 250K (tuned)."""
+    return f"{format_count(budget)} ({tuning_label(results, budget)})"
+
+
+def _settings_text(variant: Variant) -> Iterator[str]:
+    """Yield the settings without the architecture, which the variant's name tells; then those of each budget."""
+    chosen = dict.fromkeys(name for item in variant.chosen for name in item.settings)
+    for name, value in variant.settings.items():
+        if name != "architecture" and name not in chosen:
+            yield f"{display_name(name)} {format_value(value)}"
+    for name in chosen:
+        yield chosen_text(variant, name)
 
 
 # Sections of an ablation
@@ -219,11 +250,6 @@ def _ablation(results: Results) -> list[Section]:
         Section("All numbers", _ablation_table(results, differences, is_significant)),
         method_section(results.setup, _rules(results)),
     ]
-
-
-def _own_settings(variant: Variant) -> list[tuple[str, Any]]:
-    """Return the settings without the architecture, which the variant's name tells already."""
-    return [(key, value) for key, value in variant.settings.items() if key != "architecture"]
 
 
 def _ablation_table(results: Results, differences: Sequence[Difference], is_significant: Sequence[bool]) -> str:
@@ -260,25 +286,38 @@ def _rules(results: Results) -> Iterable[str]:
     seeds = ", ".join(map(str, results.seeds))
     yield f"Every budget is a separate run with a complete learning-rate schedule, repeated with the seeds {seeds}."
     yield "Equal seeds see the same data in the same order. All variants share the validation windows."
-    if results.trial_tokens:
-        counts = ", ".join(f"{style_of(item.name).label} {len(item.trials)}" for item in results.variants)
-        names = dict.fromkeys(display_name(trial.setting) for item in results.variants for trial in item.trials)
-        yield (
-            f"Tuned settings: {', '.join(names)}. Every variant has the same number of values, spaced by the same "
-            "factor around its own default. A grid was extended while its best value was at an edge. "
-            f"Trials with {format_count(results.trial_tokens)} tokens: {counts}."
-        )
-        yield (
-            "Trials have one seed, which no measured run has, so that no measured run was selected for a lucky seed. "
-            "Settings were tuned once, the learning rate first, and not again at other budgets."
-        )
-    untuned = "No other setting" if results.trial_tokens else "No setting"
+    searched = dict.fromkeys(trial.setting for item in results.variants for trial in item.trials)
+    if searched:
+        yield from _search_rules(results, searched)
+    untuned = "No other setting" if searched else "No setting"
     yield f"{untuned} was tuned: batch size, betas, schedule, clipping and all others are as given or the defaults."
     yield "Nothing is extrapolated: where no finished run reaches a loss, the report gives a bound."
     yield (
         "Seconds per step are medians over the runs, in which variants alternate. Other load on the machine affects "
         "them; the intervals do not include that noise."
     )
+
+
+def _search_rules(results: Results, searched: Iterable[str]) -> Iterable[str]:
+    counts = ", ".join(f"{style_of(item.name).label} {len(item.trials)}" for item in results.variants)
+    yield (
+        f"Searched settings, in this order: {', '.join(map(display_name, searched))}. Every variant has the same "
+        "number of values, spaced by the same factor. A grid was extended while its best value was at an edge. "
+        f"Trials: {counts}."
+    )
+    budgets = {trial.tokens for item in results.variants for trial in item.trials}
+    if budgets == set(results.budgets):
+        yield (
+            "Every budget has its own search. The grids of the shortest budget are around each variant's own default, "
+            "those of a longer budget around its choice at the next shorter one."
+        )
+    else:
+        tokens = ", ".join(map(format_count, sorted(budgets)))
+        yield (
+            f"The only search had {tokens} tokens, with grids around each variant's own default. Its choice was used "
+            "at all budgets and not tuned at the others."
+        )
+    yield "Trials have one seed, which no measured run has, so that no measured run was selected for a lucky seed."
 
 
 # Facts and numbers
@@ -291,6 +330,7 @@ def _facts(results: Results) -> Iterable[str]:
     yield f"{', '.join(map(format_count, results.budgets))} tokens"
     yield f"{format_count(main_variant(results).parameters)} parameters"
     yield f"batches of {results.setup['batch_tokens']:,} tokens"
+    yield tuning_scope(results)
 
 
 def _label(variant: Variant) -> str:

@@ -7,6 +7,7 @@ import numpy as np
 
 from antransformer.bootstrap import CONFIDENCE
 from antransformer.comparison.findings import PairwiseSpeedup, final_difference, significant, variant_differences
+from antransformer.comparison.tuning import tuning_scope
 from antransformer.reporting.labels import format_count, style_of
 from antransformer.results.comparison import Results, Run, Trial, Variant
 
@@ -34,7 +35,8 @@ def _comparison_summary(results: Results) -> str:
 
 def _speedup_clause(results: Results, pair: PairwiseSpeedup) -> str:
     name, baseline = style_of(pair.variant.name).label, style_of(pair.baseline.name).label
-    scope = f"{format_seeds(results)}, {format_count(pair.variant.parameters)} parameters"
+    size = format_count(pair.variant.parameters)
+    scope = f"{format_seeds(results)}, {size} parameters, {tuning_scope(results)}"
     if len(results.budgets) == 1:
         return f"A speedup of {name} over {baseline} cannot be measured with one budget ({scope})"
     if not pair.points:
@@ -108,7 +110,7 @@ def _diverged_sentence(results: Results) -> str:
 def _ablation_summary(results: Results) -> str:
     baseline, variants = style_of(results.baseline.name).label, results.variants[1:]
     budget, size = format_count(results.budgets[-1]), format_count(results.baseline.parameters)
-    scope = f"{format_seeds(results)}, {budget} tokens, {size} parameters"
+    scope = f"{format_seeds(results)}, {budget} tokens, {size} parameters, {tuning_scope(results)}"
     if not math.isfinite(results.baseline.losses(results.budgets[-1:], results.seeds).mean()):
         return f"The variants cannot be compared, since the {baseline} diverged ({scope})."
     differences = variant_differences(results)

@@ -39,6 +39,13 @@ COLOURS_AND_MARKERS = {
 # For all other names, chosen by the name so that a variant looks the same in every chart.
 FALLBACK = (("#9a9f2b", "h"), ("#b5651d", "p"), ("#5f7a8a", "d"), ("#a23b72", ">"), ("#3f8f5f", "8"))
 
+RATES = {
+    "lr": "learning rate",
+    "embed_lr": "learning rate of the embedding",
+    "head_lr": "learning rate of the head",
+    **{spec.lr_setting: f"learning rate of {spec.label}" for spec in OPTIMIZERS.values() if spec.lr_setting},
+}
+
 
 def style_of(name: str) -> SeriesStyle:
     """Label, colour and marker of a variant: an architecture, with or without an optimizer suffix, or another name."""
@@ -76,7 +83,7 @@ def finite_or_diverged(value: float) -> str:
 
 def display_name(setting: str) -> str:
     """Display name of a setting, without the name of its group."""
-    return {"lr": "learning rate", "muon_lr": "learning rate of Muon"}.get(setting, setting.rpartition(".")[2])
+    return RATES.get(setting, setting.rpartition(".")[2])
 
 
 def slug(name: str) -> str:

@@ -14,7 +14,7 @@ from antransformer.results.records import load_record, save_record
 
 FILE = "results.json"
 FORMAT = "antransformer-results"
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,14 @@ class Trial:
         value: value of the setting.
         loss: validation loss in nats per token; infinite where the run diverged.
         folder: name of the run folder inside the experiment's ``runs``.
+        tokens: budget of the search.
     """
 
     setting: str
     value: float
     loss: float
     folder: str
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -56,14 +58,39 @@ class Run:
 
 
 @dataclass(frozen=True)
+class ChosenSettings:
+    """Learning rates and searched settings of the runs at one budget.
+
+    Attributes:
+        tokens: budget of the runs.
+        trial_tokens: budget of the search that chose the settings; 0 without a search.
+        settings: values by dotted name. Learning rates include the scaling of defaults to the length of the run.
+    """
+
+    tokens: int
+    trial_tokens: int
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Variant:
-    """A variant with the settings chosen for it, by dotted name, and its runs."""
+    """A variant and its runs.
+
+    Attributes:
+        name: unique name.
+        settings: settings of the longest runs by dotted name.
+        parameters: number of learnable parameters.
+        trials: runs of the searches, at one budget or at every budget.
+        runs: measured runs.
+        chosen: settings of the runs at each budget.
+    """
 
     name: str
     settings: dict[str, Any]
     parameters: int
     trials: tuple[Trial, ...]
     runs: tuple[Run, ...]
+    chosen: tuple[ChosenSettings, ...]
 
     @property
     def seconds_per_step(self) -> float:
@@ -76,6 +103,19 @@ class Variant:
         table = {(run.tokens, run.seed): run.loss for run in self.runs}
         return np.array([[table[budget, seed] for seed in seeds] for budget in budgets])
 
+    def settings_at(self, tokens: int) -> dict[str, Any]:
+        """Return the settings of the runs at one budget by dotted name."""
+        return self.settings | self._chosen_at(tokens).settings
+
+    def search_budget(self, setting: str, tokens: int) -> int:
+        """Return the budget of the search that chose a setting for the runs at ``tokens``; 0 if it was not searched."""
+        trial_tokens = self._chosen_at(tokens).trial_tokens
+        searched = any((trial.setting, trial.tokens) == (setting, trial_tokens) for trial in self.trials)
+        return trial_tokens if searched else 0
+
+    def _chosen_at(self, tokens: int) -> ChosenSettings:
+        return {item.tokens: item for item in self.chosen}[tokens]
+
 
 @dataclass(frozen=True)
 class Results:
@@ -86,18 +126,16 @@ class Results:
         setup: values that all runs share, shown in the report: command, versions, machines, data, batch size, date.
         budgets: tokens of the runs, ascending.
         seeds: seeds of the runs.
-        trial_tokens: tokens of the trials; 0 without trials.
         variants: the first is the baseline.
 
     Raises:
-        ValueError: fewer than two variants, a missing run, or unordered budgets.
+        ValueError: fewer than two variants, a missing run, missing settings of a budget, or unordered budgets.
     """
 
     kind: str
     setup: dict[str, Any]
     budgets: tuple[int, ...]
     seeds: tuple[int, ...]
-    trial_tokens: int
     variants: tuple[Variant, ...]
 
     def __post_init__(self) -> None:
@@ -111,6 +149,8 @@ class Results:
         for variant in self.variants:
             if not expected <= {(run.tokens, run.seed) for run in variant.runs}:
                 raise ValueError(f"runs of {variant.name} are missing")
+            if not set(self.budgets) <= {item.tokens for item in variant.chosen}:
+                raise ValueError(f"settings of {variant.name} at a budget are missing")
 
     @property
     def baseline(self) -> Variant:
@@ -128,7 +168,7 @@ class Results:
         Raises:
             DataError: the file is missing or damaged.
         """
-        return load_record(cls, folder / FILE, FORMAT, VERSION, {1: _upgrade_1})
+        return load_record(cls, folder / FILE, FORMAT, VERSION, {1: _upgrade_1, 2: _upgrade_2})
 
 
 def _upgrade_1(content: dict[str, Any]) -> None:
@@ -136,3 +176,17 @@ def _upgrade_1(content: dict[str, Any]) -> None:
     content["variants"] = content.pop("contenders")
     for entry in content["variants"]:
         entry["settings"] = upgrade_flat(entry["settings"])
+
+
+def _upgrade_2(content: dict[str, Any]) -> None:
+    """Up to version 2, one search at ``trial_tokens`` chose the settings of all budgets."""
+    trial_tokens = content.pop("trial_tokens")
+    for entry in content["variants"]:
+        settings, trials = entry["settings"], entry["trials"]
+        names = {"lr", "muon_lr", *(trial["setting"] for trial in trials)}
+        chosen = {name: value for name, value in settings.items() if name in names}
+        entry["chosen"] = [
+            {"tokens": tokens, "trial_tokens": trial_tokens if trials else 0, "settings": chosen}
+            for tokens in content["budgets"]
+        ]
+        entry["trials"] = [{**trial, "tokens": trial_tokens} for trial in trials]

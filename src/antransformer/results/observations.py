@@ -112,7 +112,7 @@ def sweep_observations(sweep: Sweep) -> list[Observation]:
 
 def _trial_observations(results: Results) -> list[Observation]:
     return [
-        _observation(variant, results, results.trial_tokens, trial.value, trial.loss)
+        _observation(variant, results, trial.tokens, trial.value, trial.loss)
         for variant in results.variants
         for trial in variant.trials
         if trial.setting == "lr"
@@ -121,7 +121,7 @@ def _trial_observations(results: Results) -> list[Observation]:
 
 def _run_observations(results: Results) -> list[Observation]:
     return [
-        _observation(variant, results, run.tokens, variant.settings["lr"], run.loss)
+        _observation(variant, results, run.tokens, variant.settings_at(run.tokens)["lr"], run.loss)
         for variant in results.variants
         for run in variant.runs
     ]
