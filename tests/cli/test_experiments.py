@@ -68,6 +68,28 @@ def test_the_same_command_runs_nothing_again_and_more_seeds_add_the_missing_runs
     assert len(after) == 10 and before.items() <= after.items()
 
 
+def test_compare_searches_at_every_budget_and_a_new_budget_is_searched_too(corpus, tmp_path, capfd):
+    options = ["--lr-trials=2", "--seeds=1", "--budgets", "2560"]
+    assert main(compare(corpus, tmp_path, *options)) == 0
+    first = Results.load(tmp_path)
+    planned = re.search(r" (\d+) runs, (\d+\.\d)M tokens", capfd.readouterr().out)
+    assert planned and int(planned[1]) == 2 * (2 + 2 + 1)
+    assert main(compare(corpus, tmp_path, *options, "5120")) == 0
+    out, results = capfd.readouterr().out, Results.load(tmp_path)
+    assert marks_of_runs(out)["cached"] == sum(len(item.trials) + 1 for item in first.variants)
+    for before, item in zip(first.variants, results.variants, strict=True):
+        assert item.chosen[0] == before.chosen[0] and item.trials[: len(before.trials)] == before.trials
+        for tokens in results.budgets:
+            trials = [trial for trial in item.trials if trial.tokens == tokens]
+            lr = min(trials, key=lambda trial: trial.loss).value
+            assert item.settings_at(tokens)["lr"] == lr and item.search_budget("lr", tokens) == tokens
+            assert f"{item.name}-{tokens}-lr{lr:g}-seed1" in {run.folder for run in item.runs}
+    assert "5.12K (tuned)" in (tmp_path / "report.html").read_text()
+    searches = read_observations([tmp_path]).searches
+    assert {row.tokens for row in searches} == {2560, 5120}
+    assert len(searches) == sum(len(item.trials) for item in results.variants)
+
+
 def test_ablate_runs_the_default_and_the_selected_variants(corpus, tmp_path, capfd):
     arguments = [
         "ablate",
@@ -105,6 +127,7 @@ def test_the_list_of_ablations(capsys):
         (["compare", "--budgets", "100", "5120"], "100 256 --budgets --batch-tokens"),
         (["compare", "--budgets", "5K", "5K"], "--budgets 5K"),
         (["compare", "--trial-tokens", "few"], "--trial-tokens few"),
+        (["compare", "--separate-rates", "--tuning-trials=1"], "--separate-rates --tuning-trials 2 1"),
         (["compare", "--workers=0"], "--workers 1 0"),
         (["compare", "--devices", "tpu"], "device tpu cpu"),
         (["compare", "--model.vocab-size=20"], "256 20 model.vocab_size 257"),

@@ -340,6 +340,41 @@ def test_the_searches_have_every_budget_by_default():
     assert Plan("compare", {}, [], (1, 2, 3), trial_tokens=7).search_budgets() == [7]
 
 
+def test_separate_rates_are_searched_around_what_they_are_derived_from(corpus):
+    best = {"gpt+": 8e-3, "angpt": 1.2e-2}
+
+    def loss(config):
+        lr, embed, head = config.lr, config.embed_lr or config.lr, config.head_lr or config.lr
+        own = config.weight_decay / 0.1 if config.model.architecture == "gpt+" else config.model.s_scale / 0.03
+        target = best[config.model.architecture]
+        distances = (lr / target, embed / (3 * target), head / (target / 3), own)
+        return 3 + sum(math.log(distance) ** 2 for distance in distances)
+
+    effort = {"separate_rates": True, "lr_trials": 3, "tuning_trials": 3, "seeds": 1}
+    made = experiment(corpus, loss, architectures=("gpt+", "angpt-muon"), **effort)
+    results = made.run()
+    order = [list(dict.fromkeys(trial.setting for trial in item.trials)) for item in results.variants]
+    assert order[0] == ["lr", "embed_lr", "head_lr", "weight_decay"]
+    assert order[1] == ["lr", "muon_lr", "embed_lr", "head_lr", "model.s_scale"]
+    for item in results.variants:
+        lr = best[item.name.removesuffix("-muon")]
+        for tokens in BUDGETS:
+            chosen = item.settings_at(tokens)
+            assert [chosen[name] for name in ("lr", "embed_lr", "head_lr")] == pytest.approx(
+                [lr, 3 * lr, lr / 3], rel=0.01
+            )
+        first = BUDGETS[0]
+        assert values_of(item, "embed_lr")[first][:3] == pytest.approx([lr / 3, lr, 3 * lr], rel=0.01)
+    counts = {
+        name: {len(values_of(item, name)[BUDGETS[-1]]) for item in results.variants} for name in ("lr", "embed_lr")
+    }
+    assert counts == {"lr": {5}, "embed_lr": {3}}
+    folders = {run.folder for run in results.baseline.runs}
+    assert f"gpt+-{BUDGETS[0]}-lr0.008-embed_lr0.024-head_lr0.00267-seed1" in folders
+    with pytest.raises(ConfigError):
+        compare.plan(COMMON, ("gpt+", "angpt"), BUDGETS, separate_rates=True)
+
+
 def test_a_searched_setting_cannot_be_given_for_all_runs():
     spec = VariantSpec("x", {}, ("lr",), ("model.s_scale",))
     for common, effort, name in (

@@ -164,6 +164,15 @@ def test_comparison_folders_give_searches_and_runs(tmp_path):
         assert any(re.search(words, note) for note in angpt.notes), words
 
 
+def test_every_search_of_a_comparison_gives_an_optimum_at_its_budget(tmp_path):
+    searches = (1_000_000, 4_000_000)
+    sizes = ((2_000_000, 4e-3), (8_000_000, 2e-3))
+    paths = [write_folder(tmp_path / str(size), size, lr, searches=searches) for size, lr in sizes]
+    angpt = {fitted.name: fitted for fitted in fit(read_observations(paths))}["angpt"]
+    assert [(item.parameters, item.tokens) for item in angpt.optima] == [(n, d) for n, _ in sizes for d in searches]
+    assert [item.best.lr for item in angpt.optima] == pytest.approx([4e-3, 4e-3, 2e-3, 2e-3], rel=0.01)
+
+
 def test_a_variant_counts_under_its_architecture_with_its_own_batch(tmp_path):
     results = experiment(2_000_000, 4e-3)
     renamed = [

@@ -308,8 +308,8 @@ def _search_rules(results: Results, searched: Iterable[str]) -> Iterable[str]:
     budgets = {trial.tokens for item in results.variants for trial in item.trials}
     if budgets == set(results.budgets):
         yield (
-            "Every budget has its own search. The grids of the shortest budget are around each variant's own default, "
-            "those of a longer budget around its choice at the next shorter one."
+            "Every budget has its own search. At the shortest budget the grids are around each variant's own default, "
+            "at a longer budget around its choice at the next shorter one."
         )
     else:
         tokens = ", ".join(map(format_count, sorted(budgets)))
