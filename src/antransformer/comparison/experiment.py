@@ -27,6 +27,7 @@ from antransformer.training.trainer import check_data
 LR_RATIO = 2.0  # between neighbouring learning rates of a grid
 HYPERPARAMETER_RATIO = 3.0  # between neighbouring values of any other setting
 SEPARATE_RATES = ("embed_lr", "head_lr")  # derived from lr unless they are searched
+RATES = ("lr", *SEPARATE_RATES, *(spec.lr_setting for spec in OPTIMIZERS.values() if spec.lr_setting))
 TRIAL_SEED = 0
 
 
@@ -178,9 +179,11 @@ class Experiment:
     def __init__(self, plan: Plan, dataset: Dataset, queue: RunQueue, stage: Callable[[str], None]) -> None:
         self.plan, self.dataset, self.queue, self.stage = plan, dataset, queue, stage
         self.states = [VariantState(spec) for spec in plan.specs]
+        self.defaults: dict[str, TrainConfig] = {}  # before any search, for the names of runs
         for state in self.states:  # a wrong setting must fail now, not after hours of runs
-            for tokens in (*plan.search_budgets(), *plan.budgets):
-                check_data(self.config(state, tokens, TRIAL_SEED), dataset)
+            for tokens in {*plan.search_budgets(), *plan.budgets}:
+                self.defaults[state.spec.name] = self.config(state, tokens, TRIAL_SEED)
+                check_data(self.defaults[state.spec.name], dataset)
 
     def run(self) -> Results:
         """Tune all variants, then run every budget with every seed; raises the errors of ``RunQueue.run``."""
@@ -221,7 +224,10 @@ class Experiment:
     def search(self, tokens: int, part: Round) -> None:
         """Choose one setting for each variant by the loss of trial runs, all of which have the seed of the trials."""
         settings, states = part.settings, {state.spec.name: state for state in self.states}
-        centers = {name: self.current(states[name], tokens, setting) for name, setting in settings.items()}
+        centers = {
+            name: self.current(self.config(states[name], tokens, TRIAL_SEED), setting)
+            for name, setting in settings.items()
+        }
         grids = {
             name: [center * part.ratio**power for power in grid_powers(part.trials)]
             for name, center in centers.items()
@@ -243,12 +249,9 @@ class Experiment:
             ]
             states[name].tuned[tokens][setting] = round_sig(min(losses, key=lambda value: losses[value]))
 
-    def current(self, state: VariantState, tokens: int, setting: str) -> Any:
-        """Return the value of a setting at a budget; for a learning rate, the value that trains the same when given."""
-        config = self.config(state, tokens, TRIAL_SEED)
-        if setting in (*state.spec.rates, *SEPARATE_RATES):
-            return round_sig(given_rate(config, setting))
-        return value_of(config, setting)
+    def current(self, config: TrainConfig, setting: str) -> Any:
+        """Return the value of a setting; for a learning rate, the value that trains the same when it is given."""
+        return round_sig(given_rate(config, setting)) if setting in RATES else value_of(config, setting)
 
     def config(
         self, state: VariantState, tokens: int, seed: int, settings: Mapping[str, Any] | None = None
@@ -263,12 +266,11 @@ class Experiment:
     def job(self, state: VariantState, tokens: int, seed: int, settings: Mapping[str, Any] | None = None) -> Job:
         """Return a run whose name lists all settings that may differ within a variant."""
         config, spec = self.config(state, tokens, seed, settings), state.spec
-        default_config = self.config(VariantState(spec), tokens, seed)
         parts = [spec.name, str(tokens)]
         parts += [f"{rate.removesuffix('_lr')}{value_of(config, rate):g}" for rate in spec.rates]
         for setting in spec.hyperparameters:
             value = value_of(config, setting)
-            if value != value_of(default_config, setting):
+            if value != value_of(self.defaults[spec.name], setting):
                 parts.append(f"{setting.rpartition('.')[2]}{value:g}")
         keep = seed == self.plan.run_seeds()[0] and tokens == max(self.plan.budgets)
         return Job("-".join([*parts, f"seed{seed}"]), config, keep)
@@ -289,16 +291,16 @@ class Experiment:
 
     def chosen_settings(self, state: VariantState, tokens: int) -> ChosenSettings:
         """Return the learning rates and the searched settings of the runs at a budget."""
-        trial_tokens = self.plan.search_budget(tokens)
+        trial_tokens, config = self.plan.search_budget(tokens), self.config(state, tokens, TRIAL_SEED)
         names = dict.fromkeys((*state.spec.rates, *state.tuned.get(trial_tokens, {})))
-        settings = {name: self.current(state, tokens, name) for name in names}
+        settings = {name: self.current(config, name) for name in names}
         return ChosenSettings(tokens, trial_tokens if state.trials else 0, settings)
 
     def reported_settings(self, state: VariantState) -> dict[str, Any]:
         """Return the variant's own settings and those that are often tuned, by dotted name."""
-        spec, longest = state.spec, self.plan.budgets[-1]
+        spec, config = state.spec, self.config(state, self.plan.budgets[-1], TRIAL_SEED)
         names = dict.fromkeys((*spec.rates, "warmup_fraction", "weight_decay", *spec.hyperparameters))
-        values = {name: self.current(state, longest, name) for name in names}
+        values = {name: self.current(config, name) for name in names}
         return flatten(spec.settings) | {name: value for name, value in values.items() if value is not None}
 
     def setup(self, seconds: float, results: Iterable[RunResult]) -> dict[str, Any]:
