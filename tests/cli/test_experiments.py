@@ -5,10 +5,12 @@ import re
 from collections import Counter
 
 import pytest
+import yaml
 
 from antransformer.cli import main
 from antransformer.results.comparison import Results
 from antransformer.results.observations import read_observations
+from antransformer.training.config import TrainConfig
 from helpers.messages import mentions
 from helpers.small import SMALL_OPTIONS
 
@@ -88,6 +90,20 @@ def test_compare_searches_at_every_budget_and_a_new_budget_is_searched_too(corpu
     searches = read_observations([tmp_path]).searches
     assert {row.tokens for row in searches} == {2560, 5120}
     assert len(searches) == sum(len(item.trials) for item in results.variants)
+
+
+@pytest.mark.skipif("embed_lr" not in TrainConfig.__dataclass_fields__, reason="no separate rates")
+def test_compare_searches_separate_rates(corpus, tmp_path):
+    options = ["--separate-rates", "--tuning-trials=2", "--seeds=1", "--budgets", "2560"]
+    assert main(compare(corpus, tmp_path, *options)) == 0
+    results = Results.load(tmp_path)
+    for item in results.variants:
+        assert {"embed_lr", "head_lr"} < {trial.setting for trial in item.trials}
+        (run,), chosen = item.runs, item.settings_at(2560)
+        saved = yaml.safe_load((tmp_path / "runs" / run.folder / "config.yaml").read_text())
+        assert {name: saved[name] for name in ("embed_lr", "head_lr")}.items() <= chosen.items()
+        assert item.search_budget("lr", 2560) == 0 and item.search_budget("embed_lr", 2560) == 2560
+    assert "2.56K (tuned)" not in (tmp_path / "report.html").read_text()
 
 
 def test_ablate_runs_the_default_and_the_selected_variants(corpus, tmp_path, capfd):

@@ -340,6 +340,7 @@ def test_the_searches_have_every_budget_by_default():
     assert Plan("compare", {}, [], (1, 2, 3), trial_tokens=7).search_budgets() == [7]
 
 
+@pytest.mark.skipif("embed_lr" not in TrainConfig.__dataclass_fields__, reason="no separate rates")
 def test_separate_rates_are_searched_around_what_they_are_derived_from(corpus):
     best = {"gpt+": 8e-3, "angpt": 1.2e-2}
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,9 +19,10 @@ from antransformer.comparison.charts import loss_by_tokens
 from antransformer.comparison.summary import summary
 from antransformer.errors import MissingExtraError
 from antransformer.reporting import figure, labels
-from antransformer.results.comparison import Run, Trial, Variant
+from antransformer.results.comparison import Results, Run, Trial, Variant
 from helpers.experiments import BUDGETS, SEEDS, chosen, experiment, loss_at, variant
 
+GOLDEN = Path(__file__).parent.parent / "golden"
 SPEEDS = {"gpt+": 1.0, "ngpt": 1.25, "angpt": 1.6}
 
 
@@ -377,8 +379,10 @@ def test_report_calls_only_the_searched_budget_tuned(tmp_path):
     assert "500K (tuned)" in text and "250K (rates of 500K)" in text and "1.0M (rates of 500K)" in text
     assert "250K (tuned)" not in text and "0.002 (found at 500K)" in text
     assert "best-learning-rate" not in {path.stem for path in files}
-    untuned = Page(report.write(searched_at(), tmp_path)[0].read_text(encoding="utf-8")).text
-    assert "(tuned)" not in untuned and "0.004 (default)" in untuned
+    for results in (searched_at(), Results.load(GOLDEN / "comparison")):
+        untuned = Page(report.write(results, tmp_path)[0].read_text(encoding="utf-8")).text
+        lr = results.baseline.settings["lr"]
+        assert "(tuned)" not in untuned and f"{lr:g} (default)" in untuned
 
 
 def test_report_without_logs_names_the_missing_files(tmp_path):

@@ -96,6 +96,7 @@ def test_a_comparison_of_version_2_has_one_search_for_all_budgets(tmp_path, comp
         assert all(part.settings == {"lr": 0.004, "muon_lr": 0.02} for part in item.chosen)
         assert item.trials[0].tokens == item.search_budget("lr", 250_000) == 500_000
         assert item.search_budget("muon_lr", 250_000) == 0
+    assert [tuning_label(results, tokens) == "tuned" for tokens in results.budgets] == [False, True, False]
     results.save(tmp_path)
     assert Results.load(tmp_path) == results
 

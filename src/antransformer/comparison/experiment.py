@@ -148,7 +148,7 @@ def _by_position(settings: Mapping[str, Sequence[str]]) -> Iterator[dict[str, st
 
 
 def given_rate(config: TrainConfig, setting: str) -> float:
-    """Stub."""
+    """Learning rate of a setting; separate rates that are not set are ``lr``."""
     rate: float = getattr(config, setting, None) or config.lr
     return rate
 
