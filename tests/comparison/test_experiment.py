@@ -11,7 +11,8 @@ from antransformer.data import Dataset
 from antransformer.errors import ConfigError, DataError
 from antransformer.results.comparison import Results
 from antransformer.runs.queue import RunResult
-from antransformer.training.config import TrainConfig
+from antransformer.training.config import TrainConfig, resolve_config
+from antransformer.training.learning_rates import peak_rates
 from antransformer.training.optimizer_registry import OPTIMIZERS
 from helpers.messages import mentions
 from helpers.small import SMALL
@@ -110,6 +111,28 @@ def test_default_rates_are_not_called_tuned(corpus):
     assert results.baseline.search_budget("weight_decay", BUDGETS[0]) == BUDGETS[0]
     assert {tuning_label(results, tokens) for tokens in BUDGETS}.isdisjoint({"tuned"})
     assert not set(map(str, BUDGETS)) & set(tuning_scope(results).split())
+
+
+def test_default_rates_are_those_of_train_for_the_length_of_the_run(corpus):
+    budgets = (256 * 100, 256 * 400)
+    plan = compare.plan(COMMON, ("gpt+", "angpt-muon"), budgets, seeds=1)
+    made = Experiment(plan, Dataset.open(corpus), FakeQueue(lambda config: 3.0), print)
+    muon = made.run().variants[1]
+    for tokens in budgets:
+        settings = {**COMMON, "tokens": tokens, "architecture": "angpt", "optimizer": "muon"}
+        expected = peak_rates(resolve_config(settings, Dataset.open(corpus).vocab_size))
+        assert peak_rates(made.config(made.states[1], tokens, 1)) == pytest.approx(expected, rel=0.005)
+        chosen = muon.settings_at(tokens)
+        assert f"angpt-muon-{tokens}-lr{chosen['lr']:g}-muon{chosen['muon_lr']:g}-seed1" in made.queue.calls[-1]
+    assert muon.settings_at(budgets[1])["lr"] < muon.settings_at(budgets[0])["lr"]
+
+
+def test_a_horizon_that_the_user_gives_scales_searched_rates_too(corpus):
+    plan = compare.plan({**COMMON, "lr_horizon": 10, "horizon_exponent": 0.5}, ("gpt+", "angpt"), BUDGETS, lr_trials=3)
+    made = Experiment(plan, Dataset.open(corpus), FakeQueue(bowl({"gpt+": 8e-3, "angpt": 1.2e-2})), print)
+    results = made.run()
+    assert values_of(results.variants[1])[BUDGETS[0]] == [4e-3, 6e-3, 1.2e-2, 2.4e-2, 3.6e-2]
+    assert made.config(made.states[1], BUDGETS[2], 1).lr_horizon == 10
 
 
 def test_a_best_value_at_the_edge_extends_the_grid_until_it_is_inside(corpus):
@@ -236,7 +259,7 @@ def test_variants_differ_only_in_the_model_and_tuned_settings(corpus):
         return 3.0
 
     experiment(corpus, loss, architectures=("gpt+", "gpt", "ngpt", "ln-scaling", "dyt", "angpt"), seeds=1).run()
-    different = {"model", "lr", "warmup_fraction", "weight_decay"}
+    different = {"model", "lr", "horizon_exponent", "warmup_fraction", "weight_decay"}
     for tokens in BUDGETS:
         shared = [
             {name: value for name, value in vars(config).items() if name not in different}
@@ -340,7 +363,6 @@ def test_the_searches_have_every_budget_by_default():
     assert Plan("compare", {}, [], (1, 2, 3), trial_tokens=7).search_budgets() == [7]
 
 
-@pytest.mark.skipif("embed_lr" not in TrainConfig.__dataclass_fields__, reason="no separate rates")
 def test_separate_rates_are_searched_around_what_they_are_derived_from(corpus):
     best = {"gpt+": 8e-3, "angpt": 1.2e-2}
 

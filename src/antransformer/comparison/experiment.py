@@ -8,7 +8,7 @@ choice of the next shorter one. Trials have their own seed, so that no measured 
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from antransformer.comparison.statistics import SENSITIVITY_FACTOR
@@ -21,13 +21,13 @@ from antransformer.runs.queue import Job, RunQueue, RunResult
 from antransformer.runs.search import GridSearch, extension, grid_powers, neighbours, round_sig
 from antransformer.runs.settings import fill_defaults, flatten, unflatten, value_of
 from antransformer.training.config import TrainConfig, merge
+from antransformer.training.learning_rates import given_rate
 from antransformer.training.optimizer_registry import OPTIMIZERS
 from antransformer.training.trainer import check_data
 
 LR_RATIO = 2.0  # between neighbouring learning rates of a grid
 HYPERPARAMETER_RATIO = 3.0  # between neighbouring values of any other setting
 SEPARATE_RATES = ("embed_lr", "head_lr")  # derived from lr unless they are searched
-RATES = ("lr", *SEPARATE_RATES, *(spec.lr_setting for spec in OPTIMIZERS.values() if spec.lr_setting))
 TRIAL_SEED = 0
 
 
@@ -147,12 +147,6 @@ def _by_position(settings: Mapping[str, Sequence[str]]) -> Iterator[dict[str, st
         yield {variant: names[index] for variant, names in settings.items() if index < len(names)}
 
 
-def given_rate(config: TrainConfig, setting: str) -> float:
-    """Learning rate of a setting; separate rates that are not set are ``lr``."""
-    rate: float = getattr(config, setting, None) or config.lr
-    return rate
-
-
 @dataclass
 class VariantState:
     """A variant during the experiment: settings by dotted name for each search budget, and the trials behind them."""
@@ -250,18 +244,26 @@ class Experiment:
             states[name].tuned[tokens][setting] = round_sig(min(losses, key=lambda value: losses[value]))
 
     def current(self, config: TrainConfig, setting: str) -> Any:
-        """Return the value of a setting; for a learning rate, the value that trains the same when it is given."""
-        return round_sig(given_rate(config, setting)) if setting in RATES else value_of(config, setting)
+        """Return the value of a setting; for a separate rate that is not set, the rate that it is derived from."""
+        value = value_of(config, setting)
+        return config.lr if value is None and setting in SEPARATE_RATES else value
 
     def config(
         self, state: VariantState, tokens: int, seed: int, settings: Mapping[str, Any] | None = None
     ) -> TrainConfig:
-        """Return the complete settings of a run; ``settings`` by dotted name override the tuned ones."""
+        """Return the complete settings of a run; ``settings`` by dotted name override the tuned ones.
+
+        Default learning rates are scaled to the length of the run here, so that they equal rates that a search gives.
+        """
         merged = merge(self.plan.common, state.spec.settings)
         tuned = state.tuned.get(self.plan.search_budget(tokens), {})
         for setting, value in {**tuned, **(settings or {})}.items():
             merged = merge(merged, unflatten(setting, value))
-        return fill_defaults({**merged, "tokens": tokens, "seed": seed}, self.dataset.vocab_size)
+        config = fill_defaults({**merged, "tokens": tokens, "seed": seed}, self.dataset.vocab_size)
+        if "lr_horizon" in merged or not config.lr_horizon:
+            return config
+        rates: dict[str, Any] = {rate: round_sig(given_rate(config, rate)) for rate in state.spec.rates}
+        return replace(config, lr_horizon=0, **rates)
 
     def job(self, state: VariantState, tokens: int, seed: int, settings: Mapping[str, Any] | None = None) -> Job:
         """Return a run whose name lists all settings that may differ within a variant."""

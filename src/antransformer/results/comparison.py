@@ -64,7 +64,7 @@ class ChosenSettings:
     Attributes:
         tokens: budget of the runs.
         trial_tokens: budget of the search that chose the settings; 0 without a search.
-        settings: values by dotted name. Learning rates include the scaling of defaults to the length of the run.
+        settings: values by dotted name.
     """
 
     tokens: int
