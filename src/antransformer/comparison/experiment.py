@@ -260,10 +260,10 @@ class Experiment:
         for setting, value in {**tuned, **(settings or {})}.items():
             merged = merge(merged, unflatten(setting, value))
         config = fill_defaults({**merged, "tokens": tokens, "seed": seed}, self.dataset.vocab_size)
-        if "lr_horizon" in merged or not config.lr_horizon:
+        if "lr_horizon" in merged:
             return config
         rates: dict[str, Any] = {rate: round_sig(given_rate(config, rate)) for rate in state.spec.rates}
-        return replace(config, lr_horizon=0, **rates)
+        return replace(config, lr_horizon=0, horizon_exponent=0.0, **rates)
 
     def job(self, state: VariantState, tokens: int, seed: int, settings: Mapping[str, Any] | None = None) -> Job:
         """Return a run whose name lists all settings that may differ within a variant."""
