@@ -30,6 +30,7 @@ MAX_WIDTH = 16_384
 PAPER_WIDTH = 1536  # largest of the paper; see layers_of_width
 USABLE_MEMORY = 0.9  # fraction of a device; the CUDA context, libraries and fragmentation take the rest
 MAX_TIME_RATIO = 0.97  # a less simple layout must take less than this fraction of the time
+MAX_HORIZON_EXPONENT = 2.0  # of the setting
 TOLERANCE = 1.1  # deviations up to this factor are not worth a note
 
 
@@ -288,14 +289,15 @@ def _value_and_source(name: str, parameters: int, architecture: str, laws: Laws 
 
 def _horizon(config: ModelConfig, parameters: int, batch_tokens: int, laws: Laws | None) -> tuple[int, float]:
     """Return the steps at which the learning rate holds, and the exponent over steps; zeros if a law has no horizon."""
-    exponent, ratio = defaults.horizon_exponent(config, OPTIMIZERS["adam"]), float(defaults.TOKENS_PER_PARAMETER)
+    default, ratio = defaults.horizon(config, OPTIMIZERS["adam"]), float(defaults.TOKENS_PER_PARAMETER)
+    exponent = default.exponent
     if laws and "lr" in laws.powers:
         if laws.horizon is None:
             return 0, 0.0
         exponent, ratio = laws.horizon
     elif parameters < defaults.FITTED_PARAMETERS[0]:
-        return defaults.SMALL_LR_STEPS, exponent
-    return max(1, round(ratio * parameters / batch_tokens)), max(0.0, exponent)
+        return default
+    return max(1, round(ratio * parameters / batch_tokens)), min(max(0.0, exponent), MAX_HORIZON_EXPONENT)
 
 
 def _uses_small_default(name: str, parameters: int, laws: Laws | None) -> bool:
