@@ -102,7 +102,7 @@ def lr_width(config: ModelConfig) -> int:
 def horizon(config: ModelConfig, optimizer: OptimizerSpec) -> Horizon:
     """Steps for which the default learning rates were tuned, 0 above the fitted range, and the exponent after them.
 
-    In the fitted range the steps are those of the paper's runs, 20 tokens per parameter.
+    In the fitted range the paper's runs have 20 tokens per parameter.
     """
     measured = ByArchitecture(optimizer.horizons)[config.architecture]
     if is_small(config):
