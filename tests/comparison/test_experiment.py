@@ -114,7 +114,7 @@ def test_default_rates_are_not_called_tuned(corpus):
 
 
 def test_default_rates_are_those_of_train_for_the_length_of_the_run(corpus):
-    budgets = (256 * 100, 256 * 400)
+    budgets = (256 * 100, 256 * 1600)
     plan = compare.plan(COMMON, ("gpt+", "angpt-muon"), budgets, seeds=1)
     made = Experiment(plan, Dataset.open(corpus), FakeQueue(lambda config: 3.0), print)
     muon = made.run().variants[1]

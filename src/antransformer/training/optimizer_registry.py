@@ -47,7 +47,7 @@ MUON = OptimizerSpec(
     variant_suffix="-muon",
     lr_setting="muon_lr",
     default_lrs={"angpt": 0.04, "gpt+": 0.02},
-    horizons={"angpt": Horizon(400, 0.66), "ngpt": Horizon(250, 0.59), "gpt+": Horizon(200, 0.34)},
+    horizons={"angpt": Horizon(390, 0.64), "ngpt": Horizon(240, 0.55), "gpt+": Horizon(160, 0.49)},
     # Every step of Muon has the same size, for which weights of size 1/sqrt(width) are too large.
     init_std=0.02,
 )
@@ -56,7 +56,7 @@ OPTIMIZERS = {
     "adam": OptimizerSpec(
         "AdamW",
         "antransformer.training.optimizer:build_adamw",
-        horizons={"angpt": Horizon(120, 0.44), "ngpt": Horizon(200, 0.58), "gpt+": Horizon(100, 0.3)},
+        horizons={"angpt": Horizon(130, 0.42), "ngpt": Horizon(240, 0.44), "gpt+": Horizon(70, 0.43)},
     ),
     "muon": MUON,
     # Its steps are as large as those of Muon, so they share the learning rate.
