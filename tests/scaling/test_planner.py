@@ -155,7 +155,7 @@ def test_the_learning_rate_of_a_plan_follows_the_length_of_the_run(fits, capsys)
     long = config_of(plan_output(capsys, *options, "--tokens", "12.5B"))
     assert (long.lr, long.lr_horizon) == (default.lr, default.lr_horizon)
     assert default.lr_horizon == pytest.approx(default.steps, rel=0.02)
-    exponent = OPTIMIZERS["adam"].horizons["angpt"].exponent
+    exponent = OPTIMIZERS["adam"].horizon_exponents["angpt"]
     assert peak_rates(long).blocks == pytest.approx(default.lr * 10**-exponent, rel=0.02)
     content = json.loads(fits.read_text())
     content["angpt"]["lr"] = {**content["angpt"]["loss"], "coefficient": 2e-3, "exponent": -0.1}

@@ -112,7 +112,7 @@ def test_default_rates_follow_the_length_of_the_run_and_given_rates_do_not(archi
         given = {"architecture": architecture, "optimizer": optimizer, "tokens": steps * 2048, **settings}
         return resolve_config(given, 4096)
 
-    reference, exponent = OPTIMIZERS[optimizer].horizons[architecture]
+    reference, exponent = defaults.SMALL_LR_STEPS, OPTIMIZERS[optimizer].horizon_exponents[architecture]
     short, long = config(reference), config(16 * reference)
     assert (long.lr_horizon, long.horizon_exponent) == (reference, exponent) and 0 < exponent < 1
     assert (short.lr_horizon, short.horizon_exponent) == (0, 0.0)

@@ -86,13 +86,21 @@ def test_muon_equals_torchs_with_separate_q_k_and_v():
 
 
 def test_muon_rotates_rows_of_unit_norm_by_the_learning_rate(corpus, tmp_path):
-    trainer = start(corpus, tmp_path / "run", optimizer="muon", muon_lr=0.05)
-    before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+    for name, angles in rotations(start(corpus, tmp_path / "run", optimizer="muon", muon_lr=0.05)).items():
+        assert angles.square().mean().sqrt().item() == pytest.approx(0.05, rel=0.3), name
+
+
+def rotations(trainer):
+    """Angles by which the first step rotates the rows of each matrix inside the blocks, by its name."""
+    matrices = {
+        name: value for name, value in trainer.model.named_parameters() if name.startswith("blocks") and value.ndim == 2
+    }
+    before = {name: value.detach().clone() for name, value in matrices.items()}
     trainer.update(1)
-    for name, value in trainer.model.named_parameters():
-        if name.startswith("blocks") and value.ndim == 2:
-            angles = torch.cosine_similarity(value.detach(), before[name]).clamp(-1, 1).acos()
-            assert angles.square().mean().sqrt().item() == pytest.approx(0.05, rel=0.3), name
+    return {
+        name: torch.cosine_similarity(value.detach(), before[name]).clamp(-1, 1).acos()
+        for name, value in matrices.items()
+    }
 
 
 def reference_normuon(weights, gradients, lr, beta1=0.95, beta2=0.95, weight_decay=0.0, cautious=False):
@@ -156,13 +164,8 @@ def test_normuon_moves_rows_equally_and_as_far_as_muon_on_average(corpus, tmp_pa
 
 
 def test_normuon_rotates_every_row_of_angpt_by_about_the_learning_rate(corpus, tmp_path):
-    trainer = start(corpus, tmp_path / "run", optimizer="normuon", muon_lr=0.05)
-    before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
-    trainer.update(1)
-    for name, value in trainer.model.named_parameters():
-        if name.startswith("blocks") and value.ndim == 2:
-            angles = torch.cosine_similarity(value.detach(), before[name]).clamp(-1, 1).acos()
-            assert angles.min() > 0.03 and angles.max() < 0.06, name
+    for name, angles in rotations(start(corpus, tmp_path / "run", optimizer="normuon", muon_lr=0.05)).items():
+        assert angles.min() > 0.03 and angles.max() < 0.06, name
 
 
 def test_normuon_leaves_weights_without_gradients_where_they_are():

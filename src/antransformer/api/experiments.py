@@ -47,7 +47,7 @@ def compare(
         out: folder of the runs and the report.
         tokens: largest budget (default 8M); a quarter and a half of it are run too.
         budgets: budgets in tokens, instead of ``tokens``.
-        quick: use a small size and small budgets, 18 minutes on two CPU cores.
+        quick: use a small size and small budgets, 12 minutes on two CPU cores.
         seeds: measured seeds per budget.
         lr_trials: learning rates to try at each budget; 1 keeps the default.
         tuning_trials: values to try of each architecture's own hyperparameter (default 3; with ``quick`` 1, unless
@@ -134,7 +134,7 @@ def _run_experiment(plan: Plan, folder: Path, devices: Sequence[str], workers: i
     runs, tokens = plan.minimum()
     with lock(folder):
         with display:
-            display.print_line(f"at least {runs:,} runs, {tokens / 1e6:,.1f}M tokens; extended grids add runs")
+            display.print_line(f"plan: at least {runs:,} runs, {tokens / 1e6:,.1f}M tokens; extended grids add runs")
             results = experiment.run()
         results.save(folder)
         report.write(results, folder)

@@ -36,7 +36,7 @@ def add_arguments(parser: Parser) -> None:
         "--tokens", metavar="TOKENS", help="largest budget; a quarter and a half of it are run too (default 8M)"
     )
     parser.add_argument("--budgets", nargs="+", default=(), metavar="TOKENS", help="budgets, instead of --tokens")
-    parser.add_argument("--quick", action="store_true", help="small size and budgets: 18 minutes on two CPU cores")
+    parser.add_argument("--quick", action="store_true", help="small size and budgets: 12 minutes on two CPU cores")
     parser.add_argument(
         "--tuning-trials",
         metavar="N",

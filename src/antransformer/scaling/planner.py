@@ -289,14 +289,13 @@ def _value_and_source(name: str, parameters: int, architecture: str, laws: Laws 
 
 def _horizon(config: ModelConfig, parameters: int, batch_tokens: int, laws: Laws | None) -> tuple[int, float]:
     """Return the steps at which the learning rate holds, and the exponent over steps; zeros if a law has no horizon."""
-    default, ratio = defaults.horizon(config, OPTIMIZERS["adam"]), float(defaults.TOKENS_PER_PARAMETER)
-    exponent = default.exponent
+    exponent, ratio = defaults.horizon_exponent(config, OPTIMIZERS["adam"]), float(defaults.TOKENS_PER_PARAMETER)
     if laws and "lr" in laws.powers:
         if laws.horizon is None:
             return 0, 0.0
         exponent, ratio = laws.horizon
     elif parameters < defaults.FITTED_PARAMETERS[0]:
-        return default
+        return defaults.SMALL_LR_STEPS, exponent
     return max(1, round(ratio * parameters / batch_tokens)), min(max(0.0, exponent), MAX_HORIZON_EXPONENT)
 
 

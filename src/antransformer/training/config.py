@@ -63,8 +63,8 @@ class TrainConfig:
     )
     lr_horizon: int = setting(
         "number of steps for which the learning rates were tuned. In a longer run all of them are multiplied by "
-        "(lr_horizon/steps)^horizon_exponent. 0 disables scaling (default: by architecture and optimizer below 30M "
-        "parameters, above 20 tokens per parameter; 0 if a learning rate is given)",
+        "(lr_horizon/steps)^horizon_exponent. 0 disables scaling (default: 600 below 30M parameters, above 20 tokens "
+        "per parameter; 0 if a learning rate is given)",
         0,
         ge=0,
         lt=2**31,
@@ -74,7 +74,8 @@ class TrainConfig:
     )
     muon_lr: float | None = setting("peak learning rate of Muon or NorMuon (default: by architecture)", None, gt=0)
     schedule: str = setting(
-        "shape of the learning-rate decay after the warm-up. wsd (warm-up, stable, decay) needs decay_fraction",
+        "shape of the learning-rate decay after the warm-up: cosine, linear, log (steep at first), sqrt (steeper) or "
+        "wsd (linear after a plateau at the peak; needs decay_fraction)",
         "cosine",
         choices=SHAPES,
     )
@@ -334,13 +335,13 @@ def _resolve_rates(values: Mapping[str, Any], model: ModelConfig) -> dict[str, A
     optimizer = OPTIMIZERS[values.get("optimizer", "adam")]
     own = optimizer.lr_setting
     given = {"lr", "embed_lr", "head_lr", "vector_lr", own} & values.keys()
-    default = defaults.horizon(model, optimizer)
-    exponent = values.get("horizon_exponent", default.exponent)
-    horizon, factor = values.get("lr_horizon", 0), 1.0
-    steps = max(1, values["tokens"] // values["batch_tokens"])
-    if "lr_horizon" not in values and 0 < default.steps < steps:
-        horizon = 0 if given else default.steps
-        factor = defaults.horizon_factor(default.steps, steps, exponent) if given else 1.0
+    horizon, exponent, factor = values.get("lr_horizon", 0), values.get("horizon_exponent", 0.0), 1.0
+    if not {"lr_horizon", "horizon_exponent"} <= values.keys():  # a saved config has both, and needs no default
+        exponent = values.get("horizon_exponent", defaults.horizon_exponent(model, optimizer))
+        steps = max(1, values["tokens"] // values["batch_tokens"])
+        if "lr_horizon" not in values and 0 < (reference := defaults.lr_horizon(model)) < steps:
+            horizon = 0 if given else reference
+            factor = defaults.horizon_factor(reference, steps, exponent) if given else 1.0
     rates = {"lr": values["lr"] if "lr" in values else _scaled(defaults.learning_rate(model), factor)}
     if own:
         rates[own] = values[own] if own in values else _scaled(defaults.optimizer_lr(model, optimizer), factor)

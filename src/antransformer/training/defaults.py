@@ -11,7 +11,7 @@ from typing import TypeVar
 from antransformer.errors import ConfigError
 from antransformer.models.config import PAPER_VOCABULARY, ModelConfig
 from antransformer.models.registry import get
-from antransformer.training.optimizer_registry import Horizon, OptimizerSpec
+from antransformer.training.optimizer_registry import OptimizerSpec
 
 Value = TypeVar("Value")
 
@@ -39,6 +39,7 @@ LR_FITS = ByArchitecture({"angpt": (0.065, -0.178), "gpt+": (42.0, -0.482)})
 
 SMALL_LR = ByArchitecture({"angpt": 1.2e-2, "ngpt": 6e-3, "gpt+": 8e-3})
 SMALL_LR_WIDTH = 128  # model width at which these were measured
+SMALL_LR_STEPS = 600  # steps of the runs in which they were measured
 SMALL_BATCH_TOKENS = 2048
 SMALL_TOKENS = 8_000_000  # less than one epoch of the default corpus
 
@@ -99,16 +100,19 @@ def lr_width(config: ModelConfig) -> int:
     return SMALL_LR_WIDTH if is_small(config) else 0
 
 
-def horizon(config: ModelConfig, optimizer: OptimizerSpec) -> Horizon:
-    """Steps for which the default learning rates were tuned, 0 above the fitted range, and the exponent after them.
+def lr_horizon(config: ModelConfig) -> int:
+    """Number of steps for which the default learning rates were tuned; 0 above the fitted range.
 
     In the fitted range the paper's runs have 20 tokens per parameter.
     """
-    measured = ByArchitecture(optimizer.horizons)[config.architecture]
     if is_small(config):
-        return measured
-    fitted = _paper_size(config) <= FITTED_PARAMETERS[1]
-    return Horizon(tokens(config) // batch_tokens(config) if fitted else 0, measured.exponent)
+        return SMALL_LR_STEPS
+    return tokens(config) // batch_tokens(config) if _paper_size(config) <= FITTED_PARAMETERS[1] else 0
+
+
+def horizon_exponent(config: ModelConfig, optimizer: OptimizerSpec) -> float:
+    """Default exponent of the best learning rates over the steps of a run."""
+    return ByArchitecture(optimizer.horizon_exponents)[config.architecture]
 
 
 def horizon_factor(horizon: int, steps: int, exponent: float) -> float:

@@ -6,14 +6,6 @@ takes a field of ``TrainConfig``.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
-
-
-class Horizon(NamedTuple):
-    """Number of steps for which the default learning rates are best, and the exponent of their decrease after it."""
-
-    steps: int
-    exponent: float
 
 
 @dataclass(frozen=True)
@@ -27,8 +19,7 @@ class OptimizerSpec:
         lr_setting: setting with its learning rate for the weight matrices inside the blocks, if it is not ``lr``.
             Optimizers may share one.
         default_lrs: default of ``lr_setting`` by architecture. Other architectures use that of their relative.
-        horizons: defaults of ``lr_horizon`` below the paper's sizes and of ``horizon_exponent`` by architecture,
-            likewise.
+        horizon_exponents: default of ``horizon_exponent`` by architecture, likewise.
         init_std: default standard deviation of initial weights where rows are not normalized; None means 1/sqrt(width).
     """
 
@@ -37,7 +28,7 @@ class OptimizerSpec:
     variant_suffix: str = ""
     lr_setting: str | None = None
     default_lrs: Mapping[str, float] = field(default_factory=dict)
-    horizons: Mapping[str, Horizon] = field(default_factory=dict)
+    horizon_exponents: Mapping[str, float] = field(default_factory=dict)
     init_std: float | None = None
 
 
@@ -47,16 +38,16 @@ MUON = OptimizerSpec(
     variant_suffix="-muon",
     lr_setting="muon_lr",
     default_lrs={"angpt": 0.04, "gpt+": 0.02},
-    horizons={"angpt": Horizon(390, 0.64), "ngpt": Horizon(240, 0.55), "gpt+": Horizon(160, 0.49)},
+    horizon_exponents={"angpt": 0.64, "ngpt": 0.55, "gpt+": 0.49},
     # Every step of Muon has the same size, for which weights of size 1/sqrt(width) are too large.
     init_std=0.02,
 )
 OPTIMIZERS = {
-    # Horizons: docs/results.md, "Length of the run".
+    # Exponents: docs/results.md, "Length of the run".
     "adam": OptimizerSpec(
         "AdamW",
         "antransformer.training.optimizer:build_adamw",
-        horizons={"angpt": Horizon(130, 0.42), "ngpt": Horizon(240, 0.44), "gpt+": Horizon(70, 0.43)},
+        horizon_exponents={"angpt": 0.42, "ngpt": 0.44, "gpt+": 0.43},
     ),
     "muon": MUON,
     # Its steps are as large as those of Muon, so they share the learning rate.

@@ -322,7 +322,7 @@ def shard_like(full: Tensor, parameter: Tensor) -> Tensor:
 
 
 def local_shard(value: Tensor) -> Tensor:
-    """This rank's shard of a sharded tensor, or the whole of any other, without gradient; it shares the memory."""
+    """This rank's shard of a sharded tensor, or another tensor itself, detached; the memory is shared."""
     value = value.detach()
     return value.to_local() if isinstance(value, DTensor) else value
 
