@@ -18,7 +18,7 @@ SHORT = ["--batch-tokens=256", "--eval-tokens=1024", "--workers=2", *SMALL_OPTIO
 
 def compare(corpus, out, *more):
     effort = ["--seeds=2", "--lr-trials=1", "--tuning-trials=1", "--budgets", "2560", "5120"]
-    return ["compare", "--data", str(corpus), "--out", str(out), *effort, *SHORT, *more]
+    return ["compare", "--recipe=paper", "--data", str(corpus), "--out", str(out), *effort, *SHORT, *more]
 
 
 @pytest.fixture(scope="module")

@@ -87,7 +87,7 @@ def test_both_learning_rates_of_muon_are_printed_and_on_the_model_card(corpus, t
     (row,) = re.findall(r"^\| optimizer \|.*", (tmp_path / "hf/README.md").read_text(), re.M)
     assert mentions(row, *["Muon", "0.03", "0.9", "0.95"]) and "Adam" in row
     capsys.readouterr()
-    assert main(["train", "--muon-lr", "3e-2", *options, "--out", str(tmp_path / "other")]) == 2
+    assert main(["train", "--optimizer", "adam", "--muon-lr", "3e-2", *options, "--out", str(tmp_path / "other")]) == 2
     assert mentions(capsys.readouterr().err, *["muon_lr", "optimizer", "muon"])
 
 
@@ -189,7 +189,7 @@ def test_out_of_memory_is_status_1(corpus, tmp_path, capsys):
         *TEN_STEPS,
         "--model.vocab-size=2000000000",
     ]
-    assert main([*words, "--model.width=64000", "--lr=1e-3"]) == 1
+    assert main([*words, "--model.width=64000", "--lr=1e-3", "--muon-lr=1e-2"]) == 1
     assert mentions(capsys.readouterr().err, "--micro-batch-size", "--batch-tokens")
     assert not (tmp_path / "run").exists()
 

@@ -9,6 +9,7 @@ from antransformer.comparison.experiment import Experiment, Plan, VariantSpec
 from antransformer.comparison.tuning import tuning_label, tuning_scope
 from antransformer.data import Dataset
 from antransformer.errors import ConfigError, DataError
+from antransformer.reporting.labels import style_of
 from antransformer.results.comparison import Results
 from antransformer.runs.queue import RunResult
 from antransformer.training.config import TrainConfig, resolve_config
@@ -17,7 +18,7 @@ from antransformer.training.optimizer_registry import OPTIMIZERS
 from helpers.messages import mentions
 from helpers.small import SMALL
 
-COMMON = {"batch_tokens": 256, "model": SMALL}
+COMMON = {"recipe": "paper", "batch_tokens": 256, "model": SMALL}
 BUDGETS = (2560, 5120, 10240)
 
 
@@ -114,12 +115,12 @@ def test_default_rates_are_not_called_tuned(corpus):
 
 
 def test_default_rates_are_those_of_train_for_the_length_of_the_run(corpus):
-    budgets = (256 * 100, 256 * 1600)
-    plan = compare.plan(COMMON, ("gpt+", "angpt-muon"), budgets, seeds=1)
+    budgets, common = (256 * 100, 256 * 1600), {**COMMON, "recipe": "best"}
+    plan = compare.plan(common, ("gpt+", "angpt-muon"), budgets, seeds=1)
     made = Experiment(plan, Dataset.open(corpus), FakeQueue(lambda config: 3.0), print)
     muon = made.run().variants[1]
     for tokens in budgets:
-        settings = {**COMMON, "tokens": tokens, "architecture": "angpt", "optimizer": "muon"}
+        settings = {**common, "tokens": tokens, "architecture": "angpt", "optimizer": "muon"}
         expected = peak_rates(resolve_config(settings, Dataset.open(corpus).vocab_size))
         assert peak_rates(made.config(made.states[1], tokens, 1)) == pytest.approx(expected, rel=0.005)
         chosen = muon.settings_at(tokens)
@@ -245,9 +246,20 @@ def test_a_comparison_with_muon_for_all_variants(corpus):
     results = Experiment(plan, Dataset.open(corpus), FakeQueue(bowl({"gpt+": 8e-3, "angpt": 1.2e-2})), print).run()
     tuned = [{trial.setting for trial in item.trials} for item in results.variants]
     assert tuned == [{"lr", "muon_lr", "model.init_std"}, {"lr", "muon_lr", "model.s_scale"}]
-    specs = compare.variant_specs(("gpt+", "gpt+-muon"))
+    specs = compare.variant_specs(("gpt+-paper", "gpt+"))
     assert [spec.rates for spec in specs] == [("lr",), ("lr", "muon_lr")]
     assert [spec.hyperparameters for spec in specs] == [("weight_decay",), ("model.init_std",)]
+
+
+def test_each_variant_may_have_a_recipe_of_its_own(corpus):
+    results = experiment(corpus, lambda config: 3.0, architectures=("gpt+-best", "angpt"), seeds=1, lr_trials=2).run()
+    best, paper = results.variants
+    assert (best.settings["architecture"], best.settings["recipe"]) == ("gpt+", "best")
+    assert [{trial.setting for trial in item.trials} for item in (best, paper)] == [{"lr", "muon_lr"}, {"lr"}]
+    assert style_of("gpt+-best").label != style_of("gpt+").label and "best" in style_of("gpt+-best").label
+    for name, part in (("gptx-best", "gptx"), ("angpt-bets", "angpt-bets")):
+        with pytest.raises(ConfigError, match=part):
+            compare.plan(COMMON, ("gpt+", name), BUDGETS)
 
 
 def test_variants_differ_only_in_the_model_and_tuned_settings(corpus):
@@ -350,11 +362,11 @@ def test_the_ablation_suite_is_a_default_and_variants_that_differ_from_it(corpus
 
 
 def test_patterns_select_a_part_of_the_suite():
-    names = [spec.name for spec in ablate.variant_specs(64, ["all-*", "no-lerp"])]
+    names = [spec.name for spec in ablate.variant_specs(64, ["all-*", "no-lerp"], "adam")]
     assert names == ["default", "all-x0.5", "all-x2", "all-none", "no-lerp"]
     for only, parts in (("no-lrep", ("no-lrep", "no-lerp")), ("default", ("--only", "default"))):
         with pytest.raises(ConfigError) as error:
-            ablate.variant_specs(64, [only])
+            ablate.variant_specs(64, [only], "adam")
         assert mentions(error.value, *parts)
 
 

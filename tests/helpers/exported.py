@@ -31,9 +31,8 @@ def make_run(folder, architecture="angpt", tokenizer=None, **options):
             if name.startswith(("lm_head", "logit_scale")):
                 parameter.mul_(5)  # so that the argmax is not a matter of rounding
     antransformer.bounds.project_(model.bounds())
-    config = resolve_config(
-        {"data": "data/mine", "tokens": 9_600, "batch_tokens": 192, "model": model.config.mapping()}, 257
-    )
+    settings = {"recipe": "paper", "data": "data/mine", "tokens": 9_600, "batch_tokens": 192}
+    config = resolve_config({**settings, "model": model.config.mapping()}, 257)
     runs.write_run_folder(folder, to_mapping(config), tokenizer or byte_tokenizer())
     optimizer = torch.optim.Adam(model.parameters())
     checkpoint.save(folder / runs.CHECKPOINTS, 20, model, optimizer, {"seconds": 1.0}, keep=1)

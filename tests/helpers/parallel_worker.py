@@ -96,7 +96,14 @@ FOUR_PROCESS_CASES |= {
 def config_of(corpus, name):
     """Return the settings of a case: 20 steps of 8 windows."""
     case = (CASES | FOUR_PROCESS_CASES)[name]
-    base = {"data": str(corpus), "batch_tokens": 256, "tokens": 256 * 20, "log_every": 1, "eval_tokens": 2048}
+    base = {
+        "recipe": "paper",
+        "data": str(corpus),
+        "batch_tokens": 256,
+        "tokens": 256 * 20,
+        "log_every": 1,
+        "eval_tokens": 2048,
+    }
     model = {**SMALL, **case.get("model", {})}
     return resolve_config({**base, "lr": 5e-3, "checkpoint_every": 10, "eval_every": 10, **case, "model": model}, 257)
 

@@ -19,7 +19,14 @@ OPTIMIZED = [*((name, "adam") for name in ARCHITECTURES), ("angpt", "muon"), ("g
 
 def settings(corpus, **more):
     model = {**SMALL, **more.pop("model", {})}
-    base = {"data": str(corpus), "batch_tokens": 256, "tokens": 256 * 20, "log_every": 1, "eval_tokens": 2048}
+    base = {
+        "recipe": "paper",
+        "data": str(corpus),
+        "batch_tokens": 256,
+        "tokens": 256 * 20,
+        "log_every": 1,
+        "eval_tokens": 2048,
+    }
     return {**base, "lr": 1e-2, "checkpoint_every": 5, "eval_every": 10, **more, "model": model}
 
 

@@ -75,7 +75,7 @@ def test_defaults_below_the_fitted_range_are_measured():
 
 def test_default_learning_rates_of_matrices_scale_with_width_in_small_models():
     def rates(**settings):
-        rates = peak_rates(resolve_config({**settings, "lr_horizon": 0}, vocab_size=4096))
+        rates = peak_rates(resolve_config({"recipe": "paper", **settings}, vocab_size=4096))
         assert rates.embedding == rates.head
         return rates.vectors, rates.head, rates.blocks
 
@@ -94,7 +94,7 @@ def test_default_learning_rates_of_matrices_scale_with_width_in_small_models():
 
 
 def test_separate_rates_take_the_place_of_lr_and_scale_like_it():
-    given = {"lr": 1e-3, "embed_lr": 3e-2, "head_lr": 4e-3, "vector_lr": 5e-3}
+    given = {"recipe": "paper", "lr": 1e-3, "embed_lr": 3e-2, "head_lr": 4e-3, "vector_lr": 5e-3}
     nano = {"model": {"width": 128, "layers": 1}}
     assert peak_rates(resolve_config({**given, **nano}, 4096)) == (3e-2, 4e-3, 5e-3, 1e-3)
     narrow = peak_rates(resolve_config({**given, "model": {"width": 64, "layers": 1}}, 4096))
@@ -120,12 +120,12 @@ def test_default_rates_follow_the_length_of_the_run_and_given_rates_do_not(archi
     for early, late in zip(peak_rates(short), peak_rates(long), strict=True):
         assert late == pytest.approx(early * 16**-exponent)
     assert peak_rates(config(16 * reference, lr_horizon=0)) == peak_rates(short)
-    # A given rate is exact; the optimizer's own rate then has the value that the horizon gives it.
+    # A given rate is exact, and the optimizer's own rate follows a given lr.
     mixed = config(16 * reference, lr=1e-3)
     assert (mixed.lr, mixed.lr_horizon) == (1e-3, 0)
     own = OPTIMIZERS[optimizer].lr_setting
     if own:
-        assert getattr(mixed, own) == pytest.approx(given_rate(long, own), rel=5e-3)
+        assert getattr(mixed, own) / mixed.lr == pytest.approx(getattr(long, own) / long.lr, rel=5e-3)
     assert config(16 * reference, lr=given_rate(long, "lr")).lr == pytest.approx(peak_rates(long).vectors)
     assert resolve_config(to_mapping(long), 1) == long and resolve_config(to_mapping(mixed), 1) == mixed
 
@@ -162,7 +162,11 @@ def test_above_the_fitted_range_there_are_no_defaults():
     assert mentions(str(error.value), *["--lr", "--batch-tokens", "1.1B"]) and re.search(
         r"\b2\.\dB\b", str(error.value)
     )
-    assert resolve_config({**sizes, "lr": "1e-3", "batch_tokens": "1M"}, 50_304).lr == 1e-3
+    given = {**sizes, "lr": "1e-3", "batch_tokens": "1M"}
+    with pytest.raises(ConfigError, match="--muon-lr"):
+        resolve_config(given, 50_304)
+    assert resolve_config({**given, "muon_lr": 0.02}, 50_304).lr == 1e-3
+    assert resolve_config({**given, "optimizer": "adam"}, 50_304).lr == 1e-3
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -210,7 +214,7 @@ def test_batches_are_rounded_to_sequences():
         ({"width": 64}, "config.yaml width model.width"),
         ({"model": {"width": 2**40}}, "config.yaml model.width 2^31 1099511627776"),
         ({"model": {"s_scale": 1e300}}, "s_scale 1e+300"),
-        ({"muon_lr": 0.02}, "muon_lr optimizer muon normuon"),
+        ({"optimizer": "adam", "muon_lr": 0.02}, "muon_lr optimizer muon normuon"),
         ({"cautious_weight_decay": True}, "cautious_weight_decay weight_decay 0"),
         ({"cautious_weight_decay": True, "architecture": "gpt+", "weight_decay": 0}, "cautious_weight_decay"),
         ({"optimizer": "muon", "muon_lr": 0}, "muon_lr 0.0"),
@@ -288,7 +292,7 @@ def test_initial_weights_for_muon_are_smaller_unless_normalized():
 
     assert initial("gpt+", optimizer="muon") == initial("ln-scaling", optimizer="muon") == 0.02
     assert initial("gpt+", optimizer="muon", model={"init_std": 0.05}) == 0.05
-    assert initial("gpt+") == initial("gpt+", optimizer="adam") == 128**-0.5
+    assert initial("gpt+", recipe="paper") == initial("gpt+", optimizer="adam") == 128**-0.5
     assert initial("gpt+", optimizer="normuon") == 0.02
     assert initial("angpt", optimizer="muon") is None
 

@@ -42,12 +42,12 @@ def compare(
     Finished runs in ``out`` are skipped and interrupted runs resume.
 
     Args:
-        architectures: the first is the baseline; ``angpt-muon`` trains anGPT with Muon, and ``angpt-normuon`` with
-            NorMuon.
+        architectures: the first is the baseline. A suffix selects a recipe or an optimizer for one of them, as in
+            ``angpt-best`` or ``angpt-normuon``.
         out: folder of the runs and the report.
         tokens: largest budget (default 8M); a quarter and a half of it are run too.
         budgets: budgets in tokens, instead of ``tokens``.
-        quick: use a small size and small budgets, 12 minutes on two CPU cores.
+        quick: use a small size, small budgets and recipe paper, 12 minutes on two CPU cores.
         seeds: measured seeds per budget.
         lr_trials: learning rates to try at each budget; 1 keeps the default.
         tuning_trials: values to try of each architecture's own hyperparameter (default 3; with ``quick`` 1, unless

@@ -66,14 +66,15 @@ def sweep(
         seeds: runs at each point of the grid.
         devices, workers, progress: as in ``compare``.
         max_hours: refuse a sweep that is estimated to take longer; the estimate times a few steps of every size.
-        settings: settings of all runs, such as ``data``, ``eval_tokens`` and ``model={...}``.
+        settings: settings of all runs, such as ``data``, ``eval_tokens`` and ``model={...}``. The default recipe is
+            paper, whose scaling laws ``plan`` uses.
 
     Raises:
         ConfigError, DataError, RunStoppedError, MachineError: as in ``compare``.
     """
     require("scipy", "analysis")
     folder = Path(out)
-    shared = normalize_settings(settings, "settings")
+    shared = {"recipe": "paper", **normalize_settings(settings, "settings")}
     shared_settings.require_shared(shared, shared_settings.SWEEP_TRAINING, shared_settings.SWEEP_MODEL)
     check_folder_target(folder)
     options.require_no_comparison(folder)

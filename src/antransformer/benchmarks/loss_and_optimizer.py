@@ -90,7 +90,7 @@ def _time_optimizer(settings: Settings, architecture: str) -> list[Row]:
             model = build(replace_architecture(settings.model, architecture))
         for parameter in model.parameters():
             parameter.grad = torch.randn_like(parameter) / parameter.numel() ** 0.5
-        config = resolve_config({"model": model.config.mapping()}, settings.model.vocab_size)
+        config = resolve_config({"recipe": "paper", "model": model.config.mapping()}, settings.model.vocab_size)
         optimizer = make_optimizer(model, config)
         if name == WITH_BOUNDS:
             bind(model, optimizer)

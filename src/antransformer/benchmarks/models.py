@@ -33,9 +33,10 @@ class TrainingSetup(NamedTuple):
 
 
 def our_setup(shape: ModelConfig, architecture: str) -> TrainingSetup:
-    """One of our architectures with the optimizer and the bounds of ``antransformer train``."""
+    """One of our architectures with bounds, and with AdamW, as the other libraries."""
     model = build(replace_architecture(shape, architecture))
-    optimizer = make_optimizer(model, resolve_config({"model": model.config.mapping()}, shape.vocab_size))
+    config = resolve_config({"recipe": "paper", "model": model.config.mapping()}, shape.vocab_size)
+    optimizer = make_optimizer(model, config)
     bind(model, optimizer)
     return TrainingSetup(model, lambda tokens: model.loss(tokens[:, :-1], tokens[:, 1:]), optimizer)
 

@@ -29,14 +29,16 @@ def add_arguments(parser: Parser) -> None:
         nargs="+",
         metavar="NAME",
         default=("gpt+", "angpt"),
-        help=f"two or more of {', '.join(registry.names())}; the first is the baseline. The suffix -muon, as in "
-        "angpt-muon, selects training with Muon, and -normuon with NorMuon (default gpt+ angpt)",
+        help=f"two or more of {', '.join(registry.names())}; the first is the baseline. A suffix selects a recipe or "
+        "an optimizer for one of them, as in angpt-best, gpt+-paper or angpt-normuon (default gpt+ angpt)",
     )
     parser.add_argument(
         "--tokens", metavar="TOKENS", help="largest budget; a quarter and a half of it are run too (default 8M)"
     )
     parser.add_argument("--budgets", nargs="+", default=(), metavar="TOKENS", help="budgets, instead of --tokens")
-    parser.add_argument("--quick", action="store_true", help="small size and budgets: 12 minutes on two CPU cores")
+    parser.add_argument(
+        "--quick", action="store_true", help="small size and budgets, recipe paper: 12 minutes on two CPU cores"
+    )
     parser.add_argument(
         "--tuning-trials",
         metavar="N",

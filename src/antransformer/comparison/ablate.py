@@ -15,6 +15,7 @@ from antransformer.models.config import PAPER_VOCABULARY
 from antransformer.models.registry import get
 from antransformer.settings import nearest
 from antransformer.training.config import resolve_config
+from antransformer.training.recipes import with_recipe
 
 DEFAULT = "default"
 
@@ -39,7 +40,7 @@ def suite(width: int) -> dict[str, dict[str, Any]]:
     return {DEFAULT: {}, **parts, **{name: {"model": option} for name, option in options.items()}, **recipe}
 
 
-def variant_specs(width: int, only: Sequence[str] = (), optimizer: str = "adam") -> list[VariantSpec]:
+def variant_specs(width: int, only: Sequence[str], optimizer: str) -> list[VariantSpec]:
     """Return the default and the variants whose names match a pattern; without patterns, the full suite.
 
     Raises:
@@ -76,5 +77,5 @@ def plan(settings: Mapping[str, Any], only: Sequence[str], budgets: Sequence[int
     common = common_settings(settings, {"architecture": "angpt"})
     width = resolve_config({**common, "architecture": "angpt"}, PAPER_VOCABULARY).model.width
     budgets = full_batches(budgets, common["batch_tokens"])
-    specs = variant_specs(width, only, settings.get("optimizer", "adam"))
+    specs = variant_specs(width, only, with_recipe(settings)["optimizer"])
     return Plan("ablate", common, specs, budgets, **effort)

@@ -9,21 +9,21 @@ from antransformer.models import registry
 from antransformer.models.config import PAPER_VOCABULARY
 from antransformer.settings import nearest, read_count
 from antransformer.training.config import resolve_config
-from antransformer.training.optimizer_registry import split_variant
+from antransformer.training.recipes import variant_settings, with_recipe
 
-# Settings of --quick: a comparison of two architectures takes 12 minutes on two cores.
-QUICK: dict[str, Any] = {"preset": "pico", "batch_tokens": 1024, "eval_tokens": 65_536}
+# Settings of --quick: a comparison of two architectures, trained as published, takes 12 minutes on two cores.
+QUICK: dict[str, Any] = {"recipe": "paper", "preset": "pico", "batch_tokens": 1024, "eval_tokens": 65_536}
 QUICK_BUDGETS = (100_000, 200_000, 400_000)
 
 
-def variant_specs(names: Sequence[str], optimizer: str = "adam", separate_rates: bool = False) -> list[VariantSpec]:
-    """Return one variant for each name: an architecture such as ``angpt``, or ``angpt-muon`` to train it with Muon.
-
-    The suffix ``-normuon`` selects NorMuon.
+def variant_specs(
+    names: Sequence[str], common: Mapping[str, Any] | None = None, separate_rates: bool = False
+) -> list[VariantSpec]:
+    """Return one variant for each name: an architecture such as ``angpt``, with suffixes as in ``variant_settings``.
 
     Args:
         names: names; the first is the baseline.
-        optimizer: optimizer of the variants without the suffix.
+        common: normalized settings of all runs.
         separate_rates: whether to search the learning rates of the embedding and of the head too.
 
     Raises:
@@ -31,20 +31,18 @@ def variant_specs(names: Sequence[str], optimizer: str = "adam", separate_rates:
     """
     known = registry.names()
     for name in names:
-        if split_variant(name)[0] not in known:
-            raise ConfigError(
-                f"unknown architecture {name!r}{nearest(name, known) or ': choose from ' + ', '.join(known)}"
-            )
+        if (architecture := variant_settings(name)["architecture"]) not in known:
+            hint = nearest(architecture, known) or ": choose from " + ", ".join(known)
+            raise ConfigError(f"unknown architecture {architecture!r}{hint}")
     if len(set(names)) != len(names) or len(names) < 2:
         raise ConfigError(f"--architectures needs two or more different names, got {' '.join(names) or 'none'}")
     specs = []
     for name in names:
-        architecture, own_optimizer = split_variant(name)
-        settings = {"architecture": architecture, **({"optimizer": own_optimizer} if own_optimizer else {})}
-        optimizer_of = settings.get("optimizer", optimizer)
-        own = registry.get(architecture).hyperparameter(optimizer_of)
+        settings = variant_settings(name)
+        optimizer = with_recipe({**(common or {}), **settings})["optimizer"]
+        own = registry.get(settings["architecture"]).hyperparameter(optimizer)
         hyperparameters = (*(SEPARATE_RATES if separate_rates else ()), own)
-        specs.append(VariantSpec(name, settings, learning_rates(optimizer_of), hyperparameters))
+        specs.append(VariantSpec(name, settings, learning_rates(optimizer), hyperparameters))
     return specs
 
 
@@ -109,6 +107,6 @@ def plan(
     """
     if separate_rates and effort.get("tuning_trials", 1) < 2:
         raise ConfigError("--separate-rates searches with --tuning-trials, which must be at least 2, got 1")
-    specs = variant_specs(architectures, settings.get("optimizer", "adam"), separate_rates)
+    specs = variant_specs(architectures, settings, separate_rates)
     common = common_settings(settings, specs[0].settings)
     return Plan("compare", common, specs, full_batches(budgets, common["batch_tokens"]), **effort)

@@ -9,7 +9,8 @@ from typing import Any
 
 from antransformer.errors import ConfigError
 from antransformer.models.registry import get
-from antransformer.training.optimizer_registry import OPTIMIZERS, split_variant
+from antransformer.training.optimizer_registry import OPTIMIZERS
+from antransformer.training.recipes import variant_settings
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,16 @@ RATES = {
 
 
 def style_of(name: str) -> SeriesStyle:
-    """Label, colour and marker of a variant: an architecture, with or without an optimizer suffix, or another name."""
-    architecture, optimizer = split_variant(name)
+    """Label, colour and marker of a variant: an architecture, with or without suffixes, or another name."""
+    settings = variant_settings(name)
     try:
-        label = get(architecture).label + (f" ({OPTIMIZERS[optimizer].label})" if optimizer else "")
+        label = get(settings["architecture"]).label
     except ConfigError:  # an ablation, or an architecture that is not installed here
         label = name
+    else:
+        suffixes = [settings["recipe"]] if "recipe" in settings else []
+        suffixes += [OPTIMIZERS[settings["optimizer"]].label] if "optimizer" in settings else []
+        label += f" ({', '.join(suffixes)})" if suffixes else ""
     fallback = FALLBACK[zlib.crc32(name.encode()) % len(FALLBACK)]
     return SeriesStyle(label, *COLOURS_AND_MARKERS.get(name, fallback))
 

@@ -11,6 +11,7 @@ TRAINING = (
     "preset",
     "batch_tokens",
     "micro_batch_size",
+    "recipe",
     "optimizer",
     "lr_width",
     "lr_horizon",

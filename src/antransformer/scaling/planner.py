@@ -134,6 +134,7 @@ class Plan:
         size = {"preset": self.preset} if self.preset else {}
         tensor_parallel = self.layout.tensor_parallel
         return {
+            "recipe": "paper",  # all laws and defaults of the learning rate here are those of AdamW
             "architecture": self.config.architecture,
             **size,
             "model": model,

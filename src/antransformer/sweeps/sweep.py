@@ -24,7 +24,6 @@ from antransformer.settings import nearest
 from antransformer.training.config import MUTABLE_ON_RESUME, TrainConfig, merge, resolve_config
 from antransformer.training.defaults import parameter_count
 from antransformer.training.learning_rates import given_rate
-from antransformer.training.optimizer_registry import OPTIMIZERS
 from antransformer.training.trainer import check_data
 
 LR_RATIO = 10 ** (1 / 3)
@@ -193,13 +192,8 @@ class Sweeper:
             check_data(self.config(cell, grid[0], 0), dataset)
 
     def config(self, cell: Cell, lr: float, seed: int) -> TrainConfig:
-        """Complete settings of one run of a cell. A rate of the optimizer's own keeps its default ratio to ``lr``."""
-        settings = {**self.plan.settings[cell], "seed": seed}
-        default = fill_defaults(settings, self.dataset.vocab_size)
-        rates = {"lr": lr}
-        if own := OPTIMIZERS[default.optimizer].lr_setting:
-            rates[own] = round_sig(getattr(default, own) * lr / default.lr)
-        return fill_defaults({**settings, **rates}, self.dataset.vocab_size)
+        """Complete settings of one run of a cell."""
+        return fill_defaults({**self.plan.settings[cell], "seed": seed, "lr": lr}, self.dataset.vocab_size)
 
     def jobs(self, cell: Cell, lr: float) -> list[Job]:
         """Jobs of one learning rate, one for each seed; each name identifies the run within the sweep."""

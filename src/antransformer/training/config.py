@@ -15,6 +15,7 @@ from antransformer.renamed import new_name, new_value
 from antransformer.settings import Count, check_settings, convert_settings, nearest, setting, shown
 from antransformer.training import defaults
 from antransformer.training.optimizer_registry import OPTIMIZERS
+from antransformer.training.recipes import DEFAULT_RECIPE, RECIPES, with_recipe
 from antransformer.training.schedule import SHAPES, learning_rate
 
 # Model settings that users may also give at the top level.
@@ -44,9 +45,14 @@ class TrainConfig:
         0,
         ge=1,
     )
+    recipe: str = setting(
+        "defaults of optimizer, schedule, averaging and horizon: best (lowest loss measured) or paper (as published)",
+        DEFAULT_RECIPE,
+        choices=RECIPES,
+    )
     optimizer: str = setting(
         "adam: AdamW for all parameters; muon: Muon for the weight matrices inside the blocks, AdamW for the rest; "
-        "normuon: the same with NorMuon, which evens out the step sizes of rows",
+        "normuon: the same with NorMuon, which evens out the step sizes of rows (default: by recipe)",
         "adam",
         choices=OPTIMIZERS,
     )
@@ -64,7 +70,7 @@ class TrainConfig:
     lr_horizon: int = setting(
         "number of steps for which the learning rates were tuned. In a longer run all of them are multiplied by "
         "(lr_horizon/steps)^horizon_exponent. 0 disables scaling (default: 600 below 30M parameters, above 20 tokens "
-        "per parameter; 0 if a learning rate is given)",
+        "per parameter; 0 with recipe paper or if a learning rate is given)",
         0,
         ge=0,
         lt=2**31,
@@ -72,7 +78,11 @@ class TrainConfig:
     horizon_exponent: float = setting(
         "exponent of lr_horizon (default: by architecture and optimizer)", 0.0, ge=0, le=2
     )
-    muon_lr: float | None = setting("peak learning rate of Muon or NorMuon (default: by architecture)", None, gt=0)
+    muon_lr: float | None = setting(
+        "peak learning rate of Muon or NorMuon (default: by architecture; in proportion to lr if that is given)",
+        None,
+        gt=0,
+    )
     schedule: str = setting(
         "shape of the learning-rate decay after the warm-up: cosine, linear, log (steep at first), sqrt (steeper) or "
         "wsd (linear after a plateau at the peak; needs decay_fraction)",
@@ -277,6 +287,7 @@ MUTABLE_ON_RESUME = frozenset(
 
 # Settings that older run folders lack, with the value that reproduces those runs.
 LEGACY_DEFAULTS: dict[str, Any] = {
+    "recipe": "paper",
     "optimizer": "adam",
     "lr_width": 0,
     "lr_horizon": 0,
@@ -298,7 +309,7 @@ def resolve_config(settings: Mapping[str, Any], vocab_size: int, where: str = "s
     Raises:
         ConfigError: a key is unknown, or a value has the wrong type or is out of range.
     """
-    user = normalize_settings(settings, where)
+    user = with_recipe(normalize_settings(settings, where))
     preset, model = user.get("preset", "nano"), _resolve_model(user, vocab_size)
     user.pop("model", None)
     if "batch_tokens" in user:
@@ -330,9 +341,10 @@ def resolve_config(settings: Mapping[str, Any], vocab_size: int, where: str = "s
 def _resolve_rates(values: Mapping[str, Any], model: ModelConfig) -> dict[str, Any]:
     """Learning rates that the user left out, and the horizon of all.
 
-    A given rate is exact, so it switches the default horizon off, and the other rates take their scaled defaults.
+    A given rate is exact, so it switches the default horizon off, and the other rates take their scaled defaults. The
+    optimizer's own rate keeps its default ratio to a given ``lr``.
     """
-    optimizer = OPTIMIZERS[values.get("optimizer", "adam")]
+    optimizer = OPTIMIZERS[values["optimizer"]]
     own = optimizer.lr_setting
     given = {"lr", "embed_lr", "head_lr", "vector_lr", own} & values.keys()
     horizon, exponent, factor = values.get("lr_horizon", 0), values.get("horizon_exponent", 0.0), 1.0
@@ -342,9 +354,12 @@ def _resolve_rates(values: Mapping[str, Any], model: ModelConfig) -> dict[str, A
         if "lr_horizon" not in values and 0 < (reference := defaults.lr_horizon(model)) < steps:
             horizon = 0 if given else reference
             factor = defaults.horizon_factor(reference, steps, exponent) if given else 1.0
-    rates = {"lr": values["lr"] if "lr" in values else _scaled(defaults.learning_rate(model), factor)}
-    if own:
-        rates[own] = values[own] if own in values else _scaled(defaults.optimizer_lr(model, optimizer), factor)
+    rates: dict[str, float] = {}
+    if own and own not in values:
+        own_factor = values["lr"] / defaults.learning_rate(model) if "lr" in values else factor
+        rates[own] = _scaled(defaults.optimizer_lr(model, optimizer), own_factor)
+    if "lr" not in values:
+        rates["lr"] = _scaled(defaults.learning_rate(model), factor)
     return {**rates, "lr_horizon": horizon, "horizon_exponent": exponent if horizon else 0.0}
 
 
@@ -355,7 +370,7 @@ def _scaled(rate: float, factor: float) -> float:
 
 def _resolve_model(user: Mapping[str, Any], vocab_size: int) -> ModelConfig:
     settings = {**preset_sizes(user.get("preset", "nano")), "vocab_size": vocab_size, **user.get("model", {})}
-    init_std = OPTIMIZERS[user.get("optimizer", "adam")].init_std
+    init_std = OPTIMIZERS[user["optimizer"]].init_std
     if init_std is not None and "init_std" in get(settings.get("architecture", "angpt")).options:
         settings.setdefault("init_std", init_std)
     return ModelConfig(**settings)

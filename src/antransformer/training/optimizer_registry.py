@@ -15,7 +15,6 @@ class OptimizerSpec:
     Attributes:
         label: display name.
         builder: function that builds it from a model and a ``TrainConfig``, as ``module:function``.
-        variant_suffix: suffix of an architecture's name that selects the optimizer in a comparison.
         lr_setting: setting with its learning rate for the weight matrices inside the blocks, if it is not ``lr``.
             Optimizers may share one.
         default_lrs: default of ``lr_setting`` by architecture. Other architectures use that of their relative.
@@ -25,7 +24,6 @@ class OptimizerSpec:
 
     label: str
     builder: str
-    variant_suffix: str = ""
     lr_setting: str | None = None
     default_lrs: Mapping[str, float] = field(default_factory=dict)
     horizon_exponents: Mapping[str, float] = field(default_factory=dict)
@@ -35,7 +33,6 @@ class OptimizerSpec:
 MUON = OptimizerSpec(
     "Muon",
     "antransformer.training.muon:build_muon",
-    variant_suffix="-muon",
     lr_setting="muon_lr",
     default_lrs={"angpt": 0.04, "gpt+": 0.02},
     horizon_exponents={"angpt": 0.64, "ngpt": 0.55, "gpt+": 0.49},
@@ -51,15 +48,5 @@ OPTIMIZERS = {
     ),
     "muon": MUON,
     # Its steps are as large as those of Muon, so they share the learning rate.
-    "normuon": replace(
-        MUON, label="NorMuon", builder="antransformer.training.muon:build_normuon", variant_suffix="-normuon"
-    ),
+    "normuon": replace(MUON, label="NorMuon", builder="antransformer.training.muon:build_normuon"),
 }
-
-
-def split_variant(name: str) -> tuple[str, str | None]:
-    """Architecture and optimizer of a variant's name: (angpt, muon) for angpt-muon, (angpt, None) for angpt."""
-    for optimizer, spec in OPTIMIZERS.items():
-        if spec.variant_suffix and name.endswith(spec.variant_suffix):
-            return name.removesuffix(spec.variant_suffix), optimizer
-    return name, None

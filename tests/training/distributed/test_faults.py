@@ -107,7 +107,18 @@ def test_a_hung_rank_is_named_and_the_job_restarts(corpus, tmp_path):
     out, log = tmp_path / "run", tmp_path / "log"
     size = ["--batch-tokens=256", f"--tokens={256 * 20}", "--lr=1e-2", "--timeout=10", "--log-every=1"]
     every = ["--checkpoint-every=5", "--eval-every=20", "--eval-tokens=2048"]
-    arguments = ["antransformer", "train", "--data", corpus, "--out", out, *size, *every, *SMALL_OPTIONS]
+    arguments = [
+        "antransformer",
+        "train",
+        "--recipe=paper",
+        "--data",
+        corpus,
+        "--out",
+        out,
+        *size,
+        *every,
+        *SMALL_OPTIONS,
+    ]
     with Job(arguments, log, restarts=1) as job:
         ranks = job.wait_for_ranks()
         wait_for(lambda: checkpoint.step_folders(out / "checkpoints"), job)

@@ -237,7 +237,16 @@ def test_every_verb_reads_a_sharded_checkpoint(corpus, two_process_runs, tmp_pat
 
 
 def test_the_command_line_resumes_a_run_of_two_processes(corpus, tmp_path, single_run):
-    options = ["--data", corpus, "--out", tmp_path / "run", "--batch-tokens=256", "--tokens=5120", "--lr=5e-3"]
+    options = [
+        "--recipe=paper",
+        "--data",
+        corpus,
+        "--out",
+        tmp_path / "run",
+        "--batch-tokens=256",
+        "--tokens=5120",
+        "--lr=5e-3",
+    ]
     options += ["--log-every=1", "--eval-tokens=2048", "--eval-every=10", "--checkpoint-every=10", *SMALL_OPTIONS]
     first = torchrun(2, "-m", "antransformer", "train", *options, "--parallel", "fsdp")
     assert first.returncode == 0, first.stderr
