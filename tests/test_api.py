@@ -19,7 +19,7 @@ from helpers.messages import mentions
 from helpers.small import SMALL
 
 FUNCTIONS = ["prepare", "train", "load", "generate", "export", "evaluate", "compare", "ablate", "sweep", "fit", "plan"]
-SETTINGS = {"batch_tokens": 256, "eval_tokens": 1024, "log_every": 1, "model": SMALL}
+SETTINGS = {"precision": "float32", "batch_tokens": 256, "eval_tokens": 1024, "log_every": 1, "model": SMALL}
 
 
 @pytest.fixture(scope="module")

@@ -23,12 +23,12 @@ def old(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "old")
 
 
-def assert_equal(measured, expected, tolerance):
+def assert_equal(measured, expected, tolerance, exact=SAME_PROCESSOR):
     """Bit for bit on a processor that rounds as the one where the file was made, within the tolerance elsewhere."""
     torch.testing.assert_close(
         torch.tensor(measured, dtype=torch.float64),
         torch.tensor(expected, dtype=torch.float64),
-        rtol=0 if SAME_PROCESSOR else tolerance,
+        rtol=0 if exact else tolerance,
         atol=0,
     )
 
@@ -39,7 +39,9 @@ def assert_equal(measured, expected, tolerance):
 def test_ten_steps(architecture, optimizer, precision):
     measured = losses(GOLDEN / "data", architecture, optimizer, precision)
     tolerance = 1e-5 if precision == "float32" and optimizer == "adam" else 1e-2  # Muon multiplies in bfloat16
-    assert_equal(measured, EXPECTED["losses"][f"{architecture} {optimizer} {precision}"], tolerance)
+    # Attention in bfloat16 had other rounding errors when the file was made.
+    exact = SAME_PROCESSOR and precision == "float32"
+    assert_equal(measured, EXPECTED["losses"][f"{architecture} {optimizer} {precision}"], tolerance, exact)
 
 
 def test_an_old_run_resumes(old):

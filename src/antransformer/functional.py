@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from antransformer import factors, kernels
+from antransformer.kernels import cpu_attention
 
 NORM_EPS = 1e-12  # keeps a zero vector from becoming NaN; norms of activations are never this small
 
@@ -403,7 +404,10 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext, sca
     if ctx.kv_cache is not None:
         k, v = ctx.kv_cache.extend(k, v)
     # A single new token sees all preceding ones, so it needs no mask.
-    return softmax_attention(q, k, v, ctx.mask, causal=ctx.mask is None and q.shape[1] > 1, scale=scale)
+    causal = ctx.mask is None and q.shape[1] > 1
+    if causal and cpu_attention.is_supported(q, k):
+        return cpu_attention.causal(q, k, v, scale).flatten(2)
+    return softmax_attention(q, k, v, ctx.mask, causal, scale)
 
 
 def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

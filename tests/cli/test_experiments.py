@@ -13,7 +13,7 @@ from antransformer.results.observations import read_observations
 from helpers.messages import mentions
 from helpers.small import SMALL_OPTIONS
 
-SHORT = ["--batch-tokens=256", "--eval-tokens=1024", "--workers=2", *SMALL_OPTIONS]
+SHORT = ["--precision=float32", "--batch-tokens=256", "--eval-tokens=1024", "--workers=2", *SMALL_OPTIONS]
 
 
 def compare(corpus, out, *more):

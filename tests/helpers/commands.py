@@ -3,7 +3,14 @@
 from antransformer.cli import main
 from helpers.small import SMALL_OPTIONS
 
-TEN_STEPS = ["--batch-tokens=256", "--tokens=2560", "--eval-tokens=1024", "--log-every=1", *SMALL_OPTIONS]
+TEN_STEPS = [
+    "--precision=float32",
+    "--batch-tokens=256",
+    "--tokens=2560",
+    "--eval-tokens=1024",
+    "--log-every=1",
+    *SMALL_OPTIONS,
+]
 
 
 def write_documents(folder, documents=12):

@@ -67,7 +67,7 @@ def logits_of(exported: Path) -> list[float]:
 def compare(data: Path, out: str) -> None:
     """A comparison of two budgets and two seeds."""
     effort = ["--seeds=2", "--budgets", 1280, 2560, "--lr-trials=1", "--tuning-trials=1", "--workers=1"]
-    run("compare", "--data", data, "--out", out, "--recipe=paper", *effort, *RUN)
+    run("compare", "--data", data, "--out", out, "--recipe=paper", "--precision=float32", *effort, *RUN)
 
 
 def write() -> None:

@@ -98,6 +98,7 @@ def config_of(corpus, name):
     case = (CASES | FOUR_PROCESS_CASES)[name]
     base = {
         "recipe": "paper",
+        "precision": "float32",
         "data": str(corpus),
         "batch_tokens": 256,
         "tokens": 256 * 20,

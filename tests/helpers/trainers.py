@@ -21,6 +21,7 @@ def settings(corpus, **more):
     model = {**SMALL, **more.pop("model", {})}
     base = {
         "recipe": "paper",
+        "precision": "float32",
         "data": str(corpus),
         "batch_tokens": 256,
         "tokens": 256 * 20,

@@ -5,8 +5,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from antransformer import functional
 from antransformer.diagnostics.probes import layer_alphas
 from antransformer.errors import ConfigError
+from antransformer.kernels import cpu_attention
 from antransformer.models import ModelConfig, build
 from antransformer.nn import Linear, Residual, ScaledParameter
 from antransformer.training.metrics import mean_alpha
@@ -421,20 +423,21 @@ def test_half_precision_stays_half_and_close(architecture):
     with torch.no_grad():
         exact, half = model(tokens), model.bfloat16()(tokens)
     assert half.dtype == torch.bfloat16
-    torch.testing.assert_close(half.float(), exact, rtol=0, atol=0.06 * exact.std().item() + 0.02)
+    torch.testing.assert_close(half.float(), exact, rtol=0, atol=0.07 * exact.std().item() + 0.02)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("cast", ["autocast", "parameters"])  # as in sharded training
 def test_the_attention_kernel_gets_half_precision_only(architecture, cast, monkeypatch):
     seen = []
-    attention = F.scaled_dot_product_attention
+    attention = functional.softmax_attention
 
-    def spy(q, k, v, **options):
+    def spy(q, k, v, *options):
         seen.append((q.dtype, k.dtype, v.dtype))
-        return attention(q, k, v, **options)
+        return attention(q, k, v, *options)
 
-    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    monkeypatch.setattr(functional, "softmax_attention", spy)
+    monkeypatch.setattr(cpu_attention, "is_supported", lambda q, k: False)
     model = small(architecture).to(torch.bfloat16 if cast == "parameters" else torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cast == "autocast"):
         model.loss(some_tokens(), some_tokens(seed=1)).backward()

@@ -41,8 +41,8 @@ class RecordedProgress:
 
 
 def job(name, keep=False, **settings):
-    defaults = {"tokens": 2560, "batch_tokens": 256, "eval_tokens": 1024, "log_every": 2, "model": SMALL}
-    return Job(name, resolve_config({**defaults, **settings}, vocab_size=257), keep)
+    defaults = {"precision": "float32", "tokens": 2560, "batch_tokens": 256, "eval_tokens": 1024, "log_every": 2}
+    return Job(name, resolve_config({**defaults, "model": SMALL, **settings}, vocab_size=257), keep)
 
 
 @pytest.fixture(scope="module")

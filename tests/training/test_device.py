@@ -7,8 +7,11 @@ import sys
 import pytest
 import torch
 
+from antransformer.cli import main
 from antransformer.errors import ConfigError
-from antransformer.training.device import choose_device
+from antransformer.training import run_folder
+from antransformer.training.device import choose_device, choose_precision, resolve_precision
+from helpers.commands import TEN_STEPS
 from helpers.messages import mentions
 
 
@@ -40,3 +43,31 @@ def test_fewer_devices_than_processes_are_refused(monkeypatch, name, parts):
         choose_device(name, local_rank=3, local_size=4)
     assert mentions(error.value, *parts)
     assert choose_device("cpu", local_rank=3, local_size=4) == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ({"avx512_bf16": True, "avx512_f": True}, "bfloat16"),
+        ({"amx_bf16": True, "avx512_bf16": False}, "bfloat16"),
+        ({"architecture": "aarch64", "bf16": True}, "bfloat16"),
+        ({"avx512_f": True, "amx_tile": True}, "float32"),
+        ({"architecture": "aarch64", "neon": True}, "float32"),
+    ],
+)
+def test_auto_takes_bfloat16_where_the_processor_multiplies_it(monkeypatch, capabilities, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert resolve_precision("auto", "auto") == resolve_precision("auto", "cpu") == expected
+    assert resolve_precision("auto", "mps") == "float32" and resolve_precision("auto", "cuda:1") == "bfloat16"
+    assert [resolve_precision(name, "cpu") for name in ("float32", "bfloat16", "fp8")] == ["float32", "bfloat16", "fp8"]
+
+
+def test_a_new_run_records_its_precision_and_an_old_one_keeps_its_own(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr("antransformer.training.device.cpu_multiplies_bfloat16", lambda: True)
+    options = ["train", "--data", str(corpus), *TEN_STEPS[1:], "--device=cpu", "--out", str(tmp_path / "run")]
+    assert main(options) == 0
+    config = run_folder.saved_config(tmp_path / "run")
+    assert config.precision == "bfloat16"
+    assert choose_precision("auto", torch.device("cpu")) == torch.float32  # of a run folder of an earlier release

@@ -1,8 +1,9 @@
-"""Triton kernels for operations that plain torch runs in more passes over memory than necessary.
+"""Kernels for operations that plain torch runs in more passes over memory, or more slowly, than necessary.
 
-The caller of each kernel also has the same operation in plain torch, which runs on CPUs and under ``torch.compile``:
-the compiler fuses it with its neighbours, which a custom kernel would prevent. Triton comes with the CUDA builds of
-torch. Kernel files import it, so they are imported only after ``use_triton`` returned true.
+``cpu_attention`` is plain torch. All others are Triton kernels. The caller of each of these also has the same operation
+in plain torch, which runs on CPUs and under ``torch.compile``: the compiler fuses it with its neighbours, which a
+custom kernel would prevent. Triton comes with the CUDA builds of torch. These files import it, so they are imported
+only after ``use_triton`` returned true.
 """
 
 from functools import cache

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -28,7 +28,7 @@ from antransformer.runs.settings import flatten
 from antransformer.runs.worker import RESULT_FILE
 from antransformer.training import run_folder
 from antransformer.training.config import MUTABLE_ON_RESUME, TrainConfig, to_mapping
-from antransformer.training.device import choose_device
+from antransformer.training.device import choose_device, choose_precision, resolve_precision
 from antransformer.training.trainer import StopSignals
 
 
@@ -116,7 +116,9 @@ class RunQueue:
         if not (folder / run_folder.CONFIG_FILE).is_file():
             return None
         saved = flatten(to_mapping(run_folder.saved_config(folder)))
-        for key, value in flatten(to_mapping(job.config)).items():
+        if saved["precision"] == "auto":  # a run of an earlier release
+            saved["precision"] = str(choose_precision("auto", torch.device(self.devices[0]))).removeprefix("torch.")
+        for key, value in flatten(to_mapping(self._resolved(job.config))).items():
             # Other validation windows give another loss, so a resumed run may change them but a cached result may not.
             if key not in MUTABLE_ON_RESUME - {"eval_tokens"} and saved.get(key) != value:
                 raise ConfigError(f"{folder} was run with {key} {saved.get(key)}, not {value}: choose another --out")
@@ -185,11 +187,14 @@ class RunQueue:
             )
         return results
 
+    def _resolved(self, config: TrainConfig) -> TrainConfig:
+        return replace(config, precision=resolve_precision(config.precision, self.devices[0]))
+
     def _train(self, job: Job, device: str) -> RunResult | None:
         """Train one run in a worker process; None where the queue stopped it."""
         folder = self.root / job.name
         if not (folder / run_folder.CONFIG_FILE).is_file():
-            run_folder.create_run_folder(folder, job.config, self.dataset)
+            run_folder.create_run_folder(folder, self._resolved(job.config), self.dataset)
         process = self._start_worker(folder, device)
         if process is None:
             return None

@@ -129,7 +129,8 @@ class TrainConfig:
     )
     device: str = setting("auto, cpu, cuda, cuda:1, mps", "auto")
     precision: str = setting(
-        "auto: bfloat16 on a CUDA GPU, float32 elsewhere; fp8: bfloat16 with FP8 linear layers in the blocks",
+        "auto: bfloat16 on a CUDA GPU and on a CPU with instructions for it; otherwise float32. fp8: bfloat16 with FP8 "
+        "linear layers in the blocks",
         "auto",
         choices=("auto", "float32", "bfloat16", "fp8"),
     )

@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -50,10 +52,30 @@ def _apply_thread_limit() -> None:
         torch.set_num_threads(int(limit))
 
 
-def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """Dtype of matrix products. ``auto`` is bfloat16 on a CUDA device and float32 elsewhere.
+def resolve_precision(name: str, device: str) -> str:
+    """Value of ``--precision`` for a new run: ``auto`` becomes bfloat16 where the device multiplies it fast.
 
-    With ``fp8`` it is bfloat16, for everything but the linear layers of the blocks.
+    Args:
+        name: value of ``--precision``.
+        device: value of ``--device``.
+    """
+    if name != "auto":
+        return name
+    on_cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
+    on_mps = device == "mps" or (device == "auto" and not on_cuda and torch.backends.mps.is_available())
+    return "bfloat16" if on_cuda or (not on_mps and cpu_multiplies_bfloat16()) else "float32"
+
+
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether the processor has instructions for products of bfloat16. Without them these are slower than float32."""
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.12
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
+
+
+def choose_precision(name: str, device: torch.device) -> torch.dtype:
+    """Dtype of matrix products. With ``fp8`` it is bfloat16, for everything but the linear layers of the blocks.
+
+    Runs of earlier releases have ``auto``, which stands for bfloat16 on a CUDA device and float32 elsewhere.
     """
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32

@@ -111,6 +111,7 @@ def test_a_hung_rank_is_named_and_the_job_restarts(corpus, tmp_path):
         "antransformer",
         "train",
         "--recipe=paper",
+        "--precision=float32",
         "--data",
         corpus,
         "--out",

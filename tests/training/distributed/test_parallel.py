@@ -239,6 +239,7 @@ def test_every_verb_reads_a_sharded_checkpoint(corpus, two_process_runs, tmp_pat
 def test_the_command_line_resumes_a_run_of_two_processes(corpus, tmp_path, single_run):
     options = [
         "--recipe=paper",
+        "--precision=float32",
         "--data",
         corpus,
         "--out",
@@ -269,7 +270,16 @@ def test_the_command_line_resumes_a_run_of_two_processes(corpus, tmp_path, singl
 
 def test_two_processes_extend_a_run(corpus, tmp_path):
     """They equal one process, and resume bit for bit if interrupted before the first new checkpoint."""
-    options = ["--data", corpus, "--batch-tokens=256", "--tokens=2560", "--lr=5e-3", "--log-every=1"]
+    options = [
+        "--recipe=paper",
+        "--precision=float32",
+        "--data",
+        corpus,
+        "--batch-tokens=256",
+        "--tokens=2560",
+        "--lr=5e-3",
+        "--log-every=1",
+    ]
     options += ["--eval-tokens=2048", "--eval-every=10", "--checkpoint-every=10", *SMALL_OPTIONS]
     single, folder = tmp_path / "one", tmp_path / "two"
     for out in (single, folder):
