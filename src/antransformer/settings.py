@@ -21,6 +21,67 @@ COMPARISONS = {"ge": operator.ge, "gt": operator.gt, "le": operator.le, "lt": op
 BOUND_TEXTS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
+# Names of settings in other training programs.
+NAMES_ELSEWHERE = {
+    "learning_rate": "lr",
+    "max_lr": "lr",
+    "min_lr": "min_lr_ratio",
+    "batch_size": "batch_tokens",
+    "global_batch_size": "batch_tokens",
+    "per_device_train_batch_size": "micro_batch_size",
+    "gradient_accumulation_steps": "micro_batch_size",
+    "max_steps": "tokens",
+    "max_iters": "tokens",
+    "num_steps": "tokens",
+    "num_iterations": "tokens",
+    "train_iters": "tokens",
+    "epochs": "tokens",
+    "num_train_epochs": "tokens",
+    "max_tokens": "tokens",
+    "warmup_steps": "warmup_fraction",
+    "warmup_iters": "warmup_fraction",
+    "warmup_ratio": "warmup_fraction",
+    "lr_scheduler_type": "schedule",
+    "max_grad_norm": "grad_clip",
+    "wd": "weight_decay",
+    "optim": "optimizer",
+    "dtype": "precision",
+    "bf16": "precision",
+    "fp16": "precision",
+    "seq_len": "context",
+    "seq_length": "context",
+    "max_seq_len": "context",
+    "sequence_length": "context",
+    "block_size": "context",
+    "n_ctx": "context",
+    "dataset": "data",
+    "data_dir": "data",
+    "out_dir": "out",
+    "output_dir": "out",
+    "save_steps": "checkpoint_every",
+    "eval_steps": "eval_every",
+    "eval_interval": "eval_every",
+    "logging_steps": "log_every",
+    "log_interval": "log_every",
+    "save_total_limit": "keep_checkpoints",
+    "resume_from_checkpoint": "resume",
+    "n_layer": "model.layers",
+    "n_layers": "model.layers",
+    "num_layers": "model.layers",
+    "num_hidden_layers": "model.layers",
+    "depth": "model.layers",
+    "n_embd": "model.width",
+    "dim": "model.width",
+    "d_model": "model.width",
+    "hidden_size": "model.width",
+    "n_head": "model.head_dim",
+    "n_heads": "model.head_dim",
+    "num_heads": "model.head_dim",
+    "num_attention_heads": "model.head_dim",
+    "intermediate_size": "model.mlp_ratio",
+}
+
+
 class Count(int):
     """Integer that users may write as 60K or 2.5B."""
 
@@ -166,9 +227,19 @@ def shown(value: Any) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Return ``: did you mean X?`` for a misspelt word, or an empty text if no known word is near."""
-    match = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.6)
-    return f": did you mean {match[0]}?" if match else ""
+    """Return ``: did you mean X?`` for a misspelt word, or an empty text if no known word is near.
+
+    A setting of the model without its prefix, and the names that other programs give to a setting, are known too.
+    """
+    names = {_plain(name): name for name in sorted(known)}
+    meaning = (f"model.{_plain(word)}", NAMES_ELSEWHERE.get(_plain(word), ""))
+    match = [name for name in meaning if name in names] or difflib.get_close_matches(_plain(word), names, n=1)
+    return f": did you mean {names[match[0]]}?" if match else ""
+
+
+def _plain(name: str) -> str:
+    """Name of a setting for its option: ``model.head_dim`` for ``--model.head-dim``."""
+    return name.removeprefix("--").replace("-", "_")
 
 
 def _read_int(value: Any) -> int:

@@ -125,7 +125,8 @@ def _shared_settings(settings: Mapping[str, Any], quick: bool) -> dict[str, Any]
 
 
 def _run_experiment(plan: Plan, folder: Path, devices: Sequence[str], workers: int | None, progress: bool) -> Results:
-    require("scipy", "analysis")
+    for module in ("scipy", "matplotlib"):
+        require(module, "analysis")
     check_folder_target(folder)
     queue_devices = available_devices(devices, workers)
     dataset = open_dataset(plan.common.get("data", STDLIB), progress)

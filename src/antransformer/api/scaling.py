@@ -72,7 +72,8 @@ def sweep(
     Raises:
         ConfigError, DataError, RunStoppedError, MachineError: as in ``compare``.
     """
-    require("scipy", "analysis")
+    for module in ("scipy", "matplotlib"):
+        require(module, "analysis")
     folder = Path(out)
     shared = {"recipe": "paper", **normalize_settings(settings, "settings")}
     shared_settings.require_shared(shared, shared_settings.SWEEP_TRAINING, shared_settings.SWEEP_MODEL)

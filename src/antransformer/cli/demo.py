@@ -6,7 +6,10 @@ gzip on the same text, draws the loss curve, and generates a sample.
 
 import argparse
 import gzip
+import sys
+from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 from typing import TYPE_CHECKING
 
 import antransformer
@@ -29,8 +32,13 @@ def run(parsed: argparse.Namespace) -> None:
     """Train, print losses, draw the loss curve and generate a sample."""
     from antransformer.data.stdlib import open_data
     from antransformer.reporting.loss_curve import loss_curve
-    from antransformer.training.run_folder import saved_config
+    from antransformer.training.run_folder import require_empty, saved_config
 
+    if parsed.out:
+        require_empty(parsed.out, resumable=False)
+    figure = find_spec("matplotlib") is not None
+    if not figure:
+        print("matplotlib is not installed, so there will be no loss curve: pip install 'antransformer[plots]'")
     settings = {"tokens": parsed.tokens} if parsed.tokens else {}
     trained = antransformer.train(config="demo", out=parsed.out, progress=True, **settings)
     gzip_rate = gzip_bits_per_byte(open_data(saved_config(trained.folder).data))
@@ -38,9 +46,12 @@ def run(parsed: argparse.Namespace) -> None:
         f"\nvalidation loss: {trained.result.val_loss:.3f} nats per token, {trained.result.bits_per_byte:.3f} bits per "
         f"byte (gzip -9: {gzip_rate:.3f})"
     )
-    print(f"loss curve:      {loss_curve(trained.folder)}")
+    if figure:
+        print(f"loss curve:      {loss_curve(trained.folder)}")
     print(f"\nsample after {PROMPT!r}:\n")
     print(antransformer.generate(trained.folder, PROMPT, max_new_tokens=160, temperature=0.7))
+    environment = "" if which("antransformer") else f"source {Path(sys.prefix) / 'bin/activate'}, then "
+    print(f"\nnext: {environment}antransformer generate --checkpoint {trained.folder} --prompt 'class '")
 
 
 def gzip_bits_per_byte(dataset: "Dataset") -> float:

@@ -145,7 +145,10 @@ def _read_meta(path: Path) -> tuple[dict[str, Any], str]:
         meta = read_json(path / "meta.json")
     except OSError as error:
         if path.is_dir():
-            raise DataError(f"{path}: not a prepared data folder: it has no readable meta.json") from error
+            raise DataError(
+                f"{path}: not a prepared data folder, since it has no readable meta.json; to prepare the text in it: "
+                f"antransformer prepare {path} --out DATA"
+            ) from error
         if path.exists():
             raise DataError(
                 f"{path}: a file, not a prepared data folder; run antransformer prepare on it first"

@@ -50,15 +50,15 @@ def generate(
     """
     if not prompts or not all(prompts):
         raise ConfigError("a prompt has no tokens: give at least one")
-    for name, value, valid in (
-        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1),
-        ("temperature", temperature, 0 <= temperature < float("inf")),
-        ("top_k", top_k, top_k is None or top_k >= 1),
-        ("top_p", top_p, 0 < top_p <= 1),
-        ("seed", seed, 0 <= seed < 2**62),
+    for name, value, valid, permitted in (
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
+        ("temperature", temperature, 0 <= temperature < float("inf"), "at least 0"),
+        ("top_k", top_k, top_k is None or top_k >= 1, "at least 1"),
+        ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
+        ("seed", seed, 0 <= seed < 2**62, "at least 0 and below 2^62"),
     ):
         if not valid:
-            raise ConfigError(f"{name} {value} is out of range")
+            raise ConfigError(f"{name} must be {permitted}, got {value}")
     device, context = model.embedding.weight.device, model.config.context
     # One generator per prompt: a sample must not depend on the other prompts of the batch.
     generators = [torch.Generator(device).manual_seed(seed + number) for number in range(len(prompts))]

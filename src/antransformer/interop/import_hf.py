@@ -43,7 +43,7 @@ def import_folder(source: Path, target: Path) -> Path:
     checkpoint.require_shapes(weights, model.state_dict(), source)
     model.to_empty(device="cpu")
     weights.read_into(model.state_dict())
-    write_run_folder(target, {"model": config.mapping()}, tokenizer)
+    write_run_folder(target, {"model": config.mapping()}, tokenizer, resumable=False)
     optimizer = torch.optim.Adam(model.parameters())  # a checkpoint needs one; it has no state before the first step
     return checkpoint.save(target / CHECKPOINTS, 0, model, optimizer, extra={"imported": str(source)}, keep=1)
 

@@ -401,7 +401,7 @@ def normalize_settings(settings: Mapping[str, Any], where: str) -> dict[str, Any
     model_keys = {item.name for item in fields(ModelConfig)}
     train_keys = {item.name for item in fields(TrainConfig)} - {"model"}
     for key in train.keys() - train_keys:
-        hint = f": did you mean model.{key}?" if key in model_keys else nearest(key, {*train_keys, *ALIASES, "model"})
+        hint = nearest(key, {*train_keys, *ALIASES, "model", *(f"model.{name}" for name in model_keys)})
         raise ConfigError(f"{where}: unknown key {key}{new_name(key) or hint}")
     for name in model.keys() - model_keys:
         key = f"model.{name}"

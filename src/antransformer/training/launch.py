@@ -11,6 +11,7 @@ from typing import Any
 
 from antransformer.data import Dataset
 from antransformer.errors import CheckpointError, ConfigError
+from antransformer.extras import require
 from antransformer.models.config import PAPER_VOCABULARY
 from antransformer.settings import Count
 from antransformer.training import extension, run_folder
@@ -78,6 +79,8 @@ def train(
             else:
                 dataset, saved, folder = _new_run(settings, folder, open_data)
         config = saved
+        if config.tensorboard:
+            require("tensorboard", "track")
         if resume and settings.get("tokens", 0) > saved.tokens:
             config = _extended(saved, settings["tokens"], rewarm, folder, dist_ctx)
         with open_reporter(config, dist_ctx.rank) as reporter:

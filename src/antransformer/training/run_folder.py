@@ -41,8 +41,12 @@ def default_folder(config: TrainConfig, root: Path = Path("runs")) -> Path:
     return next(folder for folder in candidates if not folder.exists())
 
 
-def require_empty(folder: Path) -> None:
+def require_empty(folder: Path, resumable: bool = True) -> None:
     """Check that a folder can hold a new run.
+
+    Args:
+        folder: run folder.
+        resumable: whether the caller can resume the run in it.
 
     Raises:
         ConfigError: the folder exists and is not empty.
@@ -55,7 +59,8 @@ def require_empty(folder: Path) -> None:
     partial = {f"{name}.partial" for name in (TOKENIZER_FILE, CONFIG_FILE, HOLDER_FILE)}
     unfinished = {CHECKPOINTS, TOKENIZER_FILE, LOCK_FILE, HOLDER_FILE} | partial
     if {path.name for path in folder.iterdir()} - unfinished or any((folder / CHECKPOINTS).glob("*")):
-        raise ConfigError(f"{folder} is not empty: choose another --out, or add --resume to continue the run in it")
+        resume = ", or add --resume to continue the run in it" if resumable else ""
+        raise ConfigError(f"{folder} is not empty: choose another --out{resume}")
 
 
 def create_run_folder(folder: Path, config: TrainConfig, dataset: Dataset) -> None:
@@ -63,13 +68,13 @@ def create_run_folder(folder: Path, config: TrainConfig, dataset: Dataset) -> No
     write_run_folder(folder, to_mapping(config), dataset.tokenizer())
 
 
-def write_run_folder(folder: Path, settings: Mapping[str, Any], tokenizer: Tokenizer) -> None:
-    """Create a run folder without checkpoints.
+def write_run_folder(folder: Path, settings: Mapping[str, Any], tokenizer: Tokenizer, resumable: bool = True) -> None:
+    """Create a run folder without checkpoints; ``resumable`` as in ``require_empty``.
 
     Raises:
         ConfigError: the folder is not empty or cannot be created.
     """
-    require_empty(folder)
+    require_empty(folder, resumable)
     try:
         (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -166,6 +171,10 @@ def open_checkpoint(
     elif path.is_dir():
         opened = checkpoint.newest(path / CHECKPOINTS, notify, dist_ctx)
         if opened is None:
+            if (path / "model.safetensors").exists() or (path / "model.safetensors.index.json").exists():
+                raise CheckpointError(
+                    f"{path} is an exported model, not a run: antransformer import {path} --out RUN makes a run of it"
+                )
             raise CheckpointError(f"{path} has no checkpoint: give a run folder such as runs/angpt-nano")
     else:
         raise CheckpointError(f"{path}: no such run or checkpoint folder")

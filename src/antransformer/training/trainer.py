@@ -455,7 +455,10 @@ def check_data(config: TrainConfig, dataset: Dataset) -> None:
     for split in ("train", "val"):
         ShuffledWindows(dataset.split(split), config.model.context, config.seed)
     if dataset.max_token >= config.model.vocab_size:
+        advice = f"set model.vocab_size to {dataset.vocab_size}, or leave it out"
+        if config.init:  # its vocabulary cannot change
+            advice = f"prepare the data with --tokenizer {config.init}"
         raise DataError(
             f"{config.data}: token id {dataset.max_token} is outside the model's vocabulary of "
-            f"{config.model.vocab_size}: set model.vocab_size to {dataset.vocab_size}, or leave it out"
+            f"{config.model.vocab_size}: {advice}"
         )

@@ -1,0 +1,108 @@
+"""Mistakes of a newcomer: the message names what would be right, and nothing is left behind."""
+
+import pytest
+
+from antransformer.cli import main
+from antransformer.data import Dataset, prepare
+from antransformer.errors import ConfigError, DataError, MissingExtraError
+from antransformer.settings import NAMES_ELSEWHERE
+from antransformer.training.config import resolve_config
+from antransformer.training.run_folder import with_initial_model
+from antransformer.training.trainer import check_data
+from helpers.commands import TEN_STEPS
+from helpers.messages import mentions
+from helpers.trainers import start
+
+
+@pytest.mark.parametrize(
+    ("option", "meant"),
+    [
+        ("--width", "--model.width"),
+        ("--head-dim", "--model.head-dim"),
+        ("--learning-rate", "--lr"),
+        ("--learning_rate", "--lr"),
+        ("--batch-size", "--batch-tokens"),
+        ("--n_layer", "--model.layers"),
+        ("--block_size", "--context"),
+        ("--output-dir", "--out"),
+        ("--lrr", "--lr"),
+        ("--modle.width", "--model.width"),
+    ],
+)
+def test_an_unknown_option_names_the_one_that_is_meant(option, meant, capsys):
+    assert main(["train", option, "8"]) == 2
+    assert mentions(capsys.readouterr().err.replace("?", " "), option, meant)
+
+
+def test_an_unknown_key_names_the_one_that_is_meant():
+    for key, meant in (("width", "model.width"), ("n_embd", "model.width"), ("max_steps", "tokens"), ("lrr", "lr")):
+        with pytest.raises(ConfigError) as error:
+            resolve_config({key: 8}, 257)
+        assert mentions(str(error.value).replace("?", " "), key, meant)
+
+
+def test_names_of_other_programs_stand_for_settings_that_exist(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    text = capsys.readouterr().out
+    for meant in set(NAMES_ELSEWHERE.values()):
+        assert f"--{meant.replace('_', '-')} " in text or f"--{meant.replace('_', '-')}\n" in text, meant
+
+
+def test_tensorboard_is_checked_before_the_folder_is_made(corpus, tmp_path, capsys, monkeypatch):
+    def missing(module, extra):
+        raise MissingExtraError(module, extra)
+
+    monkeypatch.setattr("antransformer.training.launch.require", missing)
+    out = tmp_path / "run"
+    assert main(["train", "--data", str(corpus), "--out", str(out), "--tensorboard", *TEN_STEPS]) == 2
+    assert "antransformer[track]" in capsys.readouterr().err and not out.exists()
+
+
+def test_the_advice_for_data_of_another_tokenizer_works(corpus, tmp_path):
+    start(corpus, tmp_path / "run", tokens=256, batch_tokens=256).run()
+    text, val = tmp_path / "text.txt", tmp_path / "val.txt"
+    text.write_text("some words and more words\n" * 400)
+    val.write_text("some more words\n" * 100)
+    run = str(tmp_path / "run")
+    prepare([text], tmp_path / "other", bpe_vocab_size=260, val_inputs=[val])
+    settings = with_initial_model(
+        {"init": run, "data": str(tmp_path / "other"), "tokens": 256, "batch_tokens": 256}, print
+    )
+    dataset = Dataset.open(tmp_path / "other")
+    with pytest.raises(DataError) as error:
+        check_data(resolve_config(settings, dataset.vocab_size), dataset)
+    assert mentions(str(error.value), "--tokenizer", run) and "model.vocab_size" not in str(error.value)
+    prepare([text], tmp_path / "fitting", tokenizer=run, val_inputs=[val])
+    dataset = Dataset.open(tmp_path / "fitting")
+    check_data(resolve_config(settings, dataset.vocab_size), dataset)
+
+
+def test_a_folder_of_text_and_an_exported_model_are_recognized(tmp_path, capsys):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text/a.txt").write_text("text")
+    assert main(["train", "--data", str(tmp_path / "text"), "--out", str(tmp_path / "run")]) == 2
+    assert mentions(capsys.readouterr().err, "antransformer", "prepare", str(tmp_path / "text"))
+    exported = tmp_path / "exported"
+    exported.mkdir()
+    (exported / "model.safetensors").touch()
+    assert main(["generate", "--checkpoint", str(exported)]) == 2
+    assert mentions(capsys.readouterr().err, "antransformer", "import", str(exported))
+
+
+def test_import_into_an_occupied_folder_does_not_advise_to_resume(tmp_path):
+    from antransformer.training.run_folder import require_empty
+
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(ConfigError, match="--resume"):
+        require_empty(tmp_path)
+    with pytest.raises(ConfigError) as error:
+        require_empty(tmp_path, resumable=False)
+    assert "--resume" not in str(error.value)
+
+
+def test_a_sampling_option_out_of_range_names_the_range(corpus, tmp_path, capsys):
+    start(corpus, tmp_path / "run", tokens=256, batch_tokens=256).run()
+    for option, value, bound in (("--temperature", "-1.5", 0), ("--top-p", "1.5", 1)):
+        assert main(["generate", "--checkpoint", str(tmp_path / "run"), option, value]) == 2
+        assert mentions(capsys.readouterr().err, option.removeprefix("--").replace("-", "_"), value, bound)
