@@ -14,12 +14,13 @@ from helpers.messages import mentions
 
 
 @pytest.mark.parametrize("verb", [None, *VERBS])
-def test_help_fits_a_terminal_and_names_every_option(verb, capsys):
+def test_help_fits_a_terminal_and_names_every_option(verb, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as stop:
         main([*([verb] if verb else []), "--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    assert text.startswith("usage: antransformer")
+    assert text.startswith("usage: antransformer") and max(map(len, text.splitlines())) <= 80
     if verb in ("prepare", "train", "generate"):
         assert re.search(rf"^  antransformer {verb}\b", text, re.M)  # an example on a line of its own
     if verb == "train":
@@ -152,3 +153,12 @@ def test_a_removed_option_is_refused_as_such(capsys):
 def test_a_value_that_spells_an_old_option_is_not_one(trained, capsys):
     assert main(["generate", "--checkpoint", str(trained), "--prompt=--max-tokens", "--max-new-tokens=1"]) == 0
     assert capsys.readouterr().out.startswith("--max-tokens")
+
+
+def test_an_example_of_several_lines_is_one_command(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    with pytest.raises(SystemExit):
+        main(["compare", "--help"])
+    text = capsys.readouterr().out.replace("\\\n", "")
+    (command,) = (line.split() for line in text.splitlines() if "--budgets 5M" in line)
+    assert command[:2] == ["antransformer", "compare"] and command[-2:] == ["cuda:0", "cuda:1"]

@@ -22,7 +22,7 @@ USAGE = "antransformer ablate [options]"
 def add_arguments(parser: Parser) -> None:
     """Add the options of ``ablate``: variants, length of the runs, tuning effort and shared settings."""
     parser.add_argument("--only", nargs="+", default=(), metavar="NAME", help="variants, or patterns such as 'all-*'")
-    parser.add_argument("--list", action="store_true", help="print the names of all variants and exit")
+    parser.add_argument("--list", action="store_true", help="print the names and descriptions of all variants and exit")
     parser.add_argument("--tokens", metavar="TOKENS", help="length of each run (default 1M; with --quick 500K)")
     parser.add_argument("--quick", action="store_true", help="the size of compare --quick, and 500K tokens")
     add_experiment_arguments(parser, lr_trials=1, out="runs/ablate")
@@ -30,12 +30,12 @@ def add_arguments(parser: Parser) -> None:
 
 def run(parsed: argparse.Namespace) -> None:
     """Run the ablation and print its summary, or list the variants."""
-    from antransformer.comparison.ablate import suite
+    from antransformer.comparison.ablate import DESCRIPTIONS
     from antransformer.comparison.summary import summary
-    from antransformer.models.config import preset_sizes
 
     if parsed.list:
-        print("\n".join(suite(preset_sizes("nano")["width"])))
+        for name, description in DESCRIPTIONS.items():
+            print(f"{name:20} {description}")
         return
     out = parsed.out or Path("runs") / ("ablate-quick" if parsed.quick else "ablate")
     results = antransformer.ablate(

@@ -32,7 +32,7 @@ from antransformer.cli.tables import new_table
 if TYPE_CHECKING:
     from antransformer.api.checkpoints import Evaluation
 
-USAGE = "antransformer evaluate --checkpoint RUN (--tasks NAMES | --text FILE ...) [options]"
+USAGE = "antransformer evaluate --checkpoint RUN (--tasks NAMES | --text FILE ...)\n       [options]"
 BATCH_SIZE = 16
 
 

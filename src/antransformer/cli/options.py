@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import textwrap
 import typing
 from collections.abc import Sequence
 from itertools import zip_longest
@@ -20,7 +21,7 @@ SETTING = "set:"  # start of the destination of options that are settings
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Keeps the paragraphs of a description, and leaves room for option names."""
+    """Keeps the paragraphs and examples of a description, and leaves room for option names."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=32)
@@ -28,7 +29,20 @@ class HelpFormatter(argparse.HelpFormatter):
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         fill = super()._fill_text
         paragraphs = text.strip().split("\n\n")
-        return "\n\n".join(part if "\n  " in part else fill(part, width, indent) for part in paragraphs)
+        return "\n\n".join(
+            "\n".join(_fill_line(line, width) for line in part.splitlines())
+            if "\n  " in part
+            else fill(part, width, indent)
+            for part in paragraphs
+        )
+
+
+def _fill_line(line: str, width: int) -> str:
+    """An example as lines of at most ``width`` columns, which a shell reads as one."""
+    if len(line) <= width:
+        return line
+    parts = textwrap.wrap(line, width - 2, break_long_words=False, break_on_hyphens=False, subsequent_indent=" " * 6)
+    return " \\\n".join(parts)
 
 
 class Parser(argparse.ArgumentParser):

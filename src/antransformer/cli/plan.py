@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from antransformer.scaling.law_files import LawFile
     from antransformer.scaling.planner import Plan
 
-USAGE = "antransformer plan (--flops X | --gpus N --hours X | --tokens TOKENS --size SIZE) [options]"
+USAGE = "antransformer plan (--flops X | --gpus N --hours X |\n       --tokens TOKENS --size SIZE) [options]"
 COMPARED = ("angpt", "gpt+")
 
 

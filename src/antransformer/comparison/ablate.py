@@ -40,6 +40,33 @@ def suite(width: int) -> dict[str, dict[str, Any]]:
     return {DEFAULT: {}, **parts, **{name: {"model": option} for name, option in options.items()}, **recipe}
 
 
+# One line for each variant of ``suite``, for ``ablate --list``.
+DESCRIPTIONS = {
+    DEFAULT: "anGPT as it is",
+    "constant-x0.5": "constant factors halved",
+    "constant-x2": "constant factors doubled",
+    "constant-none": "no constant factors",
+    "all-x0.5": "constant factors and nu(alpha) halved",
+    "all-x2": "constant factors and nu(alpha) doubled",
+    "all-none": "no factors",
+    "residual-none": "interpolation without nu(alpha)",
+    "no-lerp": "residual sum (x + y) / sqrt(2) in place of the interpolation",
+    "scalar-alpha": "one alpha for all coordinates of a sublayer",
+    "strict": "norms of weight rows exactly 1",
+    "model-axis": "bounds along the model axis, as in nGPT",
+    "gate-none": "no factor before the gate's SiLU",
+    "gate-sqrt-mlp": "factor sqrt(MLP width) before the gate's SiLU",
+    "s-scale-0.01": "learned scales reparametrized at 0.01",
+    "s-scale-0.1": "learned scales reparametrized at 0.1",
+    "s-scale-sqrt-width": "learned scales reparametrized at 1/sqrt(width)",
+    "alpha-init-0.02": "alpha initialized to 0.02",
+    "alpha-init-0.15": "alpha initialized to 0.15",
+    "warm-up": "learning-rate warm-up over 10% of the run",
+    "weight-decay": "weight decay 0.1",
+    "warm-up-and-decay": "both",
+}
+
+
 def variant_specs(width: int, only: Sequence[str], optimizer: str) -> list[VariantSpec]:
     """Return the default and the variants whose names match a pattern; without patterns, the full suite.
 
