@@ -201,6 +201,15 @@ def test_diverged_runs_are_saved_and_drawn(corpus, tmp_path):
         assert sweep_report.write(sweep_results, tmp_path)
 
 
+def test_a_sweep_of_one_size_is_summarized_by_its_best_settings(corpus):
+    results = run_sweep(corpus, widths=WIDTHS[:1])
+    lead = sweep_report.lead(results)
+    best = min((run for run in results.runs if run.architecture == "angpt"), key=lambda run: run.loss)
+    ((rate, loss),) = re.findall(r"anGPT: width \d+: learning rate (\S+), batch of 512 tokens, loss (\d\.\d+)", lead)
+    assert best.lr / 2.2 < float(rate) < best.lr * 2.2
+    assert best.loss - 0.05 < float(loss) <= best.loss  # between the rates that were tried
+
+
 def test_sweeps_with_different_contexts_cannot_be_fitted_together(corpus, tmp_path):
     for context in (32, 64):
         settings = {"model": {**COMMON["model"], "context": context}}

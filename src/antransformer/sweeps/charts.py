@@ -189,14 +189,23 @@ def best_rate(budget: TokenBudget) -> Chart:
 
 
 def describe_law(budget: TokenBudget, architecture: str) -> str:
-    """Sentence with the exponent of the best learning rate over width or size, and its interval."""
+    """Sentence with the exponent of the best learning rate over width or size; without it, with the best settings."""
     label, variable = style_of(architecture).label, "width" if budget.widths else "N"
     fitted = law(budget, architecture)
     if fitted is None:
-        return f"{label}: too few sizes with a best learning rate inside the grid."
+        best = "; ".join(_describe_best(budget, size) for size in budget.optima(architecture))
+        return f"{label}: {best or 'no finished run'}. A law needs two sizes with a best learning rate inside the grid."
     low, high = fitted.delta["exponent"]
     interval = f"95% interval {low:.2f} to {high:.2f}" if math.isfinite(low) else "two points, so without an interval"
     return f"{label}: best learning rate ~ {variable}^{fitted.exponent:.2f} ({interval})."
+
+
+def _describe_best(budget: TokenBudget, size: SizeOptimum) -> str:
+    best = size.best
+    rate = f"learning rate {best.lr:.2e}" + ("" if best.lr_bracketed else " (at an edge of the grid)")
+    batch_known = best.batches == 1 or best.batch_bracketed
+    batch = f"batch of {format_count(float(f'{best.batch:.3g}'))} tokens" + ("" if batch_known else " (at an edge)")
+    return f"{budget.label(size.parameters)}: {rate}, {batch}, loss {best.loss:.3f}"
 
 
 @styled

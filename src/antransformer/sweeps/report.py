@@ -34,8 +34,8 @@ def write(sweep: Sweep, folder: Path) -> list[Path]:
     names = list(dict.fromkeys(run.architecture for run in sweep.runs))
     diverged = sum(not math.isfinite(run.loss) for run in sweep.runs)
     facts = [
-        f"{len(sweep.runs)} runs",
-        f"{len({run.size for run in sweep.runs})} sizes",
+        _plural(len(sweep.runs), "run"),
+        _plural(len({run.size for run in sweep.runs}), "size"),
         f"{', '.join(format_count(batch) for batch in sorted({run.batch for run in sweep.runs}))} tokens per batch",
         f"{diverged} diverged",
     ]
@@ -46,6 +46,10 @@ def write(sweep: Sweep, folder: Path) -> list[Path]:
         sections.append(Section("Activations", "", [draw(sweep.coord_check) for draw in draws]))
     sections += [Section("All runs", _all_runs(sweep)), method_section(sweep.setup, RULES)]
     return save(folder, title, lead(sweep), facts, sections)
+
+
+def _plural(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def lead(sweep: Sweep) -> str:
