@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -168,6 +169,7 @@ ONE_DIVERGED, ALL_DIVERGED = [(1_000_000, 2)], [(budget, 1) for budget in BUDGET
         (pair(0.6), {"95%", "1.0M", "3"}, ["0.60x", "0.55x", "0.64x"], ["0.098", "0.0026"]),
         (pair(1.0, noise=0.02), {"95%", "1.0M", "3"}, ["0.98x", "0.82x", "1.00x"], ["0.003", "0.74"]),
         (pair(1.6, **ONE_SEED), {"500K", "1", "1.0M"}, ["1.53x"], ["0.084"]),
+        (pair(1.6, seeds=(1, 2)), {"95%", "1.0M", "2"}, ["1.61x", "1.46x", "1.77x"], ["0.084"]),
         (pair(1.6, **ONE_BUDGET), {"250K", "3"}, [], ["0.119", "0.0021"]),
         (pair(1.6, diverged=ONE_DIVERGED), {"95%", "500K", "1.0M", "3", "1", "9"}, ["1.63x", "1.49x", "1.80x"], []),
         (pair(1.6, diverged=ALL_DIVERGED), {"1.0M", "3", "9"}, [], []),
@@ -195,6 +197,14 @@ def test_summary_in_every_case(results, scope, speedup, loss):
 def test_summary_compares_the_method_or_the_last_variant_with_the_baseline(results, names, ratio):
     text = summary(results)
     assert set(re.findall(r"anGPT|nGPT|DyT|GPT\+", text)) == names and ratio in text
+
+
+def test_a_variant_that_is_worse_in_short_runs_and_better_in_long_ones_is_described_in_words():
+    twin = variant("gpt+", 1.0)
+    shift = dict(zip(BUDGETS, (0.5, 0.5, -0.5), strict=True))
+    runs = tuple(replace(run, loss=run.loss + shift[run.tokens]) for run in twin.runs)
+    text = summary(experiment(twin, replace(twin, name="angpt", runs=runs)))
+    assert re.search(r"more tokens.*250K.*500K.*fewer.*1\.0M", text)
 
 
 def test_summaries_of_different_cases_differ_in_wording():

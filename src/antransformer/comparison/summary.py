@@ -12,6 +12,7 @@ from antransformer.reporting.labels import format_count, style_of
 from antransformer.results.comparison import Results, Run, Trial, Variant
 
 METHOD = "angpt"
+TEST_SEEDS = 3  # a t-test of two pairs has one degree of freedom: it says nothing about noise of another size
 
 
 def summary(results: Results) -> str:
@@ -77,7 +78,14 @@ def _bounds_clause(pair: PairwiseSpeedup, scope: str) -> str:
     bounds = ", ".join(
         f"{pair.format_ratio(point, point.ratio)} with {format_count(point.tokens)} tokens" for point in pair.points
     )
-    return f"Only bounds of the speedup of {name} over {baseline} are known: {bounds} ({scope})"
+    worse, better = (
+        " and ".join(f"at {format_count(point.tokens)}" for point in pair.points if (point.ratio > 0) == wins)
+        for wins in (False, True)
+    )
+    return (
+        f"{name} needs more tokens than {baseline} for the same loss {worse} tokens and fewer {better}, "
+        f"but only bounds of the speedup are known: {bounds} ({scope})"
+    )
 
 
 def _loss_sentence(results: Results, variant: Variant) -> str:
@@ -90,6 +98,8 @@ def _loss_sentence(results: Results, variant: Variant) -> str:
     distance = f"{abs(difference.mean):.3f} nats {'lower' if difference.mean < 0 else 'higher'}"
     if math.isnan(difference.p):
         return f"{start} the loss of {name} is {distance} (one seed: no interval and no test)."
+    if len(results.seeds) < TEST_SEEDS:
+        return f"{start} the loss of {name} is {distance} ({format_seeds(results)}, too few for a test)."
     if difference.significant:
         return f"{start} the loss of {name} is {distance}, a significant difference ({format_p(difference.p)})."
     return f"{start} the losses do not differ significantly ({name}: {distance}, {format_p(difference.p)})."
