@@ -140,17 +140,17 @@ def test_two_signals_at_once_still_stop_the_workers(corpus, tmp_path):
     assert process.returncode == 130 and workers_exit(tmp_path, 5)
 
 
-def comparison(corpus, out, tokens, workers=1):
+def comparison(corpus, out, tokens):
     """Words of the command line of a comparison of two runs."""
-    effort = ["--seeds=1", "--lr-trials=1", "--tuning-trials=1", "--recipe=paper", f"--workers={workers}"]
+    effort = ["--seeds=1", "--lr-trials=1", "--tuning-trials=1", "--recipe=paper", "--workers=2"]
     effort += ["--batch-tokens=256", "--budgets", tokens]
     return ["compare", "--data", str(corpus), "--out", str(out), *effort, *SMALL_OPTIONS]
 
 
-def start_comparison(corpus, out, tokens, workers=1):
+def start_comparison(corpus, out, tokens):
     """Start a comparison in a process; return it and the folder of its first run when that has trained a step."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "antransformer", *comparison(corpus, out, tokens, workers)],
+        [sys.executable, "-m", "antransformer", *comparison(corpus, out, tokens)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -189,7 +189,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason=
 @needs_proc
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
 def test_workers_of_a_stopped_comparison_save_checkpoints_and_exit(corpus, tmp_path, sent):
-    process, folder = start_comparison(corpus, tmp_path, "1M", workers=2 if sent == signal.SIGTERM else 1)
+    process, folder = start_comparison(corpus, tmp_path, "1M")
     os.kill(process.pid, sent)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == (143 if sent == signal.SIGTERM else -9)
