@@ -170,7 +170,7 @@ def test_export_and_evaluate(run, tmp_path):
     assert json.loads((tmp_path / "scores.json").read_text())["step"] == 10
 
 
-def test_compare_and_fit(corpus, tmp_path):
+def test_compare_and_fit(corpus, in_process, tmp_path):
     settings = {"data": str(corpus), "batch_tokens": 256, "eval_tokens": 1024, "model": SMALL}
     results = antransformer.compare(
         ["gpt+", "angpt"], budgets=[2560, 5120], seeds=1, lr_trials=1, out=tmp_path / "out", workers=2, **settings
@@ -182,7 +182,7 @@ def test_compare_and_fit(corpus, tmp_path):
     assert lengths == {("gpt+", (2560, 5120)), ("angpt", (2560, 5120))}
 
 
-def test_sweep(corpus, tmp_path):
+def test_sweep(corpus, in_process, tmp_path):
     settings = {"data": str(corpus), "eval_tokens": 1024, "model": {"layers": 1, "context": 32, "head_dim": 32}}
     options = {"widths": [32], "tokens": ["2560"], "batch_tokens": [256], "lrs": [1e-3], "out": tmp_path / "out"}
     with pytest.raises(ConfigError, match="--yes"):

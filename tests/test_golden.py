@@ -76,7 +76,7 @@ def test_an_old_comparison_reports_and_runs_nothing_again(old, capfd):
     assert after.variants == before.variants and (Path("comparison") / "report.html").stat().st_size > 10_000
 
 
-def test_a_comparison_measures_what_it_measured(old):
+def test_a_comparison_measures_what_it_measured(old, in_process):
     compare(Path("data"), "again")
     again, before = (Results.load(Path(folder)) for folder in ("again", "comparison"))
     for new, old_one in zip(again.variants, before.variants, strict=True):

@@ -14,6 +14,7 @@ from antransformer.results.observations import read_observations
 from helpers.messages import mentions
 from helpers.small import SMALL_OPTIONS
 
+pytestmark = pytest.mark.usefixtures("in_process")
 SHORT = ["--precision=float32", "--batch-tokens=256", "--eval-tokens=1024", "--workers=2", *SMALL_OPTIONS]
 
 
@@ -23,7 +24,7 @@ def compare(corpus, out, *more):
 
 
 @pytest.fixture(scope="module")
-def compared(corpus, tmp_path_factory):
+def compared(corpus, in_process, tmp_path_factory):
     """Folder of a finished small comparison."""
     folder = tmp_path_factory.mktemp("compare") / "out"
     assert main(compare(corpus, folder)) == 0

@@ -27,7 +27,7 @@ from antransformer.data import Dataset
 from antransformer.errors import DivergedError, RunStoppedError, WriteError
 from antransformer.models import ModelConfig, build
 from antransformer.nn import MLP, Attention, Embedding, Head
-from antransformer.training import run_folder as run
+from antransformer.training import run_folder
 from antransformer.training.checkpointing import checkpoint
 from antransformer.training.config import resolve_config
 from antransformer.training.distributed import parallel
@@ -38,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # a script does not have 
 from helpers.messages import mentions
 from helpers.small import SMALL, Notes, Watch, local
 
+STEPS, SAVED, FAILURE = 12, 6, 4  # steps of a run, step of its first checkpoint, and step of a failure
 ARCHITECTURES = ("angpt", "gpt+", "ngpt")
 TENSOR_PARALLEL = ("angpt", "gpt+")
 CASES = {
@@ -94,35 +95,42 @@ FOUR_PROCESS_CASES |= {
 
 
 def config_of(corpus, name):
-    """Return the settings of a case: 20 steps of 8 windows."""
+    """Return the settings of a case: ``STEPS`` steps of 8 windows."""
     case = (CASES | FOUR_PROCESS_CASES)[name]
     base = {
         "recipe": "paper",
         "precision": "float32",
         "data": str(corpus),
         "batch_tokens": 256,
-        "tokens": 256 * 20,
+        "tokens": 256 * STEPS,
         "log_every": 1,
         "eval_tokens": 2048,
     }
     model = {**SMALL, **case.get("model", {})}
-    return resolve_config({**base, "lr": 5e-3, "checkpoint_every": 10, "eval_every": 10, **case, "model": model}, 257)
+    every = {"checkpoint_every": SAVED, "eval_every": SAVED}
+    return resolve_config({**base, "lr": 5e-3, **every, **case, "model": model}, 257)
 
 
-def main(corpus, folder, names):
+def run(words):
+    """Train the cases, given as command line words."""
+    corpus, folder, *names = words
+    train(Path(corpus), Path(folder), names)
+
+
+def train(corpus, folder, names):
     with parallel.init_distributed() as dist_ctx:
         torch.set_num_threads(1)
         check_user_loops(dist_ctx)
         for name in names:
             dataset, resume = Dataset.open(corpus), (folder / name / "config.yaml").exists()
             dist_ctx.barrier()
-            config = run.resumed_config(folder / name, {}) if resume else config_of(corpus, name)
+            config = run_folder.resumed_config(folder / name, {}) if resume else config_of(corpus, name)
             trainer = Trainer(config, dataset, folder / name, Notes(), resume, dist_ctx)
             if not resume:
                 check_start(trainer)
                 with dist_ctx.rank_0_first():
                     if dist_ctx.rank == 0:
-                        run.create_run_folder(folder / name, config, dataset)
+                        run_folder.create_run_folder(folder / name, config, dataset)
             if trainer.dist_ctx.rank % config.tensor_parallel == 0:
                 record_windows(trainer)
             if name != "broken":
@@ -249,11 +257,11 @@ FAILURES = {
 
 
 def fail_on_the_last_rank(trainer, dist_ctx, name):
-    """After 7 steps the last rank alone gets a NaN, a full disk or a signal: all ranks must end at the same step."""
+    """After some steps the last rank alone gets a NaN, a full disk or a signal: all ranks must end at the same step."""
     update, start = trainer.update, trainer.done
 
     def disturbed(step):
-        if step == start + 7 and dist_ctx.rank == dist_ctx.world_size - 1:
+        if step == start + FAILURE and dist_ctx.rank == dist_ctx.world_size - 1:
             if name == "broken":
                 trainer.model.embedding.register_forward_hook(lambda _module, _inputs, output: output * float("nan"))
             elif name == "unwritten":
@@ -268,13 +276,13 @@ def fail_on_the_last_rank(trainer, dist_ctx, name):
         trainer.run()
     except FAILURES[name] as error:
         if name == "unwritten":
-            facts = f"10 {trainer.folder / 'checkpoints'} {os.strerror(errno.ENOSPC)}"
+            facts = f"{SAVED} {trainer.folder / 'checkpoints'} {os.strerror(errno.ENOSPC)}"
             assert mentions(str(error), *facts.split()), error
             assert "step-" not in str(error), error  # no earlier checkpoint
-            assert 10 <= trainer.done < 20
+            assert SAVED <= trainer.done < STEPS
         else:
-            assert mentions(str(error), str(start + 7)), error
-            assert trainer.done == start + 7
+            assert mentions(str(error), str(start + FAILURE)), error
+            assert trainer.done == start + FAILURE
     else:
         raise AssertionError("the run did not end")
     finally:
@@ -286,16 +294,16 @@ def full_disk(*_):
 
 
 def skip_on_the_last_rank(trainer, dist_ctx):
-    """At step 7 the last rank alone has a NaN loss: all ranks skip the step."""
+    """At one step the last rank alone has a NaN loss: all ranks skip the step."""
     loss, update = trainer.loss, trainer.update
 
     def disturbed(step):
-        spoiled = step == 7 and dist_ctx.rank == dist_ctx.world_size - 1
+        spoiled = step == FAILURE and dist_ctx.rank == dist_ctx.world_size - 1
         trainer.loss = (lambda *batch: loss(*batch) * float("nan")) if spoiled else loss
         before = state(trainer)
         losses = update(step)
         unchanged = all(name in before and torch.equal(value, before[name]) for name, value in state(trainer).items())
-        assert unchanged == (not losses) == (step == 7), step
+        assert unchanged == (not losses) == (step == FAILURE), step
         return losses
 
     trainer.update = disturbed
@@ -312,4 +320,4 @@ def state(trainer):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
+    run(sys.argv[1:])

@@ -77,13 +77,18 @@ def poison(trainer, *steps, spoil=lambda loss: loss * math.nan):
     trainer.update = poisoned
 
 
+def train_words(corpus, folder, *more):
+    """Words of the command line that trains such a run."""
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in settings(corpus).items() if name != "model"]
+    return ["train", "--out", str(folder), *options, *SMALL_OPTIONS, *more]
+
+
 def command(corpus, folder, *more):
     # One thread, as in this process, since bits depend on the order of summation.
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in settings(corpus).items() if name != "model"]
     code = (
         "import sys, torch; torch.set_num_threads(1); from antransformer.cli import main; sys.exit(main(sys.argv[1:]))"
     )
-    return [sys.executable, "-c", code, "train", "--out", str(folder), *options, *SMALL_OPTIONS, *more]
+    return [sys.executable, "-c", code, *train_words(corpus, folder, *more)]
 
 
 def wait_for_step(folder, step, process):

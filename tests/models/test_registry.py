@@ -175,7 +175,7 @@ def test_a_toy_of_another_package_in_every_verb(installed, corpus, capfd):
     run = ["--data", str(corpus), "--batch-tokens=256", "--eval-tokens=512", *SMALL_OPTIONS]
     assert main(["train", "--architecture=toy", "--tokens=1280", "--out=run", *run]) == 0
     assert main(["generate", "--checkpoint=run", "--prompt=def", "--max-new-tokens=5"]) == 0
-    effort = ["--seeds=2", "--lr-trials=1", "--tuning-trials=1", "--budgets", "512", "--workers=2"]
+    effort = ["--seeds=1", "--lr-trials=1", "--tuning-trials=1", "--budgets", "512", "--workers=2"]
     assert main(["compare", "--architectures", "angpt", "toy", "--out=compared", *effort, *run]) == 0
     variants = Results.load(Path("compared")).variants
     assert [item.name for item in variants] == ["angpt", "toy"] and variants[0].parameters != variants[1].parameters

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from antransformer.cli import main
 from antransformer.data import Dataset
 from antransformer.errors import ConfigError, DataError, MachineError
 from antransformer.runs.queue import Job, RunQueue, available_cores, default_devices
@@ -22,6 +23,7 @@ from antransformer.training.config import resolve_config
 from antransformer.training.metrics import read_metrics
 from antransformer.training.run_folder import create_run_folder
 from helpers.small import SMALL, SMALL_OPTIONS
+from helpers.workers import workers_in_process
 
 
 class RecordedProgress:
@@ -118,7 +120,7 @@ def test_the_error_of_a_worker_that_cannot_write_its_result_names_the_run_folder
     broken, dataset = job("broken"), Dataset.open(corpus)
     create_run_folder(tmp_path / "broken", broken.config, dataset)
     (tmp_path / "broken" / "result.json.partial").mkdir()
-    with pytest.raises(MachineError, match=os.strerror(errno.EISDIR)) as error:
+    with workers_in_process(), pytest.raises(MachineError, match=os.strerror(errno.EISDIR)) as error:
         RunQueue(tmp_path, dataset, ["cpu"], RecordedProgress()).run([broken])
     assert str(tmp_path / "broken") in str(error.value)
 
@@ -130,7 +132,7 @@ def test_a_usage_error_in_a_worker_is_a_usage_error_of_the_queue(corpus, tmp_pat
 
 
 def test_two_signals_at_once_still_stop_the_workers(corpus, tmp_path):
-    process, _ = start_comparison(corpus, tmp_path, "5M")
+    process, _ = start_comparison(corpus, tmp_path, "1M")
     os.kill(process.pid, signal.SIGINT)
     time.sleep(0.01)
     os.kill(process.pid, signal.SIGINT)
@@ -138,12 +140,17 @@ def test_two_signals_at_once_still_stop_the_workers(corpus, tmp_path):
     assert process.returncode == 130 and workers_exit(tmp_path, 5)
 
 
+def comparison(corpus, out, tokens):
+    """Words of the command line of a comparison of two runs."""
+    effort = ["--seeds=1", "--lr-trials=1", "--tuning-trials=1", "--recipe=paper", "--workers=2"]
+    effort += ["--batch-tokens=256", "--budgets", tokens]
+    return ["compare", "--data", str(corpus), "--out", str(out), *effort, *SMALL_OPTIONS]
+
+
 def start_comparison(corpus, out, tokens):
     """Start a comparison in a process; return it and the folder of its first run when that has trained a step."""
-    command = [sys.executable, "-m", "antransformer", "compare", "--data", str(corpus), "--out", str(out)]
-    effort = ["--seeds=1", "--lr-trials=1", "--tuning-trials=1", "--batch-tokens=256", "--workers=2"]
     process = subprocess.Popen(
-        [*command, "--budgets", tokens, *effort, *SMALL_OPTIONS],
+        [sys.executable, "-m", "antransformer", *comparison(corpus, out, tokens)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -182,13 +189,13 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason=
 @needs_proc
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
 def test_workers_of_a_stopped_comparison_save_checkpoints_and_exit(corpus, tmp_path, sent):
-    process, folder = start_comparison(corpus, tmp_path, "5M")
+    process, folder = start_comparison(corpus, tmp_path, "1M")
     os.kill(process.pid, sent)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == (143 if sent == signal.SIGTERM else -9)
     assert workers_exit(tmp_path)
     saved = checkpoint.newest(folder / "checkpoints", print)
-    assert 0 < saved.step < 5_000_000 // 256
+    assert 0 < saved.step < 1_000_000 // 256
     assert not (folder / "result.json").exists()
     if sent == signal.SIGTERM:
         assert errors.count("\n") == 1 and "SIGTERM" in errors
@@ -197,17 +204,16 @@ def test_workers_of_a_stopped_comparison_save_checkpoints_and_exit(corpus, tmp_p
 
 @needs_proc
 def test_the_error_of_a_killed_worker_names_the_run_which_then_resumes(corpus, tmp_path):
-    process, folder = start_comparison(corpus, tmp_path, "60K")
+    process, folder = start_comparison(corpus, tmp_path, "40K")
     for pid in workers_of(tmp_path):
         os.kill(pid, signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1 and errors.count("\n") == 1
     assert str(tmp_path / "runs") in errors and "SIGKILL" in errors
-    process, _ = start_comparison(corpus, tmp_path, "60K")
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+    with workers_in_process():
+        assert main(comparison(corpus, tmp_path, "40K")) == 0
     steps = [line["step"] for line in read_metrics(folder / "metrics.jsonl")]
-    assert steps == sorted(set(steps)) and steps[-1] == 60_000 // 256
+    assert steps == sorted(set(steps)) and steps[-1] == 40_000 // 256
 
 
 def test_default_devices_are_one_per_core_or_the_requested_number():

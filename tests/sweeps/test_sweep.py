@@ -26,6 +26,7 @@ from antransformer.sweeps.sweep import LR_RATIO, Sweeper, plan
 from antransformer.training.config import resolve_config
 from helpers.small import SMALL
 
+pytestmark = pytest.mark.usefixtures("in_process")
 COMMON = {"model": {name: value for name, value in SMALL.items() if name != "width"}}
 WIDTHS = (32, 64, 96, 128)
 OPTIONS = ["--model.layers=1", "--model.context=32", "--model.head-dim=16", "--eval-tokens=1024", "--workers=2"]
@@ -243,7 +244,7 @@ def test_a_damaged_sweep_is_refused(corpus, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def small_sweep(corpus, tmp_path_factory):
+def small_sweep(corpus, in_process, tmp_path_factory):
     """Folder and command of a sweep with real runs."""
     folder = tmp_path_factory.mktemp("sweep") / "out"
     words = ["sweep", "--data", str(corpus), "--out", str(folder), *TINY, "--lrs", "1e-3", "1e-2", *OPTIONS]

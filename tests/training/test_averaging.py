@@ -292,7 +292,7 @@ def test_run_without_the_setting_resumes_without_an_average(corpus, tmp_path):
     ],
     ids=lambda words: words[0],
 )
-def test_experiments_average_in_all_runs(corpus, tmp_path, words):
+def test_experiments_average_in_all_runs(corpus, in_process, tmp_path, words):
     sizes = [option for option in SMALL_OPTIONS if "width" not in option or words[0] == "ablate"]
     out = ["--data", str(corpus), "--out", str(tmp_path / "out"), "--eval-tokens=1024", "--workers=1", "--ema=0.3"]
     assert main([*words, *out, *sizes]) == 0

@@ -6,6 +6,7 @@ rate would be 0.05. Smaller models use values measured at nano; docs/log.md has 
 """
 
 from dataclasses import replace
+from functools import lru_cache
 from typing import TypeVar
 
 from antransformer.errors import ConfigError
@@ -47,6 +48,7 @@ WARMUP = ByArchitecture({"angpt": 0.0, "gpt+": 0.1})
 WEIGHT_DECAY = ByArchitecture({"angpt": 0.0, "gpt+": 0.1})
 
 
+@lru_cache(maxsize=256)  # settings are resolved for each run of an experiment, and need the count several times
 def parameter_count(config: ModelConfig) -> int:
     """Number of learnable parameters of a model, counted without allocating it."""
     import torch  # here, since settings are also read where no model is built

@@ -18,7 +18,6 @@ import socket
 import sys
 import tempfile
 import time
-import warnings
 from pathlib import Path
 
 import pytest
@@ -32,6 +31,7 @@ from antransformer.training.distributed.liveness import fresh_store
 from antransformer.training.lock import lock
 from antransformer.training.metrics import read_metrics
 from helpers.faults import Campaign, Job, timeless_metrics
+from helpers.ranks import fork, status_of
 from helpers.small import SMALL_OPTIONS
 from helpers.trainers import losses, poison, resume, run_until, start, weights
 
@@ -245,23 +245,6 @@ def test_the_same_command_starts_and_resumes_a_run(corpus, tmp_path, monkeypatch
 def run_in_fork(action, *arguments):
     """Run an action in a fork of this process and return its exit status."""
     return status_of(fork(action, *arguments))
-
-
-def status_of(pid):
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def fork(action, *arguments):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # about forking with threads; the child needs none of them
-        child = os.fork()
-    if child:
-        return child
-    status = 99
-    try:
-        status = action(*arguments)
-    finally:
-        os._exit(status)
 
 
 def test_a_kill_at_any_moment_of_a_write_keeps_the_last_checkpoint(corpus, tmp_path):

@@ -24,11 +24,25 @@ from antransformer.training.metrics import read_metrics
 from antransformer.training.trainer import Trainer
 from helpers import parallel_worker
 from helpers.messages import mentions
-from helpers.parallel_worker import ARCHITECTURES, CASES, FAILURES, FOUR_PROCESS_CASES, config_of, record_windows
+from helpers.parallel_worker import (
+    ARCHITECTURES,
+    CASES,
+    FAILURE,
+    FAILURES,
+    FOUR_PROCESS_CASES,
+    SAVED,
+    STEPS,
+    config_of,
+    record_windows,
+)
+from helpers.ranks import fork_ranks
 from helpers.small import SMALL_OPTIONS, Notes
 from helpers.trainers import poison, start
 
 CPU = torch.device("cpu")
+LAST = f"step-{STEPS:08d}"  # the last checkpoint of a run
+OPTIONS = ["--recipe=paper", "--precision=float32", "--batch-tokens=256", "--lr=5e-3", *SMALL_OPTIONS]
+OPTIONS += ["--log-every=1", "--eval-tokens=2048", f"--eval-every={SAVED}", f"--checkpoint-every={SAVED}"]
 WORKER = Path(parallel_worker.__file__)
 ORTHOGONALIZED = ("muon-fsdp", "muon-tensor", "normuon-fsdp", "normuon-tensor")
 INEXACT = ("bfloat16", "fp8", "fp8-tensor", *ORTHOGONALIZED, "skipped", *FAILURES)
@@ -44,8 +58,16 @@ def torchrun(processes, *arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 
+def ranks(processes, folder, action, words):
+    """Run the command line or the worker script on several ranks: forks of this process, where no GPU forbids them."""
+    if torch.cuda.is_available():
+        script = ["-m", "antransformer"] if action is main else [WORKER]
+        return torchrun(processes, *script, *words)
+    return fork_ranks(processes, folder, action, [str(word) for word in words])
+
+
 def train_cases(corpus, folder, processes, names):
-    result = torchrun(processes, WORKER, corpus, folder, *names)
+    result = ranks(processes, folder, parallel_worker.run, [corpus, folder, *names])
     assert result.returncode == 0, result.stderr[-3000:]
     return folder
 
@@ -83,13 +105,13 @@ def lines_of(folder):
 
 
 def weights(folder):
-    return checkpoint.restore(checkpoint.read(folder / "checkpoints/step-00000020"), CPU).state_dict()
+    return checkpoint.restore(checkpoint.read(folder / "checkpoints" / LAST), CPU).state_dict()
 
 
 def check_equal(folder, single, tolerance):
-    """Compare the metrics of 20 steps."""
+    """Compare the metrics of all steps."""
     lines, expected = lines_of(folder), lines_of(single)
-    assert [line["step"] for line in lines] == list(range(1, 21))
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     for line, other in zip(lines, expected, strict=True):
         assert line.keys() == other.keys()
         for key in {"loss", "grad_norm", "largest_row_norm", "val_loss", "bits_per_byte", "mean_alpha"} & line.keys():
@@ -124,22 +146,22 @@ def test_two_processes_equal_one_with_muon_up_to_bfloat16_rounding(two_process_r
 
 
 def test_a_failure_of_one_rank_ends_all_at_the_same_step(two_process_runs):
-    assert lines_of(two_process_runs / "broken")[-1]["step"] == 6  # a NaN loss is not logged
+    assert lines_of(two_process_runs / "broken")[-1]["step"] == FAILURE - 1  # a NaN loss is not logged
     for name in ("broken", "unwritten"):
         assert not list((two_process_runs / name / "checkpoints").iterdir())
     for name in ("stopped", "stopped-tensor"):
-        assert [path.name for path in (two_process_runs / name / "checkpoints").iterdir()] == ["step-00000007"]
+        assert [path.name for path in (two_process_runs / name / "checkpoints").iterdir()] == [f"step-{FAILURE:08d}"]
 
 
 def test_all_ranks_skip_a_step_with_nan_on_one_rank(corpus, two_process_runs, tmp_path):
-    single = start(corpus, tmp_path / "run", lr=5e-3, max_skipped_steps=2, checkpoint_every=10)
-    poison(single, 7)
+    length = {"tokens": 256 * STEPS, "checkpoint_every": SAVED, "eval_every": SAVED}
+    single = start(corpus, tmp_path / "run", lr=5e-3, max_skipped_steps=2, **length)
+    poison(single, FAILURE)
     single.run()
     check_equal(two_process_runs / "skipped", tmp_path / "run", 1e-4)
-    assert ["loss" in line for line in lines_of(two_process_runs / "skipped")] == [step != 7 for step in range(1, 21)]
-    assert [line["skipped"] for line in lines_of(two_process_runs / "skipped")] == [
-        int(step >= 7) for step in range(1, 21)
-    ]
+    lines = lines_of(two_process_runs / "skipped")
+    assert [line["step"] for line in lines if "loss" not in line] == [FAILURE]
+    assert [line["skipped"] for line in lines] == [int(step >= FAILURE) for step in range(1, STEPS + 1)]
 
 
 def test_the_clipped_case_clips(two_process_runs):
@@ -169,8 +191,8 @@ def resume_in_one_process(corpus, folder, done):
 )
 def test_one_process_resumes_the_run_of_two(corpus, two_process_runs, single_run, tmp_path, name):
     """Optimizer moments are restored, and no window is repeated or skipped."""
-    folder = shutil.copytree(two_process_runs / name, tmp_path / name, ignore=shutil.ignore_patterns("step-00000020"))
-    resume_in_one_process(corpus, folder, 7 if name.startswith("stopped") else 10)
+    folder = shutil.copytree(two_process_runs / name, tmp_path / name, ignore=shutil.ignore_patterns(LAST))
+    resume_in_one_process(corpus, folder, FAILURE if name.startswith("stopped") else SAVED)
     check_equal(folder, single_run(name), 1e-3 if name in ORTHOGONALIZED else 1e-4)
     if name.startswith("stopped"):
         assert windows_of(folder) == windows_of(single_run(name))
@@ -179,11 +201,11 @@ def test_one_process_resumes_the_run_of_two(corpus, two_process_runs, single_run
 def test_two_processes_resume_averages_bit_identically(corpus, two_process_runs, tmp_path):
     names = ["averaged-ddp", "averaged-ngpt"]
     for name in names:
-        ignored = shutil.ignore_patterns("step-00000020", "windows-*")
+        ignored = shutil.ignore_patterns(LAST, "windows-*")
         shutil.copytree(two_process_runs / name, tmp_path / name, ignore=ignored)
     train_cases(corpus, tmp_path, 2, names)
     for name in names:
-        folders = [root / name / "checkpoints/step-00000020" for root in (two_process_runs, tmp_path)]
+        folders = [root / name / "checkpoints" / LAST for root in (two_process_runs, tmp_path)]
         files, again = ({path.name: path.read_bytes() for path in sorted(folder.glob("*.saf*"))} for folder in folders)
         assert len(files) == 6 and files == again
         assert lines_of(two_process_runs / name)[-1]["val_loss"] == lines_of(tmp_path / name)[-1]["val_loss"]
@@ -196,10 +218,10 @@ def test_four_then_two_then_one_process_continue_a_run(corpus, tmp_path, single_
     for processes in (4, 2):
         train_cases(corpus, tmp_path, processes, names)
     for name in names:
-        resume_in_one_process(corpus, tmp_path / name, 14)
+        resume_in_one_process(corpus, tmp_path / name, 2 * FAILURE)
         check_equal(tmp_path / name, single_run(name), 1e-4)
         windows = windows_of(tmp_path / name)
-        assert windows == windows_of(single_run(name)) and windows.total() == 20 * 8
+        assert windows == windows_of(single_run(name)) and windows.total() == STEPS * 8
         assert len(list((tmp_path / name).glob("windows-*"))) == (7 if name == "stopped" else 4)
 
 
@@ -208,7 +230,7 @@ def test_four_then_two_then_one_process_continue_a_run(corpus, tmp_path, single_
     [("angpt-fsdp", ("model", "optimizer")), ("averaged-fsdp", ("model", "optimizer", "average"))],
 )
 def test_each_process_writes_its_shards(two_process_runs, name, kinds):
-    folder = two_process_runs / name / "checkpoints/step-00000020"
+    folder = two_process_runs / name / "checkpoints" / LAST
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
     assert set(sizes) == {
         "state.json",
@@ -237,31 +259,21 @@ def test_every_verb_reads_a_sharded_checkpoint(corpus, two_process_runs, tmp_pat
 
 
 def test_the_command_line_resumes_a_run_of_two_processes(corpus, tmp_path, single_run):
-    options = [
-        "--recipe=paper",
-        "--precision=float32",
-        "--data",
-        corpus,
-        "--out",
-        tmp_path / "run",
-        "--batch-tokens=256",
-        "--tokens=5120",
-        "--lr=5e-3",
-    ]
-    options += ["--log-every=1", "--eval-tokens=2048", "--eval-every=10", "--checkpoint-every=10", *SMALL_OPTIONS]
+    options = ["--data", corpus, "--out", tmp_path / "run", *OPTIONS]
+    options += [f"--tokens={256 * STEPS}"]
     first = torchrun(2, "-m", "antransformer", "train", *options, "--parallel", "fsdp")
     assert first.returncode == 0, first.stderr
     val_loss = f"{lines_of(tmp_path / 'run')[-1]['val_loss']:.4f}"
-    assert first.stdout.count("20/20") == first.stdout.count(val_loss) == 1
+    assert first.stdout.count(f"{STEPS}/{STEPS}") == first.stdout.count(val_loss) == 1
     assert any(mentions(line, *["angpt", "cpu", "1", "fsdp"]) for line in first.stdout.splitlines())
     check_equal(tmp_path / "run", single_run("angpt-fsdp"), 1e-4)
-    broken = tmp_path / "run/checkpoints/step-00000020/model-00002-of-00002.safetensors"  # verified by rank 1
+    broken = tmp_path / "run/checkpoints" / LAST / "model-00002-of-00002.safetensors"  # verified by rank 1
     os.truncate(broken, broken.stat().st_size - 1)
-    again = torchrun(2, "-m", "antransformer", "train", "--resume", "--out", tmp_path / "run", "--tensor-parallel=2")
+    again = ranks(2, tmp_path, main, ["train", "--resume", "--out", tmp_path / "run", "--tensor-parallel=2"])
     assert again.returncode == 0, again.stderr
-    assert mentions(again.stdout, *f"{broken.name} {tmp_path / 'run/checkpoints/step-00000010'}".split())
+    assert mentions(again.stdout, *f"{broken.name} {tmp_path / 'run/checkpoints' / f'step-{SAVED:08d}'}".split())
     check_equal(tmp_path / "run", single_run("angpt-fsdp"), 1e-4)
-    repeated = torchrun(2, "-m", "antransformer", "train", *options)
+    repeated = ranks(2, tmp_path, main, ["train", *options])
     assert repeated.returncode != 0
     (error,) = re.findall(r"^antransformer: .*", repeated.stderr, re.M)
     assert mentions(error, *f"{tmp_path / 'run'} --out --resume".split())
@@ -270,32 +282,22 @@ def test_the_command_line_resumes_a_run_of_two_processes(corpus, tmp_path, singl
 
 def test_two_processes_extend_a_run(corpus, tmp_path):
     """They equal one process, and resume bit for bit if interrupted before the first new checkpoint."""
-    options = [
-        "--recipe=paper",
-        "--precision=float32",
-        "--data",
-        corpus,
-        "--batch-tokens=256",
-        "--tokens=2560",
-        "--lr=5e-3",
-        "--log-every=1",
-    ]
-    options += ["--eval-tokens=2048", "--eval-every=10", "--checkpoint-every=10", *SMALL_OPTIONS]
+    options = ["--data", corpus, f"--tokens={256 * SAVED}", *OPTIONS]
     single, folder = tmp_path / "one", tmp_path / "two"
     for out in (single, folder):
         assert main([str(word) for word in ("train", "--out", out, *options)]) == 0
-    extension = ["train", "--resume", "--tokens=5120", "--rewarm=0.2", "--out"]
+    extension = ["train", "--resume", f"--tokens={256 * STEPS}", "--rewarm=0.2", "--out"]
     assert main([*extension, str(single)]) == 0
-    refused = torchrun(2, "-m", "antransformer", *extension[:3], "--out", folder)
+    refused = ranks(2, tmp_path, main, [*extension[:3], "--out", folder])
     assert refused.returncode != 0 and len(re.findall(r"^antransformer: .*--rewarm", refused.stderr, re.M)) == 1
-    extended = torchrun(2, "-m", "antransformer", *extension, folder)
+    extended = ranks(2, tmp_path, main, [*extension, folder])
     assert extended.returncode == 0, extended.stderr
-    assert sum(mentions(line, 2560, 5120, 10, 20) for line in extended.stdout.splitlines()) == 1
+    assert sum(mentions(line, 256 * SAVED, 256 * STEPS, SAVED, STEPS) for line in extended.stdout.splitlines()) == 1
     check_equal(folder, single, 1e-4)
-    new = folder / "checkpoints/step-00000020"
+    new = folder / "checkpoints" / LAST
     files = {path.name: path.read_bytes() for path in new.glob("*.safetensors")}
     shutil.rmtree(new)
-    resumed = torchrun(2, "-m", "antransformer", "train", "--resume", "--out", folder)
+    resumed = ranks(2, tmp_path, main, ["train", "--resume", "--out", folder])
     assert resumed.returncode == 0, resumed.stderr
     assert {path.name: path.read_bytes() for path in new.glob("*.safetensors")} == files
 
