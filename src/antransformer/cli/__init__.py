@@ -19,7 +19,7 @@ VERBS = {
     "train": "Train a model on prepared data.",
     "generate": "Write text with a trained model.",
     "evaluate": "Score a trained model with lm_eval, or its perplexity on a text.",
-    "export": "Export a checkpoint to a Hugging Face folder.",
+    "export": "Export a checkpoint to a Hugging Face folder or a GGUF file.",
     "import": 'Import a Hugging Face folder that "antransformer export" wrote.',
     "compare": "Compare architectures with equal tuning effort, several seeds and confidence intervals.",
     "ablate": "Measure what each part of anGPT contributes.",

@@ -160,7 +160,7 @@ class _Scaled:
         }
 
     def output(self, name: str, weight: Tensor, gain: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the last weight of a sublayer, whose input is scaled by ``inner``, and the gain of the norm after it."""
+        """Return the last weight of a sublayer, whose input is scaled by ``inner``, and the gain of its norm."""
         scale = power_of_two(self.sublayer, self.measured.mean_square[name].sqrt())
         self.note_peak(scale * self.measured.peak[name])
         compensation = self.compensation(self.measured.inverse[name] / scale.square())

@@ -9,8 +9,16 @@ import tokenizers
 from antransformer.data import Tokenizer
 from antransformer.errors import CheckpointError
 
-LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3_PATTERN = "|".join(
+    (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
+        r"[^\r\n\p{L}\p{N}]?\p{L}+",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    )
 )
 IGNORES_MERGES = {"gpt-2": False, "llama-bpe": True}  # how llama.cpp encodes a pre-token that is in the vocabulary
 ADVICE = "use --format exaone4 or qwen3, whose folder has the tokenizer.json"
@@ -49,7 +57,9 @@ def gguf_tokenizer(tokenizer: Tokenizer, vocab_size: int, where: str) -> GGUFTok
     if model.get("type") != "BPE" or model.get("byte_fallback"):
         raise CheckpointError(f"{where}: its tokenizer is not a byte-level BPE: {ADVICE}")
     if normalizer and normalizer["type"] != "NFC":
-        raise CheckpointError(f"{where}: llama.cpp cannot apply the tokenizer's normalizer {normalizer['type']}: {ADVICE}")
+        raise CheckpointError(
+            f"{where}: llama.cpp cannot apply the tokenizer's normalizer {normalizer['type']}: {ADVICE}"
+        )
     pre = pre_tokenizer(content["pre_tokenizer"])
     # A byte tokenizer has no merges, so a split changes no ids.
     pre = pre or ("gpt-2" if not model["merges"] and is_byte_level(content["pre_tokenizer"]) else None)

@@ -11,6 +11,7 @@ from antransformer.errors import CheckpointError
 from antransformer.extras import require
 from antransformer.interop.gguf_tokenizer import GGUFTokenizer
 from antransformer.interop.stock_weights import StockModel
+from antransformer.models.config import ModelConfig
 
 DTYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
 FLOAT16_DTYPES = ("f16", "q8_0", "q4_0")  # on GPUs llama.cpp multiplies these in float16
@@ -37,18 +38,30 @@ NAMES = {
 POST_ATTENTION = {"exaone4": "post_attention_norm", "qwen3": "ffn_norm"}
 
 
-def check_sizes(stock: StockModel, dtype: str, where: str) -> None:
-    """Raise CheckpointError for sizes that llama.cpp, or the dtype, does not support; ``where`` names the checkpoint."""
-    config = stock.config
-    if stock.layout == "exaone4" and config.layers == WINDOW_LAYERS:
+def check_sizes(config: ModelConfig, layout: str, dtype: str, where: str) -> None:
+    """Check that llama.cpp can run a model of these sizes.
+
+    Raises:
+        CheckpointError: it cannot, or the dtype cannot store the weights. ``where`` names the checkpoint.
+    """
+    if layout == "exaone4" and config.layers == WINDOW_LAYERS:
         raise CheckpointError(
             f"{where}: llama.cpp gives models of exactly {WINDOW_LAYERS} layers a sliding window: use --format exaone4"
         )
+    if layout == "qwen3" and config.rotary_dim != config.head_dim:
+        raise CheckpointError(
+            f"{where}: llama.cpp's Qwen3 rotates whole heads, and rotary_fraction is {config.rotary_fraction:g}: "
+            "use --format qwen3"
+        )
+    if config.context < 2:
+        raise CheckpointError(f"{where}: llama.cpp needs a context of at least 2: use --format {layout}")
     if dtype.startswith("q") and config.width % BLOCK:
         raise CheckpointError(f"{where}: {dtype} needs a multiple of {BLOCK}, and the width is {config.width}: use f16")
 
 
-def write_gguf(stock: StockModel, tokenizer: GGUFTokenizer, end_of_text: int, file: Path, name: str, dtype: str) -> None:
+def write_gguf(
+    stock: StockModel, tokenizer: GGUFTokenizer, end_of_text: int, file: Path, name: str, dtype: str
+) -> None:
     """Write the file.
 
     Args:

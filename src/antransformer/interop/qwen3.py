@@ -16,8 +16,7 @@ QK_RMS = 8.0  # of q and k before their norm, so that the epsilon is negligible
 def qwen3(model: Decoder, where: str, float16: bool = False) -> StockModel:
     """Return a GPT+ in the layout of Qwen3; arguments and errors as in ``exaone4.exaone4``."""
     rope = rope_of(model.config, where)
-    if type(model) is not GPTPlus:  # a subclass may compute another function
-        raise CheckpointError(f"{where}: {model.config.architecture} is not GPT+ and has no such form: use native")
+    assert type(model) is GPTPlus  # a subclass may compute another function
     model = model.double()
     weights = {
         "model.embed_tokens.weight": model.embedding.weight,

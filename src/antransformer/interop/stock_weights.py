@@ -123,5 +123,3 @@ def head_scores(score_scale: float, head_dim: int) -> tuple[float, float]:
     """
     size = math.sqrt(abs(score_scale) / math.sqrt(head_dim))
     return math.copysign(size, score_scale), size
-
-

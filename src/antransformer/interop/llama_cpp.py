@@ -1,0 +1,49 @@
+"""llama.cpp in this process, through the package xllamacpp."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from antransformer.errors import MachineError
+from antransformer.extras import require
+
+MOST_CANDIDATES = 1000  # log-probabilities in one answer
+
+
+def start_server(file: Path, port: int = 0, exact: bool = False) -> Any:
+    """Load a GGUF file and serve it on 127.0.0.1.
+
+    Args:
+        file: GGUF file.
+        port: port; 0 chooses a free one.
+        exact: keep keys and values in float32, and compute on one CPU thread.
+
+    Raises:
+        MissingExtraError: xllamacpp is not installed.
+        MachineError: llama.cpp cannot load the file.
+    """
+    xllamacpp = require("xllamacpp", "serve")
+    params = xllamacpp.CommonParams()
+    params.model.path = str(file)
+    params.port, params.verbosity, params.warmup = port, -1, False
+    if exact:
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        params.n_gpu_layers, params.cpuparams.n_threads, params.cpuparams_batch.n_threads = 0, 1, 1
+    try:
+        return xllamacpp.Server(params)
+    except RuntimeError as error:
+        raise MachineError(f"llama.cpp cannot load {file}: {error}") from error
+
+
+def next_token_log_probabilities(server: Any, prompt: Sequence[int], vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Return the most likely ids [k] after a prompt, in descending order, and their log-probabilities [k]."""
+    request = {"prompt": list(prompt), "max_tokens": 1, "temperature": -1.0, "cache_prompt": False}
+    answer = server.handle_completions({**request, "n_probs": min(vocab_size, MOST_CANDIDATES)})
+    if "choices" not in answer:
+        raise MachineError(f"llama.cpp cannot continue a prompt: {answer.get('message', answer)}")
+    candidates = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+    ids, values = zip(*((item["id"], item["logprob"]) for item in candidates), strict=True)
+    return torch.tensor(ids), torch.tensor(values, dtype=torch.float64)
