@@ -36,9 +36,7 @@ def check_form(checkpoint: Checkpoint, format: str) -> None:
     name, ablation = checkpoint.model.architecture, checkpoint.model.ablation
     form = FORMS.get(name)
     if ablation not in (None, "none"):
-        raise CheckpointError(
-            f"{checkpoint.path}: ablation {ablation}: only unablated models can be exported"
-        )
+        raise CheckpointError(f"{checkpoint.path}: ablation {ablation}: only unablated models can be exported")
     if form and format in (form, "gguf"):
         return
     available = [*([form, "gguf"] if form else []), *(["native"] if get(name).hf_export else [])]

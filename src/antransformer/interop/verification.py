@@ -11,8 +11,8 @@ from antransformer.data import Dataset
 from antransformer.errors import MachineError, MissingExtraError, UsageError
 from antransformer.extras import require
 from antransformer.interop.gguf_writer import tensor_name
-from antransformer.interop.progress_bars import progress_bars_disabled
 from antransformer.interop.llama_cpp import next_token_log_probabilities, start_server
+from antransformer.interop.progress_bars import progress_bars_disabled
 from antransformer.interop.stock_weights import StockModel
 from antransformer.models import Decoder
 from antransformer.training.checkpointing.checkpoint import Checkpoint
