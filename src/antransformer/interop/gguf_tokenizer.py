@@ -65,7 +65,7 @@ def gguf_tokenizer(tokenizer: Tokenizer, vocab_size: int, where: str) -> GGUFTok
     pre = pre or ("gpt-2" if not model["merges"] and is_byte_level(content["pre_tokenizer"]) else None)
     if pre is None:
         raise CheckpointError(f"{where}: llama.cpp does not know the pre-tokenizer of its tokenizer: {ADVICE}")
-    if bool(model.get("ignore_merges")) != IGNORES_MERGES[pre] and not merges_make_every_token(model):
+    if bool(model.get("ignore_merges")) != IGNORES_MERGES[pre] and not merges_make_every_token(content):
         raise CheckpointError(f"{where}: the merges of its tokenizer do not make every token of it: {ADVICE}")
     added = {token["id"]: token for token in content["added_tokens"]}
     names = {number: text for text, number in tokenizer.vocabulary().items()}
@@ -102,7 +102,8 @@ def pre_tokenizer(content: dict[str, Any] | None) -> str | None:
     return "gpt-2" if content and is_byte_level(content) and content["use_regex"] else None
 
 
-def merges_make_every_token(model: dict[str, Any]) -> bool:
-    """Whether merging the characters of each token gives this token."""
+def merges_make_every_token(content: dict[str, Any]) -> bool:
+    """Whether merging the characters of each token gives this token, except for added tokens."""
+    model, added = content["model"], {token["content"] for token in content["added_tokens"]}
     alone = tokenizers.Tokenizer.from_str(json.dumps({"model": {**model, "ignore_merges": False}})).model
-    return all(len(alone.tokenize(token)) == 1 for token in model["vocab"])
+    return all(len(alone.tokenize(token)) == 1 for token in model["vocab"] if token not in added)

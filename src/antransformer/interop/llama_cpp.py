@@ -1,5 +1,7 @@
 """llama.cpp in this process, through the package xllamacpp."""
 
+import json
+import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,3 +49,14 @@ def next_token_log_probabilities(server: Any, prompt: Sequence[int], vocab_size:
     candidates = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
     ids, values = zip(*((item["id"], item["logprob"]) for item in candidates), strict=True)
     return torch.tensor(ids), torch.tensor(values, dtype=torch.float64)
+
+
+def tokenize(server: Any, text: str) -> list[int]:
+    """Return the ids of a text, in which special tokens are plain text."""
+    body = json.dumps({"content": text, "add_special": False, "parse_special": False}).encode()
+    request = urllib.request.Request(f"{server.listening_address}/tokenize", body, {"Content-Type": "application/json"})
+    # The environment may name a proxy, which cannot reach this machine's own ports.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(request) as answer:
+        ids: list[int] = json.load(answer)["tokens"]
+    return ids

@@ -89,7 +89,7 @@ def export_gguf(checkpoint: Checkpoint, tokenizer: Tokenizer, file: Path, dtype:
     partial = file.with_name(f".partial-{file.name}")
     try:
         gguf_writer.write_gguf(stock, vocabulary, tokenizer.end_of_text, partial, name, dtype)
-        verification = verify_gguf(partial, stock, expected)
+        verification = verify_gguf(partial, stock, tokenizer, expected)
         verification.require_accurate(dtype == "f32")
         partial.replace(file)
     except OSError as error:

@@ -7,17 +7,27 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from antransformer.data import Dataset
-from antransformer.errors import MachineError, MissingExtraError, UsageError
+from antransformer.data import Dataset, Tokenizer
+from antransformer.errors import CheckpointError, MachineError, MissingExtraError, UsageError
 from antransformer.extras import require
 from antransformer.interop.gguf_writer import tensor_name
-from antransformer.interop.llama_cpp import next_token_log_probabilities, start_server
+from antransformer.interop.llama_cpp import next_token_log_probabilities, start_server, tokenize
 from antransformer.interop.progress_bars import progress_bars_disabled
 from antransformer.interop.stock_weights import StockModel
 from antransformer.models import Decoder
 from antransformer.training.checkpointing.checkpoint import Checkpoint
 from antransformer.training.run_folder import run_folder_of, saved_settings
 
+# Texts on which tokenizers differ most easily: Unicode, code, runs of white space, and spelled-out special tokens.
+HARD_TEXTS = (
+    " na\u00efve \u65e5\u672c \U0001f389!\r\n\t x's 'm .\x00",
+    "a <|endoftext|> b<|endoftext|>",
+    "def f(x):\n        return x  # 12345678\n\n\n    y\t\t= 3.14e-10  ",
+    "I'LL we'Ve DON'T can't \u02bcs \n\n \n  \n",
+    "\u0967\u0968\u0969 \u0663\u0664 \u00bd \u2167 \ufb01 \ud55c\uad6d \u0e44\u0e17\u0e22",
+    "\u00a0\u2003\u3000x\u0085y\u2028z \U0001f468\u200d\U0001f469\u200d\U0001f467 \u2764\ufe0f",
+    " " * 60 + "x" * 300,
+)
 ROWS, LENGTH = 4, 128  # sequences of random ids and as many of held-out text, and their length
 FLOAT32_TOLERANCE = 1e-3  # of the largest logit
 
@@ -102,13 +112,21 @@ def verify_folder(folder: Path, expected: Reference) -> Verification:
     return Verification("transformers", expected.tokens.numel(), float(error), float(agreement))
 
 
-def verify_gguf(file: Path, stock: StockModel, expected: Reference) -> Verification:
-    """Load a file with llama.cpp and compare log-probabilities; without llama.cpp, read the tensors back."""
+def verify_gguf(file: Path, stock: StockModel, tokenizer: Tokenizer, expected: Reference) -> Verification:
+    """Load a file with llama.cpp and compare ids and log-probabilities; without llama.cpp, read the tensors back.
+
+    Raises:
+        CheckpointError: llama.cpp gives a text other ids.
+        MachineError: llama.cpp cannot load the file.
+    """
     try:
         require("xllamacpp", "serve")
     except MissingExtraError:
         return read_back(file, stock)
     server, worst, equal, prompts = start_server(file, exact=True), 0.0, 0, 0
+    for text in HARD_TEXTS:
+        if tokenize(server, text) != tokenizer.encode(text):
+            raise CheckpointError(f"llama.cpp gives the text {text!r} other ids than tokenizer {tokenizer.name}")
     # llama.cpp takes at most context - 1 tokens.
     for row, logits in zip(expected.tokens, expected.logits.log_softmax(-1), strict=True):
         for length in sorted({len(row) // 8 or 1, len(row) // 2 or 1, max(1, len(row) - 1)}):
