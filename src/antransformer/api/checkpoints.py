@@ -1,16 +1,19 @@
-"""Use a trained model: load, generate, export and evaluate."""
+"""Use a trained model: load, generate, export, serve and evaluate."""
 
+import contextlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from antransformer.comparison.summary import summary
 from antransformer.data import Tokenizer
+from antransformer.errors import ConfigError
 from antransformer.files import check_file_target, replace_text
 from antransformer.inference.text import continue_text
 from antransformer.interop import evaluate as lm_eval
+from antransformer.interop import serving
 from antransformer.interop.export import export as export_checkpoint
 from antransformer.interop.model_card import EVALUATION_FILE
 from antransformer.interop.verification import Verification
@@ -122,6 +125,33 @@ def export(
     if verification is not None:
         on_check(verification)
     return source
+
+
+@contextlib.contextmanager
+def serve(
+    checkpoint: str | Path | None = None, *, gguf: str | Path | None = None, port: int = 8080, dtype: str = "f32"
+) -> Iterator[str]:
+    """Serve a model with an OpenAI-compatible interface on this machine, while the context is open; yields its address.
+
+    Args:
+        checkpoint: run folder, or one checkpoint; it is exported to a temporary GGUF file.
+        gguf: GGUF file to serve in place of a checkpoint.
+        port: port on 127.0.0.1; 0 chooses a free one.
+        dtype: data type of the weights of the temporary file, as in ``export``.
+
+    Raises:
+        ConfigError: both or neither of checkpoint and file are given, or the port is in use.
+        CheckpointError, MachineError, MissingExtraError: as in ``export``.
+    """
+    if (checkpoint is None) == (gguf is None):
+        raise ConfigError("give either --checkpoint or --gguf")
+    if gguf is not None:
+        with serving.serve_file(Path(gguf), port) as address:
+            yield address
+    else:
+        source, tokenizer = open_checkpoint(Path(str(checkpoint)), LOG.warning)
+        with serving.serve_checkpoint(source, tokenizer, dtype, port) as address:
+            yield address
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ VERBS = {
     "generate": "Write text with a trained model.",
     "evaluate": "Score a trained model with lm_eval, or its perplexity on a text.",
     "export": "Export a checkpoint to a Hugging Face folder or a GGUF file.",
+    "serve": "Serve a trained model with an OpenAI-compatible interface.",
     "import": 'Import a Hugging Face folder that "antransformer export" wrote.',
     "compare": "Compare architectures with equal tuning effort, several seeds and confidence intervals.",
     "ablate": "Measure what each part of anGPT contributes.",

@@ -92,6 +92,7 @@ def export(
             page = card(checkpoint, tokenizer, name, dtype, summary, images)
         else:
             verification = write_stock_model(checkpoint, tokenizer, folder, format, dtype, max_shard_size)
+            make_readable(folder)
             page = stock_card(checkpoint, tokenizer, name, dtype, format, str(verification), summary, images)
         transformers_tokenizer(tokenizer, checkpoint.model.context).save_pretrained(folder)
         for figure in figures:

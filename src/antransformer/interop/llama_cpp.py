@@ -12,6 +12,7 @@ from torch import Tensor
 from antransformer.errors import MachineError
 from antransformer.extras import require
 
+HOST = "127.0.0.1"
 MOST_CANDIDATES = 1000  # log-probabilities in one answer
 
 
@@ -30,6 +31,7 @@ def start_server(file: Path, port: int = 0, exact: bool = False) -> Any:
     xllamacpp = require("xllamacpp", "serve")
     params = xllamacpp.CommonParams()
     params.model.path = str(file)
+    params.hostnames = [HOST]
     params.port, params.verbosity, params.warmup = port, -1, False
     if exact:
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
@@ -40,10 +42,17 @@ def start_server(file: Path, port: int = 0, exact: bool = False) -> Any:
         raise MachineError(f"llama.cpp cannot load {file}: {error}") from error
 
 
-def next_token_log_probabilities(server: Any, prompt: Sequence[int], vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Return the most likely ids [k] after a prompt, in descending order, and their log-probabilities [k]."""
+def next_token_log_probabilities(
+    server: Any, prompt: Sequence[int], vocab_size: int, printable: int
+) -> tuple[Tensor, Tensor]:
+    """Return the most likely ids [k] after a prompt, in descending order, and their log-probabilities [k].
+
+    The answer continues the prompt with the id ``printable``, since it has no log-probabilities for the end of text or
+    for a token that is not complete UTF-8. The log-probabilities do not depend on this choice.
+    """
     request = {"prompt": list(prompt), "max_tokens": 1, "temperature": -1.0, "cache_prompt": False}
-    answer = server.handle_completions({**request, "n_probs": min(vocab_size, MOST_CANDIDATES)})
+    forced = {"logit_bias": [[printable, 1e9]], "n_probs": min(vocab_size, MOST_CANDIDATES)}
+    answer = server.handle_completions({**request, **forced})
     if "choices" not in answer:
         raise MachineError(f"llama.cpp cannot continue a prompt: {answer.get('message', answer)}")
     candidates = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]

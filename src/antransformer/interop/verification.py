@@ -127,10 +127,13 @@ def verify_gguf(file: Path, stock: StockModel, tokenizer: Tokenizer, expected: R
     for text in HARD_TEXTS:
         if tokenize(server, text) != tokenizer.encode(text):
             raise CheckpointError(f"llama.cpp gives the text {text!r} other ids than tokenizer {tokenizer.name}")
+    [printable] = tokenizer.encode("a")
     # llama.cpp takes at most context - 1 tokens.
     for row, logits in zip(expected.tokens, expected.logits.log_softmax(-1), strict=True):
         for length in sorted({len(row) // 8 or 1, len(row) // 2 or 1, max(1, len(row) - 1)}):
-            ids, values = next_token_log_probabilities(server, row[:length].tolist(), stock.config.vocab_size)
+            ids, values = next_token_log_probabilities(
+                server, row[:length].tolist(), stock.config.vocab_size, printable
+            )
             errors = (values - logits[length - 1, ids]).abs()
             worst = max(worst, float(errors.max())) if errors.isfinite().all() else math.nan
             equal += int(ids[0] == logits[length - 1].argmax())
