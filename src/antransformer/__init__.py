@@ -13,7 +13,7 @@ from antransformer.version import __version__
 
 if TYPE_CHECKING:
     from antransformer import blocks, bounds, factors, functional, models, nn
-    from antransformer.api.checkpoints import evaluate, export, generate, load
+    from antransformer.api.checkpoints import evaluate, export, generate, load, serve
     from antransformer.api.experiments import ablate, compare
     from antransformer.api.scaling import fit, plan, sweep
     from antransformer.api.training import prepare, train
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # Public name -> the module that defines it; a submodule is defined by the package itself.
 _SOURCES = {
     **dict.fromkeys(("blocks", "bounds", "factors", "functional", "models", "nn"), ""),
-    **dict.fromkeys(("evaluate", "export", "generate", "load"), "api.checkpoints"),
+    **dict.fromkeys(("evaluate", "export", "generate", "load", "serve"), "api.checkpoints"),
     **dict.fromkeys(("ablate", "compare"), "api.experiments"),
     **dict.fromkeys(("fit", "plan", "sweep"), "api.scaling"),
     **dict.fromkeys(("prepare", "train"), "api.training"),
@@ -56,6 +56,7 @@ __all__ = [
     "normalize_",
     "plan",
     "prepare",
+    "serve",
     "sweep",
     "train",
 ]

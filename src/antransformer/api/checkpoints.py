@@ -1,19 +1,22 @@
-"""Use a trained model: load, generate, export and evaluate."""
+"""Use a trained model: load, generate, export, serve and evaluate."""
 
+import contextlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from antransformer.comparison.summary import summary
 from antransformer.data import Tokenizer
+from antransformer.errors import ConfigError
 from antransformer.files import check_file_target, replace_text
 from antransformer.inference.text import continue_text
 from antransformer.interop import evaluate as lm_eval
-from antransformer.interop.export import SHARD_SIZE
+from antransformer.interop import serving
 from antransformer.interop.export import export as export_checkpoint
 from antransformer.interop.model_card import EVALUATION_FILE
+from antransformer.interop.verification import Verification
 from antransformer.models import Decoder
 from antransformer.progress import EvaluationProgress
 from antransformer.reporting.html import FILE as REPORT_FILE
@@ -90,15 +93,25 @@ def generate(
 
 
 def export(
-    checkpoint: str | Path, out: str | Path, *, dtype: str = "float32", max_shard_size: str = SHARD_SIZE
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    format: str = "native",
+    dtype: str | None = None,
+    max_shard_size: str | None = None,
+    on_check: Callable[[Verification], object] = lambda verification: None,
 ) -> Checkpoint:
-    """Export a run or a checkpoint to a new folder in Hugging Face format; returns the checkpoint exported.
+    """Export a run or a checkpoint to a new Hugging Face folder or GGUF file; returns the checkpoint exported.
 
     Args:
         checkpoint: run folder, or one checkpoint.
-        out: folder to create.
-        dtype: data type of the weights: float32, bfloat16 or float16.
-        max_shard_size: size limit of one file of weights, such as 5GB or 200MB.
+        out: folder or GGUF file to create.
+        format: ``native`` is a folder with the code of this package, which fine-tuning needs. ``exaone4`` (anGPT) and
+            ``qwen3`` (GPT+) are folders of a standard architecture, ``gguf`` a file of it for llama.cpp.
+        dtype: data type of the weights: float32 (default), bfloat16 or float16; with ``gguf`` f32 (default), f16, bf16,
+            q8_0 or q4_0.
+        max_shard_size: size limit of one file of weights, such as 200MB (default 5GB); not with ``gguf``.
+        on_check: called with the comparison of the written files with the checkpoint, except with ``native``.
 
     Raises:
         CheckpointError, ConfigError, MachineError, MissingExtraError: as in ``interop.export.export``.
@@ -108,8 +121,37 @@ def export(
     reported = all((experiment / name).is_file() for name in (REPORT_FILE, comparison.FILE))
     text = summary(comparison.Results.load(experiment)) if reported else None
     figures = [experiment / name for name in REPORT_FIGURES if reported and (experiment / name).is_file()]
-    export_checkpoint(source, tokenizer, Path(out), dtype, max_shard_size, text, figures)
+    verification = export_checkpoint(source, tokenizer, Path(out), dtype, max_shard_size, text, figures, format)
+    if verification is not None:
+        on_check(verification)
     return source
+
+
+@contextlib.contextmanager
+def serve(
+    checkpoint: str | Path | None = None, *, gguf: str | Path | None = None, port: int = 8080, dtype: str = "f32"
+) -> Iterator[str]:
+    """Serve a model with an OpenAI-compatible interface on this machine, while the context is open; yields its address.
+
+    Args:
+        checkpoint: run folder, or one checkpoint; it is exported to a temporary GGUF file.
+        gguf: GGUF file to serve in place of a checkpoint.
+        port: port on 127.0.0.1; 0 chooses a free one.
+        dtype: data type of the weights of the temporary file, as in ``export``.
+
+    Raises:
+        ConfigError: both or neither of checkpoint and file are given, or the port is in use.
+        CheckpointError, MachineError, MissingExtraError: as in ``export``.
+    """
+    if (checkpoint is None) == (gguf is None):
+        raise ConfigError("give either --checkpoint or --gguf")
+    if gguf is not None:
+        with serving.serve_file(Path(gguf), port) as address:
+            yield address
+    else:
+        source, tokenizer = open_checkpoint(Path(str(checkpoint)), LOG.warning)
+        with serving.serve_checkpoint(source, tokenizer, dtype, port) as address:
+            yield address
 
 
 @dataclass(frozen=True)

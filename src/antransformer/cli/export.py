@@ -1,11 +1,15 @@
-"""Export a checkpoint to a Hugging Face folder.
+"""Export a checkpoint to a Hugging Face folder or a GGUF file.
 
-Exported models load with AutoModelForCausalLM.from_pretrained, either after "import antransformer", or without this
+The native format loads with AutoModelForCausalLM.from_pretrained, either after "import antransformer", or without this
 package with trust_remote_code=True: the code is in the folder. "antransformer import" makes a run of it again.
+
+The formats exaone4 (anGPT) and qwen3 (GPT+) are folders of a standard architecture for transformers, vLLM and MLX. The
+format gguf is a file of the same model for llama.cpp and ollama. These formats are for inference: see docs/serving.md.
 
 examples:
   antransformer export --checkpoint runs/angpt-nano --out exported/angpt-nano
-  antransformer export --checkpoint runs/angpt-1b --out exported/angpt-1b --dtype bfloat16
+  antransformer export --checkpoint runs/angpt-1b --out exported/angpt-1b --format exaone4 --dtype bfloat16
+  antransformer export --checkpoint runs/angpt-1b --out angpt-1b.gguf --format gguf --dtype q8_0
 """
 
 import argparse
@@ -14,28 +18,37 @@ from pathlib import Path
 import antransformer
 from antransformer.cli.options import Parser, add_checkpoint_argument
 
-USAGE = "antransformer export --checkpoint RUN --out DIR [options]"
+USAGE = "antransformer export --checkpoint RUN --out PATH [options]"
 
 
 def add_arguments(parser: Parser) -> None:
-    """Add the options of ``export``: checkpoint, folder, and format of the weights."""
+    """Add the options of ``export``: checkpoint, target, and format of the weights."""
     add_checkpoint_argument(parser)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to create")
+    parser.add_argument("--out", type=Path, required=True, metavar="PATH", help="folder or GGUF file to create")
+    parser.add_argument(
+        "--format", default="native", help="native, exaone4 (anGPT), qwen3 (GPT+) or gguf (default native)"
+    )
     parser.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="data type of the weights (default float32)",
+        metavar="NAME",
+        help="data type of the weights: float32, bfloat16 or float16; with gguf f32, f16, bf16, q8_0 or q4_0 "
+        "(default: the first)",
     )
-    parser.add_argument(
-        "--max-shard-size", default="5GB", metavar="SIZE", help="size limit of one file of weights (default 5GB)"
-    )
+    parser.add_argument("--max-shard-size", metavar="SIZE", help="size limit of one file of weights (default 5GB)")
 
 
 def run(parsed: argparse.Namespace) -> None:
-    """Export, and print how to load the folder."""
+    """Export, and print the check of the files and how to load them."""
     checkpoint = antransformer.export(
-        parsed.checkpoint, parsed.out, dtype=parsed.dtype, max_shard_size=parsed.max_shard_size
+        parsed.checkpoint,
+        parsed.out,
+        format=parsed.format,
+        dtype=parsed.dtype,
+        max_shard_size=parsed.max_shard_size,
+        on_check=print,
     )
-    print(f"{parsed.out}: {checkpoint.model.architecture}, step {checkpoint.step:,}, {parsed.dtype}")
-    print(f'next: transformers.AutoModelForCausalLM.from_pretrained("{parsed.out}"), after import antransformer')
+    dtype = parsed.dtype or ("f32" if parsed.format == "gguf" else "float32")
+    print(f"{parsed.out}: {checkpoint.model.architecture}, step {checkpoint.step:,}, {dtype}")
+    load = f'transformers.AutoModelForCausalLM.from_pretrained("{parsed.out}")'
+    native = f"{load}, after import antransformer"
+    print("next:", {"native": native, "gguf": f"llama-server -m {parsed.out}"}.get(parsed.format, load))

@@ -1,4 +1,4 @@
-"""Export of a checkpoint to a Hugging Face folder: weights, configuration, code, tokenizer and model card."""
+"""Export of a checkpoint: a Hugging Face folder, with our code or in a standard architecture, or a GGUF file."""
 
 import contextlib
 import json
@@ -17,8 +17,13 @@ from safetensors import SafetensorError
 from antransformer.data import Tokenizer
 from antransformer.errors import CheckpointError, ConfigError, MachineError, UsageError
 from antransformer.extras import require
+from antransformer.interop import gguf_writer
 from antransformer.interop.model_card import card
+from antransformer.interop.progress_bars import progress_bars_disabled
 from antransformer.interop.register import register
+from antransformer.interop.stock_card import stock_card
+from antransformer.interop.stock_export import check_form, export_gguf, write_stock_model
+from antransformer.interop.verification import Verification
 from antransformer.models.registry import get
 from antransformer.training.checkpointing.checkpoint import Checkpoint, restore
 
@@ -28,40 +33,82 @@ if TYPE_CHECKING:
     from antransformer.interop.modeling_antransformer import AntransformerForCausalLM
 
 DTYPES = ("float32", "bfloat16", "float16")
+# Format -> dtypes of its weights; the first is the default.
+FORMATS = {"native": DTYPES, "exaone4": DTYPES, "qwen3": DTYPES, "gguf": gguf_writer.DTYPES}
 SHARD_SIZE = "5GB"
 
 
 def export(
     checkpoint: Checkpoint,
     tokenizer: Tokenizer,
-    folder: Path,
-    dtype: str = "float32",
-    max_shard_size: str = SHARD_SIZE,
+    target: Path,
+    dtype: str | None = None,
+    max_shard_size: str | None = None,
     summary: str | None = None,
     figures: Sequence[Path] = (),
-) -> None:
-    """Write a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load.
+    format: str = "native",
+) -> Verification | None:
+    """Write a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load, or a GGUF file.
 
     Args:
         checkpoint: verified checkpoint.
         tokenizer: tokenizer of its run.
-        folder: folder to create; it may exist if it is empty. After an error it does not exist.
-        dtype: dtype of the weights, one of ``DTYPES``.
-        max_shard_size: maximum size of a weight file, such as 5GB or 200MB.
+        target: folder to create, which may exist if it is empty, or GGUF file. After an error it does not exist.
+        dtype: dtype of the weights, one of ``FORMATS[format]``; None for the first of them.
+        max_shard_size: maximum size of a weight file, such as 5GB or 200MB; None for 5GB. Not with gguf.
         summary: summary of the experiment that the run belongs to, for the model card.
         figures: image files for the model card, which are copied to the folder.
+        format: one of ``FORMATS``.
+
+    Returns:
+        The comparison of the files with the checkpoint; None for the native format, which has the same weights.
 
     Raises:
-        MissingExtraError: transformers is not installed.
+        MissingExtraError: transformers or gguf is not installed.
         UsageError: transformers is too old.
-        CheckpointError: the model is an ablation.
-        ConfigError: the folder is not empty or cannot be created, or the dtype or size is unknown.
-        MachineError: the files cannot be written.
+        CheckpointError: the model is an ablation, or has no such form.
+        ConfigError: the target exists or cannot be created, or the format, dtype or size is unknown.
+        MachineError: the files cannot be written, or the exported model differs from the checkpoint.
     """
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if format not in FORMATS:
+        raise ConfigError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    dtype = FORMATS[format][0] if dtype is None else dtype
+    if dtype not in FORMATS[format]:
+        raise ConfigError(f"--dtype of format {format} must be one of {', '.join(FORMATS[format])}, got {dtype!r}")
+    if format == "gguf" and max_shard_size is not None:
+        raise ConfigError("--max-shard-size is not an option of format gguf, which is one file: leave it out")
+    max_shard_size = max_shard_size or SHARD_SIZE
     if not re.fullmatch(r"[1-9]\d*[KMGT]B", max_shard_size):
         raise ConfigError(f"max-shard-size must be a size such as 5GB or 200MB, got {max_shard_size!r}")
+    if format == "gguf":
+        return export_gguf(checkpoint, tokenizer, target, dtype)
+    if format != "native":
+        check_form(checkpoint, format)
+    with new_folder(target) as folder:
+        name, images = Path(os.path.realpath(target)).name, [figure.name for figure in figures]
+        verification = None
+        if format == "native":
+            write_model(checkpoint, tokenizer, folder, getattr(torch, dtype), max_shard_size)
+            page = card(checkpoint, tokenizer, name, dtype, summary, images)
+        else:
+            verification = write_stock_model(checkpoint, tokenizer, folder, format, dtype, max_shard_size)
+            make_readable(folder)
+            page = stock_card(checkpoint, tokenizer, name, dtype, format, str(verification), summary, images)
+        transformers_tokenizer(tokenizer, checkpoint.model.context).save_pretrained(folder)
+        for figure in figures:
+            shutil.copyfile(figure, folder / figure.name)
+        (folder / "README.md").write_text(page, encoding="utf-8")
+    return verification
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Create a hidden folder, which is renamed to ``folder`` when the context ends, and removed after an error.
+
+    Raises:
+        ConfigError: the folder is not empty or cannot be created.
+        MachineError: files cannot be written.
+    """
     folder = Path(os.path.realpath(folder))  # Path.resolve raises on a loop of links
     if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} is not an empty folder: choose another --out")
@@ -71,13 +118,8 @@ def export(
         partial.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"{folder} cannot be created: {error.strerror}; choose another --out") from error
-    try:  # everything goes to a hidden folder, which is renamed when it is complete
-        write_model(checkpoint, tokenizer, partial, getattr(torch, dtype), max_shard_size)
-        transformers_tokenizer(tokenizer, checkpoint.model.context).save_pretrained(partial)
-        for figure in figures:
-            shutil.copyfile(figure, partial / figure.name)
-        page = card(checkpoint, tokenizer, folder.name, dtype, summary, [figure.name for figure in figures])
-        (partial / "README.md").write_text(page, encoding="utf-8")
+    try:
+        yield partial
         partial.replace(folder)
     except (OSError, SafetensorError) as error:
         raise MachineError(f"{folder} cannot be written: {getattr(error, 'strerror', None) or error}") from error
@@ -94,9 +136,13 @@ def write_model(
     unused = range(tokenizer.vocab_size, checkpoint.model.vocab_size)
     if unused:
         model.generation_config.suppress_tokens = list(unused)
-    with _progress_bars_disabled():
+    with progress_bars_disabled():
         model.save_pretrained(folder, max_shard_size=max_shard_size)
-    # safetensors creates files that only their owner can read. Other users can read config.json.
+    make_readable(folder)
+
+
+def make_readable(folder: Path) -> None:
+    """Give weight files the permissions of config.json, since safetensors lets only their owner read them."""
     for file in folder.glob("*.safetensors"):
         file.chmod((folder / "config.json").stat().st_mode)
 
@@ -158,17 +204,3 @@ def transformers_tokenizer(tokenizer: Tokenizer, context: int) -> "PreTrainedTok
         padding_side="left",  # generation continues at the right end
         model_max_length=context,
     )
-
-
-@contextlib.contextmanager
-def _progress_bars_disabled() -> Iterator[None]:
-    """While entered, transformers shows no progress bars."""
-    from transformers.utils import logging
-
-    enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            logging.enable_progress_bar()

@@ -1,0 +1,42 @@
+"""Serve a trained model with an OpenAI-compatible interface.
+
+The checkpoint is exported to a temporary GGUF file, which llama.cpp serves on 127.0.0.1 until Ctrl-C. This is for
+trying a model. How to serve it for others is in docs/serving.md.
+
+examples:
+  antransformer serve --checkpoint runs/angpt-nano
+  antransformer serve --gguf angpt-1b.gguf --port 9000
+"""
+
+import argparse
+import signal
+import threading
+from pathlib import Path
+
+import antransformer
+from antransformer.cli.options import Parser
+
+USAGE = "antransformer serve (--checkpoint RUN | --gguf FILE) [options]"
+
+
+def add_arguments(parser: Parser) -> None:
+    """Add the options of ``serve``: checkpoint or file, port and data type."""
+    parser.add_argument("--checkpoint", type=Path, metavar="RUN", help="run folder or checkpoint")
+    parser.add_argument("--gguf", type=Path, metavar="FILE", help="file of antransformer export --format gguf")
+    parser.add_argument("--port", type=int, default=8080, metavar="N", help="port; 0 for a free one (default 8080)")
+    parser.add_argument(
+        "--dtype", default="f32", metavar="NAME", help="data type of the weights, with --checkpoint (default f32)"
+    )
+
+
+def run(parsed: argparse.Namespace) -> None:
+    """Serve until Ctrl-C or SIGTERM."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the temporary file is removed
+    serving = antransformer.serve(parsed.checkpoint, gguf=parsed.gguf, port=parsed.port, dtype=parsed.dtype)
+    with serving as address:
+        print(f"serving at {address}/v1; Ctrl-C ends", flush=True)
+        print(f'next: curl {address}/v1/completions -d \'{{"prompt": "Once", "max_tokens": 50}}\'', flush=True)
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            return

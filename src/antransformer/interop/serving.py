@@ -1,0 +1,62 @@
+"""Serve a model by llama.cpp's OpenAI-compatible server on this machine."""
+
+import contextlib
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from antransformer.data import Tokenizer
+from antransformer.errors import ConfigError
+from antransformer.extras import require
+from antransformer.interop.export import export
+from antransformer.interop.llama_cpp import HOST, start_server
+from antransformer.training.checkpointing.checkpoint import Checkpoint
+
+
+def check_port(port: int) -> None:
+    """Raise ConfigError if nothing can listen on a port of this machine."""
+    if not 0 <= port < 2**16:
+        raise ConfigError(f"--port must be between 0 and {2**16 - 1}, got {port}")
+    with socket.socket() as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does after it was restarted
+        try:
+            trial.bind((HOST, port))
+        except OSError as error:
+            raise ConfigError(f"--port {port}: {error.strerror}; choose another, or 0 for a free one") from error
+
+
+@contextlib.contextmanager
+def serve_checkpoint(checkpoint: Checkpoint, tokenizer: Tokenizer, dtype: str, port: int) -> Iterator[str]:
+    """Export a checkpoint to a temporary GGUF file and serve it; yields the address.
+
+    Raises:
+        MissingExtraError, CheckpointError, ConfigError, MachineError: as in ``export`` and ``serve_file``.
+    """
+    require("xllamacpp", "serve")
+    check_port(port)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.gguf"
+        export(checkpoint, tokenizer, file, dtype, format="gguf")
+        with serve_file(file, port) as address:
+            yield address
+
+
+@contextlib.contextmanager
+def serve_file(file: Path, port: int) -> Iterator[str]:
+    """Serve a GGUF file; yields the address. The server ends with the context.
+
+    Raises:
+        MissingExtraError: xllamacpp is not installed.
+        ConfigError: the file is not a GGUF file, or the port is in use.
+        MachineError: llama.cpp cannot load the file.
+    """
+    require("xllamacpp", "serve")
+    check_port(port)
+    if not file.is_file() or file.open("rb").read(4) != b"GGUF":
+        raise ConfigError(f"--gguf {file}: not a GGUF file; antransformer export --format gguf writes one")
+    server = start_server(file, port)
+    try:
+        yield server.listening_address
+    finally:
+        del server  # its destructor stops it
