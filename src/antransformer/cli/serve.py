@@ -3,6 +3,8 @@
 The checkpoint is exported to a temporary GGUF file, which llama.cpp serves on 127.0.0.1 until Ctrl-C. This is for
 trying a model. How to serve it for others is in docs/serving.md.
 
+Begin a prompt with <|endoftext|> to begin a document, as antransformer generate does.
+
 examples:
   antransformer serve --checkpoint runs/angpt-nano
   antransformer serve --gguf angpt-1b.gguf --port 9000
@@ -35,7 +37,10 @@ def run(parsed: argparse.Namespace) -> None:
     serving = antransformer.serve(parsed.checkpoint, gguf=parsed.gguf, port=parsed.port, dtype=parsed.dtype)
     with serving as address:
         print(f"serving at {address}/v1; Ctrl-C ends", flush=True)
-        print(f'next: curl {address}/v1/completions -d \'{{"prompt": "Once", "max_tokens": 50}}\'', flush=True)
+        print(
+            f'next: curl {address}/v1/completions -d \'{{"prompt": "<|endoftext|>Once", "max_tokens": 50}}\'',
+            flush=True,
+        )
         try:
             threading.Event().wait()
         except KeyboardInterrupt:

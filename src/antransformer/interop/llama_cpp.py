@@ -22,7 +22,7 @@ def start_server(file: Path, port: int = 0, exact: bool = False) -> Any:
     Args:
         file: GGUF file.
         port: port; 0 chooses a free one.
-        exact: keep keys and values in float32, and compute on one CPU thread.
+        exact: compute attention in float32, with keys and values in float32, on one CPU thread.
 
     Raises:
         MissingExtraError: xllamacpp is not installed.
@@ -34,6 +34,8 @@ def start_server(file: Path, port: int = 0, exact: bool = False) -> Any:
     params.hostnames = [HOST]
     params.port, params.verbosity, params.warmup = port, -1, False
     if exact:
+        # Flash attention computes in float16 on CPUs.
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         params.n_gpu_layers, params.cpuparams.n_threads, params.cpuparams_batch.n_threads = 0, 1, 1
     try:

@@ -148,6 +148,6 @@ def read_back(file: Path, stock: StockModel) -> Verification:
     worst = 0.0
     for key, weight in stock.weights.items():
         tensor = stored[tensor_name(key, stock.layout)]
-        values = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type)).view_as(weight)
+        values = torch.tensor(gguf.quants.dequantize(tensor.data, tensor.tensor_type)).view_as(weight)
         worst = max(worst, float((values - weight).abs().max() / weight.abs().max().clamp_min(1e-30)))
     return Verification(None, len(stock.weights), worst, 1.0)
