@@ -29,7 +29,7 @@ VERBS = {
     "plan": "Plan a run: size, tokens, batch, learning rate, expected loss, parallelism and time.",
     "diagnose": "Measure norms inside a trained model: residual stream, blocks, factors and weights.",
     "bench": "Measure speed and memory of variants in alternation: medians and quartiles over rounds.",
-    "demo": "Train a small model in about four minutes, and look at it.",
+    "demo": "Train a small model in two to five minutes, and look at it.",
 }
 
 

@@ -1,4 +1,4 @@
-"""Train a small model in about four minutes, and look at it.
+"""Train a small model in two to five minutes, and look at it.
 
 Trains anGPT on the source of Python's standard library. Prints its validation loss next to the compression rate of
 gzip on the same text, draws the loss curve, and generates a sample.
