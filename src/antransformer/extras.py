@@ -20,3 +20,9 @@ def require(module: str, extra: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise MissingExtraError(module.partition(".")[0], extra) from error
+
+
+def require_analysis() -> None:
+    """Check that what the reports of experiments need is installed; raises MissingExtraError."""
+    for module in ("scipy", "matplotlib"):
+        require(module, "analysis")

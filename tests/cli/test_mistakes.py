@@ -7,7 +7,7 @@ from antransformer.data import Dataset, prepare
 from antransformer.errors import ConfigError, DataError, MissingExtraError
 from antransformer.settings import NAMES_ELSEWHERE
 from antransformer.training.config import resolve_config
-from antransformer.training.run_folder import with_initial_model
+from antransformer.training.run_folder import require_empty, with_initial_model
 from antransformer.training.trainer import check_data
 from helpers.commands import TEN_STEPS
 from helpers.messages import mentions
@@ -90,9 +90,7 @@ def test_a_folder_of_text_and_an_exported_model_are_recognized(tmp_path, capsys)
     assert mentions(capsys.readouterr().err, "antransformer", "import", str(exported))
 
 
-def test_import_into_an_occupied_folder_does_not_advise_to_resume(tmp_path):
-    from antransformer.training.run_folder import require_empty
-
+def test_only_a_verb_that_resumes_is_advised_to_resume_in_an_occupied_folder(tmp_path):
     (tmp_path / "notes.txt").touch()
     with pytest.raises(ConfigError, match="--resume"):
         require_empty(tmp_path)

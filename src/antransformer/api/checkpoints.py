@@ -143,15 +143,15 @@ def serve(
         ConfigError: both or neither of checkpoint and file are given, or the port is in use.
         CheckpointError, MachineError, MissingExtraError: as in ``export``.
     """
-    if (checkpoint is None) == (gguf is None):
-        raise ConfigError("give either --checkpoint or --gguf")
-    if gguf is not None:
-        with serving.serve_file(Path(gguf), port) as address:
-            yield address
+    if gguf and not checkpoint:
+        server = serving.serve_file(Path(gguf), port)
+    elif checkpoint and not gguf:
+        source, tokenizer = open_checkpoint(Path(checkpoint), LOG.warning)
+        server = serving.serve_checkpoint(source, tokenizer, dtype, port)
     else:
-        source, tokenizer = open_checkpoint(Path(str(checkpoint)), LOG.warning)
-        with serving.serve_checkpoint(source, tokenizer, dtype, port) as address:
-            yield address
+        raise ConfigError("give either --checkpoint or --gguf")
+    with server as address:
+        yield address
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from antransformer.comparison import compare as comparisons
 from antransformer.comparison import report
 from antransformer.comparison.experiment import Experiment, Plan
 from antransformer.data.stdlib import NAME as STDLIB
-from antransformer.extras import require
+from antransformer.extras import require_analysis
 from antransformer.files import check_folder_target
 from antransformer.progress import ExperimentProgress, open_dataset
 from antransformer.results.comparison import Results
@@ -125,8 +125,7 @@ def _shared_settings(settings: Mapping[str, Any], quick: bool) -> dict[str, Any]
 
 
 def _run_experiment(plan: Plan, folder: Path, devices: Sequence[str], workers: int | None, progress: bool) -> Results:
-    for module in ("scipy", "matplotlib"):
-        require(module, "analysis")
+    require_analysis()
     check_folder_target(folder)
     queue_devices = available_devices(devices, workers)
     dataset = open_dataset(plan.common.get("data", STDLIB), progress)

@@ -7,7 +7,7 @@ from typing import Any
 
 from antransformer.data.stdlib import NAME as STDLIB
 from antransformer.errors import ConfigError
-from antransformer.extras import require
+from antransformer.extras import require, require_analysis
 from antransformer.files import check_folder_target
 from antransformer.models import ModelConfig, registry
 from antransformer.models.config import PAPER_VOCABULARY
@@ -72,8 +72,7 @@ def sweep(
     Raises:
         ConfigError, DataError, RunStoppedError, MachineError: as in ``compare``.
     """
-    for module in ("scipy", "matplotlib"):
-        require(module, "analysis")
+    require_analysis()
     folder = Path(out)
     shared = {"recipe": "paper", **normalize_settings(settings, "settings")}
     shared_settings.require_shared(shared, shared_settings.SWEEP_TRAINING, shared_settings.SWEEP_MODEL)

@@ -52,7 +52,7 @@ def generate(
         raise ConfigError("a prompt has no tokens: give at least one")
     for name, value, valid, permitted in (
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
-        ("temperature", temperature, 0 <= temperature < float("inf"), "at least 0"),
+        ("temperature", temperature, 0 <= temperature < float("inf"), "at least 0 and finite"),
         ("top_k", top_k, top_k is None or top_k >= 1, "at least 1"),
         ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
         ("seed", seed, 0 <= seed < 2**62, "at least 0 and below 2^62"),
