@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow fuzz lint types smoke clean
+.PHONY: demo test slow fuzz gpu lint types smoke clean
 
 demo: $(VENV)/.ready
 	$(BIN)/antransformer demo
@@ -16,6 +16,11 @@ slow: $(VENV)/.ready
 
 fuzz: $(VENV)/.ready
 	ANTRANSFORMER_FUZZ_CASES=10000 $(BIN)/python -m pytest -n auto tests/test_fuzz.py
+
+# With the torch for CUDA that $(PYTHON) has installed, since .venv holds the one for CPUs. Continues where it stopped.
+gpu:
+	PYTHONPATH=src $(PYTHON) -m antransformer selftest --device cuda $(ARGS); \
+		status=$$?; cat runs/selftest-cuda/report.md; exit $$status
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -38,6 +38,7 @@ FLOORS = [
     "scaling",
     "comparison",
     "sweeps",
+    "selftest",
     "progress",
     "api",
     "cli",

@@ -28,6 +28,7 @@ VERBS = {
     "fit": "Fit scaling laws: best learning rate and batch, compute frontier, and L(N, D), with 95% intervals.",
     "plan": "Plan a run: size, tokens, batch, learning rate, expected loss, parallelism and time.",
     "diagnose": "Measure norms inside a trained model: residual stream, blocks, factors and weights.",
+    "selftest": "Check this machine: kernels, models, checkpoints, speed and a training comparison.",
     "bench": "Measure speed and memory of variants in alternation: medians and quartiles over rounds.",
     "demo": "Train a small model in two to five minutes, and look at it.",
 }

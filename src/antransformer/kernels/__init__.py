@@ -15,7 +15,7 @@ from torch import Tensor
 
 def use_triton(x: Tensor) -> bool:
     """Whether to run a Triton kernel on this tensor: it is on a GPU, not being compiled, and Triton is installed."""
-    return x.is_cuda and not torch.compiler.is_compiling() and _has_triton()
+    return x.is_cuda and not torch.compiler.is_compiling() and has_triton()
 
 
 def row_sizes(width: int) -> dict[str, int]:
@@ -25,5 +25,6 @@ def row_sizes(width: int) -> dict[str, int]:
 
 
 @cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether Triton is installed."""
     return find_spec("triton") is not None

@@ -342,7 +342,7 @@ class Trainer:
                 with autocast(self.device, self.precision):
                     loss = self.model.loss(self._to_device(tokens[share]), self._to_device(targets[share]))
                 if rank < len(tokens):
-                    total += loss.double().cpu() * tokens[share].numel()
+                    total += loss.cpu().double() * tokens[share].numel()  # in this order: MPS has no float64
                 count += tokens.numel()
         loss_per_token = float(dist_ctx.all_reduce_sum(total)) / (count * dist_ctx.tensor_parallel)
         tokens_per_byte = self.validation.tokens / self.validation.bytes

@@ -1,0 +1,83 @@
+"""Check this machine: kernels, models, checkpoints, speed and a training comparison, against a CPU and the goals.
+
+Every part prints a table. Finished parts are kept in --out, and the same command continues with the rest. At the end
+report.md there has all tables. On a GPU all parts take about an hour; a CPU runs all of them in miniature.
+
+Exit status 1 means that a check failed.
+
+examples:
+  antransformer selftest --device cuda
+  antransformer selftest --device cuda --parts speed-125m --json speed.json
+  antransformer selftest --device cuda --minutes 10
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from antransformer.cli.options import Parser, add_device_argument
+from antransformer.cli.tables import new_table
+from antransformer.errors import ConfigError, MachineError
+from antransformer.files import check_file_target, check_folder_target
+from antransformer.selftest import PARTS
+
+USAGE = "antransformer selftest [options]"
+TABLE_WIDTH = 200  # columns, if the output is not a terminal
+
+
+def add_arguments(parser: Parser) -> None:
+    """Add the options of ``antransformer selftest``."""
+    add_device_argument(parser)
+    parser.add_argument(
+        "--parts", nargs="+", metavar="NAME", choices=PARTS, default=(), help=f"from {', '.join(PARTS)} (default all)"
+    )
+    parser.add_argument(
+        "--minutes", type=float, metavar="N", help="time of this call; a part needs up to 9 (default: no limit)"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder of results and runs (default runs/selftest-DEVICE)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all results to this file")
+
+
+def run(parsed: argparse.Namespace) -> None:
+    """Run the parts and print their tables.
+
+    Raises:
+        MachineError: a check failed.
+    """
+    from antransformer.selftest import program
+    from antransformer.selftest.checks import Setup
+    from antransformer.training.device import choose_device
+
+    if parsed.minutes is not None and not parsed.minutes > 0:
+        raise ConfigError(f"--minutes must be above 0, got {parsed.minutes:g}")
+    if parsed.json:
+        check_file_target("--json", parsed.json)
+    device = choose_device(parsed.device)
+    folder = parsed.out or Path("runs", f"selftest-{device.type}")
+    check_folder_target(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    setup = Setup(device, folder, 60.0 * program.MINUTES, lambda text: print(text, file=sys.stderr, flush=True))
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = TABLE_WIDTH
+
+    def show(result: program.Result) -> None:
+        table = new_table("check", "figure", "limit", "result")
+        table.title = f"{result.part}, {result.seconds:.0f} s"
+        for check in result.checks:
+            table.add_row(check.name, check.figure, check.limit, program.outcome(check))
+        console.print(table)
+
+    results = program.run(setup, parsed.parts, parsed.minutes, show)
+    if parsed.json:
+        parsed.json.write_text(json.dumps(program.content(setup, results), indent=2) + "\n", encoding="utf-8")
+    checks = [check for result in results.values() for check in result.checks]
+    failures = [check.name for check in checks if check.passed is False]
+    print(f"{len(results)} of {len(PARTS)} parts, {len(checks)} figures; tables: {folder / program.REPORT}")
+    if failures:
+        raise MachineError(f"{len(failures)} checks failed: {'; '.join(failures)}")

@@ -1,0 +1,86 @@
+"""Checks of the self-test, and what every part of it is given."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from antransformer.models import ModelConfig
+from antransformer.models.config import PAPER_VOCABULARY, preset_sizes
+
+
+class Unfinished(Exception):
+    """A check needs more time than its part has; the next call continues it."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One figure.
+
+    Attributes:
+        name: what was checked.
+        figure: the measured value as text.
+        limit: the condition that it must meet as text, empty for a figure that is only reported.
+        passed: whether it meets the condition; None without a condition.
+    """
+
+    name: str
+    figure: str
+    limit: str = ""
+    passed: bool | None = None
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Device, files and time of a self-test, passed to every function of a part.
+
+    Attributes:
+        device: device under test.
+        folder: folder for files of the parts, kept between calls.
+        seconds: time after which a part that can continue later should stop.
+        log: receives lines of progress.
+    """
+
+    device: torch.device
+    folder: Path
+    seconds: float
+    log: Callable[[str], None]
+
+    @property
+    def miniature(self) -> bool:
+        """Whether sizes are as small as possible: on every device but CUDA."""
+        return self.device.type != "cuda"
+
+    def model(self, preset: str, architecture: str = "angpt") -> ModelConfig:
+        """Model of a preset with the paper's vocabulary and context; in miniature two small layers."""
+        if self.miniature:
+            return ModelConfig(architecture=architecture, vocab_size=97, width=64, layers=2, context=32, head_dim=32)
+        sizes: dict[str, Any] = {"vocab_size": PAPER_VOCABULARY, **preset_sizes(preset)}
+        return ModelConfig(architecture=architecture, **sizes)
+
+
+Checks = Callable[[Setup], Iterator[Check]]
+
+
+def at_most(name: str, value: float, limit: float) -> Check:
+    """Check that a value is at most a limit; NaN fails."""
+    return Check(name, f"{value:.3g}", f"<= {limit:g}", bool(value <= limit))
+
+
+def at_least(name: str, value: float, limit: float) -> Check:
+    """Check that a value is at least a limit; NaN fails."""
+    return Check(name, f"{value:.3g}", f">= {limit:g}", bool(value >= limit))
+
+
+def equal(name: str, holds: bool) -> Check:
+    """Check that two results are equal."""
+    return Check(name, "equal" if holds else "different", "equal", holds)
+
+
+def relative_error(result: torch.Tensor, exact: torch.Tensor) -> float:
+    """Largest absolute difference, divided by the largest absolute value of ``exact``; computed on the CPU."""
+    exact = exact.detach().cpu().double()
+    difference = (result.detach().cpu().double() - exact).abs().max()
+    return float(difference / exact.abs().max().clamp_min(1e-30))

@@ -1,0 +1,69 @@
+"""Two processes against one: NCCL with a GPU for each, otherwise gloo with both on the same device."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+import torch.distributed as dist
+from torch import multiprocessing
+
+from antransformer.data import Dataset
+from antransformer.selftest.checkpoints import loss_on_cpu
+from antransformer.selftest.checks import Check, Setup, at_most
+from antransformer.selftest.runs import corpus, losses, run_config
+from antransformer.training import run_folder
+from antransformer.training.config import TrainConfig
+from antransformer.training.distributed.parallel import DistributedContext
+from antransformer.training.dry_run import NullReporter
+from antransformer.training.trainer import Trainer
+
+PROCESSES = 2
+
+
+def replicated(setup: Setup) -> Iterator[Check]:
+    """Data parallelism with all weights on both ranks (ddp)."""
+    yield from _compare(setup, "ddp")
+
+
+def sharded(setup: Setup) -> Iterator[Check]:
+    """Weights and optimizer state sharded over the ranks (fsdp), and their checkpoint on a CPU."""
+    yield from _compare(setup, "fsdp")
+
+
+def _compare(setup: Setup, parallel: str) -> Iterator[Check]:
+    dataset = corpus(setup)
+    config = run_config(setup, dataset, parallel=parallel, recipe="paper")
+    name = f"{parallel}, 2 processes, {_backend(setup.device)}"
+    with TemporaryDirectory(dir=setup.folder) as scratch:
+        single, double = Path(scratch, "single"), Path(scratch, "double")
+        for folder in (single, double):
+            run_folder.create_run_folder(folder, config, dataset)
+        Trainer(config, dataset, single, NullReporter()).run()
+        arguments = (config, dataset.path, double, Path(scratch, "rendezvous"), setup.device.type)
+        multiprocessing.spawn(_rank, arguments, PROCESSES)
+        pairs = zip(losses(single), losses(double), strict=True)
+        yield at_most(f"{name}: largest difference of the losses", max(abs(a - b) for a, b in pairs), 1e-3)
+        yield loss_on_cpu(f"{name}: checkpoint loaded on a CPU", double, config, dataset)
+
+
+def _backend(device: torch.device) -> str:
+    several = device.type == "cuda" and torch.cuda.device_count() >= PROCESSES
+    return "cpu:gloo,cuda:nccl" if several else "gloo"
+
+
+def _rank(rank: int, config: TrainConfig, data: Path, folder: Path, rendezvous: Path, device: str) -> None:
+    """Body of one of the processes."""
+    backend = _backend(torch.device(device))
+    # Ranks that share a GPU present themselves as two nodes, each with a device of number 0.
+    shared = device == "cuda" and backend == "gloo"
+    context = DistributedContext(rank, PROCESSES, 0 if shared else rank, 1 if shared else PROCESSES)
+    if device == "cuda":
+        torch.cuda.set_device(context.local_rank)
+    else:
+        torch.set_num_threads(1)
+    dist.init_process_group(backend, init_method=f"file://{rendezvous}", rank=rank, world_size=PROCESSES)
+    try:
+        Trainer(config, Dataset.open(data), folder, NullReporter(), dist_ctx=context).run()
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,183 @@
+"""Speed and memory: training steps, FP8, fused kernels, CUDA graphs, generation.
+
+The limits are the project's goals for an H100; on other GPUs without a known peak the MFU has no limit. In miniature
+nothing has a limit, since such small sizes measure overhead.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from unittest import mock
+
+import torch
+
+from antransformer import kernels
+from antransformer.benchmarks.generate import GenerationSettings, bench_generate
+from antransformer.benchmarks.loss_and_optimizer import WITH_BOUNDS, bench_optimizer
+from antransformer.benchmarks.models import TrainingSetup, our_setup
+from antransformer.benchmarks.settings import MODES, Settings, replace_architecture
+from antransformer.benchmarks.timing import Row, alternate, make_rows, time_call
+from antransformer.benchmarks.train_step import StepSettings, bench_step, make_step
+from antransformer.models import ModelConfig
+from antransformer.selftest.checks import Check, Setup
+from antransformer.training import float8
+from antransformer.training.cost_model.memory import Layout, estimate_memory
+from antransformer.training.cost_model.throughput import peak_flops
+
+OURS = ("gpt+", "ngpt", "angpt")
+PEERS = ("gpt+", "angpt", "qwen3", "x-transformers", "ngpt-pytorch")
+BATCHES = {"125m": 16, "0.5b": 8}
+MFU = {"125m": 0.35, "0.5b": 0.5}
+STEP_RATIO = 1.0  # time of anGPT's step over that of GPT+; the paper measures 1.0275
+FP8_SPEEDUP = 1.15
+MEMORY_RANGE = (0.8, 1.2)  # measured over modelled
+
+
+def steps_125m(setup: Setup) -> Iterator[Check]:
+    """Training steps at 125m, eager and compiled."""
+    yield from _steps(setup, "125m")
+
+
+def steps_half_billion(setup: Setup) -> Iterator[Check]:
+    """Training steps at 0.5b, eager and compiled."""
+    yield from _steps(setup, "0.5b")
+
+
+def peers(setup: Setup) -> Iterator[Check]:
+    """Compiled steps against other libraries, as far as they are installed."""
+    settings = _step_settings(setup, "125m", PEERS[:2] if setup.miniature else PEERS, modes=("compiled",))
+    for row in bench_step(settings, setup.log).rows:
+        yield Check(f"125m compiled, {row.variant}", f"{_speed(row)}, {row.ratio.median:.3f} of GPT+'s speed")
+
+
+def fp8(setup: Setup) -> Iterator[Check]:
+    """Compiled steps of anGPT at 0.5b in FP8 against bfloat16."""
+    model = setup.model("0.5b")
+    float8.check(model, setup.device)
+    setups = {}
+    for name in ("bfloat16", "fp8"):
+        with setup.device:
+            made = our_setup(model, "angpt")
+        if name == "fp8":
+            float8.convert(made.model, setup.device)  # type: ignore[arg-type]  # our models are decoders
+        setups[name] = made._replace(loss=torch.compile(made.loss, dynamic=False))
+    ratio = _ratio(setup, setups, "0.5b")
+    yield _goal(setup, "0.5b compiled, speed in FP8 over bfloat16", ratio, ratio >= FP8_SPEEDUP, f">= {FP8_SPEEDUP}")
+
+
+def cuda_graphs(setup: Setup) -> Iterator[Check]:
+    """Compiled steps of a small model with CUDA graphs (mode reduce-overhead) against those without."""
+    if setup.device.type != "cuda":
+        yield Check("CUDA graphs", "only on a CUDA device")
+        return
+    model = ModelConfig(vocab_size=4096, width=256, layers=6, context=256, head_dim=64)
+    setups = {}
+    for name, mode in (("compiled", None), ("CUDA graphs", "reduce-overhead")):
+        with setup.device:
+            made = our_setup(model, "angpt")
+        setups[name] = made._replace(loss=torch.compile(made.loss, dynamic=False, mode=mode))
+    yield Check("width 256, speed with CUDA graphs over compiled", f"{_ratio(setup, setups, '125m', model):.3f}")
+
+
+def optimizer(setup: Setup) -> Iterator[Check]:
+    """Optimizer steps with bounds against those without, with the Triton kernel and with plain torch."""
+    settings = Settings(model=setup.model("125m"), device=setup.device, dtype=_dtype(setup), rounds=_rounds(setup))
+    for fused in (True, False):
+        with mock.patch.object(kernels, "use_triton", kernels.use_triton if fused else _never):
+            rows = bench_optimizer(settings).rows
+        for row in rows:
+            if row.variant == WITH_BOUNDS:
+                name = f"125m {row.task['architecture']}, optimizer with bounds over without"
+                yield Check(
+                    f"{name}, {'kernel' if fused else 'plain torch'}", f"{1 / row.ratio.median:.3f} of the time"
+                )
+
+
+def generation(setup: Setup) -> Iterator[Check]:
+    """Prefill and decode at 125m."""
+    model = setup.model("125m")
+    prompt, new = (16, 8) if setup.miniature else (512, 128)
+    settings = GenerationSettings(
+        model=model,
+        device=setup.device,
+        dtype=_dtype(setup),
+        rounds=_rounds(setup),
+        batches=(1,) if setup.miniature else (1, 16),
+        prompt_tokens=prompt,
+        max_new_tokens=new,
+        modes=("eager",) if setup.miniature else MODES,
+    )
+    for row in bench_generate(settings, setup.log).rows:
+        task = f"125m {row.task['mode']}, batch {row.task['batch']}, {row.task['part']}, {row.variant}"
+        yield Check(task, f"{_speed(row)}, {row.ratio.median:.3f} of the folded anGPT's speed")
+
+
+def _steps(setup: Setup, preset: str) -> Iterator[Check]:
+    settings = _step_settings(setup, preset, OURS, modes=MODES)
+    for row in bench_step(settings, setup.log).rows:
+        name = f"{preset} {row.task['mode']}, {row.variant}"
+        slowdown = 1 / row.ratio.median
+        compiled = row.task["mode"] == "compiled"
+        text = f"{_speed(row)}, step time {slowdown:.3f} of GPT+'s"
+        if row.variant == "angpt" and compiled:
+            yield _goal(setup, name, slowdown, slowdown <= STEP_RATIO, f"step time <= {STEP_RATIO:.2f}", text)
+        else:
+            yield Check(name, text)
+        if row.utilization is not None and compiled and peak_flops(setup.device, settings.dtype):
+            mfu = row.utilization.median
+            yield _goal(setup, f"{name}, MFU", mfu, mfu >= MFU[preset], f">= {MFU[preset]}")
+        yield _memory(setup, name, row, settings)
+
+
+def _memory(setup: Setup, name: str, row: Row, settings: StepSettings) -> Check:
+    model = replace_architecture(settings.model, row.variant)
+    expected = estimate_memory(model, Layout(micro_batch_size=settings.batch), settings.dtype).total
+    assert row.memory is not None
+    ratio = row.memory / expected
+    low, high = MEMORY_RANGE
+    text = f"{row.memory / 2**30:.2f} GiB, {ratio:.2f} of the model's estimate"
+    return _goal(setup, f"{name}, peak memory", ratio, low <= ratio <= high, f"{low} to {high}", text)
+
+
+def _step_settings(setup: Setup, preset: str, variants: Sequence[str], **options: object) -> StepSettings:
+    return replace(
+        StepSettings(model=setup.model(preset), device=setup.device, dtype=_dtype(setup)),
+        variants=tuple(variants),
+        batch=2 if setup.miniature else BATCHES[preset],
+        rounds=_rounds(setup),
+        **options,  # type: ignore[arg-type]
+    )
+
+
+def _ratio(setup: Setup, setups: dict[str, TrainingSetup], preset: str, model: ModelConfig | None = None) -> float:
+    """Median ratio of speeds, second setup over first."""
+    settings = _step_settings(setup, preset, OURS)
+    settings = replace(settings, model=model or settings.model)
+    torch.compiler.reset()
+    steps: dict[str, Callable[[], None]] = {name: make_step(each, settings) for name, each in setups.items()}
+    timers = {name: partial(time_call, step, setup.device) for name, step in steps.items()}
+    times = alternate(timers, settings.rounds)["total"]
+    rows = make_rows({}, times, 1.0, next(iter(times)))
+    return rows[-1].ratio.median
+
+
+def _goal(setup: Setup, name: str, value: float, met: bool, limit: str, text: str | None = None) -> Check:
+    """A check on a device whose speed is judged; elsewhere only the figure."""
+    figure = f"{value:.3f}" if text is None else text
+    return Check(name, figure) if setup.miniature else Check(name, figure, limit, met)
+
+
+def _dtype(setup: Setup) -> torch.dtype:
+    return torch.float32 if setup.miniature else torch.bfloat16
+
+
+def _rounds(setup: Setup) -> int:
+    return 1 if setup.miniature else 15
+
+
+def _speed(row: Row) -> str:
+    return f"{row.speed.median:,.0f} tokens/s"
+
+
+def _never(_: torch.Tensor) -> bool:
+    return False
