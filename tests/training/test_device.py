@@ -10,9 +10,14 @@ import torch
 from antransformer.cli import main
 from antransformer.errors import ConfigError
 from antransformer.training import run_folder
-from antransformer.training.device import choose_device, choose_precision, resolve_precision
+from antransformer.training.config import resolve_config
+from antransformer.training.device import choose_device, choose_precision, resolve_auto
 from helpers.commands import TEN_STEPS
 from helpers.messages import mentions
+
+
+def resolved(device, **settings):
+    return resolve_auto(resolve_config(settings, 257), device)
 
 
 def test_bfloat16_products_are_right_under_a_thread_limit():
@@ -59,9 +64,19 @@ def test_auto_takes_bfloat16_where_the_processor_multiplies_it(monkeypatch, capa
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert resolve_precision("auto", "auto") == resolve_precision("auto", "cpu") == expected
-    assert resolve_precision("auto", "mps") == "float32" and resolve_precision("auto", "cuda:1") == "bfloat16"
-    assert [resolve_precision(name, "cpu") for name in ("float32", "bfloat16", "fp8")] == ["float32", "bfloat16", "fp8"]
+    assert resolved("auto").precision == resolved("cpu").precision == expected
+    assert resolved("mps").precision == "float32" and resolved("cuda:1").precision == "bfloat16"
+    for name in ("float32", "bfloat16", "fp8"):
+        assert resolved("cpu", precision=name).precision == name
+
+
+def test_a_run_is_compiled_on_cuda_devices_unless_the_user_decides():
+    assert [resolved(device).compile for device in ("auto", "cpu", "mps", "cuda", "cuda:1")] == [
+        *[False] * 3,
+        True,
+        True,
+    ]
+    assert resolved("cpu", compile=True).compile and not resolved("cuda", compile=False).compile
 
 
 def test_a_new_run_records_its_precision_and_an_old_one_keeps_its_own(corpus, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The training loop: metrics, validation, precision, and runs that diverge."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -9,10 +10,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from antransformer.bounds import norms
 from antransformer.data import Dataset, eval_batches
 from antransformer.errors import DataError, DivergedError
-from antransformer.models import Decoder
+from antransformer.models import Decoder, build
 from antransformer.training.checkpointing import checkpoint
+from antransformer.training.compilation import compiled_loss
+from antransformer.training.config import resolve_config
 from antransformer.training.metrics import read_metrics
 from helpers.messages import mentions
+from helpers.small import SMALL
 from helpers.trainers import ARCHITECTURES, OPTIMIZED, losses, resume, run_until, start, weights
 
 
@@ -89,7 +93,7 @@ def test_nan_loss_stops_the_run(corpus, tmp_path, monkeypatch):
     loss, calls = trainer.loss, []
 
     def nan_once(tokens, targets):
-        calls.append(1)
+        calls.extend([1] * torch.is_grad_enabled())  # validation calls it too
         return loss(tokens, targets) * (math.nan if len(calls) == 14 else 1)
 
     trainer.loss = nan_once
@@ -206,6 +210,40 @@ def test_step_does_not_wait_for_the_device(corpus, tmp_path, monkeypatch, archit
             trainer.update(step)
         with pytest.raises(AssertionError, match="_local_scalar_dense"):
             torch.ones(1).item()
+
+
+def failing_compiler(graph, inputs):
+    raise RuntimeError("no compiler\nat all")
+
+
+def test_a_failing_compiler_is_a_warning_and_the_run_goes_on(corpus, tmp_path, monkeypatch):
+    start(corpus, tmp_path / "plain", tokens=256 * 3, compile=False).run()
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=failing_compiler))
+    trainer = start(corpus, tmp_path / "run", tokens=256 * 3, compile=True)
+    assert [mentions(note, "torch.compile") for note in trainer.reporter] == [True]
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
+    trainer.run()
+    assert losses(tmp_path / "run") == losses(tmp_path / "plain")
+
+
+def test_a_compiler_that_fails_for_single_blocks_is_a_warning_too():
+    config = resolve_config({"model": SMALL, "batch_tokens": 64}, 257)
+    model, notes = build(config.model), []
+    for block in model.blocks:
+        block.compile(backend=failing_compiler)
+    loss = compiled_loss(model, config, torch.device("cpu"), torch.float32, notes.append)
+    assert len(notes) == 1
+    tokens = torch.arange(8).view(1, 8)
+    torch.testing.assert_close(loss(tokens, tokens), model.loss(tokens, tokens))
+
+
+def test_validation_uses_the_compiled_loss(corpus, tmp_path):
+    trainer = start(corpus, tmp_path / "run", tokens=256, compile=True)
+    compiled, calls = trainer.loss, []
+    trainer.loss = lambda *batch: calls.append(torch.is_grad_enabled()) or compiled(*batch)
+    trainer.evaluate()
+    assert calls and not any(calls)
 
 
 def test_compiled_trainer_has_a_plain_decoder(corpus, tmp_path):

@@ -107,7 +107,7 @@ def add_config(group: Any, config: type, prefix: str = "", only: Sequence[str] =
             text += f" (default {item.default})"
         flag = f"--{prefix}{item.name.replace('_', '-')}"
         dest = f"{SETTING}{prefix}{item.name}"
-        if hints[item.name] is bool:
+        if hints[item.name] in (bool, bool | None):
             group.add_argument(flag, dest=dest, default=None, action=argparse.BooleanOptionalAction, help=text)
         else:
             kind = (*typing.get_args(hints[item.name]), hints[item.name])[0]  # the first of "float | None"

@@ -1,4 +1,6 @@
-"""Check this machine: kernels, models, checkpoints, speed and a training comparison, against a CPU and the goals.
+"""Check this machine: kernels, models, checkpoints, speed and a training comparison.
+
+On a GPU, results are compared with the CPU, and speed with the goals of the project.
 
 Every part prints a table. Finished parts are kept in --out, and the same command continues with the rest. At the end
 report.md there has all tables. On a GPU all parts take about an hour; a CPU runs all of them in miniature.

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -28,7 +28,7 @@ from antransformer.runs.settings import flatten
 from antransformer.runs.worker import RESULT_FILE
 from antransformer.training import run_folder
 from antransformer.training.config import MUTABLE_ON_RESUME, TrainConfig, to_mapping
-from antransformer.training.device import choose_device, choose_precision, resolve_precision
+from antransformer.training.device import choose_device, choose_precision, resolve_auto
 from antransformer.training.trainer import StopSignals
 
 
@@ -188,7 +188,7 @@ class RunQueue:
         return results
 
     def _resolved(self, config: TrainConfig) -> TrainConfig:
-        return replace(config, precision=resolve_precision(config.precision, self.devices[0]))
+        return resolve_auto(config, self.devices[0])
 
     def _train(self, job: Job, device: str) -> RunResult | None:
         """Train one run in a worker process; None where the queue stopped it."""

@@ -134,7 +134,9 @@ class TrainConfig:
         "auto",
         choices=("auto", "float32", "bfloat16", "fp8"),
     )
-    compile: bool = setting("compile the model with torch.compile", False)
+    compile: bool | None = setting(
+        "compile the model with torch.compile; without it where the compiler fails (default: on a CUDA GPU only)", None
+    )
     parallel: str = setting(
         "data parallelism under torchrun: ddp (replicate the model), fsdp (shard it over all ranks), hsdp (shard it "
         "within a node, replicate across nodes)",

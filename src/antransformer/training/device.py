@@ -3,11 +3,13 @@
 import contextlib
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from antransformer.errors import ConfigError
+from antransformer.training.config import TrainConfig
 
 
 def choose_device(name: str, local_rank: int = 0, local_size: int = 1) -> torch.device:
@@ -52,18 +54,21 @@ def _apply_thread_limit() -> None:
         torch.set_num_threads(int(limit))
 
 
-def resolve_precision(name: str, device: str) -> str:
-    """Value of ``--precision`` for a new run: ``auto`` becomes bfloat16 where the device multiplies it fast.
+def resolve_auto(config: TrainConfig, device: str) -> TrainConfig:
+    """Settings of a new run with its precision and compilation chosen by the device.
+
+    Precision ``auto`` becomes bfloat16 where the device multiplies it fast. The model is compiled on CUDA devices.
 
     Args:
-        name: value of ``--precision``.
+        config: settings of the run.
         device: value of ``--device``.
     """
-    if name != "auto":
-        return name
     on_cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     on_mps = device == "mps" or (device == "auto" and not on_cuda and torch.backends.mps.is_available())
-    return "bfloat16" if on_cuda or (not on_mps and cpu_multiplies_bfloat16()) else "float32"
+    precision, compiled = config.precision, config.compile
+    if precision == "auto":
+        precision = "bfloat16" if on_cuda or (not on_mps and cpu_multiplies_bfloat16()) else "float32"
+    return replace(config, precision=precision, compile=on_cuda if compiled is None else compiled)
 
 
 def cpu_multiplies_bfloat16() -> bool:

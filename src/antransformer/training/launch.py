@@ -5,7 +5,6 @@ import logging
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from antransformer.settings import Count
 from antransformer.training import extension, run_folder
 from antransformer.training.checkpointing import checkpoint
 from antransformer.training.config import TrainConfig, resolve_config
-from antransformer.training.device import resolve_precision
+from antransformer.training.device import resolve_auto
 from antransformer.training.distributed.parallel import DistributedContext, init_distributed
 from antransformer.training.learning_rates import format_rates
 from antransformer.training.lock import lock
@@ -108,8 +107,7 @@ def _new_run(settings: dict[str, Any], folder: Path | None, open_data: OpenData)
         run_folder.require_empty(folder)
     dataset = open_data(data)
     config = resolve_config(settings, dataset.vocab_size)
-    config = replace(config, precision=resolve_precision(config.precision, config.device))
-    return dataset, config, folder or run_folder.default_folder(config)
+    return dataset, resolve_auto(config, config.device), folder or run_folder.default_folder(config)
 
 
 def _resumed_run(

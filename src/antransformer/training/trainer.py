@@ -4,7 +4,6 @@ import contextlib
 import math
 import signal
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import FrameType
@@ -21,6 +20,7 @@ from antransformer.training import extension, metrics
 from antransformer.training.averaging import WeightAverage
 from antransformer.training.checkpointing import checkpoint
 from antransformer.training.checkpointing.checkpoint import Checkpoint
+from antransformer.training.compilation import Loss, compiled_loss
 from antransformer.training.config import LEGACY_DEFAULTS, MUTABLE_ON_RESUME, TrainConfig, to_mapping
 from antransformer.training.cost_model import throughput
 from antransformer.training.device import autocast, choose_device, choose_precision
@@ -126,9 +126,9 @@ class Trainer:
             reporter.log("fp8 is simulated on a CPU, with the rounding of a GPU but not its speed")
         self.optimizer = make_optimizer(self.model, config)
         bind(self.model, self.optimizer)
-        self.loss: Callable[[Tensor, Tensor], Tensor] = (
-            torch.compile(self.model.loss) if config.compile and dist_ctx.world_size == 1 else self.model.loss
-        )
+        self.loss: Loss = self.model.loss
+        if config.compile:
+            self.loss = compiled_loss(self.model, config, self.device, self.precision, reporter.log)
         self.writer = checkpoint.CheckpointWriter(
             folder / CHECKPOINTS, config.keep_checkpoints, config.keep_every, dist_ctx
         )
@@ -340,7 +340,7 @@ class Trainer:
                 # A rank without a window of its own computes the first one, since sharded models need all ranks.
                 share = slice(rank, None, size) if rank < len(tokens) else slice(1)
                 with autocast(self.device, self.precision):
-                    loss = self.model.loss(self._to_device(tokens[share]), self._to_device(targets[share]))
+                    loss = self.loss(self._to_device(tokens[share]), self._to_device(targets[share]))
                 if rank < len(tokens):
                     total += loss.cpu().double() * tokens[share].numel()  # in this order: MPS has no float64
                 count += tokens.numel()
