@@ -4,12 +4,14 @@ import math
 import sys
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
 from torch._dynamo.testing import CompileCounter
 
+from antransformer.benchmarks import busy
 from antransformer.benchmarks.growth import exponent
 from antransformer.benchmarks.loss_and_optimizer import losses
 from antransformer.benchmarks.models import BUILDERS, build_variants
@@ -236,6 +238,30 @@ def test_the_optimizer_is_timed_with_and_without_bounds(tmp_path, capsys):
     assert measured == [(name, part) for name in ("angpt", "ngpt") for part in ("optimizer", "with bounds")]
     out = capsys.readouterr().out
     assert rows[0]["ratio"]["median"] == 1 and all(f" {row['speed']['median']:,.0f} " in out for row in rows)
+
+
+def test_training_is_timed_next_to_busy_processes(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(busy, "SECONDS", 0.05)
+    popen = SimpleNamespace(Popen=lambda words: started.append(Process()) or started[-1])
+    monkeypatch.setattr(busy, "subprocess", popen)
+    file = tmp_path / "busy.json"
+    assert main(["bench", "busy", "--processes=2", "--rounds=2", "--batch=1", "--json", str(file), *OPTIONS]) == 0
+    rows = [(row["task"]["other processes"], row["variant"]) for row in json.loads(file.read_text())["rows"]]
+    assert rows == [(0, busy.FIXED), (0, busy.ADAPTED), (2, busy.FIXED), (2, busy.ADAPTED)]
+    assert len(started) == 2 * 2 * 3 and all(process.killed for process in started)
+
+
+class Process:
+    """Another process that never runs."""
+
+    killed = False
+
+    def kill(self):
+        self.killed = True
+
+    def wait(self):
+        pass
 
 
 def test_compiled_steps_of_chosen_variants(tmp_path, capsys, monkeypatch):

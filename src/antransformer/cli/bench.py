@@ -12,6 +12,9 @@ optimizer: optimizer steps with and without bounds, in parameters per second.
 data: "antransformer prepare" against the library tokenizers on the same text in memory; and training with synchronous
 and prefetched batches, with the fraction of time spent waiting for data.
 
+busy: training on a CPU, alone and next to --processes other busy processes, with the number of threads fixed and
+adapted. With --rounds 3 it takes about five minutes.
+
 generate: prefill and decode of our architectures and of Qwen3 (transformers) in the same shape, with random weights.
 
 The ratio is the speed divided by the speed of the first variant in the same round (generate: the folded anGPT).
@@ -57,6 +60,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "loss": {"batch": [8]},
     "optimizer": {},
     "data": {"batch": [8], "text": [], "tokenizer": []},
+    "busy": {"batch": [8], "processes": 1},
     "generate": {"batch": [1, 16], "prompt_tokens": 512, "max_new_tokens": 128, "mode": "eager"},
 }
 
@@ -84,6 +88,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--tokenizer", nargs="+", metavar="NAME", help="data: tokenizers (default: byte and a BPE of 4,096 ids)"
     )
+    parser.add_argument("--processes", type=int, metavar="N", help="busy: number of other processes (default 1)")
     parser.add_argument("--prompt-tokens", type=int, metavar="N", help="generate: length of a prompt (default 512)")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="generate: tokens to generate (default 128)")
     parser.add_argument("--mode", choices=(*MODES, "both"), help="step, generate: with torch.compile (default eager)")
@@ -228,11 +233,21 @@ def bench_generate(parsed: argparse.Namespace, shared: dict[str, Any]) -> "Bench
     return time_generation(settings, log)
 
 
+def bench_busy(parsed: argparse.Namespace, shared: dict[str, Any]) -> "Benchmark":
+    """Run ``bench busy``."""
+    from antransformer.benchmarks.busy import bench_busy as time_busy
+    from antransformer.benchmarks.train_step import StepSettings
+
+    settings = StepSettings(model=model_config(parsed), variants=("angpt",), batch=single_batch(parsed), **shared)
+    return time_busy(settings, parsed.processes, log)
+
+
 BENCHMARKS: dict[str, Callable[[argparse.Namespace, dict[str, Any]], "Benchmark"]] = {
     "step": bench_step,
     "loss": bench_loss,
     "optimizer": bench_optimizer,
     "data": bench_data,
+    "busy": bench_busy,
     "generate": bench_generate,
 }
 

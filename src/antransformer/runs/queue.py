@@ -223,14 +223,16 @@ class RunQueue:
         with self.lock:
             if self.stopping:
                 return None
+            threads = str(max(1, available_cores() // len(self.devices)))
             process = subprocess.Popen(
                 # -P: a user's file in the current folder must not shadow a library of the same name
-                [sys.executable, "-P", "-m", worker.__name__, str(folder), str(self.dataset.path), device],
+                [sys.executable, "-P", "-m", worker.__name__, str(folder), str(self.dataset.path), device, threads],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
-                env={**os.environ, "OMP_NUM_THREADS": str(max(1, available_cores() // len(self.devices)))},
+                # A number of the user's is for this process, and would stop the worker from adapting its own.
+                env={name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"},
                 start_new_session=True,  # Ctrl-C in the terminal reaches this process only, which then stops workers
             )
             self.processes.add(process)

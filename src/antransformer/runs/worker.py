@@ -1,4 +1,4 @@
-"""The worker process of one run in an experiment: ``python -m antransformer.runs.worker RUN DATA DEVICE``.
+"""The worker process of one run in an experiment: ``python -m antransformer.runs.worker RUN DATA DEVICE THREADS``.
 
 The worker sends its parent JSON lines on standard output (``step`` or ``error``) and writes ``result.json`` into the
 run folder. When its standard input closes, it saves a checkpoint and exits: no worker outlives a killed experiment.
@@ -62,6 +62,7 @@ class WorkerReporter:
 def main(arguments: list[str]) -> int:
     """Train the run and return the exit status: 0 also for a diverged run, since divergence is a result."""
     folder, data, device = Path(arguments[0]), arguments[1], arguments[2]
+    torch.set_num_threads(int(arguments[3]))
     threading.Thread(target=stop_with_parent, daemon=True).start()
     try:
         train(folder, data, device)

@@ -35,6 +35,7 @@ from antransformer.training.learning_rates import peak_rates
 from antransformer.training.metrics import MetricsLine, MetricsLog
 from antransformer.training.optimizer import make_optimizer
 from antransformer.training.run_folder import CHECKPOINTS, open_checkpoint, run_folder_of
+from antransformer.training.threads import ThreadWatch
 
 # Ranks agree on the largest number that one of them reports: 0, a signal, or this number beyond all signals.
 CHECKPOINT_FAILED = signal.NSIG
@@ -217,11 +218,13 @@ class Trainer:
         line: MetricsLine | None = None
         self.reporter.step(self.done)
         try:
-            with StopSignals() as signals, profiler or contextlib.nullcontext(), self.writer:
+            watch = ThreadWatch(self.device, self.reporter.log)
+            with StopSignals() as signals, watch, profiler or contextlib.nullcontext(), self.writer:
                 while self.done < config.steps:
                     pending += self.update(self.done + 1)
                     self.done += 1
                     self.reporter.step(self.done)
+                    watch.update()
                     if profiler is not None:
                         profiler.step()
                     stopping = self._agree_to_stop(signals)

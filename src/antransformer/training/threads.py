@@ -1,0 +1,88 @@
+"""Number of CPU threads of a run, adapted to what other processes use.
+
+The threads of a matrix product wait for each other without releasing their cores. Where another process has taken one
+of the cores, the product waits for the thread that does not run, and training slows down to a small fraction. With a
+thread less it keeps most of its speed (docs/speed.md).
+
+A number that the user chose (``OMP_NUM_THREADS``) is kept. So is every number where /proc/stat does not exist, which is
+everywhere but on Linux.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+INTERVAL = 2.0  # seconds between two readings
+MARGIN = 0.5  # cores that others may use beyond the free ones before a thread is taken away
+CLOCK = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
+
+
+class Reading(NamedTuple):
+    """Seconds of wall time, of all cores in use, and of the cores that this process uses."""
+
+    wall: float
+    cores: float
+    own: float
+
+
+class ThreadWatch:
+    """Takes threads away while other processes use their cores, and gives them back afterwards.
+
+    Leaving the context restores the number.
+
+    Args:
+        device: device of the run; nothing is done unless it is a CPU.
+        log: receives a message whenever the number of threads changes.
+    """
+
+    def __init__(self, device: torch.device, log: Callable[[str], None]) -> None:
+        self.most, self.log = torch.get_num_threads(), log
+        enabled = device.type == "cpu" and self.most > 1 and "OMP_NUM_THREADS" not in os.environ
+        self.last = read() if enabled else None
+        self.others = 0.0  # cores that other processes used in the previous interval
+
+    def __enter__(self) -> "ThreadWatch":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_num_threads(self.most)
+
+    def update(self) -> None:
+        """Adapt the number of threads to the time since the last reading, if that is long enough."""
+        if self.last is None or time.perf_counter() - self.last.wall < INTERVAL:
+            return
+        now = read()
+        if now is None:
+            return
+        wall, cores, own = (after - before for after, before in zip(now, self.last, strict=True))
+        others, before = max(0.0, cores - own) / wall, self.others
+        self.last, self.others = now, others
+        threads = torch.get_num_threads()
+        # Both intervals must agree, since others that work for a moment should not change anything.
+        wanted = max(self.threads_for(others), self.threads_for(before))
+        if wanted >= threads:
+            wanted = max(threads, min(self.threads_for(others), self.threads_for(before)))
+        if wanted != threads:
+            torch.set_num_threads(wanted)
+            self.log(f"other processes use {others:.1f} CPU cores: training with {wanted} of {self.most} threads")
+
+    def threads_for(self, others: float) -> int:
+        """Number of threads for a machine on which others use this number of cores."""
+        free = (os.cpu_count() or 1) - others
+        return max(1, min(self.most, int(free + MARGIN)))
+
+
+def read() -> Reading | None:
+    """Current reading; None where the system does not tell."""
+    try:
+        line = Path("/proc/stat").read_text(encoding="ascii").partition("\n")[0]
+        user, nice, system, _, _, irq, soft_irq, steal = map(int, line.split()[1:9])
+    except (OSError, ValueError):
+        return None
+    own_is_nice = os.nice(0) > 0
+    used = user + system + irq + soft_irq + steal + (nice if own_is_nice else 0)  # others with less priority give way
+    return Reading(time.perf_counter(), used / CLOCK, time.process_time())

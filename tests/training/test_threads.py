@@ -1,0 +1,79 @@
+"""The number of threads where other processes use the cores."""
+
+import multiprocessing
+import os
+
+import pytest
+import torch
+
+from antransformer.training import threads
+from antransformer.training.threads import Reading, ThreadWatch
+from helpers.messages import mentions
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A machine of 8 cores on which this process has 8 threads; returns how many of its cores others use."""
+    others, readings = [0.0], []
+
+    def read():
+        last = readings[-1] if readings else Reading(0.0, 0.0, 0.0)
+        own = torch.get_num_threads() * threads.INTERVAL
+        readings.append(
+            Reading(last.wall + threads.INTERVAL, last.cores + own + others[0] * threads.INTERVAL, last.own + own)
+        )
+        return readings[-1]
+
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(threads, "read", read)
+    monkeypatch.setattr(threads.time, "perf_counter", lambda: readings[-1].wall + threads.INTERVAL)
+    before, count = torch.get_num_threads(), [8]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: count[0])
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: count.__setitem__(0, number))
+    yield others
+    monkeypatch.undo()
+    assert torch.get_num_threads() == before
+
+
+def test_threads_give_way_to_other_processes_and_return(machine):
+    notes, counts = [], []
+    with ThreadWatch(CPU, notes.append) as watch:
+        for others in (0, 0, 1, 1, 1, 6, 6, 9, 9, 0.2, 0.2):
+            machine[0] = others
+            watch.update()
+            counts.append(torch.get_num_threads())
+    assert counts == [8, 8, 8, 7, 7, 7, 2, 2, 1, 1, 8]
+    assert len(notes) == 4 and mentions(notes[0], "1.0", 7, 8)
+    assert torch.get_num_threads() == 8
+
+
+def test_a_moment_of_other_work_changes_nothing(machine):
+    notes = []
+    with ThreadWatch(CPU, notes.append) as watch:
+        for others in (0, 4, 0, 4, 0):
+            machine[0] = others
+            watch.update()
+    assert not notes
+
+
+def test_a_number_that_the_user_chose_is_kept(machine, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    machine[0] = 5.0
+    with ThreadWatch(CPU, pytest.fail) as watch:
+        for _ in range(4):
+            watch.update()
+    assert torch.get_num_threads() == 8
+
+
+def test_reading_counts_the_seconds_of_this_process_and_of_others():
+    first = threads.read()
+    if first is None:
+        pytest.skip("no /proc/stat")
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        pool.apply(sum, (range(20_000_000),))
+    second = threads.read()
+    wall, cores, own = (after - before for after, before in zip(second, first, strict=True))
+    assert cores - own > 0.1 and own < wall
