@@ -50,6 +50,17 @@ def test_fewer_devices_than_processes_are_refused(monkeypatch, name, parts):
     assert choose_device("cpu", local_rank=3, local_size=4) == torch.device("cpu")
 
 
+def test_a_cuda_device_becomes_the_current_one(monkeypatch):
+    chosen, zeros = [], torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda size, device: zeros(size))
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("cuda:1") == choose_device("cuda", local_rank=1, local_size=2) == torch.device("cuda:1")
+    assert chosen == [torch.device("cuda:1")] * 2
+    choose_device("cpu")
+    assert len(chosen) == 2
+
+
 @pytest.mark.parametrize(
     ("capabilities", "expected"),
     [

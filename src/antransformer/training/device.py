@@ -15,8 +15,8 @@ from antransformer.training.config import TrainConfig
 def choose_device(name: str, local_rank: int = 0, local_size: int = 1) -> torch.device:
     """Device of this process. ``auto`` prefers CUDA, then Apple's MPS, then the CPU.
 
-    A CUDA device without a number gets the number of the local rank. The number of torch's CPU threads is limited to
-    ``OMP_THREAD_LIMIT``.
+    A CUDA device without a number gets the number of the local rank, and becomes the current device. The number of
+    torch's CPU threads is limited to ``OMP_THREAD_LIMIT``.
 
     Args:
         name: value of ``--device``.
@@ -43,6 +43,8 @@ def choose_device(name: str, local_rank: int = 0, local_size: int = 1) -> torch.
         torch.zeros(1, device=device).item()  # fails on the meta device, which has no values
     except (RuntimeError, AssertionError, ValueError) as error:
         raise ConfigError(f"device {name!r} is not available here: use auto or cpu") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # Triton starts kernels on the current device, wherever their tensors are
     return device
 
 
