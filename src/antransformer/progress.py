@@ -94,6 +94,8 @@ class TrainingProgress(LiveDisplay):
             return
         if "val_loss" in line:
             self.validation = f"  val {line['val_loss']:.3f}"
+        for text in line.get("samples", ()):
+            self.print_line(f"sample at step {line['step']:,}: {text!r}")
         loss = f"loss {line['loss']:.3f}" if "loss" in line else "skipped"
         numbers = f"{loss}{self.validation}  {line['tokens_per_second']:,.0f} tok/s"
         if line["mfu"] is not None:

@@ -49,13 +49,14 @@ def test_names_of_other_programs_stand_for_settings_that_exist(capsys):
         assert f"--{meant.replace('_', '-')} " in text or f"--{meant.replace('_', '-')}\n" in text, meant
 
 
-def test_tensorboard_is_checked_before_the_folder_is_made(corpus, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("tracker", ["--tensorboard", "--track=wandb"])
+def test_a_missing_tracker_is_found_before_the_folder_is_made(corpus, tmp_path, capsys, monkeypatch, tracker):
     def missing(module, extra):
         raise MissingExtraError(module, extra)
 
-    monkeypatch.setattr("antransformer.training.launch.require", missing)
+    monkeypatch.setattr("antransformer.training.trackers.require", missing)
     out = tmp_path / "run"
-    assert main(["train", "--data", str(corpus), "--out", str(out), "--tensorboard", *TEN_STEPS]) == 2
+    assert main(["train", "--data", str(corpus), "--out", str(out), tracker, *TEN_STEPS]) == 2
     assert "antransformer[track]" in capsys.readouterr().err and not out.exists()
 
 

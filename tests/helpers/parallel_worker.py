@@ -74,10 +74,10 @@ CASES |= {
     "stopped-tensor": {"parallel": "fsdp", "tensor_parallel": 2},
     "skipped": {"parallel": "fsdp", "max_skipped_steps": 2},
     "clipped": {"parallel": "fsdp", "grad_clip": 0.05},
-    "averaged-ddp": {"parallel": "ddp", "ema": 0.3},
-    "averaged-fsdp": {"parallel": "fsdp", "ema": 0.3},
+    "averaged-ddp": {"parallel": "ddp", "ema": 0.3, "sample_every": 5},
+    "averaged-fsdp": {"parallel": "fsdp", "ema": 0.3, "sample_every": 5},
     "averaged-ngpt": {"parallel": "fsdp", "ema": 0.3, "model": {"architecture": "ngpt"}},
-    "averaged-tensor": {"parallel": "fsdp", "tensor_parallel": 2, "ema": 0.3},
+    "averaged-tensor": {"parallel": "fsdp", "tensor_parallel": 2, "ema": 0.3, "sample_every": 5},
 }
 # Cases that need four processes, or are left to the slow tests with four processes to save time.
 FOUR_PROCESS_CASES = {f"{name}-hsdp": {"parallel": "hsdp", "model": {"architecture": name}} for name in ARCHITECTURES}
@@ -86,7 +86,7 @@ FOUR_PROCESS_CASES |= {
 }
 FOUR_PROCESS_CASES |= {
     "tensor-hsdp": {"parallel": "hsdp", "tensor_parallel": 2},
-    "averaged-hsdp": {"parallel": "hsdp", "ema": 0.3},
+    "averaged-hsdp": {"parallel": "hsdp", "ema": 0.3, "sample_every": 5},
     "tensor-accumulated": {"parallel": "fsdp", "tensor_parallel": 2, "micro_batch_size": 1},
     "tensor-recomputed": {"parallel": "fsdp", "tensor_parallel": 2, "activation_checkpointing": True},
     "tensor-compiled": {"parallel": "fsdp", "tensor_parallel": 2, "compile": True},

@@ -151,6 +151,18 @@ class TrainConfig:
     )
     activation_checkpointing: bool = setting("recompute blocks in the backward pass to save memory", False)
     tensorboard: bool = setting("also write TensorBoard events", False)
+    track: str | None = setting(
+        "also send config, metrics and samples to this tracker: wandb (Weights & Biases; WANDB_MODE=offline keeps them "
+        "in the run folder)",
+        None,
+        choices=("wandb",),
+    )
+    sample_every: int | None = setting(
+        "steps between text samples in terminal, metrics and trackers: a new document, and a continuation of the "
+        "validation text (default: no samples)",
+        None,
+        ge=1,
+    )
     initial_tokens: Count | None = setting(
         "tokens of a continued run before it was first extended, for which its warm-up was set",
         None,
@@ -284,6 +296,8 @@ MUTABLE_ON_RESUME = frozenset(
         "timeout",
         "activation_checkpointing",
         "tensorboard",
+        "track",
+        "sample_every",
         "data",
     )
 )

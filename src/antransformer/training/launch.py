@@ -10,7 +10,6 @@ from typing import Any
 
 from antransformer.data import Dataset
 from antransformer.errors import CheckpointError, ConfigError
-from antransformer.extras import require
 from antransformer.models.config import PAPER_VOCABULARY
 from antransformer.settings import Count
 from antransformer.training import extension, run_folder
@@ -21,6 +20,7 @@ from antransformer.training.distributed.parallel import DistributedContext, init
 from antransformer.training.learning_rates import format_rates
 from antransformer.training.lock import lock
 from antransformer.training.profiling import FIRST, LAST, profile_steps
+from antransformer.training.trackers import check_trackers
 from antransformer.training.trainer import Reporter, Result, Trainer
 
 LOG = logging.getLogger(__name__)
@@ -77,9 +77,9 @@ def train(
                 dataset, saved, folder = _resumed_run(settings, folder, open_data, rewarm)
             else:
                 dataset, saved, folder = _new_run(settings, folder, open_data)
+            if dist_ctx.rank == 0:
+                check_trackers(saved)
         config = saved
-        if config.tensorboard:
-            require("tensorboard", "track")
         if resume and settings.get("tokens", 0) > saved.tokens:
             config = _extended(saved, settings["tokens"], rewarm, folder, dist_ctx)
         with open_reporter(config, dist_ctx.rank) as reporter:

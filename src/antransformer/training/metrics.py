@@ -1,7 +1,7 @@
 """Metrics of a run: ``metrics.jsonl``, TensorBoard events, and norms of the weights."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 from antransformer.bounds import Bound, norms
 from antransformer.errors import MachineError
-from antransformer.extras import require
 from antransformer.files import replace_text
 from antransformer.models import Decoder
 from antransformer.nn import Residual
 from antransformer.training.distributed.parallel import full_tensor
+from antransformer.training.trackers import Tracker
 
 METRICS_FILE = "metrics.jsonl"
 NUMBERS = ("tokens", "loss", "val_loss", "bits_per_byte", "tokens_per_second")  # that readers draw and print
@@ -35,6 +35,7 @@ class MetricsLine(TypedDict):
         mean_alpha: mean residual step size; None if the architecture has none.
         seconds: training time of the run, without validation.
         skipped: number of skipped steps, if ``max_skipped_steps`` is set.
+        samples: texts by the model, on lines of ``sample_every``.
         val_loss: validation loss in nats per token, on lines with a validation; with ``ema``, of the averaged weights.
             All other values are measured on the weights in training.
         bits_per_byte: validation loss in bits per byte of text, on lines with a validation.
@@ -51,28 +52,26 @@ class MetricsLine(TypedDict):
     mean_alpha: float | None
     seconds: float
     skipped: NotRequired[int]
+    samples: NotRequired[list[str]]
     val_loss: NotRequired[float]
     bits_per_byte: NotRequired[float]
 
 
 class MetricsLog:
-    """Append-only JSON lines in a run folder, and TensorBoard events on request.
+    """Append-only JSON lines in a run folder, passed on to trackers.
 
     Args:
         folder: run folder.
         after: number of completed steps. Lines of later steps are removed, since a resumed run writes them again.
-        tensorboard: whether to write events to ``folder/tensorboard``.
         name: name of the file.
-
-    Raises:
-        MissingExtraError: TensorBoard is requested but not installed.
+        trackers: receive every line too.
     """
 
-    def __init__(self, folder: Path, after: int, tensorboard: bool = False, name: str = METRICS_FILE) -> None:
+    def __init__(self, folder: Path, after: int, name: str = METRICS_FILE, trackers: Sequence[Tracker] = ()) -> None:
         self.path = folder / name
         lines = [line for line in read_lines(self.path) if line["step"] <= after]
         replace_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
-        self._events = _event_writer(folder / "tensorboard", after) if tensorboard else None
+        self._trackers = trackers
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append one line, which has at least the key ``step``.
@@ -87,15 +86,13 @@ class MetricsLog:
                 file.write(text)
         except OSError as error:
             raise MachineError(f"{self.path} cannot be written: {error.strerror}") from error
-        if self._events is not None:
-            for name, value in line.items():
-                if name != "step" and value is not None:
-                    self._events.add_scalar(name, value, line["step"])
+        for tracker in self._trackers:
+            tracker.write(line)
 
     def close(self) -> None:
-        """Flush and close the TensorBoard events."""
-        if self._events is not None:
-            self._events.close()
+        """Close the trackers."""
+        for tracker in self._trackers:
+            tracker.close()
 
 
 def read_metrics(path: Path) -> list[MetricsLine]:
@@ -139,10 +136,3 @@ def mean_alpha(model: Decoder) -> Tensor | None:
     """Mean residual step size over all layers and coordinates; None if the architecture has none."""
     alphas = [full_tensor(module.alpha()).mean() for module in model.modules() if isinstance(module, Residual)]
     return torch.stack(alphas).mean() if alphas else None
-
-
-def _event_writer(folder: Path, after: int) -> Any:
-    require("tensorboard", "track")
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder), purge_step=after + 1)

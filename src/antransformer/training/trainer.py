@@ -35,7 +35,9 @@ from antransformer.training.learning_rates import peak_rates
 from antransformer.training.metrics import MetricsLine, MetricsLog
 from antransformer.training.optimizer import make_optimizer
 from antransformer.training.run_folder import CHECKPOINTS, open_checkpoint, run_folder_of
+from antransformer.training.samples import samples
 from antransformer.training.threads import ThreadWatch
+from antransformer.training.trackers import open_trackers
 
 # Ranks agree on the largest number that one of them reports: 0, a signal, or this number beyond all signals.
 CHECKPOINT_FAILED = signal.NSIG
@@ -212,7 +214,7 @@ class Trainer:
             WriteError, MachineError: a checkpoint or the metrics could not be written.
         """
         config = self.config
-        log = None if self.dist_ctx.rank else MetricsLog(self.folder, self.done, config.tensorboard)
+        log = None if self.dist_ctx.rank else self._open_log()
         pending: list[tuple[Tensor, Tensor]] = []  # kept on the device, since reading them waits for it
         started, first = time.perf_counter(), self.done
         line: MetricsLine | None = None
@@ -229,7 +231,8 @@ class Trainer:
                         profiler.step()
                     stopping = self._agree_to_stop(signals)
                     evaluate, save = self._due(stopping)
-                    if not (evaluate or save or self.done % config.log_every == 0):
+                    sample = config.sample_every is not None and self.done % config.sample_every == 0
+                    if not (evaluate or save or sample or self.done % config.log_every == 0):
                         continue
                     measured = self._measure(pending)
                     elapsed = time.perf_counter() - started
@@ -238,6 +241,8 @@ class Trainer:
                     if evaluate:
                         line = {**line, **self.evaluate()}
                     self._require_finite_weights(line)
+                    if sample:
+                        line["samples"] = samples(self.model, self.average, self.dataset, self.dist_ctx.rank == 0)
                     pending.clear()
                     if log is not None:
                         log.write(line)
@@ -256,6 +261,10 @@ class Trainer:
             if log is not None:
                 log.close()
         return self._result(line)
+
+    def _open_log(self) -> MetricsLog:
+        trackers = open_trackers(self.config, self.folder, self.done)
+        return MetricsLog(self.folder, self.done, trackers=trackers)
 
     def _agree_to_stop(self, signals: "StopSignals") -> signal.Signals | None:
         """Signal for which all ranks stop after this step; None to continue.

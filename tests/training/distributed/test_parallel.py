@@ -127,6 +127,15 @@ def test_two_processes_equal_one(two_process_runs, single_run, name):
         torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["averaged-ddp", "averaged-fsdp", "averaged-tensor"])
+def test_two_processes_write_the_same_samples_as_one(two_process_runs, single_run, name):
+    samples, expected = (
+        {line["step"]: line["samples"] for line in lines_of(folder) if "samples" in line}
+        for folder in (two_process_runs / name, single_run(name))
+    )
+    assert list(samples) == [5, 10] and samples == expected
+
+
 def check_nearly_equal(folder, single):
     """Compare losses in half precision: FSDP casts all parameters, autocast only the inputs of matrix products."""
     losses = [line["loss"] for line in lines_of(folder)]
