@@ -3,11 +3,17 @@
 import errno
 import json
 import os
+import shlex
 import stat
 from pathlib import Path
 from typing import Any
 
 from antransformer.errors import ConfigError
+
+
+def quoted(path: str | Path) -> str:
+    """Path as a word of a shell command, for commands that are printed."""
+    return shlex.quote(str(path))
 
 
 def require_file(path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shlex
 import signal
 import subprocess
 
@@ -10,11 +11,12 @@ import pytest
 
 from antransformer.cli import main
 from antransformer.data import Dataset
-from antransformer.errors import CheckpointError
+from antransformer.errors import CheckpointError, RunStoppedError
 from antransformer.training import run_folder
+from antransformer.training.run_folder import saved_config
 from antransformer.training.trainer import Trainer
 from helpers.messages import mentions
-from helpers.small import Notes
+from helpers.small import SMALL_OPTIONS, Notes
 from helpers.trainers import OPTIMIZED, command, losses, resume, run_until, start, train_words, wait_for_step, weights
 
 
@@ -87,11 +89,55 @@ def test_signal_saves_a_checkpoint_and_prints_the_command_to_resume(corpus, tmp_
     assert process.returncode == 128 + number
     steps = losses(tmp_path / "run")
     step = max(steps)
-    assert complaint.endswith("\n") and complaint.count("\n") == 1
+    announced, complaint = complaint.splitlines()
+    assert mentions(announced, number.name)
     assert mentions(complaint, step, number.name, f"{tmp_path}/run/checkpoints/step-{step:08d}")
     assert f" train --out {tmp_path}/run --resume" in complaint
     trainer, _ = resume(corpus, tmp_path / "run")
     assert trainer.done == step
+
+
+@pytest.mark.parametrize("saved", [0, 5])
+def test_a_second_signal_stops_at_once_and_names_the_newest_checkpoint(corpus, tmp_path, saved):
+    trainer = start(corpus, tmp_path / "run", tokens=256 * 20, checkpoint_every=5)
+    update = trainer.update
+
+    def interrupted(step):
+        if step == saved + 2:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return update(step)
+
+    trainer.update = interrupted
+    with pytest.raises(RunStoppedError) as error:
+        trainer.run()
+    assert error.value.status == 130
+    folders = [path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")]
+    assert folders == (["step-00000005"] if saved else [])
+    assert mentions(error.value, *folders, *(["--resume"] if saved else []))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_run_resumes_in_another_working_directory(corpus, tmp_path, monkeypatch):
+    words = ["train", "--tokens", "1280", "--batch-tokens", "256", "--eval-tokens", "256", *SMALL_OPTIONS]
+    monkeypatch.chdir(corpus.parent)
+    assert main([*words, "--data", corpus.name, "--out", str(tmp_path / "run")]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--out", "run", "--resume"]) == 0
+    monkeypatch.chdir(corpus.parent)
+    (tmp_path / "linked").symlink_to(tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    assert main([*words, "--data", str(corpus), "--init", "linked", "--out", "tuned"]) == 0
+    assert saved_config(tmp_path / "tuned").init == str(tmp_path / "run")
+
+
+def test_printed_commands_are_words_of_a_shell(corpus, tmp_path, capsys):
+    out = tmp_path / "a run; of mine"
+    words = ["train", "--tokens", "256", "--batch-tokens", "256", "--eval-tokens", "256", *SMALL_OPTIONS]
+    assert main([*words, "--data", str(corpus), "--out", str(out)]) == 0
+    command = capsys.readouterr().out.splitlines()[-1].removeprefix("next: ")
+    assert shlex.split(command)[-1] == str(out)
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_checkpoint_without_optimizer_setting_used_adam(corpus, tmp_path):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import antransformer
 from antransformer.cli.options import Parser
+from antransformer.files import quoted
 
 if TYPE_CHECKING:
     from antransformer.data import Dataset
@@ -50,8 +51,8 @@ def run(parsed: argparse.Namespace) -> None:
         print(f"loss curve:      {loss_curve(trained.folder)}")
     print(f"\nsample after {PROMPT!r}:\n")
     print(antransformer.generate(trained.folder, PROMPT, max_new_tokens=160, temperature=0.7))
-    environment = "" if which("antransformer") else f"source {Path(sys.prefix) / 'bin/activate'}, then "
-    print(f"\nnext: {environment}antransformer generate --checkpoint {trained.folder} --prompt 'class '")
+    environment = "" if which("antransformer") else f"source {quoted(Path(sys.prefix) / 'bin/activate')}, then "
+    print(f"\nnext: {environment}antransformer generate --checkpoint {quoted(trained.folder)} --prompt 'class '")
 
 
 def gzip_bits_per_byte(dataset: "Dataset") -> float:

@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 
 from antransformer.cli.options import Parser
+from antransformer.files import quoted
 
 USAGE = "antransformer import DIR --out RUN"
 
@@ -26,4 +27,5 @@ def run(parsed: argparse.Namespace) -> None:
     from antransformer.interop.import_hf import import_folder
 
     print(f"weights and tokenizer of {parsed.folder}: {import_folder(parsed.folder, parsed.out)}")
-    print(f"next: antransformer generate --checkpoint {parsed.out}, or antransformer train --init {parsed.out}")
+    run = quoted(parsed.out)
+    print(f"next: antransformer generate --checkpoint {run}, or antransformer train --init {run}")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import antransformer
 from antransformer.cli.options import Parser
+from antransformer.files import quoted
 
 USAGE = "antransformer prepare INPUT... --out DIR [options]"
 
@@ -52,4 +53,4 @@ def run(parsed: argparse.Namespace) -> None:
             f"  {split.name:5} {split.documents:,} documents, {split.tokens:,} tokens, {split.bytes:,} bytes, "
             f"{len(split.shards)} shards"
         )
-    print(f"next: antransformer train --data {parsed.out}")
+    print(f"next: antransformer train --data {quoted(parsed.out)}")

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import antransformer
 from antransformer.cli.options import Parser, add_config, add_queue_arguments, number, settings_of
+from antransformer.files import quoted
 from antransformer.models import registry
 from antransformer.models.config import PRESETS, ModelConfig
 from antransformer.runs import shared_settings
@@ -105,4 +106,4 @@ def run(parsed: argparse.Namespace) -> None:
     )
     print(f"\n{lead(results)}\n")
     print(f"report: {out / 'report.html'}")
-    print(f"laws: antransformer fit {out}")
+    print(f"laws: antransformer fit {quoted(out)}")

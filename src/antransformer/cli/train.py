@@ -19,11 +19,13 @@ With torchrun --max-restarts, a run whose process was lost restarts from its lat
 
 import argparse
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import antransformer
 from antransformer.cli.options import Parser, add_config, settings_of
 from antransformer.errors import DivergedError, RunStoppedError, WriteError
+from antransformer.files import quoted
 from antransformer.models.config import ModelConfig
 from antransformer.training.config import ALIASES, TrainConfig
 from antransformer.training.config_files import shipped_configs
@@ -55,7 +57,9 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(parsed: argparse.Namespace) -> None:
-    """Train, and print the final losses."""
+    """Train, print the final losses, and draw the loss curve if matplotlib is installed."""
+    from antransformer.reporting.loss_curve import loss_curve
+
     is_rank_0 = int(os.environ.get("RANK", "0")) == 0
     try:
         trained = antransformer.train(
@@ -77,4 +81,6 @@ def run(parsed: argparse.Namespace) -> None:
             f"validation loss {result.val_loss:.4f} nats per token, {result.bits_per_byte:.4f} bits per byte; "
             f"{result.tokens_per_second:,.0f} tokens/s; checkpoint {result.checkpoint}"
         )
-        print(f"next: antransformer generate --checkpoint {trained.folder}")
+        if find_spec("matplotlib"):
+            print(f"loss curve: {loss_curve(trained.folder)}")
+        print(f"next: antransformer generate --checkpoint {quoted(trained.folder)}")

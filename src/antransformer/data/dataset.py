@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from antransformer.data.shards import DTYPES, FORMAT, VERSION
 from antransformer.data.tokenizers import Tokenizer
 from antransformer.errors import DataError
-from antransformer.files import read_json
+from antransformer.files import quoted, read_json
 
 HASH_BYTES = 8 << 20  # block size for checksums
 PREPARE_AGAIN = "remove the folder and prepare the data again"
@@ -147,7 +147,7 @@ def _read_meta(path: Path) -> tuple[dict[str, Any], str]:
         if path.is_dir():
             raise DataError(
                 f"{path}: not a prepared data folder, since it has no readable meta.json; to prepare the text in it: "
-                f"antransformer prepare {path} --out DATA"
+                f"antransformer prepare {quoted(path)} --out DATA"
             ) from error
         if path.exists():
             raise DataError(

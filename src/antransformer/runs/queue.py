@@ -29,7 +29,7 @@ from antransformer.runs.worker import RESULT_FILE
 from antransformer.training import run_folder
 from antransformer.training.config import MUTABLE_ON_RESUME, TrainConfig, to_mapping
 from antransformer.training.device import choose_device, choose_precision, resolve_auto
-from antransformer.training.trainer import StopSignals
+from antransformer.training.stop_signals import StopSignals
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ class RunQueue:
                 self._stop_workers()
 
         threads = [threading.Thread(target=serve, args=(device,)) for device in self.devices]
-        with StopSignals() as stop:
+        with StopSignals("saving the active runs; once more stops at once") as stop:
             for thread in threads:
                 thread.start()
             try:

@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,15 @@ def _new_run(settings: dict[str, Any], folder: Path | None, open_data: OpenData)
         run_folder.require_empty(folder)
     dataset = open_data(data)
     config = resolve_config(settings, dataset.vocab_size)
-    return dataset, resolve_auto(config, config.device), folder or run_folder.default_folder(config)
+    config = resolve_auto(config, config.device)
+    # Absolute paths, so that the run can be resumed in another working directory.
+    config = replace(config, data=_absolute(config.data), init=config.init and _absolute(config.init))
+    return dataset, config, folder or run_folder.default_folder(config)
+
+
+def _absolute(path: str) -> str:
+    """Absolute path of an existing file or folder; the name of built-in data as it is."""
+    return str(Path(path).resolve()) if Path(path).exists() else path
 
 
 def _resumed_run(

@@ -12,7 +12,7 @@ from typing import Any
 
 from antransformer.data import Dataset, Tokenizer
 from antransformer.errors import CheckpointError, ConfigError, DataError
-from antransformer.files import replace_text
+from antransformer.files import quoted, replace_text
 from antransformer.training.checkpointing import checkpoint
 from antransformer.training.checkpointing.checkpoint import Checkpoint
 from antransformer.training.config import (
@@ -120,7 +120,7 @@ def resumed_config(folder: Path, changes: Mapping[str, Any]) -> TrainConfig:
         raise CheckpointError(f"{folder / CONFIG_FILE} is not the complete config of a run: restore it")
     if "tokens" not in saved:
         raise CheckpointError(
-            f"{folder} has imported weights and no run to resume: start a run from them with --init {folder}"
+            f"{folder} has imported weights and no run to resume: start a run from them with --init {quoted(folder)}"
         )
     complete = saved_config(folder)
     before, changes = to_mapping(complete), normalize_settings(changes, "command line")
@@ -173,7 +173,8 @@ def open_checkpoint(
         if opened is None:
             if (path / "model.safetensors").exists() or (path / "model.safetensors.index.json").exists():
                 raise CheckpointError(
-                    f"{path} is an exported model, not a run: antransformer import {path} --out RUN makes a run of it"
+                    f"{path} is an exported model, not a run: antransformer import {quoted(path)} --out RUN makes a "
+                    "run of it"
                 )
             raise CheckpointError(f"{path} has no checkpoint: give a run folder such as runs/angpt-nano")
     else:

@@ -6,7 +6,6 @@ import signal
 import time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol, TypedDict
 
 import torch
@@ -16,6 +15,7 @@ from torch.profiler import profile, record_function
 from antransformer.bounds import bind
 from antransformer.data import Dataset, Prefetcher, ShuffledWindows, eval_batches
 from antransformer.errors import CheckpointError, DataError, DivergedError, RunStoppedError, WriteError
+from antransformer.files import quoted
 from antransformer.training import extension, metrics
 from antransformer.training.averaging import WeightAverage
 from antransformer.training.checkpointing import checkpoint
@@ -36,6 +36,7 @@ from antransformer.training.metrics import MetricsLine, MetricsLog
 from antransformer.training.optimizer import make_optimizer
 from antransformer.training.run_folder import CHECKPOINTS, open_checkpoint, run_folder_of
 from antransformer.training.samples import samples
+from antransformer.training.stop_signals import StopSignals
 from antransformer.training.threads import ThreadWatch
 from antransformer.training.trackers import open_trackers
 
@@ -197,7 +198,7 @@ class Trainer:
         if tokenizer.vocabulary() != self.dataset.tokenizer().vocabulary():
             raise DataError(
                 f"{self.config.data}: its tokenizer differs from the one of {init}: prepare the data with "
-                f"--tokenizer {run_folder_of(initial)}"
+                f"--tokenizer {quoted(run_folder_of(initial))}"
             )
         checkpoint.load_weights(initial, initial.inference_kind, self.model.state_dict())
         self.reporter.log(f"starting from the weights of {initial.path}")
@@ -221,7 +222,9 @@ class Trainer:
         self.reporter.step(self.done)
         try:
             watch = ThreadWatch(self.device, self.reporter.log)
-            with StopSignals() as signals, watch, profiler or contextlib.nullcontext(), self.writer:
+            announcement = None if self.dist_ctx.rank else "finishing the step and saving; once more stops at once"
+            signals = StopSignals(announcement)
+            with signals, watch, profiler or contextlib.nullcontext(), self.writer:
                 while self.done < config.steps:
                     pending += self.update(self.done + 1)
                     self.done += 1
@@ -253,14 +256,30 @@ class Trainer:
                         self.writer.wait()
                         raise RunStoppedError(
                             f"stopped at step {self.done} by {stopping.name}; checkpoint saved to {path}; "
-                            f"continue with: antransformer train --out {self.folder} --resume",
+                            f"{self._advice()}",
                             stopping,
                         )
                     started, first = time.perf_counter(), self.done
+        except KeyboardInterrupt:
+            if signals.received:
+                raise self._interrupted(signals.received) from None
+            raise
         finally:
             if log is not None:
                 log.close()
         return self._result(line)
+
+    def _interrupted(self, received: signal.Signals) -> RunStoppedError:
+        """Return the error of a second signal, which stops a run before it has saved."""
+        saved = max(checkpoint.step_folders(self.folder / CHECKPOINTS), key=checkpoint.step_of, default=None)
+        if saved is None:
+            outcome = "no checkpoint was written, and there is no earlier one"
+        else:
+            outcome = f"no checkpoint of step {self.done} was written; the newest is {saved}; {self._advice()}"
+        return RunStoppedError(f"stopped at once by a second {received.name}: {outcome}", received)
+
+    def _advice(self) -> str:
+        return f"continue with: antransformer train --out {quoted(self.folder)} --resume"
 
     def _open_log(self) -> MetricsLog:
         trackers = open_trackers(self.config, self.folder, self.done)
@@ -440,24 +459,6 @@ class Trainer:
         return tokens.to(self.device)
 
 
-class StopSignals:
-    """While entered, records the first SIGINT or SIGTERM in ``received``; a second one has its usual effect."""
-
-    received: signal.Signals | None = None
-
-    def __enter__(self) -> "StopSignals":
-        self._handlers = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, _frame: FrameType | None) -> None:
-        self.received = signal.Signals(number)
-        self.__exit__()
-
-
 def check_data(config: TrainConfig, dataset: Dataset) -> None:
     """Check that the data fits the model.
 
@@ -469,7 +470,7 @@ def check_data(config: TrainConfig, dataset: Dataset) -> None:
     if dataset.max_token >= config.model.vocab_size:
         advice = f"set model.vocab_size to {dataset.vocab_size}, or leave it out"
         if config.init:  # its vocabulary cannot change
-            advice = f"prepare the data with --tokenizer {config.init}"
+            advice = f"prepare the data with --tokenizer {quoted(config.init)}"
         raise DataError(
             f"{config.data}: token id {dataset.max_token} is outside the model's vocabulary of "
             f"{config.model.vocab_size}: {advice}"
