@@ -11,6 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from antransformer.cli import main
+from antransformer.training.config import resolve_config
+from antransformer.training.launch import law_note
 from antransformer.training.lock import lock
 from antransformer.training.profiling import report
 from helpers.commands import TEN_STEPS, refused, write_documents
@@ -89,6 +91,21 @@ def test_both_learning_rates_of_muon_are_printed_and_on_the_model_card(corpus, t
     capsys.readouterr()
     assert main(["train", "--optimizer", "adam", "--muon-lr", "3e-2", *options, "--out", str(tmp_path / "other")]) == 2
     assert mentions(capsys.readouterr().err, *["muon_lr", "optimizer", "muon"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        ({}, ("batch and learning rate", "50,304")),
+        ({"batch_tokens": "8K"}, ("learning rate by", "50,304")),
+        ({"batch_tokens": "8K", "lr": 1e-3}, ()),
+        ({"model": {"vocab_size": 50_304}}, ()),
+        ({"preset": "pico"}, ()),
+    ],
+)
+def test_the_start_says_for_which_size_the_laws_gave_batch_and_learning_rate(settings, parts):
+    note = law_note(resolve_config({"preset": "32m", **settings}, 4096))
+    assert mentions(note, *parts) if parts else note == ""
 
 
 def test_normuon_with_cautious_decay_from_the_command_line(corpus, tmp_path, capsys):

@@ -59,14 +59,17 @@ def parameter_count(config: ModelConfig) -> int:
         return build(config).parameter_count()
 
 
-def fitted_size(config: ModelConfig) -> int | None:
+def fitted_size(config: ModelConfig, strict: bool = True) -> int | None:
     """Number of parameters with the paper's vocabulary of 50,304, for the power laws; None below the fitted range.
 
     Raises:
-        ConfigError: the model is larger than the fitted range, so no default is known.
+        ConfigError: the model is larger than the fitted range, so no default is known; unless ``strict`` is false,
+            which gives None.
     """
-    size = _paper_size(config)
+    size = paper_size(config)
     smallest, largest = FITTED_PARAMETERS
+    if size > largest and not strict:
+        return None
     if size > largest:
         raise ConfigError(
             f"no default learning rate or batch size is known for {size / 1e9:.1f}B parameters (the fits end at 1.1B): "
@@ -77,10 +80,11 @@ def fitted_size(config: ModelConfig) -> int | None:
 
 def is_small(config: ModelConfig) -> bool:
     """Whether the model is smaller than the fitted range."""
-    return _paper_size(config) < FITTED_PARAMETERS[0]
+    return paper_size(config) < FITTED_PARAMETERS[0]
 
 
-def _paper_size(config: ModelConfig) -> int:
+def paper_size(config: ModelConfig) -> int:
+    """Number of parameters of the model with the paper's vocabulary."""
     # With one vocabulary size for all, a preset has the same defaults whatever the tokenizer.
     return parameter_count(replace(config, vocab_size=PAPER_VOCABULARY))
 
@@ -109,7 +113,7 @@ def lr_horizon(config: ModelConfig) -> int:
     """
     if is_small(config):
         return SMALL_LR_STEPS
-    return tokens(config) // batch_tokens(config) if _paper_size(config) <= FITTED_PARAMETERS[1] else 0
+    return tokens(config) // batch_tokens(config) if paper_size(config) <= FITTED_PARAMETERS[1] else 0
 
 
 def horizon_exponent(config: ModelConfig, optimizer: OptimizerSpec) -> float:

@@ -13,9 +13,9 @@ from antransformer.data import Dataset
 from antransformer.errors import CheckpointError, ConfigError
 from antransformer.models.config import PAPER_VOCABULARY
 from antransformer.settings import Count
-from antransformer.training import extension, run_folder
+from antransformer.training import defaults, extension, run_folder
 from antransformer.training.checkpointing import checkpoint
-from antransformer.training.config import TrainConfig, resolve_config
+from antransformer.training.config import TrainConfig, resolve_config, round_to_sequences
 from antransformer.training.device import resolve_auto
 from antransformer.training.distributed.parallel import DistributedContext, init_distributed
 from antransformer.training.learning_rates import format_rates
@@ -157,5 +157,19 @@ def _description(trainer: Trainer, dist_ctx: DistributedContext) -> str:
     return (
         f"{config.model.architecture}, {trainer.model.parameter_count() / 1e6:.2f}M parameters, "
         f"{config.steps:,} steps of {config.batch_tokens:,} tokens, learning rate {format_rates(config)}, "
-        f"on {trainer.device}{parallelism}; run folder {trainer.folder}"
+        f"on {trainer.device}{parallelism}{law_note(config)}; run folder {trainer.folder}"
     )
+
+
+def law_note(config: TrainConfig) -> str:
+    """Size for which the paper's laws gave batch and learning rate, where it is not the size of the model."""
+    model = config.model
+    if model.vocab_size == PAPER_VOCABULARY or defaults.fitted_size(model, strict=False) is None:
+        return ""
+    by_law = {
+        "batch": config.batch_tokens == round_to_sequences(defaults.batch_tokens(model), model.context),
+        "learning rate": config.lr == defaults.learning_rate(model),
+    }
+    names = " and ".join(name for name, equal in by_law.items() if equal)
+    size = f"{defaults.paper_size(model) / 1e6:.1f}M parameters, the size with a vocabulary of {PAPER_VOCABULARY:,}"
+    return f"; {names} by the paper's laws for {size}" if names else ""
