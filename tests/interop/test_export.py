@@ -22,7 +22,7 @@ from antransformer.data import Tokenizer, byte_tokenizer, train_bpe
 from antransformer.errors import CheckpointError, ConfigError, MachineError
 from antransformer.inference import generate
 from antransformer.interop.export import export
-from antransformer.interop.import_hf import import_folder
+from antransformer.interop.import_hf import exported_name, import_folder
 from antransformer.interop.model_card import card
 from antransformer.models import ModelConfig
 from antransformer.models.registry import BUILT_IN
@@ -105,8 +105,9 @@ def test_transformers_computes_the_same_function(pair):
     output = theirs(tokens, labels=tokens)
     torch.testing.assert_close(output.logits, ours(tokens), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(output.loss, ours.loss(tokens[:, :-1], tokens[:, 1:]))
-    assert {name: value.shape for name, value in theirs.state_dict().items()} == {
-        name: value.shape for name, value in ours.state_dict().items()
+    weights = theirs.state_dict()
+    assert {name: value.shape for name, value in weights.items()} == {
+        exported_name(name, weights): value.shape for name, value in ours.state_dict().items()
     }
 
 
@@ -133,11 +134,16 @@ def test_gradients_and_bounds_are_equal(pair):
     tokens = some_tokens()
     ours.loss(tokens[:, :-1], tokens[:, 1:]).backward()
     theirs(tokens, labels=tokens).loss.backward()
+    parameters = dict(theirs.named_parameters())
     for name, parameter in ours.named_parameters():
-        gradient = theirs.get_parameter(name).grad
+        copied = parameters[exported_name(name, parameters)]
+        gradient = copied.grad
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-5 * parameter.grad.abs().max().item())
-        parameter.grad = theirs.get_parameter(name).grad = None
-    listed = [[(bound.name, bound.axis, bound.strict) for bound in model.bounds()] for model in pair]
+        parameter.grad = copied.grad = None
+    listed = [
+        [(exported_name(bound.name, parameters), bound.axis, bound.strict) for bound in model.bounds()]
+        for model in pair
+    ]
     assert listed[0] == listed[1]
 
 
@@ -296,14 +302,18 @@ def test_the_folder_has_the_files_and_fields_of_transformers(folder):
     assert config["architectures"] == ["AntransformerForCausalLM"] and config["dtype"] == "float32"
     assert config["auto_map"] == {
         "AutoConfig": "configuration_antransformer.AntransformerConfig",
+        "AutoModel": "modeling_antransformer.AntransformerModel",
         "AutoModelForCausalLM": "modeling_antransformer.AntransformerForCausalLM",
     }
     assert not config["tie_word_embeddings"]
+    sizes = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "head_dim": 16}
+    sizes |= {"intermediate_size": 256, "max_position_embeddings": 48, "vocab_size": 257}
+    assert sizes.items() <= config.items() and config["format_version"] == 2
     loaded = transformers.AutoConfig.from_pretrained(folder)
-    sizes = loaded.hidden_size, loaded.num_hidden_layers, loaded.num_attention_heads, loaded.max_position_embeddings
-    assert sizes == (64, 3, 4, 48) and loaded.intermediate_size == 256 and loaded.head_dim == 16
+    assert (loaded.width, loaded.layers, loaded.heads, loaded.context) == (64, 3, 4, 48)
     generation = json.loads((folder / "generation_config.json").read_text())
-    assert generation["eos_token_id"] == generation["pad_token_id"] == generation["bos_token_id"] == END
+    assert generation["eos_token_id"] == generation["bos_token_id"] == END
+    assert generation["pad_token_id"] == config["pad_token_id"] == 0xFF
     assert len({file.stat().st_mode for file in folder.iterdir()}) == 1  # equal permissions
     assert not [path for path in folder.parent.iterdir() if path.name.startswith(".")]
 
@@ -313,7 +323,7 @@ def test_large_weights_are_split_into_several_files(tmp_path):
     files = sorted(file.name for file in folder.glob("*.safetensors"))
     assert len(files) > 2 and (folder / "model.safetensors.index.json").is_file()
     with torch.no_grad():
-        assert torch.equal(load(folder)(some_tokens()).logits, ours(some_tokens()))
+        torch.testing.assert_close(load(folder)(some_tokens()).logits, ours(some_tokens()), rtol=1e-5, atol=1e-5)
     import_folder(folder, tmp_path / "back")
     back = checkpoint.restore(runs.open_checkpoint(tmp_path / "back")[0], torch.device("cpu"))
     assert all(torch.equal(value, ours.state_dict()[name]) for name, value in back.state_dict().items())
@@ -410,6 +420,7 @@ TEXTS = [
     "a <|endoftext|> b",
     "e\u0301 \u00e9 \ufffd \u200d\U0001f469",
     "trailing  ",
+    "\xff \u0178 <|antransformer_pad|>",
 ]
 
 
@@ -437,7 +448,7 @@ def test_the_tokenizer_has_our_ids_and_round_trips(tokenizers):
     for text in TEXTS:
         assert theirs(text).input_ids == ours.encode(text)
         assert theirs.decode(ours.encode(text)) == text
-    assert theirs.eos_token_id == theirs.pad_token_id == theirs.bos_token_id == ours.end_of_text
+    assert theirs.eos_token_id == theirs.bos_token_id == ours.end_of_text != theirs.pad_token_id
     assert theirs.decode([ours.end_of_text, *ours.encode("x")], skip_special_tokens=True) == "x"
     batch = theirs(["a", "bcd"], padding=True, return_tensors="pt")
     assert batch.attention_mask[0].tolist() == sorted(batch.attention_mask[0].tolist())  # padded on the left
@@ -459,7 +470,7 @@ def bytes_of_transformers(folder):
 # Loading with and without this package
 
 WITHOUT_PACKAGE = """
-import sys
+import os, sys
 sys.modules["antransformer"] = None
 from transformers import AutoModelForCausalLM, AutoTokenizer
 import torch
@@ -470,15 +481,18 @@ except ValueError as error:
     assert "trust_remote_code" in str(error)
 else:
     raise AssertionError("loaded without the package, and without trust")
+print("\\nTRUSTED")  # after the prompt that asks whether to trust the code
+os.chdir(os.path.dirname(folder))
+with open(folder + "/README.md") as card:
+    exec(card.read().split("```python")[1].split("```")[0])
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 inputs = tokenizer("to be", return_tensors="pt")
 ids = model.generate(**inputs, max_new_tokens=20, do_sample=False, eos_token_id=None)[0].tolist()
 model.save_pretrained(out)
 again = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
 assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
 assert not any(name.startswith("antransformer") and sys.modules[name] for name in sys.modules)
-print()  # after the prompt that asks whether to trust the code
 print(ids)
 """
 
@@ -496,7 +510,9 @@ def test_the_folder_loads_without_this_package(tmp_path):
     ours, folder = exported(tmp_path)
     printed = python(WITHOUT_PACKAGE, folder, tmp_path / "again", HF_HOME=str(tmp_path / "home"))
     [expected] = [[step[0] for step in generate(ours, [[*b"to be"]], max_new_tokens=20, temperature=0)]]
-    assert json.loads(printed.splitlines()[-1]) == [*b"to be", *expected]
+    after = printed.partition("TRUSTED\n")[2]
+    assert json.loads(after.splitlines()[-1]) == [*b"to be", *expected]
+    assert "Once" in after and "y/N" not in after  # the code in the card ran without a question
 
 
 @pytest.mark.parametrize(
@@ -648,10 +664,14 @@ def test_broken_folders_are_not_imported(folder, tmp_path, capsys):
         "config.json", lambda text: text.replace('"model_type": "antransformer"', '"model_type": "gpt2"')
     )
     assert mentions(other, source, "'gpt2'", "'antransformer'")
-    missing = error_after("config.json", lambda text: text.replace('"width"', '"wide"'))
-    assert mentions(missing, f"{source}/config.json", "width")
+    missing = error_after("config.json", lambda text: text.replace('"hidden_size"', '"hidden"'))
+    assert mentions(missing, f"{source}/config.json", "hidden_size")
     spelled = error_after("config.json", lambda text: text.replace(": 64", ': "64"'))
-    assert mentions(spelled, f"{source}/config.json", "width", "'64'")
+    assert mentions(spelled, f"{source}/config.json", "hidden_size", "'64'")
+    later = error_after("config.json", lambda text: text.replace('"format_version": 2', '"format_version": 3'))
+    assert mentions(later, f"{source}/config.json", "format_version", 3, 2)
+    quantized = error_after("config.json", lambda text: text.replace("{", '{"quantization_config": {}, ', 1))
+    assert mentions(quantized, source, "quantized")
     other_shape = error_after("config.json", lambda text: text.replace(": 64", ": 128"))
     assert mentions(other_shape, source)
     for name in ("model.safetensors", "tokenizer.json"):

@@ -10,6 +10,7 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from antransformer.data.pad_token import without_pad_token
 from antransformer.errors import DataError
 from antransformer.files import read_text, replace_text
 
@@ -82,6 +83,8 @@ class Tokenizer:
     def load(cls, path: str | Path, name: str | None = None) -> "Tokenizer":
         """Read a tokenizer.json file, or the one in a folder; ``name`` defaults to the name of the folder or file.
 
+        The pad token of an exported tokenizer is left out: it has the same ids as the tokenizer of the training.
+
         Raises:
             DataError: the file does not exist, is not a tokenizer, or has no end-of-text token.
         """
@@ -90,7 +93,7 @@ class Tokenizer:
             file /= "tokenizer.json"
         try:
             with _library_errors(f"{file}: not a tokenizer.json"):
-                library = tokenizers.Tokenizer.from_str(read_text(file))
+                library = without_pad_token(tokenizers.Tokenizer.from_str(read_text(file)))
         except OSError as error:
             raise DataError(f"{file}: cannot be read ({error.strerror})") from error
         return cls(library, name or (file.parent.name if file.name == "tokenizer.json" else file.stem))

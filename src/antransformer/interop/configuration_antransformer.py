@@ -6,29 +6,42 @@ from transformers import PreTrainedConfig
 
 
 class AntransformerConfig(PreTrainedConfig):
-    """Fields of ``antransformer.ModelConfig``, also readable under the names that transformers uses."""
+    """Fields of ``antransformer.ModelConfig`` under the names that transformers uses; the own names can be read too.
+
+    Attributes:
+        format_version: version of the exported folder. Version 1 has the names of ``antransformer.ModelConfig`` in
+            config.json, and names of tensors without the prefix ``model.``. Both versions load.
+
+        intermediate_size: hidden width of the MLP; None for 4 times ``hidden_size``.
+        num_attention_heads, head_dim: one may be None, and follows from the other; both None for a ``head_dim`` of 64.
+
+    Raises:
+        ValueError: ``hidden_size`` is not ``num_attention_heads * head_dim``.
+    """
 
     model_type = "antransformer"
     keys_to_ignore_at_inference = ["cache", "past_key_values"]
     attribute_map = {
-        "hidden_size": "width",
-        "intermediate_size": "mlp_hidden",
-        "num_hidden_layers": "layers",
-        "num_attention_heads": "heads",
-        "max_position_embeddings": "context",
-        # Names in folders exported by version 1. Those also have nu_p, which is ignored.
+        "width": "hidden_size",
+        "layers": "num_hidden_layers",
+        "heads": "num_attention_heads",
+        "context": "max_position_embeddings",
+        "rotary_fraction": "partial_rotary_factor",
+        # Names in folders exported by older releases. Those also have nu_p, which is ignored.
         "head_width": "head_dim",
         "rotary_base": "rope_theta",
     }
 
+    format_version: int = 2
     architecture: str = "angpt"
     vocab_size: int = 50_304
-    width: int = 128
-    layers: int = 4
-    context: int = 2048
-    head_dim: int = 64
-    mlp_ratio: int = 4
-    rotary_fraction: float = 0.5
+    hidden_size: int = 128
+    intermediate_size: Any = None
+    num_hidden_layers: int = 4
+    num_attention_heads: Any = None
+    head_dim: Any = None
+    max_position_embeddings: int = 2048
+    partial_rotary_factor: float = 0.5
     rope_theta: float = 10_000.0
     # Options of single architectures; None in all others.
     alpha_init: Any = 0.05
@@ -42,17 +55,22 @@ class AntransformerConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | None = None
 
-    @property
-    def heads(self) -> int:
-        """Number of attention heads."""
-        return self.width // self.head_dim
-
-    @property
-    def mlp_hidden(self) -> int:
-        """Hidden width of the MLP."""
-        return self.width * self.mlp_ratio
+    def __post_init__(self, mlp_ratio: int = 4, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.format_version = type(self).format_version  # saved again, a folder has the newest form
+        if self.intermediate_size is None:
+            self.intermediate_size = mlp_ratio * self.hidden_size
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads if self.num_attention_heads else 64
+        if self.num_attention_heads is None:
+            self.num_attention_heads = self.hidden_size // self.head_dim
+        if self.num_attention_heads * self.head_dim != self.hidden_size:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} must be num_attention_heads {self.num_attention_heads} times "
+                f"head_dim {self.head_dim}"
+            )
 
     @property
     def rotary_dim(self) -> int:
         """Number of coordinates of each head with rotary embedding, even."""
-        return round(self.head_dim * self.rotary_fraction)
+        return round(self.head_dim * self.partial_rotary_factor)

@@ -15,9 +15,11 @@ import torch
 from safetensors import SafetensorError
 
 from antransformer.data import Tokenizer
+from antransformer.data.pad_token import PAD_TOKEN, with_pad_token
 from antransformer.errors import CheckpointError, ConfigError, MachineError, UsageError
 from antransformer.extras import require
 from antransformer.interop import gguf_writer
+from antransformer.interop.import_hf import exported_name
 from antransformer.interop.model_card import card
 from antransformer.interop.progress_bars import progress_bars_disabled
 from antransformer.interop.register import register
@@ -86,15 +88,16 @@ def export(
         check_form(checkpoint, format)
     with new_folder(target) as folder:
         name, images = Path(os.path.realpath(target)).name, [figure.name for figure in figures]
-        verification = None
+        verification, rows = None, None
         if format == "native":
+            rows = checkpoint.model.vocab_size
             write_model(checkpoint, tokenizer, folder, getattr(torch, dtype), max_shard_size)
             page = card(checkpoint, tokenizer, name, dtype, summary, images)
         else:
             verification = write_stock_model(checkpoint, tokenizer, folder, format, dtype, max_shard_size)
             make_readable(folder)
             page = stock_card(checkpoint, tokenizer, name, dtype, format, str(verification), summary, images)
-        transformers_tokenizer(tokenizer, checkpoint.model.context).save_pretrained(folder)
+        transformers_tokenizer(tokenizer, checkpoint.model.context, rows).save_pretrained(folder)
         for figure in figures:
             shutil.copyfile(figure, folder / figure.name)
         (folder / "README.md").write_text(page, encoding="utf-8")
@@ -132,6 +135,10 @@ def write_model(
 ) -> None:
     """Write the weights, the configuration, the generation configuration and the code of the model."""
     model = transformers_model(checkpoint, tokenizer, dtype)
+    pad_token = transformers_tokenizer(tokenizer, checkpoint.model.context, checkpoint.model.vocab_size).pad_token_id
+    model.config.pad_token_id = model.generation_config.pad_token_id = pad_token
+    # The folder has a head and a base model, and save_pretrained adds only the class that it saves.
+    model.config.auto_map = {"AutoModel": "modeling_antransformer.AntransformerModel"}
     # Logits of ids that the tokenizer does not have were never trained.
     unused = range(tokenizer.vocab_size, checkpoint.model.vocab_size)
     if unused:
@@ -180,25 +187,37 @@ def transformers_model(
     with torch.device("meta"):  # no memory and no initialization: the weights are assigned below
         model = AntransformerForCausalLM(config)
     weights = restore(checkpoint, torch.device("cpu")).state_dict()
-    model.load_state_dict({name: weight.to(dtype) for name, weight in weights.items()}, assign=True)
+    names = model.state_dict()
+    model.load_state_dict(
+        {exported_name(name, names): weight.to(dtype) for name, weight in weights.items()}, assign=True
+    )
     return model
 
 
-def transformers_tokenizer(tokenizer: Tokenizer, context: int) -> "PreTrainedTokenizerFast":
+def transformers_tokenizer(tokenizer: Tokenizer, context: int, rows: int | None = None) -> "PreTrainedTokenizerFast":
     """Return a transformers tokenizer with the same ids as ``tokenizer`` for every text.
 
     Special tokens in a text are encoded as plain text, and no tokens are added before or after it.
+
+    Args:
+        tokenizer: tokenizer of the run.
+        context: maximum sequence length in tokens.
+        rows: vocabulary size of the model, to have a pad token of its own as ``with_pad_token`` finds one. Without it,
+            or if no id is free, the pad token is the end of text, which collators then leave out of the loss.
     """
     from transformers import PreTrainedTokenizerFast
 
     # A post-processor could add tokens around every text, which training data does not have.
     content = {**json.loads(tokenizer.to_json()), "post_processor": None}
+    library = tokenizers.Tokenizer.from_str(json.dumps(content, ensure_ascii=False))
+    if rows is not None:
+        library = with_pad_token(library, rows)
     end = tokenizer.decode([tokenizer.end_of_text])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(content, ensure_ascii=False)),
+        tokenizer_object=library,
         bos_token=end,
         eos_token=end,
-        pad_token=end,
+        pad_token=end if library.token_to_id(PAD_TOKEN) is None else PAD_TOKEN,
         split_special_tokens=True,
         clean_up_tokenization_spaces=False,
         padding_side="left",  # generation continues at the right end

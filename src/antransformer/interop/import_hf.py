@@ -1,23 +1,39 @@
 """Import of exported models into run folders, including models saved again by transformers, which is not required."""
 
+import logging
 import re
+from collections.abc import Container
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from antransformer.bounds import norms
 from antransformer.data import Tokenizer
 from antransformer.errors import CheckpointError, ConfigError
 from antransformer.files import read_json as read_json_file
 from antransformer.models import ModelConfig, build
 from antransformer.models.config import OPTION_NAMES
+from antransformer.models.decoder import Decoder
 from antransformer.renamed import upgrade_model
 from antransformer.training.checkpointing import checkpoint
 from antransformer.training.checkpointing.sharded_safetensors import TensorFiles
 from antransformer.training.run_folder import CHECKPOINTS, write_run_folder
 
+LOG = logging.getLogger(__name__)
+
 MODEL_TYPE = "antransformer"
+VERSION = 2  # of the folder, the default of AntransformerConfig.format_version
+# Fields in config.json since version 2 -> fields of ModelConfig.
+FIELDS = {
+    "hidden_size": "width",
+    "num_hidden_layers": "layers",
+    "max_position_embeddings": "context",
+    "partial_rotary_factor": "rotary_fraction",
+}
+PREFIX = "model."  # of the tensors of the base model, since version 2
+TOLERANCE = 0.01  # of norms; the rounding of weights to bfloat16 is smaller
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -26,6 +42,7 @@ def import_folder(source: Path, target: Path) -> Path:
     """Create a run folder with the float32 weights of an exported model as checkpoint of step 0, and its tokenizer.
 
     An exported folder has no training settings. The run can therefore not be resumed, but new runs can start from it.
+    Weights that were trained outside of their bounds are imported as they are, with a warning.
 
     Returns:
         Folder of the checkpoint.
@@ -40,28 +57,65 @@ def import_folder(source: Path, target: Path) -> Path:
     with torch.device("meta"):
         model = build(config)
     weights = TensorFiles(weight_files(source))
-    checkpoint.require_shapes(weights, model.state_dict(), source)
+    names = {name: exported_name(name, weights.shapes) for name in model.state_dict()}
+    checkpoint.require_shapes(weights, {names[name]: value for name, value in model.state_dict().items()}, source)
     model.to_empty(device="cpu")
-    weights.read_into(model.state_dict())
+    weights.read_into({names[name]: value for name, value in model.state_dict().items()})
+    warn_of_rows_out_of_bounds(model, source)
     write_run_folder(target, {"model": config.mapping()}, tokenizer, resumable=False)
     optimizer = torch.optim.Adam(model.parameters())  # a checkpoint needs one; it has no state before the first step
     return checkpoint.save(target / CHECKPOINTS, 0, model, optimizer, extra={"imported": str(source)}, keep=1)
 
 
+def exported_name(name: str, names: Container[str]) -> str:
+    """Return the name of a tensor of our model among the ``names`` in an exported folder of any version."""
+    return name if name in names else f"{PREFIX}{name}"
+
+
+def warn_of_rows_out_of_bounds(model: Decoder, source: Path) -> None:
+    """Log a warning if rows of weights violate their bounds: training projects them in its first step."""
+    violated = total = 0
+    for bound in model.bounds():
+        excess = norms(bound) - 1
+        violated += int(((excess.abs() if bound.strict else excess) > TOLERANCE).sum())
+        total += excess.numel()
+    if violated:
+        LOG.warning(
+            f"{source}: {violated:,} of {total:,} weight vectors are outside of their bounds, and the first training "
+            "step projects them: call antransformer.bind(model, optimizer) before fine-tuning"
+        )
+
+
 def read_config(source: Path) -> ModelConfig:
     """Read the model's config from config.json; raises CheckpointError."""
-    content = read_json(source / "config.json")
+    file = source / "config.json"
+    content = read_json(file)
     if content.get("model_type") != MODEL_TYPE:
         raise CheckpointError(f"{source}: model_type is {content.get('model_type')!r}, but must be {MODEL_TYPE!r}")
-    content = upgrade_model(content)
+    version = content.get("format_version", 1)
+    if version not in (1, VERSION):
+        raise CheckpointError(f"{file}: format_version is {version!r}, but must be at most {VERSION}")
+    if "quantization_config" in content:
+        raise CheckpointError(f"{source}: the weights are quantized: import the folder that they were made from")
+    content = upgrade_model(content) if version == 1 else own_fields(content, file)
     names = {item.name for item in fields(ModelConfig)}
     missing = names - content.keys() - set(OPTION_NAMES)
     if missing:
-        raise CheckpointError(f"{source / 'config.json'}: {min(missing)} is missing")
+        raise CheckpointError(f"{file}: {min(missing)} is missing")
     try:
         return ModelConfig(**{name: content[name] for name in names & content.keys()})
     except (ConfigError, TypeError) as error:
-        raise CheckpointError(f"{source / 'config.json'}: {error}") from error
+        raise CheckpointError(f"{file}: {error}") from error
+
+
+def own_fields(content: dict[str, Any], file: Path) -> dict[str, Any]:
+    """Return a config of version 2 with the field names of ``ModelConfig``; raises CheckpointError."""
+    if missing := {*FIELDS, "intermediate_size"} - content.keys():
+        raise CheckpointError(f"{file}: {min(missing)} is missing")
+    width, hidden = content["hidden_size"], content["intermediate_size"]
+    if not (type(width) is type(hidden) is int) or width < 1 or hidden < 1 or hidden % width:
+        raise CheckpointError(f"{file}: intermediate_size {hidden!r} is not a multiple of hidden_size {width!r}")
+    return {**{FIELDS.get(name, name): value for name, value in content.items()}, "mlp_ratio": hidden // width}
 
 
 def weight_files(source: Path) -> list[Path]:

@@ -41,8 +41,9 @@ A language model with {parameters:,} parameters, trained with antransformer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "{name}"
-tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)  # not needed after import antransformer
+# trust_remote_code=True is not needed after import antransformer
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 inputs = tokenizer("Once", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100, do_sample=True)[0]))
 ```

@@ -44,15 +44,17 @@ def register() -> None:
     Raises:
         ImportError: transformers is not installed or too old.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
     from antransformer.interop.configuration_antransformer import AntransformerConfig
-    from antransformer.interop.modeling_antransformer import AntransformerForCausalLM
+    from antransformer.interop.modeling_antransformer import AntransformerForCausalLM, AntransformerModel
 
     AutoConfig.register(AntransformerConfig.model_type, AntransformerConfig, exist_ok=True)
+    AutoModel.register(AntransformerConfig, AntransformerModel, exist_ok=True)
     AutoModelForCausalLM.register(AntransformerConfig, AntransformerForCausalLM, exist_ok=True)
     # save_pretrained then copies the code of the classes next to the weights.
     AntransformerConfig.register_for_auto_class()
+    AntransformerModel.register_for_auto_class("AutoModel")
     AntransformerForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
 
