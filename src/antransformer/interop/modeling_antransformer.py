@@ -149,12 +149,12 @@ class AntransformerForCausalLM(AntransformerPreTrainedModel, GenerationMixin):
         return [bound(name, weight) for name, weight in matrices] if bound else []
 
     def resize_token_embeddings(
-        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = False
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Embedding:
-        """Change the number of ids in embedding, head and logit scale; new rows are drawn as at initialization.
+        """Change the number of ids in embedding, head and logit scale; arguments as in transformers.
 
-        Arguments as in transformers, where ``mean_resizing`` is on by default: it puts new rows at the mean of the old
-        ones, which is close to zero, and not near the unit norm that the method expects.
+        By default new rows are at the mean of the old ones, which is close to zero. ``mean_resizing=False`` draws them
+        as at initialization, with about unit norm. New entries of the logit scale have their initial value.
         """
         embedding = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         if self.logit_scale is not None:
