@@ -539,7 +539,7 @@ def test_checkpoints(root, whole, data):
             for parameter in model.parameters():
                 parameter.grad = torch.zeros_like(parameter)
             optimizer.step()
-            card(found, tokenizer, "name", "float32")
+            card(found, tokenizer, "name", "native", "float32", "checked")
 
 
 @fuzz(st.data())
@@ -581,7 +581,7 @@ def test_metrics(root, whole, data):
         put(folder / "run/metrics.jsonl", content, kind)
         found, tokenizer = open_checkpoint(folder / "run")
         with one_line():
-            card(found, tokenizer, "name", "float32")
+            card(found, tokenizer, "name", "native", "float32", "checked")
         with contextlib.suppress(OSError):  # the command line says it in one line
             log = MetricsLog(folder / "run", 1)
             log.write({"step": 2})

@@ -399,16 +399,16 @@ def test_the_card_has_only_the_scores_of_its_step(tmp_path):
     file = tmp_path / "run/evaluation.json"
     file.write_text(json.dumps({"step": 20, "results": results}))
     opened, tokenizer = runs.open_checkpoint(tmp_path / "run")
-    text = card(opened, tokenizer, "name", "float32")
+    text = card(opened, tokenizer, "name", "native", "float32", "checked")
     assert "| blimp | acc | 0.5000 ± 0.1250 | 1,000 |" in text
     assert "blimp_part" not in text and "book.txt" not in text
     file.write_text(file.read_text().replace("20", "10"))
-    other = card(opened, tokenizer, "name", "float32")
+    other = card(opened, tokenizer, "name", "native", "float32", "checked")
     assert "blimp" not in other and other.count("\n## ") == text.count("\n## ") - 1
     for content in ("{", "[]", '{"step": 20}'):
         file.write_text(content)
         with pytest.raises(CheckpointError, match=r"run/evaluation\.json"):
-            card(opened, tokenizer, "name", "float32")
+            card(opened, tokenizer, "name", "native", "float32", "checked")
 
 
 # The tokenizer

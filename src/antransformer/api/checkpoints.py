@@ -111,7 +111,7 @@ def export(
         dtype: data type of the weights: float32 (default), bfloat16 or float16; with ``gguf`` f32 (default), f16, bf16,
             q8_0 or q4_0.
         max_shard_size: size limit of one file of weights, such as 200MB (default 5GB); not with ``gguf``.
-        on_check: called with the comparison of the written files with the checkpoint, except with ``native``.
+        on_check: called with the comparison of the written files with the checkpoint.
 
     Raises:
         CheckpointError, ConfigError, MachineError, MissingExtraError: as in ``interop.export.export``.
@@ -122,8 +122,7 @@ def export(
     text = summary(comparison.Results.load(experiment)) if reported else None
     figures = [experiment / name for name in REPORT_FIGURES if reported and (experiment / name).is_file()]
     verification = export_checkpoint(source, tokenizer, Path(out), dtype, max_shard_size, text, figures, format)
-    if verification is not None:
-        on_check(verification)
+    on_check(verification)
     return source
 
 

@@ -23,9 +23,8 @@ from antransformer.interop.import_hf import exported_name
 from antransformer.interop.model_card import card
 from antransformer.interop.progress_bars import progress_bars_disabled
 from antransformer.interop.register import register
-from antransformer.interop.stock_card import stock_card
 from antransformer.interop.stock_export import check_form, export_gguf, write_stock_model
-from antransformer.interop.verification import Verification
+from antransformer.interop.verification import Verification, reference, verify_folder
 from antransformer.models.registry import get
 from antransformer.training.checkpointing.checkpoint import Checkpoint, restore
 
@@ -49,7 +48,7 @@ def export(
     summary: str | None = None,
     figures: Sequence[Path] = (),
     format: str = "native",
-) -> Verification | None:
+) -> Verification:
     """Write a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load, or a GGUF file.
 
     Args:
@@ -63,7 +62,7 @@ def export(
         format: one of ``FORMATS``.
 
     Returns:
-        The comparison of the files with the checkpoint; None for the native format, which has the same weights.
+        The comparison of the files with the checkpoint.
 
     Raises:
         MissingExtraError: transformers or gguf is not installed.
@@ -84,20 +83,23 @@ def export(
         raise ConfigError(f"max-shard-size must be a size such as 5GB or 200MB, got {max_shard_size!r}")
     if format == "gguf":
         return export_gguf(checkpoint, tokenizer, target, dtype)
-    if format != "native":
+    if format == "native":
+        check_native(checkpoint)
+    else:
         check_form(checkpoint, format)
+        require("transformers", "hf")
     with new_folder(target) as folder:
         name, images = Path(os.path.realpath(target)).name, [figure.name for figure in figures]
-        verification, rows = None, None
+        rows = checkpoint.model.vocab_size if format == "native" else None
+        library = transformers_tokenizer(tokenizer, checkpoint.model.context, rows)
+        library.save_pretrained(folder)
         if format == "native":
-            rows = checkpoint.model.vocab_size
-            write_model(checkpoint, tokenizer, folder, getattr(torch, dtype), max_shard_size)
-            page = card(checkpoint, tokenizer, name, dtype, summary, images)
+            write_model(checkpoint, tokenizer, library.pad_token_id, folder, getattr(torch, dtype), max_shard_size)
+            verification = verify_native(folder, checkpoint, dtype)
         else:
             verification = write_stock_model(checkpoint, tokenizer, folder, format, dtype, max_shard_size)
-            make_readable(folder)
-            page = stock_card(checkpoint, tokenizer, name, dtype, format, str(verification), summary, images)
-        transformers_tokenizer(tokenizer, checkpoint.model.context, rows).save_pretrained(folder)
+        make_readable(folder)
+        page = card(checkpoint, tokenizer, name, format, dtype, str(verification), summary, images)
         for figure in figures:
             shutil.copyfile(figure, folder / figure.name)
         (folder / "README.md").write_text(page, encoding="utf-8")
@@ -131,11 +133,10 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def write_model(
-    checkpoint: Checkpoint, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype, max_shard_size: str
+    checkpoint: Checkpoint, tokenizer: Tokenizer, pad_token: int, folder: Path, dtype: torch.dtype, max_shard_size: str
 ) -> None:
     """Write the weights, the configuration, the generation configuration and the code of the model."""
     model = transformers_model(checkpoint, tokenizer, dtype)
-    pad_token = transformers_tokenizer(tokenizer, checkpoint.model.context, checkpoint.model.vocab_size).pad_token_id
     model.config.pad_token_id = model.generation_config.pad_token_id = pad_token
     # The folder has a head and a base model, and save_pretrained adds only the class that it saves.
     model.config.auto_map = {"AutoModel": "modeling_antransformer.AntransformerModel"}
@@ -145,7 +146,18 @@ def write_model(
         model.generation_config.suppress_tokens = list(unused)
     with progress_bars_disabled():
         model.save_pretrained(folder, max_shard_size=max_shard_size)
-    make_readable(folder)
+
+
+def verify_native(folder: Path, checkpoint: Checkpoint, dtype: str) -> Verification:
+    """Load a written folder and compare its logits with the checkpoint's.
+
+    Raises:
+        MachineError: the error is NaN or too large.
+    """
+    model = restore(checkpoint, torch.device("cpu")).double()
+    verification = verify_folder(folder, reference(model, checkpoint))
+    verification.require_accurate(dtype == "float32")
+    return verification
 
 
 def make_readable(folder: Path) -> None:
@@ -154,10 +166,8 @@ def make_readable(folder: Path) -> None:
         file.chmod((folder / "config.json").stat().st_mode)
 
 
-def transformers_model(
-    checkpoint: Checkpoint, tokenizer: Tokenizer, dtype: torch.dtype = torch.float32
-) -> "AntransformerForCausalLM":
-    """Return the model of a checkpoint as a transformers model, on the CPU.
+def check_native(checkpoint: Checkpoint) -> None:
+    """Check that a checkpoint can become a transformers model, and register our classes.
 
     Raises:
         MissingExtraError: transformers is not installed.
@@ -177,10 +187,18 @@ def transformers_model(
     require("transformers", "hf")
     try:
         register()
-        from antransformer.interop.modeling_antransformer import AntransformerConfig, AntransformerForCausalLM
     except ImportError as error:
         hint = "pip install --upgrade 'antransformer[hf]'"
         raise UsageError(f"this version of transformers does not work, it may be too old ({error}): {hint}") from error
+
+
+def transformers_model(
+    checkpoint: Checkpoint, tokenizer: Tokenizer, dtype: torch.dtype = torch.float32
+) -> "AntransformerForCausalLM":
+    """Return the model of a checkpoint as a transformers model, on the CPU; raises the errors of ``check_native``."""
+    check_native(checkpoint)
+    from antransformer.interop.modeling_antransformer import AntransformerConfig, AntransformerForCausalLM
+
     end = tokenizer.end_of_text
     options = {name: value for name, value in asdict(checkpoint.model).items() if name != "ablation"}
     config = AntransformerConfig(**options, bos_token_id=end, eos_token_id=end, pad_token_id=end)

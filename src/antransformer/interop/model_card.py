@@ -22,6 +22,8 @@ Fact = tuple[str, str]
 
 EVALUATION_FILE = "evaluation.json"  # in a run folder, written by antransformer evaluate
 
+LABELS = {"exaone4": "EXAONE-4", "qwen3": "Qwen3"}
+
 PAGE = """---
 library_name: transformers
 pipeline_tag: text-generation
@@ -34,29 +36,53 @@ tags:
 
 A language model with {parameters:,} parameters, trained with antransformer
 ([arXiv:2505.22014](https://arxiv.org/abs/2505.22014)). It continues text. It was not trained to follow instructions.
-
+{notice}
 ## Use
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "{name}"
-# trust_remote_code=True is not needed after import antransformer
-tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+{loading}
 inputs = tokenizer("Once", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100, do_sample=True)[0]))
 ```
-
+{engines}
 The model was trained on sequences of up to {context:,} tokens. Longer sequences work, but the quality drops.
-In training, `{end}` (id {end_id}) separated documents. Put it before a prompt that begins a document.
-{bounds}
+In training, `{end}` (id {end_id}) separated documents. Put this id before a prompt that begins a document. The
+tokenizer adds no tokens.
+
+The export was {verification}.
+{tuning}
 ## Training
 
 | | |
 |---|---|
 {facts}
 {evaluation}{experiment}"""
+
+NATIVE_LOADING = """\
+# trust_remote_code=True is not needed after import antransformer
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)"""
+
+STOCK_LOADING = """\
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder)"""
+
+NOTICE = """
+Only the layout of the tensors is that of {label}. The weights are this model's own: nothing in this folder comes from
+the makers of {label}, and their licence does not apply to it.
+"""
+
+ENGINES = """
+| engine | command |
+|---|---|
+| vLLM | `vllm serve {name} --dtype {dtype}` |
+| MLX | `mlx_lm.generate --model {name} --prompt Once` |
+| llama.cpp | `llama-server -m {name}.gguf`, with the file of `antransformer export --format gguf` |
+| ollama | `ollama create {name} -f Modelfile`, where the Modelfile is `FROM ./{name}.gguf` |
+"""
 
 BOUNDS = """
 Weight vectors were constrained to {norm} in training. To keep the constraint in further training with any optimizer:
@@ -68,6 +94,12 @@ antransformer.bind(model, optimizer)  # with transformers.Trainer: Trainer(model
 ```
 """
 
+LIMITS = """
+This folder is for inference. The interpolation of the residual stream is multiplied into the weights, and the bounds on
+the norms of weight rows no longer hold, so fine-tuning it would not be training with the method. Fine-tune the folder
+of `antransformer export --format native`. The root of the epsilon of all norms is large on purpose. Load the weights
+in float32 or bfloat16; for float16 export with `--dtype float16`, which chooses scales that do not overflow.
+"""
 
 EVALUATION = """
 ## Evaluation
@@ -90,7 +122,9 @@ def card(
     checkpoint: Checkpoint,
     tokenizer: Tokenizer,
     name: str,
+    format: str,
     dtype: str,
+    verification: str,
     summary: str | None = None,
     figures: Sequence[str] = (),
 ) -> str:
@@ -100,7 +134,9 @@ def card(
         checkpoint: verified checkpoint.
         tokenizer: tokenizer of its run.
         name: name of the model.
+        format: native, exaone4 or qwen3.
         dtype: dtype of the exported weights.
+        verification: result of the check of the weights.
         summary: summary of the experiment that the run belongs to.
         figures: file names of the experiment's figures.
 
@@ -109,23 +145,35 @@ def card(
     """
     config, folder = checkpoint.model, run_folder_of(checkpoint)
     facts = [*model_facts(config, tokenizer, dtype), *training_facts(checkpoint, folder)]
-    with torch.device("meta"):
-        bounds = build(config).bounds()
-    norm = "norm 1" if all(bound.strict for bound in bounds) else "a norm of at most 1"
     rows = list(evaluation_rows(folder, checkpoint.step))
     images = "".join(f"\n![{Path(figure).stem}]({figure})\n" for figure in figures)
+    native = format == "native"
     return PAGE.format(
         name=name,
         architecture=config.architecture,
         parameters=parameter_count(config),
+        notice="" if native else NOTICE.format(label=LABELS[format]),
+        loading=NATIVE_LOADING if native else STOCK_LOADING,
+        engines="" if native else ENGINES.format(name=name, dtype=dtype),
         context=config.context,
         end=tokenizer.decode([tokenizer.end_of_text]),
         end_id=tokenizer.end_of_text,
-        bounds=BOUNDS.format(norm=norm) if bounds else "",
+        verification=verification,
+        tuning=fine_tuning(config, format),
         facts="\n".join(f"| {label} | {text} |" for label, text in facts),
         evaluation=EVALUATION.format(rows="\n".join(rows)) if rows else "",
         experiment=EXPERIMENT.format(summary=summary, figures=images) if summary else "",
     )
+
+
+def fine_tuning(config: ModelConfig, format: str) -> str:
+    """Return the paragraph about further training; empty if it needs nothing special."""
+    if format != "native":
+        return LIMITS if format == "exaone4" else ""
+    with torch.device("meta"):
+        bounds = build(config).bounds()
+    norm = "norm 1" if all(bound.strict for bound in bounds) else "a norm of at most 1"
+    return BOUNDS.format(norm=norm) if bounds else ""
 
 
 def model_facts(config: ModelConfig, tokenizer: Tokenizer, dtype: str) -> Iterator[Fact]:

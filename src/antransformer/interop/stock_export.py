@@ -58,11 +58,9 @@ def write_stock_model(
     """Write weights and configurations of a checkpoint that ``check_form`` accepts, and check them.
 
     Raises:
-        MissingExtraError: transformers is not installed.
         CheckpointError: as ``exaone4`` and ``qwen3``.
         MachineError: the written model differs from the checkpoint.
     """
-    require("transformers", "hf")
     stock, expected = stock_model(checkpoint, dtype == "float16")
     write_folder(stock, tokenizer, folder, getattr(torch, dtype), max_shard_size)
     verification = verify_folder(folder, expected)

@@ -64,8 +64,8 @@ class Verification:
         """Raise MachineError if the error is NaN or, with float32 weights, above the tolerance."""
         if not math.isfinite(self.error) or (float32 and self.error > FLOAT32_TOLERANCE):
             raise MachineError(
-                f"the exported model differs from the checkpoint ({self}); nothing was written: use --format native, "
-                "and report this as a bug"
+                f"the exported model differs from the checkpoint ({self}); nothing was written: use another "
+                "--format or --dtype, and report this as a bug"
             )
 
 
