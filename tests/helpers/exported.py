@@ -6,10 +6,12 @@ import torch
 
 import antransformer
 from antransformer.data import byte_tokenizer
+from antransformer.interop.export import export
 from antransformer.models import ModelConfig, build
 from antransformer.training import run_folder as runs
 from antransformer.training.checkpointing import checkpoint
 from antransformer.training.config import resolve_config, to_mapping
+from helpers.messages import mentions
 
 SIZES = {"vocab_size": 257, "width": 64, "layers": 3, "context": 48, "head_dim": 16}
 
@@ -38,3 +40,31 @@ def make_run(folder, architecture="angpt", tokenizer=None, **options):
     checkpoint.save(folder / runs.CHECKPOINTS, 20, model, optimizer, {"seconds": 1.0}, keep=1)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
     return model
+
+
+def exported(folder, architecture="angpt", tokenizer=None, model=(), **options):
+    """Return the model of a run and the folder that it is exported to."""
+    ours = make_run(folder / "run", architecture, tokenizer, **dict(model))
+    export(*runs.open_checkpoint(folder / "run"), folder / "hf", **options)
+    return ours, folder / "hf"
+
+
+def load(folder, **options):
+    """Return the exported model, loaded by transformers, which is imported here since it is optional."""
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
+def some_tokens(batch=2, length=48, seed=0):
+    """Random ids of bytes (batch, length)."""
+    return torch.randint(0, 257, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def rows(page):
+    """Rows of the tables in a Markdown page."""
+    return [line for line in page.splitlines() if line.startswith("|") and line.strip("|- ")]
+
+
+def has_row(page, *parts):
+    return any(mentions(row, *parts) for row in rows(page))
