@@ -1,5 +1,6 @@
 """Exported folders: loaded by transformers, with and without this package, and the command line."""
 
+import copy
 import errno
 import json
 import os
@@ -126,6 +127,31 @@ def test_greedy_generation_is_equal_for_single_prompts_and_in_a_padded_batch(pai
     assert continued(theirs, padded(PROMPTS), use_cache=False) == expected
     assert continued(theirs, padded(PROMPTS), cache_implementation="static") == expected
     theirs.set_attn_implementation("sdpa")
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*past_key_values:FutureWarning")  # renamed by transformers
+def test_other_ways_of_generation(pair):
+    theirs, tokens = pair[1], torch.tensor([[*b"to be, to be, to"]])
+    greedy = continued(theirs, tokens)
+    assert continued(theirs, tokens, prompt_lookup_num_tokens=3) == greedy
+    assert continued(theirs, tokens, assistant_model=copy.deepcopy(theirs)) == greedy
+    embeddings = {"inputs_embeds": theirs.get_input_embeddings()(tokens), "input_ids": tokens}
+    assert continued(theirs, embeddings) == greedy
+    first = theirs.generate(
+        tokens, max_new_tokens=9, do_sample=False, eos_token_id=None, return_dict_in_generate=True, output_scores=True
+    )
+    scores = torch.stack(first.scores, dim=1)
+    torch.testing.assert_close(scores, theirs(first.sequences).logits[:, -10:-1], rtol=1e-4, atol=1e-4)
+    rest = {"input_ids": first.sequences, "past_key_values": first[-1]}
+    assert continued(theirs, rest, max_new_tokens=16) == [greedy[0][9:]]
+    beams = continued(theirs, tokens, num_beams=4, num_return_sequences=4)
+    chosen = torch.tensor([*greedy, *beams])
+    logits = theirs(torch.cat([tokens.expand(5, -1), chosen], dim=1)).logits[:, -26:-1]
+    likelihoods = logits.log_softmax(-1).gather(-1, chosen.unsqueeze(-1)).sum((1, 2)).tolist()
+    assert likelihoods[1:] == sorted(likelihoods[1:], reverse=True) and likelihoods[1] >= likelihoods[0] - 1e-4
+    torch.manual_seed(0)
+    assert len({tuple(line) for line in continued(theirs, tokens.expand(4, -1), do_sample=True, top_k=20)}) == 4
 
 
 @torch.no_grad()
