@@ -122,7 +122,7 @@ class AntransformerModel(AntransformerPreTrainedModel):
         if position_ids is None:
             start = 0 if cache is None else cache.get_seq_length()
             position_ids = torch.arange(start, start + x.shape[1], device=x.device).unsqueeze(0)
-        mask = create_causal_mask(self.config, x, attention_mask, cache, position_ids)
+        mask = create_causal_mask(self.config, x, attention_mask, position_ids=position_ids, **{CACHE: cache})
         rotary = rotary_tables(position_ids, self.config)
         for block in self.blocks:
             x = block(x, rotary, mask, cache=cache, **kwargs)
