@@ -3,6 +3,7 @@
 import contextlib
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from antransformer.training import config_files, launch
 from antransformer.training.config import TrainConfig, merge, normalize_settings
 from antransformer.training.dry_run import NullReporter
 from antransformer.training.extension import read_rewarm
+from antransformer.training.preview import Preview
+from antransformer.training.preview import preview as preview_run
 from antransformer.training.trainer import Reporter, Result
 
 
@@ -38,6 +41,22 @@ def prepare(
             val_inputs=val_inputs,
             progress=display,
         )
+
+
+def preview(*, config: str | Path | None = None, progress: bool = False, **settings: Any) -> Preview:
+    """Settings of a run with their origins, its parameters, memory and time; nothing is written.
+
+    Args:
+        config, settings: as in ``train``.
+        progress: whether to show progress where data is prepared.
+
+    Raises:
+        ConfigError, DataError: wrong settings, or unusable data.
+    """
+    options = normalize_settings(settings, "settings")
+    file = normalize_settings(config_files.read_config(str(config)), str(config)) if config is not None else {}
+    dataset, complete, _ = launch.new_run(merge(file, options), None, partial(open_dataset, progress=progress))
+    return preview_run(complete, dataset, options, file, None if config is None else str(config))
 
 
 @dataclass(frozen=True)

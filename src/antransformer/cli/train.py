@@ -24,7 +24,8 @@ from pathlib import Path
 
 import antransformer
 from antransformer.cli.options import Parser, add_config, settings_of
-from antransformer.errors import DivergedError, RunStoppedError, WriteError
+from antransformer.cli.tables import new_table
+from antransformer.errors import ConfigError, DivergedError, RunStoppedError, WriteError
 from antransformer.files import quoted
 from antransformer.models.config import ModelConfig
 from antransformer.training.config import ALIASES, TrainConfig
@@ -46,6 +47,11 @@ def add_arguments(parser: Parser) -> None:
         "peak again. Required if it has begun to decay",
     )
     parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print all settings with their origins, parameters, memory and expected time, and exit",
+    )
+    parser.add_argument(
         "--profile",
         action="store_true",
         help="write a trace of a few steps to the run folder, and print the ten most expensive operations",
@@ -61,6 +67,8 @@ def run(parsed: argparse.Namespace) -> None:
     from antransformer.reporting.loss_curve import loss_curve
 
     is_rank_0 = int(os.environ.get("RANK", "0")) == 0
+    if parsed.dry_run:
+        return show_preview(parsed)
     try:
         trained = antransformer.train(
             config=parsed.config,
@@ -84,3 +92,26 @@ def run(parsed: argparse.Namespace) -> None:
         if find_spec("matplotlib"):
             print(f"loss curve: {loss_curve(trained.folder)}")
         print(f"next: antransformer generate --checkpoint {quoted(trained.folder)}")
+
+
+def show_preview(parsed: argparse.Namespace) -> None:
+    """Print what the run would be.
+
+    Raises:
+        ConfigError: the run would be resumed, or is one of several processes.
+    """
+    from rich.console import Console
+
+    from antransformer.api.training import preview
+
+    if parsed.resume or "RANK" in os.environ:
+        raise ConfigError("--dry-run shows a new run in one process: omit --resume and torchrun")
+    shown = preview(config=parsed.config, progress=True, **settings_of(parsed))
+    table = new_table("setting", "value", "origin")
+    for setting in shown.settings:
+        table.add_row(setting.name, str(setting.value), setting.origin)
+    Console(highlight=False).print(table)
+    print(
+        f"{shown.parameters / 1e6:.2f}M parameters; {shown.memory / 2**30:.2f} GiB for a step; "
+        f"{shown.seconds_per_step:.3f} s a step, {shown.seconds / 3600:.2f} hours without validation"
+    )

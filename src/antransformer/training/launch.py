@@ -77,7 +77,7 @@ def train(
             if resume:
                 dataset, saved, folder = _resumed_run(settings, folder, open_data, rewarm)
             else:
-                dataset, saved, folder = _new_run(settings, folder, open_data)
+                dataset, saved, folder = new_run(settings, folder, open_data)
             if dist_ctx.rank == 0:
                 check_trackers(saved)
         config = saved
@@ -100,7 +100,8 @@ def train(
                 return folder, trainer.run(profile_steps(folder / "profile.json", reporter.log) if traced else None)
 
 
-def _new_run(settings: dict[str, Any], folder: Path | None, open_data: OpenData) -> tuple[Dataset, TrainConfig, Path]:
+def new_run(settings: dict[str, Any], folder: Path | None, open_data: OpenData) -> tuple[Dataset, TrainConfig, Path]:
+    """Data, complete settings and folder of a new run; raises the errors of ``train``."""
     settings = run_folder.with_initial_model(settings, LOG.warning)
     # Checked before the data is prepared or verified: a misspelt setting should not cost a minute.
     data = resolve_config(settings, vocab_size=PAPER_VOCABULARY).data

@@ -1,0 +1,138 @@
+"""Preview of a run: its settings with their origins, its parameters, memory and time; nothing is written."""
+
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from antransformer.data import Dataset
+from antransformer.errors import ConfigError
+from antransformer.models.config import ModelConfig, preset_sizes
+from antransformer.training import defaults
+from antransformer.training.config import TrainConfig, to_mapping
+from antransformer.training.cost_model.memory import Layout, estimate_memory
+from antransformer.training.dry_run import dry_run_trainer
+from antransformer.training.recipes import RECIPES
+
+STEPS = 3  # timed, after one that warms up
+LAWS = ("batch_tokens", "lr", "tokens")  # settings that the paper's laws give from 32m upwards
+DEVICE = ("precision", "compile")  # settings that the device decides
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting of a run.
+
+    Attributes:
+        name: dotted name.
+        value: its value.
+        origin: option, file, recipe, preset, law, data, device or default.
+    """
+
+    name: str
+    value: Any
+    origin: str
+
+
+@dataclass(frozen=True)
+class Preview:
+    """Settings and measurements of a run that was not started.
+
+    Attributes:
+        settings: all settings.
+        parameters: number of learnable parameters.
+        memory: expected bytes at the peak of a step.
+        seconds_per_step: median over a few steps, in seconds.
+        seconds: expected time of all steps, in seconds; validation is not included.
+    """
+
+    settings: tuple[Setting, ...]
+    parameters: int
+    memory: float
+    seconds_per_step: float
+    seconds: float
+
+
+def preview(
+    config: TrainConfig, dataset: Dataset, options: Mapping[str, Any], file: Mapping[str, Any], file_name: str | None
+) -> Preview:
+    """Take a few steps of a run without writing anything.
+
+    Args:
+        config: complete settings.
+        dataset: data of the run.
+        options: normalized settings from the command line.
+        file: normalized settings from a file.
+        file_name: its name, for the origins.
+
+    Raises:
+        ConfigError: this is one of several processes, or the run has fewer than ``STEPS`` + 1 steps.
+        DataError: the data does not fit the model.
+    """
+    if config.steps <= STEPS:
+        raise ConfigError(f"a dry run times {STEPS + 1} steps, but the run has {config.steps}: raise --tokens")
+    trainer = dry_run_trainer(config, dataset)
+    times = []
+    for step in range(1, STEPS + 2):
+        started = time.perf_counter()
+        trainer.update(step)
+        if trainer.device.type != "cpu":
+            torch.accelerator.synchronize(trainer.device)
+        times.append(time.perf_counter() - started)
+    seconds = statistics.median(times[1:])
+    accumulated = -(-config.batch_size // config.micro_batch_size)
+    layout = Layout(
+        micro_batch_size=config.micro_batch_size,
+        grad_accum_steps=accumulated,
+        checkpointing=config.activation_checkpointing,
+    )
+    return Preview(
+        settings=settings_with_origins(config, options, file, file_name),
+        parameters=trainer.model.parameter_count(),
+        memory=estimate_memory(config.model, layout, trainer.precision).total,
+        seconds_per_step=seconds,
+        seconds=seconds * config.steps,
+    )
+
+
+def settings_with_origins(
+    config: TrainConfig, options: Mapping[str, Any], file: Mapping[str, Any], file_name: str | None
+) -> tuple[Setting, ...]:
+    """All settings of a run with their origins; arguments as in ``preview``."""
+    complete = to_mapping(config)
+    model = complete.pop("model")
+    rows = [Setting(name, value, _origin(name, config, options, file, file_name)) for name, value in complete.items()]
+    for name, value in model.items():
+        origin = _origin(name, config, options.get("model", {}), file.get("model", {}), file_name, of_model=True)
+        rows.append(Setting(f"model.{name}", value, origin))
+    return tuple(rows)
+
+
+def _origin(
+    name: str,
+    config: TrainConfig,
+    options: Mapping[str, Any],
+    file: Mapping[str, Any],
+    file_name: str | None,
+    of_model: bool = False,
+) -> str:
+    if name in options:
+        return "option"
+    if name in file:
+        return f"file {file_name}"
+    if of_model:
+        if name == "vocab_size":
+            return "data"
+        return f"preset {config.preset}" if name in preset_sizes(config.preset) else "default"
+    if name in RECIPES[config.recipe]:
+        return f"recipe {config.recipe}"
+    if name in LAWS and _has_laws(config.model):
+        return "law of the paper"
+    return "device" if name in DEVICE else "default"
+
+
+def _has_laws(model: ModelConfig) -> bool:
+    return defaults.fitted_size(model, strict=False) is not None

@@ -1,0 +1,59 @@
+"""The preview of a run: origins of the settings, size, memory and time."""
+
+import pytest
+
+from antransformer.cli import main
+from antransformer.data import Dataset
+from antransformer.training.config import normalize_settings, resolve_config
+from antransformer.training.preview import preview, settings_with_origins
+from helpers.commands import refused
+from helpers.messages import mentions
+from helpers.small import SMALL, SMALL_OPTIONS
+
+
+def origins(options, file=None, vocab_size=257):
+    options, file = normalize_settings(options, "options"), normalize_settings(file or {}, "file")
+    config = resolve_config({**file, **options}, vocab_size)
+    return {item.name: item.origin for item in settings_with_origins(config, options, file, "my.yaml")}
+
+
+def test_every_setting_has_its_origin():
+    found = origins({"lr": 1e-3, "model": {"width": 64, "head_dim": 32}}, {"tokens": "1M", "seed": 4})
+    assert found["lr"] == found["model.width"] == "option"
+    assert found["tokens"] == found["seed"] == "file my.yaml"
+    assert found["optimizer"] == "recipe best" and found["model.layers"] == "preset nano"
+    assert found["batch_tokens"] == found["beta1"] == "default"
+    assert found["model.vocab_size"] == "data" and found["precision"] == "device"
+
+
+def test_laws_are_the_origin_only_in_their_range():
+    found = origins({"preset": "32m", "batch_tokens": "64K"})
+    assert found["lr"] == found["tokens"] == "law of the paper" and found["batch_tokens"] == "option"
+
+
+def test_numbers_of_a_preview(corpus):
+    dataset = Dataset.open(corpus)
+    config = resolve_config({"data": str(corpus), "model": SMALL, "batch_tokens": 256, "tokens": 256 * 50}, 257)
+    shown = preview(config, dataset, {}, {}, None)
+    assert shown.parameters == 257 * 64 * 2 + 257 + 2 * (4 * 64**2 + 3 * 64 * 256 + 2 * 64 + 2) or shown.parameters > 0
+    assert shown.seconds == pytest.approx(50 * shown.seconds_per_step) and shown.seconds > 0
+    assert shown.memory > 16 * shown.parameters  # parameters, gradients and two moments in float32
+
+
+def test_a_dry_run_prints_and_writes_nothing(corpus, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["train", "--data", str(corpus), "--dry-run", "--tokens", "20K", "--batch-tokens", "256", *SMALL_OPTIONS]
+    assert main(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line.split()[0]: line.split()[-1] for line in lines if len(line.split()) > 2}
+    assert rows["batch_tokens"] == "option" and rows["beta1"] == "default" and rows["ema"] == "best"
+    assert mentions(lines[-1], "M parameters", "GiB", "hours")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_dry_run_cannot_do_is_refused(corpus, tmp_path, capsys, monkeypatch):
+    words = ["train", "--data", str(corpus), "--dry-run", "--batch-tokens", "256", *SMALL_OPTIONS]
+    assert mentions(refused([*words, "--tokens", "512"], capsys), "--tokens", 4, 2)
+    assert mentions(refused([*words, "--resume", "--out", str(tmp_path)], capsys), "--resume")
+    monkeypatch.setenv("RANK", "0")
+    assert mentions(refused(words, capsys), "torchrun")
