@@ -15,6 +15,7 @@ FLOORS = [
     "errors",
     "settings",
     "extras",
+    "pace",
     "files",
     "renamed",
     "factors",

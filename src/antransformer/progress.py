@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from antransformer.data.dataset import Dataset
 from antransformer.data.stdlib import is_prepared, open_data
+from antransformer.pace import Pace
 
 if TYPE_CHECKING:
     from antransformer.runs.queue import RunResult
@@ -152,7 +153,7 @@ class ExperimentProgress(LiveDisplay):
 
 
 class EvaluationProgress(LiveDisplay):
-    """Display of an evaluation on standard error: a bar over the texts of a task, or one line per finished task."""
+    """Display of an evaluation on standard error: a bar over the texts of a task, or plain lines."""
 
     def __init__(self, enabled: bool = True) -> None:
         self.enabled = enabled
@@ -161,14 +162,23 @@ class EvaluationProgress(LiveDisplay):
         self.bar = new_bar("{task.description}", self.console, enabled, transient=True)
         self.task = self.bar.add_task("", total=None, numbers="")
         self.start_time = time.monotonic()
+        self.pace = Pace("", "texts", self._print)
 
     def __call__(self, name: str, done: int, total: int) -> None:
         """Show how many of a task's texts are scored; a total of 0 means that the task is loading."""
         numbers = f"{done:,}/{total:,} texts" if total else "loading"
         self.bar.update(self.task, description=name, completed=done, total=total or None, numbers=numbers)
-        if self.enabled and self.bar.disable and 0 < total <= done:
-            line = f"[{_duration(time.monotonic() - self.start_time)}] {name}  {total:,} texts"
-            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        if not self.enabled or not total:
+            return
+        if self.pace.name != name:
+            self.pace = Pace(name, "texts", self._print)
+        self.pace(done, total)
+        if self.bar.disable and done >= total:
+            self._print(f"{name}  {total:,} texts")
+
+    def _print(self, text: str) -> None:
+        line = f"[{_duration(time.monotonic() - self.start_time)}] {text}"
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 class PrepareProgress(LiveDisplay):
