@@ -11,7 +11,7 @@ from pathlib import Path
 from antransformer.comparison.summary import summary
 from antransformer.data import Tokenizer
 from antransformer.errors import ConfigError
-from antransformer.files import check_file_target, replace_text
+from antransformer.files import check_json_target, replace_text
 from antransformer.inference.folding import folded_where_possible
 from antransformer.inference.perplexity import perplexity
 from antransformer.inference.text import continue_text
@@ -209,7 +209,7 @@ def evaluate(
     """
     source, tokenizer = open_checkpoint(Path(checkpoint), LOG.warning)
     path = Path(out) if out else run_folder_of(source) / EVALUATION_FILE
-    check_file_target("--out", path)
+    check_json_target("--out", path, lambda content: "results" in content)
     if not tasks and not texts:
         raise ConfigError("nothing to evaluate: give --tasks or --text")
     for name, number in (("batch_size", batch_size), ("limit", limit)):

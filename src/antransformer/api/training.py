@@ -37,6 +37,7 @@ def prepare(
             val_fraction=val_fraction,
             val_inputs=val_inputs,
             progress=display,
+            notify=display.log,
         )
 
 

@@ -23,7 +23,7 @@ from antransformer.diagnostics.diagnosis import LEGEND, Diagnosis, FactorError, 
 from antransformer.diagnostics.figure import diagnosis_figure
 from antransformer.diagnostics.summary import format_number, summarize
 from antransformer.errors import MissingExtraError
-from antransformer.files import check_file_target
+from antransformer.files import check_file_target, check_json_target
 from antransformer.settings import Count, convert
 
 USAGE = "antransformer diagnose --checkpoint RUN [options]"
@@ -62,7 +62,7 @@ def run(parsed: argparse.Namespace) -> None:
     figure_path = parsed.out or folder / "diagnose.png"
     check_file_target("--out", figure_path, FIGURE_FORMATS)
     if parsed.json:
-        check_file_target("--json", parsed.json)
+        check_json_target("--json", parsed.json, lambda content: "residual_norm" in content)
     device = choose_device(parsed.device)
     dataset = open_dataset(parsed.data or saved_settings(folder).get("data", STDLIB), progress=True)
     context = checkpoint.model.context
