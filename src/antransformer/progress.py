@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from antransformer.data.dataset import Dataset
 from antransformer.data.stdlib import is_prepared, open_data
-from antransformer.pace import Pace
+from antransformer.pace import Pace, heartbeat
 
 if TYPE_CHECKING:
     from antransformer.runs.queue import RunResult
@@ -211,13 +211,16 @@ class PrepareProgress(LiveDisplay):
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def open_dataset(name: str, progress: bool) -> Dataset:
-    """Open and verify a data folder; preparing the built-in corpus on first use shows progress."""
-    if not progress or is_prepared(name):
-        return open_data(name)
-    log(f"preparing {name}: the source of Python's standard library")
-    with PrepareProgress(name) as display:
-        return open_data(name, display)
+def open_dataset(name: str, progress: bool, verify: bool = True) -> Dataset:
+    """Open a data folder, and verify its files unless another process does; shows progress where that takes long."""
+    if not progress:
+        return open_data(name, verify=verify)
+    if not is_prepared(name):
+        log(f"preparing {name}: the source of Python's standard library")
+        with PrepareProgress(name) as display:
+            return open_data(name, display, verify)
+    with heartbeat(f"verifying {name}", PrepareProgress(name).log):
+        return open_data(name, verify=verify)
 
 
 def log(text: str) -> None:

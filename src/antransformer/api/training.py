@@ -87,8 +87,8 @@ def train(
     if config is not None:
         checked = merge(normalize_settings(config_files.read_config(str(config)), str(config)), checked)
 
-    def open_data(name: str) -> Dataset:
-        return open_dataset(name, progress=progress is True)
+    def open_data(name: str, verify: bool) -> Dataset:
+        return open_dataset(name, progress=progress is True, verify=verify)
 
     def open_reporter(config: TrainConfig, rank: int) -> AbstractContextManager[Reporter]:
         if progress is True:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from antransformer.cli.options import Parser
-from antransformer.errors import AntransformerError, RunStoppedError, UsageError
+from antransformer.errors import AntransformerError, RankFailedError, RunStoppedError, UsageError
 from antransformer.version import __version__
 
 # Verb -> one-line summary, which is also the first line of the docstring of its module.
@@ -68,6 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen = next((word for word in words if not word.startswith("-")), None)
         parsed = make_parser(chosen).parse(words)
         parsed.run(parsed)
+    except RankFailedError as error:
+        print(error, file=sys.stderr)
+        return error.status
     except RunStoppedError as error:
         return _complain(error, error.status)
     except UsageError as error:
@@ -93,5 +96,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _complain(message: object, status: int) -> int:
     """Print a message as one line on standard error, and return the status."""
-    print("antransformer:", " ".join(str(message).split()), file=sys.stderr)
+    from antransformer.training.distributed.launcher import record_failure
+
+    line = " ".join(["antransformer:", *str(message).split()])
+    if not record_failure(line):
+        print(line, file=sys.stderr)
     return status

@@ -56,7 +56,7 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see {self.prog} --help)")
 
     def parse(self, words: Sequence[str]) -> argparse.Namespace:
-        """Parse the words of a command line.
+        """Parse the words of a command line, which are kept as ``words``.
 
         Raises:
             UsageError: an option is unknown or has an old name, or a value is missing or wrong.
@@ -67,6 +67,7 @@ class Parser(argparse.ArgumentParser):
         parsed, unknown = self.parse_known_args(words)
         if unknown:
             verb.refuse(unknown[0])
+        parsed.words = list(words)
         return parsed
 
     def check_renamed(self, words: Sequence[str]) -> None:

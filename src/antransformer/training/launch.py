@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from antransformer.training.trackers import check_trackers
 from antransformer.training.trainer import Reporter, Result, Trainer
 
 LOG = logging.getLogger(__name__)
-OpenData = Callable[[str], Dataset]
+OpenData = Callable[[str, bool], Dataset]  # name, and whether to read and verify all of its files
 OpenReporter = Callable[[TrainConfig, int], AbstractContextManager[Reporter]]
 
 
@@ -59,7 +60,7 @@ def train(
     Args:
         settings: normalized user settings.
         folder: run folder; None selects the first free ``runs/ARCHITECTURE-PRESET``.
-        open_data: returns the dataset of that name or path.
+        open_data: returns the dataset of a name or path; on most ranks without verifying its files.
         open_reporter: returns the reporter of this rank, given the config and the rank.
         resume: continue the run in ``folder`` from its latest checkpoint. More tokens than it has extend the run.
         rewarm: fraction of the added steps over which the learning rate of an extended run rises to its peak.
@@ -73,11 +74,16 @@ def train(
         RunStoppedError, DivergedError, WriteError: the run ended early; raised on all ranks.
     """
     with init_distributed() as dist_ctx:
+        if not resume:
+            notify = LOG.warning if dist_ctx.rank == 0 else LOG.debug
+            settings = run_folder.with_initial_model(settings, notify, dist_ctx)
+        # One rank of each node verifies the data, which may be a copy on its disk.
+        open_verified = partial(_open, open_data, dist_ctx.local_rank == 0)
         with dist_ctx.rank_0_first():
             if resume:
-                dataset, saved, folder = _resumed_run(settings, folder, open_data, rewarm)
+                dataset, saved, folder = _resumed_run(settings, folder, open_verified, rewarm)
             else:
-                dataset, saved, folder = _new_run(settings, folder, open_data)
+                dataset, saved, folder = _new_run(settings, folder, open_verified)
             if dist_ctx.rank == 0:
                 check_trackers(saved)
         config = saved
@@ -100,8 +106,13 @@ def train(
                 return folder, trainer.run(profile_steps(folder / "profile.json", reporter.log) if traced else None)
 
 
-def _new_run(settings: dict[str, Any], folder: Path | None, open_data: OpenData) -> tuple[Dataset, TrainConfig, Path]:
-    settings = run_folder.with_initial_model(settings, LOG.warning)
+def _open(open_data: OpenData, verify: bool, name: str) -> Dataset:
+    return open_data(name, verify)
+
+
+def _new_run(
+    settings: dict[str, Any], folder: Path | None, open_data: Callable[[str], Dataset]
+) -> tuple[Dataset, TrainConfig, Path]:
     # Checked before the data is prepared or verified: a misspelt setting should not cost a minute.
     data = resolve_config(settings, vocab_size=PAPER_VOCABULARY).data
     if folder is not None:
@@ -120,7 +131,7 @@ def _absolute(path: str) -> str:
 
 
 def _resumed_run(
-    settings: dict[str, Any], folder: Path | None, open_data: OpenData, rewarm: float | None
+    settings: dict[str, Any], folder: Path | None, open_data: Callable[[str], Dataset], rewarm: float | None
 ) -> tuple[Dataset, TrainConfig, Path]:
     if folder is None:
         raise CheckpointError("--resume needs the run folder: give it with --out")

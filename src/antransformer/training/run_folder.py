@@ -139,8 +139,10 @@ def resumed_config(folder: Path, changes: Mapping[str, Any]) -> TrainConfig:
     return resolve_config({**before, **mutable}, vocab_size=1)
 
 
-def with_initial_model(settings: Mapping[str, Any], notify: Callable[[str], None]) -> dict[str, Any]:
-    """Add the model settings of the checkpoint in ``init``, if set, to normalized settings.
+def with_initial_model(
+    settings: Mapping[str, Any], notify: Callable[[str], None], dist_ctx: DistributedContext = SINGLE_PROCESS
+) -> dict[str, Any]:
+    """Add the model settings of the checkpoint in ``init``, if set, to normalized settings; all ranks call this.
 
     Raises:
         CheckpointError: there is no checkpoint.
@@ -148,7 +150,7 @@ def with_initial_model(settings: Mapping[str, Any], notify: Callable[[str], None
     """
     if settings.get("init") is None:
         return dict(settings)
-    initial, _ = open_checkpoint(Path(settings["init"]), notify)
+    initial, _ = open_checkpoint(Path(settings["init"]), notify, dist_ctx)
     model = initial.model.mapping()
     for name, value in settings.get("model", {}).items():
         if model.get(name) != value:
