@@ -16,6 +16,7 @@ FLOORS = [
     "settings",
     "extras",
     "pace",
+    "figure_style",
     "files",
     "renamed",
     "factors",

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from antransformer import figure_style
 from antransformer.comparison import report, statistics
 from antransformer.comparison.charts import loss_by_tokens
 from antransformer.comparison.summary import summary
 from antransformer.errors import MissingExtraError
-from antransformer.reporting import figure, labels
+from antransformer.reporting import labels
 from antransformer.results.comparison import Results, Run, Trial, Variant
 from helpers.experiments import BUDGETS, SEEDS, chosen, experiment, loss_at, variant
 
@@ -590,7 +591,7 @@ def test_page_is_drawn(chromium, written, tmp_path, scheme):
     browse(chromium, tmp_path, framed(written[2][0]), window, setting, f"--screenshot={screenshot}")
     pixels = np.round(imread(screenshot)[..., :3] * 255).astype(int)
     assert pixels.shape[:2] == size[::-1]
-    ink = figure.INK if scheme == "light" else figure.DARK[figure.INK]
+    ink = figure_style.INK if scheme == "light" else figure_style.DARK[figure_style.INK]
     for part in np.split(pixels, np.cumsum(WIDTHS), axis=1):
         assert (part.mean() > 200) if scheme == "light" else (part.mean() < 60)
         assert count_pixels(part, ink) > 60

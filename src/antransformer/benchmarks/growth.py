@@ -17,8 +17,9 @@ from antransformer.benchmarks.models import build_variants
 from antransformer.benchmarks.settings import OUR_ARCHITECTURES, Mode, replace_architecture
 from antransformer.benchmarks.timing import Benchmark, Row, alternate, make_rows, peak_memory, time_call
 from antransformer.benchmarks.train_step import StepSettings, in_mode, make_step, state_bytes
+from antransformer.figure_style import INK, new_figure, style
 from antransformer.models import ModelConfig
-from antransformer.reporting.figure import INK, Chart, legend, log_ticks, new_figure, style, styled
+from antransformer.reporting.figure import Chart, legend, log_ticks, styled
 from antransformer.reporting.labels import style_of
 from antransformer.training.cost_model.memory import Layout, estimate_memory
 from antransformer.training.cost_model.throughput import flops_per_token
