@@ -132,7 +132,7 @@ def export(
 
 @contextlib.contextmanager
 def serve(
-    checkpoint: str | Path | None = None, *, gguf: str | Path | None = None, port: int = 8080, dtype: str = "f32"
+    checkpoint: str | Path | None = None, *, gguf: str | Path | None = None, port: int = 8080, dtype: str | None = None
 ) -> Iterator[str]:
     """Serve a model with an OpenAI-compatible interface on this machine, while the context is open; yields its address.
 
@@ -140,17 +140,20 @@ def serve(
         checkpoint: run folder, or one checkpoint; it is exported to a temporary GGUF file.
         gguf: GGUF file to serve in place of a checkpoint.
         port: port on 127.0.0.1; 0 chooses a free one.
-        dtype: data type of the weights of the temporary file, as in ``export``.
+        dtype: data type of the weights of the temporary file, as in ``export`` (default f32).
 
     Raises:
-        ConfigError: both or neither of checkpoint and file are given, or the port is in use.
+        ConfigError: both or neither of checkpoint and file are given, a data type is given for a file, or the port is in
+            use.
         CheckpointError, MachineError, MissingExtraError: as in ``export``.
     """
+    if gguf and dtype:
+        raise ConfigError(f"--dtype {dtype} belongs to --checkpoint: the weights in {gguf} have a data type already")
     if gguf and not checkpoint:
         server = serving.serve_file(Path(gguf), port)
     elif checkpoint and not gguf:
         source, tokenizer = open_checkpoint(Path(checkpoint), LOG.warning)
-        server = serving.serve_checkpoint(source, tokenizer, dtype, port)
+        server = serving.serve_checkpoint(source, tokenizer, dtype or "f32", port)
     else:
         raise ConfigError("give either --checkpoint or --gguf")
     with server as address:

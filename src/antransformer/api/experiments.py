@@ -10,6 +10,7 @@ from antransformer.comparison import report
 from antransformer.comparison.estimate import estimate
 from antransformer.comparison.experiment import Experiment, Plan
 from antransformer.data.stdlib import NAME as STDLIB
+from antransformer.errors import ConfigError
 from antransformer.extras import require_analysis
 from antransformer.progress import ExperimentProgress, log, open_dataset
 from antransformer.results.comparison import Results
@@ -65,6 +66,8 @@ def compare(
         RunStoppedError, MachineError: SIGINT or SIGTERM arrived, or a worker failed; finished runs are kept.
     """
     shared = _shared_settings(settings, quick)
+    if tokens is not None and budgets:
+        raise ConfigError("--tokens and --budgets exclude each other: give one of them")
     if quick and tokens is None and not budgets:
         budgets = comparisons.QUICK_BUDGETS
     tuning_trials = tuning_trials or (1 if quick and not separate_rates else 3)

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 
 USAGE = "antransformer bench BENCHMARK [options]"
 TABLE_WIDTH = 200  # columns, if the output is not a terminal
+MAX_THREADS = 1024
 LOSS_VOCABULARIES = (512, PAPER_VOCABULARY)
 GROWTH_VARIANTS = ("gpt+", "angpt")
 # Options that not every benchmark has, with their defaults for those that have them.
@@ -129,8 +130,8 @@ def run(parsed: argparse.Namespace) -> None:
     if parsed.json:
         check_json_target("--json", parsed.json, lambda content: "benchmark" in content)
     if parsed.threads is not None:
-        if parsed.threads < 1:
-            raise ConfigError(f"--threads must be at least 1, got {parsed.threads}")
+        if not 1 <= parsed.threads <= MAX_THREADS:
+            raise ConfigError(f"--threads must be from 1 to {MAX_THREADS:,}, got {parsed.threads}")
         torch.set_num_threads(parsed.threads)
     device = choose_device(parsed.device)
     shared = {"rounds": parsed.rounds, "device": device, "dtype": choose_precision(parsed.dtype, device)}
