@@ -18,9 +18,10 @@ def quoted(path: str | Path) -> str:
 
 
 def require_file(path: Path) -> None:
-    """Raise OSError if the path does not exist or is a pipe, which would block a reader."""
-    if stat.S_ISFIFO(path.stat().st_mode):
-        raise OSError(errno.EINVAL, "a pipe, not a file", str(path))
+    """Raise OSError if the path does not exist, or is a pipe or a device, which may block a reader or never end."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise OSError(errno.EINVAL, "a pipe or a device, not a file", str(path))
 
 
 def read_text(path: Path) -> str:
@@ -90,7 +91,7 @@ def check_json_target(option: str, path: Path, is_ours: Callable[[dict[str, Any]
         ConfigError: as ``check_file_target``, or the file exists and is not of this kind.
     """
     check_file_target(option, path)
-    if not path.exists():
+    if not path.is_file():  # new, or a device such as /dev/stdout
         return
     try:
         content = read_json(path)

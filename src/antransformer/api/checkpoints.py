@@ -143,8 +143,8 @@ def serve(
         dtype: data type of the weights of the temporary file, as in ``export`` (default f32).
 
     Raises:
-        ConfigError: both or neither of checkpoint and file are given, a data type is given for a file, or the port is in
-            use.
+        ConfigError: both or neither of checkpoint and file are given, a data type is given for a file, or the port is
+            in use.
         CheckpointError, MachineError, MissingExtraError: as in ``export``.
     """
     if gguf and dtype:

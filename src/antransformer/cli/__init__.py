@@ -3,6 +3,7 @@
 Only the chosen verb is imported, and no verb imports torch before it runs, so ``--help`` and mistakes are fast.
 """
 
+import errno
 import importlib
 import io
 import logging
@@ -88,7 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         advice = "lower --micro-batch-size or --batch-tokens (evaluate: --batch-size), or choose a smaller model"
         return _complain(f"error: out of memory: {advice}", 1)
     except (AntransformerError, OSError, MemoryError) as error:
-        return _complain(f"error: {error or type(error).__name__}", 1)
+        too_long = isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG
+        return _complain(f"error: {error or type(error).__name__}", 2 if too_long else 1)
     except KeyboardInterrupt:
         return _complain("stopped by SIGINT", 130)
     return 0

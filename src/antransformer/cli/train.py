@@ -30,7 +30,7 @@ from antransformer.files import quoted
 from antransformer.models.config import ModelConfig
 from antransformer.training.config import ALIASES, TrainConfig
 from antransformer.training.config_files import shipped_configs
-from antransformer.training.distributed.launcher import launch
+from antransformer.training.distributed.launcher import job_number, launch
 
 USAGE = "antransformer train [options]"
 
@@ -70,9 +70,9 @@ def run(parsed: argparse.Namespace) -> None:
     processes = number(parsed, "processes", 1)
     if processes > 1 and "RANK" not in os.environ:
         return launch(parsed.words, processes)
-    if processes > 1 and processes != int(os.environ.get("WORLD_SIZE", "1")):
+    if processes > 1 and processes != job_number("WORLD_SIZE", 1):
         raise ConfigError(f"--processes {processes} and torchrun exclude each other: omit --processes")
-    is_rank_0 = int(os.environ.get("RANK", "0")) == 0
+    is_rank_0 = job_number("RANK", 0) == 0
     try:
         trained = antransformer.train(
             config=parsed.config,

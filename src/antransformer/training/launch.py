@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -18,6 +17,7 @@ from antransformer.training import defaults, extension, run_folder
 from antransformer.training.checkpointing import checkpoint
 from antransformer.training.config import TrainConfig, resolve_config, round_to_sequences
 from antransformer.training.device import resolve_auto
+from antransformer.training.distributed.launcher import job_number
 from antransformer.training.distributed.parallel import DistributedContext, init_distributed
 from antransformer.training.learning_rates import format_rates
 from antransformer.training.lock import lock
@@ -38,7 +38,7 @@ def is_restart(folder: Path | None) -> bool:
     Raises:
         ConfigError: no run folder is given, so that each start would create a new run.
     """
-    if not int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+    if not job_number("TORCHELASTIC_MAX_RESTARTS", 0):
         return False
     if folder is None:
         raise ConfigError("torchrun --max-restarts resumes from the run folder: give it with --out")
@@ -138,7 +138,7 @@ def _resumed_run(
     others = {name: value for name, value in settings.items() if name != "tokens"}
     config = run_folder.resumed_config(folder, others)
     # torchrun repeats the arguments of the first start, so a restart may find its --rewarm applied.
-    restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    restart = job_number("TORCHELASTIC_RESTART_COUNT", 0) > 0
     extension.check_length(config, settings.get("tokens", config.tokens), None if restart else rewarm, folder)
     return open_data(config.data), config, folder
 

@@ -61,6 +61,21 @@ def launch(words: Sequence[str], processes: int) -> None:
             del os.environ[QUIET]
 
 
+def job_number(name: str, default: int | None = None) -> int:
+    """Return a number that torchrun sets in the environment.
+
+    Raises:
+        ConfigError: it is not a number, or missing without a default: something else than torchrun set the others.
+    """
+    text = os.environ.get(name)
+    if text is None and default is not None:
+        return default
+    if text is None or not text.isdecimal():
+        found = "missing" if text is None else f"{text!r}, not a number"
+        raise ConfigError(f"the environment variable {name} is {found}: start with torchrun, or unset WORLD_SIZE")
+    return int(text)
+
+
 def record_failure(line: str) -> bool:
     """Leave the message of this rank for torch's agent; return whether the launcher prints it.
 
