@@ -284,11 +284,11 @@ def available_devices(devices: Sequence[str], workers: int | None = None) -> lis
     Raises:
         ConfigError: a device is not available, or both devices and a number of workers are given.
     """
-    if devices and workers:
-        raise ConfigError("--devices and --workers exclude each other: each of the --devices has one worker")
     chosen = list(devices) or default_devices(workers)
     for device in chosen:
         choose_device(device)
+    if devices and workers:
+        raise ConfigError("--devices and --workers exclude each other: each of the --devices has one worker")
     return chosen
 
 
