@@ -15,6 +15,8 @@ FLOORS = [
     "errors",
     "settings",
     "extras",
+    "pace",
+    "figure_style",
     "files",
     "renamed",
     "factors",

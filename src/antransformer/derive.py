@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from antransformer import factors
 from antransformer.errors import ConfigError
-from antransformer.extras import require
+from antransformer.figure_style import new_figure, reference_line, save, style
 from antransformer.functional import normalize
 
 RANDOM_INPUTS = 1024
@@ -344,18 +344,18 @@ def derivation_figure(derivation: Derivation, path: Path) -> None:
         MissingExtraError: matplotlib is not installed.
     """
     rows = derivation.rows
-    figure = require("matplotlib.figure", "plots").Figure(figsize=(9, 1.4 + 0.22 * len(rows)), layout="constrained")
-    ratio, scatter = figure.subplots(1, 2, sharey=True)
-    positions = range(len(rows))
-    for label, marker, size in (("random", "o", 6), ("data", "s", 4)):
-        ratio.plot([row.predicted / getattr(row, label) for row in rows], positions, marker, ms=size, label=label)
-        scatter.plot([getattr(row, f"{label}_scatter") for row in rows], positions, marker, ms=size)
-    ratio.axvline(1, color="gray", lw=1, ls="--")
-    ratio.set(xlabel="predicted factor / needed factor", yticks=positions)
-    ratio.set_yticklabels([f"{row.name}, {row.kind}" for row in rows], fontsize=7)
-    ratio.invert_yaxis()
-    scatter.set(xlabel="scatter of the norm (standard deviation / mean)", xlim=(0, None))
-    ratio.legend()
-    for panel in (ratio, scatter):
-        panel.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+    with style(extra="plots"):
+        figure, (ratio, scatter) = new_figure(1, 2, height=1.6 + 0.2 * len(rows), width=9.4)
+        positions = range(len(rows))
+        for label, title, marker in (("random", "random inputs", "o"), ("data", "data", "s")):
+            ratio.plot([row.predicted / getattr(row, label) for row in rows], positions, marker, label=title)
+            scatter.plot([getattr(row, f"{label}_scatter") for row in rows], positions, marker, label=title)
+        reference_line(ratio, 1, "x")
+        ratio.set(xlabel="predicted factor / needed factor", yticks=positions)
+        ratio.set_yticklabels([f"{row.name} ({row.kind})" for row in rows], fontsize=7)
+        ratio.set_ylim(len(rows) - 0.4, -0.6)
+        scatter.set(xlabel="scatter of the norm (standard deviation / mean)")
+        right = scatter.get_xlim()[1]
+        scatter.set_xlim(-right / 40, right)  # a scatter of 0 is not cut by the frame
+        figure.legend(*ratio.get_legend_handles_labels(), loc="outside upper left", ncols=2)
+        save(figure, path)

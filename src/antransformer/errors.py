@@ -61,3 +61,15 @@ class RunStoppedError(AntransformerError):
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.status = 128 + signal_number
+
+
+class RankFailedError(AntransformerError):
+    """A rank that ``--processes`` started has failed. The message is the line that the rank would print.
+
+    Attributes:
+        status: exit status of the rank.
+    """
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status

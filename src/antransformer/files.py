@@ -5,6 +5,7 @@ import json
 import os
 import shlex
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ def quoted(path: str | Path) -> str:
 
 
 def require_file(path: Path) -> None:
-    """Raise OSError if the path does not exist or is a pipe, which would block a reader."""
-    if stat.S_ISFIFO(path.stat().st_mode):
-        raise OSError(errno.EINVAL, "a pipe, not a file", str(path))
+    """Raise OSError if the path does not exist, or is a pipe or a device, which may block a reader or never end."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise OSError(errno.EINVAL, "a pipe or a device, not a file", str(path))
 
 
 def read_text(path: Path) -> str:
@@ -71,15 +73,35 @@ def check_file_target(option: str, path: Path, endings: tuple[str, ...] = ()) ->
     """Check before the work that a file can be written after it.
 
     Raises:
-        ConfigError: the folder does not exist, the path is a folder, or the ending is not one of ``endings``.
+        ConfigError: the folder does not exist or is not writable, the path is a folder, or the ending is not one of
+            ``endings``.
     """
     if endings and path.suffix not in endings:
         raise ConfigError(f"{option} {path}: the file name of a figure must end in {', '.join(endings)}")
     if path.is_dir() or not path.parent.is_dir():
         raise ConfigError(f"{option} {path}: give a file name in an existing folder")
+    if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise ConfigError(f"{option} {path}: cannot be written: choose another file")
 
 
-def check_folder_target(path: Path) -> None:
+def check_json_target(option: str, path: Path, is_ours: Callable[[dict[str, Any]], bool]) -> None:
+    """Check before the work that a JSON file can be written after it, in place of an earlier one of its kind only.
+
+    Raises:
+        ConfigError: as ``check_file_target``, or the file exists and is not of this kind.
+    """
+    check_file_target(option, path)
+    if not path.is_file():  # new, or a device such as /dev/stdout
+        return
+    try:
+        content = read_json(path)
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, dict) or not is_ours(content):
+        raise ConfigError(f"{option} {path}: exists and holds something else: choose another file")
+
+
+def check_folder_target(path: Path, option: str = "--out") -> None:
     """Check before the work that a folder can be created after it.
 
     Raises:
@@ -87,4 +109,4 @@ def check_folder_target(path: Path) -> None:
     """
     existing = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
     if not existing.is_dir():
-        raise ConfigError(f"{existing} is a file: choose another folder for --out")
+        raise ConfigError(f"{existing} is a file: choose another folder for {option}")

@@ -12,12 +12,11 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from antransformer.data.dataset import Dataset
 from antransformer.data.stdlib import is_prepared, open_data
+from antransformer.pace import Pace, heartbeat
 
 if TYPE_CHECKING:
     from antransformer.runs.queue import RunResult
     from antransformer.training.metrics import MetricsLine
-
-PLAIN_LINE_SECONDS = 10  # between two lines of a preparation that has no bar
 
 
 def new_bar(text: str, console: Console, enabled: bool, transient: bool = False) -> Progress:
@@ -78,11 +77,13 @@ class TrainingProgress(LiveDisplay):
         self.bar = new_bar("step {task.completed:,.0f}/{task.total:,.0f}", self.console, enabled)
         self.task = self.bar.add_task("train", total=steps, numbers="starting")
         self.validation = ""
+        self.pace = Pace("training", "steps", self.print_line, repeat=not self.console.is_terminal)
 
     def step(self, step: int) -> None:
         """Move the bar to a step; the first call sets where a resumed run starts."""
         if self.started:
             self.bar.update(self.task, completed=step)
+            self.pace(step, self.steps)
         else:
             # A reset also restarts the clock: steps of an earlier session must not count as speed.
             self.bar.reset(self.task, completed=step)
@@ -105,6 +106,7 @@ class TrainingProgress(LiveDisplay):
         else:
             left = (self.steps - line["step"]) * line["tokens"] / line["step"] / line["tokens_per_second"]
             log(f"step {line['step']}/{self.steps}  {numbers}  {_duration(left)} left")
+            self.pace.defer()
 
     def log(self, text: str) -> None:
         """Print a message of the trainer on a line of its own."""
@@ -125,6 +127,7 @@ class ExperimentProgress(LiveDisplay):
     def stage(self, name: str) -> None:
         """Start a new stage."""
         self.name, self.tokens, self.runs, self.ended, self.trained = name, 0, 0, 0, 0
+        self.pace = Pace(name, "tokens", self._print_pace)
         self.bar.reset(self.task, description=name, total=0, numbers="")
 
     def plan(self, tokens: int, runs: int) -> None:
@@ -138,6 +141,8 @@ class ExperimentProgress(LiveDisplay):
         """Add tokens that were trained on."""
         self.trained += tokens
         self.bar.update(self.task, completed=self.trained, numbers=f"{self.ended}/{self.runs} runs")
+        if not self.console.is_terminal:
+            self.pace(self.trained, self.tokens)
 
     def done(self, result: "RunResult", cached: bool) -> None:
         """Print the loss of a finished run; ``cached`` marks one that an earlier call has finished."""
@@ -147,12 +152,15 @@ class ExperimentProgress(LiveDisplay):
         self.print_line(f"{self.ended}/{self.runs}  {result.name}  {loss}{mark}", self._elapsed())
         self.bar.update(self.task, numbers=f"{self.ended}/{self.runs} runs")
 
+    def _print_pace(self, text: str) -> None:
+        self.print_line(text, self._elapsed())
+
     def _elapsed(self) -> str:
         return f"[{_duration(time.monotonic() - self.start_time)}] "
 
 
 class EvaluationProgress(LiveDisplay):
-    """Display of an evaluation on standard error: a bar over the texts of a task, or one line per finished task."""
+    """Display of an evaluation on standard error: a bar over the texts of a task, or plain lines."""
 
     def __init__(self, enabled: bool = True) -> None:
         self.enabled = enabled
@@ -161,41 +169,58 @@ class EvaluationProgress(LiveDisplay):
         self.bar = new_bar("{task.description}", self.console, enabled, transient=True)
         self.task = self.bar.add_task("", total=None, numbers="")
         self.start_time = time.monotonic()
+        self.pace = Pace("", "texts", self._print)
 
     def __call__(self, name: str, done: int, total: int) -> None:
         """Show how many of a task's texts are scored; a total of 0 means that the task is loading."""
         numbers = f"{done:,}/{total:,} texts" if total else "loading"
         self.bar.update(self.task, description=name, completed=done, total=total or None, numbers=numbers)
-        if self.enabled and self.bar.disable and 0 < total <= done:
-            line = f"[{_duration(time.monotonic() - self.start_time)}] {name}  {total:,} texts"
-            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        if not self.enabled or not total:
+            return
+        if self.pace.name != name:
+            self.pace = Pace(name, "texts", self._print, repeat=self.bar.disable)
+        self.pace(done, total)
+        if self.bar.disable and done >= total:
+            self._print(f"{name}  {total:,} texts")
+
+    def _print(self, text: str) -> None:
+        line = f"[{_duration(time.monotonic() - self.start_time)}] {text}"
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 class PrepareProgress(LiveDisplay):
     """Display of data preparation on standard error; pass it as ``progress`` to ``data.prepare``."""
 
     def __init__(self, label: str, enabled: bool = True) -> None:
-        self.enabled, self.label, self.last_line = enabled, label, time.monotonic()
+        self.enabled, self.label = enabled, label
         self.console = Console(stderr=True)
         self.bar = new_bar("{task.description}", self.console, enabled, transient=True)
         self.task = self.bar.add_task(label, total=None, numbers="")
+        self.pace = Pace(label, "MB", self.log)
 
     def __call__(self, done_bytes: int, total_bytes: int, documents: int, tokens: int) -> None:
         """Show the totals after a batch of documents."""
         numbers = f"{done_bytes / 1e6:,.0f} MB  {documents:,} documents  {tokens / 1e6:,.1f}M tokens"
         self.bar.update(self.task, completed=done_bytes, total=total_bytes, numbers=numbers)
-        if self.enabled and self.bar.disable and time.monotonic() - self.last_line > PLAIN_LINE_SECONDS:
-            self.last_line = time.monotonic()
-            print(f"{self.label}: {numbers}", file=sys.stderr, flush=True)
+        if self.bar.disable:
+            self.pace(done_bytes / 1e6, total_bytes / 1e6)
+
+    def log(self, text: str) -> None:
+        """Print a line."""
+        if self.enabled:
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def open_dataset(name: str, progress: bool) -> Dataset:
-    """Open and verify a data folder; preparing the built-in corpus on first use shows progress."""
-    if not progress or is_prepared(name):
-        return open_data(name)
-    log(f"preparing {name}: the source of Python's standard library")
-    with PrepareProgress(name) as display:
-        return open_data(name, display)
+def open_dataset(name: str, progress: bool, verify: bool = True) -> Dataset:
+    """Open a data folder, and verify its files unless another process does; shows progress where that takes long."""
+    if not progress:
+        return open_data(name, verify=verify)
+    if not is_prepared(name):
+        log(f"preparing {name}: the source of Python's standard library")
+        with PrepareProgress(name) as display:
+            return open_data(name, display, verify)
+    with heartbeat(f"verifying {name}", PrepareProgress(name).log):
+        return open_data(name, verify=verify)
 
 
 def log(text: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from torch._dynamo.testing import CompileCounter
 
-from antransformer.benchmarks import busy
+from antransformer.benchmarks import busy, generate
 from antransformer.benchmarks.growth import exponent
 from antransformer.benchmarks.loss_and_optimizer import losses
 from antransformer.benchmarks.models import BUILDERS, build_variants
@@ -19,6 +19,7 @@ from antransformer.benchmarks.settings import VARIANTS
 from antransformer.benchmarks.timing import Benchmark, Quartiles, Row, alternate, make_rows, peak_memory, quartiles
 from antransformer.cli import main
 from antransformer.cli.bench import DEFAULTS, result_table
+from antransformer.errors import MachineError
 from antransformer.inference import fold
 from antransformer.inference.sampling import next_logits, window
 from antransformer.models import ModelConfig, build
@@ -48,13 +49,100 @@ def test_variants_alternate_after_an_uncounted_warm_up():
         order.append(name)
         return {"one": float(len(order)), "two": 0.5}
 
-    times = alternate({name: partial(call, name) for name in "abc"}, rounds=8)
+    times, problems = alternate({name: partial(call, name) for name in "abc"}, rounds=8)
+    assert not problems
     rounds = ["".join(order[start : start + 3]) for start in range(0, len(order), 3)]
     assert rounds[0] == "abc" and {"".join(sorted(names)) for names in rounds} == {"abc"}
     assert len(rounds) == 9 and len(set(rounds)) > 3
     for name in "abc":
         assert times["one"][name] == [3 * number + rounds[number].index(name) + 1 for number in range(1, 9)]
         assert times["two"][name] == [0.5] * 8
+
+
+def test_a_variant_that_raises_is_left_out_and_the_others_are_timed():
+    calls = dict.fromkeys("abc", 0)
+
+    def call(name):
+        calls[name] += 1
+        if name == "a" or (name == "b" and calls[name] == 3):
+            raise TypeError(f"{name} expects another dtype\nand more lines")
+        return {"total": 1.0}
+
+    lines = []
+    times, problems = alternate({name: partial(call, name) for name in "abc"}, rounds=4, log=lines.append)
+    assert times == {"total": {"c": [1.0] * 4}} and calls == {"a": 1, "b": 3, "c": 5}
+    assert problems == {name: f"TypeError: {name} expects another dtype" for name in "ab"}
+    assert len(lines) == 2
+    rows = make_rows({"batch": 1}, times["total"], 2, "a", problems)
+    assert [(row.variant, row.problem is None) for row in rows] == [("c", True), ("a", False), ("b", False)]
+    assert rows[0].ratio == Quartiles(1, 1, 1) and rows[1].speed is None and rows[1].ratio is None
+    with pytest.raises(MachineError, match="TypeError"):
+        make_rows({"batch": 1}, {}, 2, "a", problems)
+
+
+def broken_peers(monkeypatch):
+    """One peer that cannot be built, and one whose steps raise."""
+    broken = build_variants(["gpt+"], ModelConfig(**SIZES), torch.device("cpu"), print)[0]["gpt+"]
+
+    def loss(tokens):
+        raise RuntimeError("expected scalar type Float but found BFloat16")
+
+    def unbuildable(shape):
+        raise TypeError("unexpected keyword argument")
+
+    monkeypatch.setitem(BUILDERS, "x-transformers", lambda shape: broken._replace(loss=loss))
+    monkeypatch.setitem(BUILDERS, "qwen3", unbuildable)
+
+
+def test_a_peer_that_fails_is_a_row_with_the_reason(tmp_path, capsys, monkeypatch):
+    broken_peers(monkeypatch)
+    words = [*STEP, "--variants", "qwen3", "x-transformers", "angpt", "gpt+", "--dtype", "bfloat16"]
+    assert main([*words, "--json", str(tmp_path / "speed.json")]) == 0
+    rows = {row["variant"]: row for row in json.loads((tmp_path / "speed.json").read_text())["rows"]}
+    assert list(rows) == ["angpt", "gpt+", "qwen3", "x-transformers"]
+    assert rows["angpt"]["ratio"]["median"] == 1 and rows["gpt+"]["speed"]["median"] > 0
+    assert all(rows[name]["problem"] is None for name in ("angpt", "gpt+"))
+    assert "TypeError" in rows["qwen3"]["problem"] and "BFloat16" in rows["x-transformers"]["problem"]
+    assert all(rows[name]["speed"] is None and not rows[name]["seconds"] for name in ("qwen3", "x-transformers"))
+    out = capsys.readouterr().out
+    assert mentions(out, "qwen3", "TypeError", "x-transformers", "BFloat16")
+
+
+def test_a_peer_that_fails_has_no_exponents(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    broken_peers(monkeypatch)
+    sizes = {**SIZES, "layers": 1, "width": 32}
+    words = [f"--model.{name.replace('_', '-')}={value}" for name, value in sizes.items()]
+    words += ["--batch=1", "--rounds=1", "--threads=1", "--variants", "x-transformers", "angpt", "qwen3"]
+    words += ["--json", str(tmp_path / "growth.json"), "--sweep", str(tmp_path / "growth")]
+    assert main(["bench", "step", *words]) == 0
+    content = json.loads((tmp_path / "growth.json").read_text())
+    assert {item["variant"] for item in content["growth"]} == {"angpt"}
+    assert {row["variant"] for row in content["rows"] if row["problem"]} == {"x-transformers", "qwen3"}
+    assert (tmp_path / "growth/growth-eager.png").is_file()
+
+
+def test_generation_is_timed_where_qwen3_fails(tmp_path, monkeypatch):
+    def broken(settings):
+        raise ImportError("cannot import name StaticCache")
+
+    monkeypatch.setattr(generate, "_qwen3_variants", broken)
+    assert main([*GENERATE, "--dtype=bfloat16", "--json", str(tmp_path / "speed.json")]) == 0
+    rows = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    failed = [row for row in rows if row["problem"]]
+    assert {row["variant"] for row in failed} == {"qwen3"} and len(failed) == len(rows) // 5
+    assert all("StaticCache" in row["problem"] for row in failed)
+
+
+def test_bench_refuses_to_write_over_other_output(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text("seed: 1")
+    (tmp_path / "other.json").write_text('{"a": 1}')
+    for words in (["--sweep", tmp_path / "run"], ["--profile", tmp_path / "run"], ["--json", tmp_path / "other.json"]):
+        assert main([*STEP, *map(str, words)]) == 2
+        assert mentions(capsys.readouterr().err, words[0], words[1])
+    assert (tmp_path / "other.json").read_text() == '{"a": 1}'
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]
 
 
 def test_ratios_are_taken_within_each_round():
@@ -276,8 +364,8 @@ def test_compiled_steps_of_chosen_variants(tmp_path, capsys, monkeypatch):
 def test_variants_whose_library_is_missing_are_skipped(capsys, monkeypatch):
     for module in ("transformers", "x_transformers", "nGPT_pytorch"):
         monkeypatch.setitem(sys.modules, module, None)
-    setups = build_variants(VARIANTS, ModelConfig(**SIZES), torch.device("cpu"), print)
-    assert list(setups) == list(VARIANTS)[:3]
+    setups, problems = build_variants(VARIANTS, ModelConfig(**SIZES), torch.device("cpu"), print)
+    assert list(setups) == list(VARIANTS)[:3] and not problems
     expected = [
         ("qwen3", "transformers", "antransformer[hf]"),
         ("x-transformers", "antransformer[bench]"),
@@ -290,7 +378,7 @@ def test_variants_whose_library_is_missing_are_skipped(capsys, monkeypatch):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_has_the_shape_and_learns(name):
     shape = ModelConfig(**SIZES)
-    setup = build_variants([name], shape, torch.device("cpu"), print).get(name)
+    setup = build_variants([name], shape, torch.device("cpu"), print)[0].get(name)
     if setup is None:
         pytest.skip(f"the library of {name} is not installed")
     ours = build(shape).parameter_count()

@@ -61,7 +61,7 @@ assert antransformer.cli.main(["train", "--tokens", "1K"]) == 2
         (["train", "--architecture", "gpt+", "--model.gate-scale", "none"], "gate_scale gpt+"),
         (["train", "--tokens", "1K"], "tokens 1,000 2,048 batch_tokens"),
         (["train", "--config", "dmo"], "config dmo demo"),
-        (["train", "--config", ""], "config demo"),
+        (["train", "--config", ""], "--config"),
         (["train", "stray"], "stray"),
         (["train", "--data", "nowhere"], "nowhere"),
         (["train", "--resume"], "--resume --out"),

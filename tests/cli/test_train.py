@@ -164,9 +164,7 @@ def test_wrong_input_for_an_existing_run(trained, corpus, capsys, tmp_path):
     file = tmp_path / "file"
     file.write_text("text")
     assert mentions(refused([*train, "--out", file], capsys), *f"{file} --out".split())
-    assert mentions(
-        refused([*train, "--out", file / "run"], capsys), *f"{file / 'run'} {os.strerror(errno.ENOTDIR)}".split()
-    )
+    assert mentions(refused([*train, "--out", file / "run"], capsys), *f"{file} --out".split())
     assert mentions(refused(["train", "--data", file], capsys), *f"{file} prepare".split())
     assert mentions(refused(["train", "--data", trained], capsys), *f"{trained} meta.json".split())
     assert sorted(path.name for path in trained.rglob("*")) == before

@@ -5,13 +5,15 @@ from dataclasses import replace
 import pytest
 
 from antransformer.comparison import ablate, compare
+from antransformer.comparison.estimate import estimate
 from antransformer.comparison.experiment import Experiment, Plan, VariantSpec
 from antransformer.comparison.tuning import tuning_label, tuning_scope
 from antransformer.data import Dataset
 from antransformer.errors import ConfigError, DataError
 from antransformer.reporting.labels import style_of
 from antransformer.results.comparison import Results
-from antransformer.runs.queue import RunResult
+from antransformer.runs.queue import RunQueue, RunResult
+from antransformer.runs.search import EXTENSIONS
 from antransformer.training.config import TrainConfig, resolve_config
 from antransformer.training.learning_rates import peak_rates
 from antransformer.training.optimizer_registry import OPTIMIZERS
@@ -157,7 +159,35 @@ def test_all_variants_have_the_same_number_of_trials_and_the_plan_counts_them(co
     assert {len(item.trials) for item in results.variants} == {3 * (5 + 3)}
     names = {name for call in made.queue.calls for name in call}
     tokens = sum(int(name.removesuffix(name[name.index("-lr") :]).rpartition("-")[2]) for name in names)
-    assert made.plan.minimum() == (len(names), tokens) == (3 * 3 * (5 + 2 + 2), 3 * 9 * sum(BUDGETS))
+    planned = [made.plan.runs_of(name) for name in best]
+    assert planned == [dict.fromkeys(BUDGETS, 5 + 2 + 2)] * 3
+    assert sum(sum(counts.values()) for counts in planned) == len(names)
+    assert sum(budget * count for counts in planned for budget, count in counts.items()) == tokens
+
+
+def test_the_estimate_counts_what_is_left(corpus, tmp_path):
+    plan = compare.plan(COMMON, ("gpt+", "angpt"), BUDGETS, lr_trials=3, tuning_trials=3, seeds=2)
+    made = Experiment(plan, Dataset.open(corpus), RunQueue(tmp_path, Dataset.open(corpus), ["cpu"], None), print)
+    lines = []
+    first = estimate(made, lines.append)
+    assert first.runs == (2 * 3 * (5 + 2 + 2), 2 * 3 * (5 + 2 + 2 + 2 * EXTENSIONS))
+    assert first.tokens == tuple(count // 3 * sum(BUDGETS) for count in first.runs)
+    assert 0 < first.hours[0] < first.hours[1]
+    assert [mentions(line, name) for line, name in zip(lines, ("gpt+", "angpt"), strict=True)] == [True, True]
+    assert not list(tmp_path.iterdir())
+    for number in range(2):
+        (tmp_path / f"angpt-5120-lr0.0{number}-seed0").mkdir()
+        (tmp_path / f"angpt-5120-lr0.0{number}-seed0/result.json").write_text("{}")
+    (tmp_path / "angpt-5120-lr0.3-seed0").mkdir()  # not finished
+    assert [before - now for before, now in zip(first.runs, estimate(made, print).runs, strict=True)] == [2, 2]
+
+
+def test_an_ablation_without_a_search_has_a_single_estimate(corpus, tmp_path):
+    plan = ablate.plan(COMMON, ["no-lerp", "warm-up"], BUDGETS[:1], seeds=2)
+    made = Experiment(plan, Dataset.open(corpus), RunQueue(tmp_path, Dataset.open(corpus), ["cpu"] * 3, None), print)
+    lines = []
+    expected = estimate(made, lines.append)
+    assert expected.runs == (6, 6) and expected.tokens == (6 * BUDGETS[0],) * 2 and len(lines) == 1
 
 
 def test_a_longer_budget_adds_its_own_runs_only(corpus):
@@ -425,5 +455,6 @@ def test_a_searched_setting_cannot_be_given_for_all_runs():
 def test_the_quick_comparison_needs_no_more_tokens_than_twenty_minutes_allow():
     """Two CPU cores train about 0.73 million tokens per minute at this size; extended grids add to the plan."""
     plan = compare.plan(compare.QUICK, ("gpt+", "angpt"), compare.QUICK_BUDGETS, lr_trials=3)
-    runs, tokens = plan.minimum()
-    assert runs == 2 * 3 * (3 + 5) and tokens < 11.3e6
+    planned = [plan.runs_of(spec.name) for spec in plan.specs]
+    assert planned == [dict.fromkeys(plan.budgets, 3 + 5)] * 2
+    assert sum(budget * count for counts in planned for budget, count in counts.items()) < 11.3e6

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from antransformer import figure_style
 from antransformer.comparison import report, statistics
 from antransformer.comparison.charts import loss_by_tokens
 from antransformer.comparison.summary import summary
 from antransformer.errors import MissingExtraError
-from antransformer.reporting import figure, labels
+from antransformer.reporting import labels
 from antransformer.results.comparison import Results, Run, Trial, Variant
 from helpers.experiments import BUDGETS, SEEDS, chosen, experiment, loss_at, variant
 
@@ -512,7 +513,9 @@ def test_page_of_an_ablation(tmp_path):
     for text in ("no-lerp +0.050", "<b>-x2 diverged", "strict -0.040"):
         assert text in page.images()[0]["alt"]
     rows = re.findall(r'<th scope="row">(.*?)</th>(.*?)</tr>', sections[1])
-    cells = {html.unescape(name): re.findall(r'<td class="text">(.*?)</td>', row) for name, row in rows}
+    cells = {
+        html.unescape(name): re.findall(r'<td class="text"[^>]*><span>(.*?)</span></td>', row) for name, row in rows
+    }
     assert all(html.unescape(cells[name][1]) == f"ablation {name}" for name in SUITE)
     outcomes = {name: cells[name][0] for name in SUITE}
     unclear = outcomes.pop("warm-up")
@@ -522,7 +525,7 @@ def test_page_of_an_ablation(tmp_path):
 
 # In a browser
 
-WIDTHS, CHART = (390, 1280), 400
+WIDTHS, CHART = (390, 768, 1280), 400
 MEASURE = """
 window.onload = () => {
   document.body.dataset.measured = JSON.stringify([...document.querySelectorAll("iframe")].map(frame => {
@@ -531,6 +534,9 @@ window.onload = () => {
     return {
       overflow: page.documentElement.scrollWidth - page.documentElement.clientWidth,
       images: [...page.images].map(image => image.naturalWidth > 0 && image.getBoundingClientRect().width),
+      cut: [...page.querySelectorAll(".scroll, td, th, pre, dd, li, p")].filter(
+        part => part.scrollWidth > part.clientWidth + 1 && getComputedStyle(part).position !== "absolute"
+        && part.clientWidth).map(part => part.outerHTML.slice(0, 200)),
       columns: new Set([...page.images].map(image => image.getBoundingClientRect().left)).size,
     };
   }));
@@ -568,10 +574,10 @@ def framed(page, script=""):
 
 
 def test_page_fits_a_phone_and_a_wide_screen(chromium, written, tmp_path):
-    shown = browse(chromium, tmp_path, framed(written[2][0], MEASURE), "--window-size=1700,3000", "--dump-dom")
-    phone, wide = json.loads(html.unescape(re.search(r'data-measured="(.*?)"', shown)[1]))
-    for layout in (phone, wide):
-        assert layout["overflow"] == 0
+    shown = browse(chromium, tmp_path, framed(written[2][0], MEASURE), "--window-size=2500,3000", "--dump-dom")
+    phone, tablet, wide = json.loads(html.unescape(re.search(r'data-measured="(.*?)"', shown)[1]))
+    for layout in (phone, tablet, wide):
+        assert layout["overflow"] == 0 and layout["cut"] == []
         assert len(layout["images"]) == len(written[2]) - 1 and all(layout["images"])
     assert phone["columns"] == 1 and min(phone["images"]) > 330
     assert wide["columns"] == 2 and min(wide["images"]) > 500
@@ -585,7 +591,7 @@ def test_page_is_drawn(chromium, written, tmp_path, scheme):
     browse(chromium, tmp_path, framed(written[2][0]), window, setting, f"--screenshot={screenshot}")
     pixels = np.round(imread(screenshot)[..., :3] * 255).astype(int)
     assert pixels.shape[:2] == size[::-1]
-    ink = figure.INK if scheme == "light" else figure.DARK[figure.INK]
+    ink = figure_style.INK if scheme == "light" else figure_style.DARK[figure_style.INK]
     for part in np.split(pixels, np.cumsum(WIDTHS), axis=1):
         assert (part.mean() > 200) if scheme == "light" else (part.mean() < 60)
         assert count_pixels(part, ink) > 60

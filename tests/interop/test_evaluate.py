@@ -349,7 +349,7 @@ def test_evaluate_on_the_command_line(run, tmp_path):
     assert [mentions(line, "hellaswag", "301", "192") for line in lines].count(True) == 1
     # One line per task that was scored, and no output of lm_eval.
     logged = re.findall(r"^\[0:\d\d:\d\d\] (\S+) +(\d+)", process.stderr, re.MULTILINE)
-    assert logged == [(str(tmp_path / "text"), "1"), ("piqa", "8"), ("winogrande", "6")], process.stderr
+    assert logged == [("piqa", "8"), ("winogrande", "6"), (str(tmp_path / "text"), "1")], process.stderr
     assert process.stderr.count("\n") == 3, process.stderr
     written = json.loads((run / "evaluation.json").read_text())
     assert [result["name"] for result in written["results"]] == [
@@ -394,17 +394,23 @@ def test_wrong_options_and_files_are_refused(run, tmp_path, capsys, monkeypatch)
             text.write_bytes(content)
         assert mentions(wrong(capsys, *words, "--text", text), str(text), *reason)
     make_run(tmp_path / "ablated", ablation="no-lerp")
+    (tmp_path / "piqa_val.jsonl").unlink()
     text.write_text("a text")
-    ablated = wrong(capsys, "--checkpoint", tmp_path / "ablated", "--text", text)
+    ablated = wrong(capsys, "--checkpoint", tmp_path / "ablated", *local[2:], "--tasks=piqa", "--text", text)
     assert mentions(ablated, str(tmp_path / "ablated"), "no-lerp")
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "lm_eval", None)
-        assert mentions(wrong(capsys, *words, "--text", text), "lm_eval", "antransformer[eval]")
+        assert mentions(wrong(capsys, *local, "--tasks=piqa", "--text", text), "lm_eval", "antransformer[eval]")
     with monkeypatch.context() as patch:  # a version without the names that the adapter imports
         patch.setitem(sys.modules, "lm_eval.api.group", types.ModuleType("lm_eval.api.group"))
         patch.delitem(sys.modules, "antransformer.interop.lm_eval_adapter")
         patch.delattr("antransformer.interop.lm_eval_adapter")
-        assert mentions(wrong(capsys, *words, "--text", text), "lm_eval.api.group", "--upgrade", "antransformer[eval]")
+        assert mentions(
+            wrong(capsys, *local, "--tasks=piqa", "--text", text),
+            "lm_eval.api.group",
+            "--upgrade",
+            "antransformer[eval]",
+        )
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,31 @@ def test_table_cells_titles_and_names_are_escaped():
 
 def test_table_rows_have_a_heading_and_line_breaks():
     text = html.table("Losses", ["variant", "loss", "outcome"], [["a", "1.5\n± 0.1", "worse\n<b>"]], ["outcome"])
-    assert '<th scope="row">a</th><td>1.5<br>± 0.1</td><td class="text">worse<br>&lt;b&gt;</td>' in text
+    assert (
+        '<th scope="row">a</th><td>1.5<br>±\N{NO-BREAK SPACE}0.1</td><td class="text">worse<br>&lt;b&gt;</td>' in text
+    )
     assert text.count('class="text"') == 2  # the title and the cell
+
+
+def test_cells_of_larger_tables_carry_their_title_for_narrow_screens():
+    text = html.table("Losses", ["a", "b\nc", HOSTILE, "d"], [["1", "2", "3\n4", "5"]], ["d"])
+    assert '<td data-label="b c"><span>2</span></td>' in text and '<td class="text" data-label="d">' in text
+    assert f'data-label="{ESCAPED}"><span>3<br>4</span>' in text and "<script" not in text
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("1.61x and < 1.00x", "1.61x and~<~1.00x"),
+        ("> 0.76x", ">~0.76x"),
+        ("(p = 0.01)", "(p~=~0.01)"),
+        ("2.03 ± 0.01", "2.03~±~0.01"),
+        ("p < 0.001", "p~<~0.001"),
+        ("a <b> c", "a <b> c"),
+    ],
+)
+def test_a_sign_stays_with_its_number(text, expected):
+    assert html.unbroken(text) == expected.replace("~", "\N{NO-BREAK SPACE}")
 
 
 def test_table_refuses_a_row_of_another_length():

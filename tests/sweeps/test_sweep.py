@@ -218,7 +218,9 @@ def test_sweeps_with_different_contexts_cannot_be_fitted_together(corpus, tmp_pa
         search = Sweeper(sweep_plan, Dataset.open(corpus), FakeQueue(bowl), lambda words: None)
         (tmp_path / str(context)).mkdir()
         search.run().save(tmp_path / str(context))
-    assert read_observations([tmp_path / "32", tmp_path / "32"])
+    assert read_observations([tmp_path / "32"])
+    with pytest.raises(DataError, match="32"):  # every run would count twice
+        read_observations([tmp_path / "32", tmp_path / "32"])
     with pytest.raises(DataError) as error:
         read_observations([tmp_path / "32", tmp_path / "64"])
     assert str(tmp_path / "32") in str(error.value) and str(tmp_path / "64") in str(error.value)

@@ -5,16 +5,20 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from antransformer.comparison.summary import summary
 from antransformer.data import Tokenizer
 from antransformer.errors import ConfigError
-from antransformer.files import check_file_target, replace_text
+from antransformer.files import check_json_target, replace_text
+from antransformer.inference.folding import folded_where_possible
+from antransformer.inference.perplexity import perplexity
 from antransformer.inference.text import continue_text
 from antransformer.interop import evaluate as lm_eval
 from antransformer.interop import serving
 from antransformer.interop.export import export as export_checkpoint
+from antransformer.interop.local_tasks import documents
 from antransformer.interop.model_card import EVALUATION_FILE
 from antransformer.interop.verification import Verification
 from antransformer.models import Decoder
@@ -128,7 +132,7 @@ def export(
 
 @contextlib.contextmanager
 def serve(
-    checkpoint: str | Path | None = None, *, gguf: str | Path | None = None, port: int = 8080, dtype: str = "f32"
+    checkpoint: str | Path | None = None, *, gguf: str | Path | None = None, port: int = 8080, dtype: str | None = None
 ) -> Iterator[str]:
     """Serve a model with an OpenAI-compatible interface on this machine, while the context is open; yields its address.
 
@@ -136,17 +140,20 @@ def serve(
         checkpoint: run folder, or one checkpoint; it is exported to a temporary GGUF file.
         gguf: GGUF file to serve in place of a checkpoint.
         port: port on 127.0.0.1; 0 chooses a free one.
-        dtype: data type of the weights of the temporary file, as in ``export``.
+        dtype: data type of the weights of the temporary file, as in ``export`` (default f32).
 
     Raises:
-        ConfigError: both or neither of checkpoint and file are given, or the port is in use.
+        ConfigError: both or neither of checkpoint and file are given, a data type is given for a file, or the port is
+            in use.
         CheckpointError, MachineError, MissingExtraError: as in ``export``.
     """
+    if gguf and dtype:
+        raise ConfigError(f"--dtype {dtype} belongs to --checkpoint: the weights in {gguf} have a data type already")
     if gguf and not checkpoint:
         server = serving.serve_file(Path(gguf), port)
     elif checkpoint and not gguf:
         source, tokenizer = open_checkpoint(Path(checkpoint), LOG.warning)
-        server = serving.serve_checkpoint(source, tokenizer, dtype, port)
+        server = serving.serve_checkpoint(source, tokenizer, dtype or "f32", port)
     else:
         raise ConfigError("give either --checkpoint or --gguf")
     with server as address:
@@ -192,31 +199,56 @@ def evaluate(
         tasks: names of lm_eval tasks.
         task_data: folder with the files of the tasks; None downloads them from the Hugging Face hub.
         texts: UTF-8 text files.
-        batch_size: texts per forward pass.
+        batch_size: texts per forward pass; fewer where a text file is scored on a CPU, which is faster.
         limit: maximum number of items per task, and of documents per file.
         device: device of the model.
         out: JSON file of the scores; by default ``evaluation.json`` in the run folder, which ``export`` reads.
         progress: whether to show progress.
 
     Raises:
-        ConfigError, CheckpointError, DataError, MissingExtraError: as in ``interop.evaluate.evaluate``.
+        ConfigError: there are neither tasks nor texts, or a number is below 1.
+        CheckpointError, DataError: the checkpoint or a text file cannot be used.
+        ConfigError, DataError, MissingExtraError: with tasks, as in ``interop.evaluate.evaluate``.
     """
     source, tokenizer = open_checkpoint(Path(checkpoint), LOG.warning)
     path = Path(out) if out else run_folder_of(source) / EVALUATION_FILE
-    check_file_target("--out", path)
+    check_json_target("--out", path, lambda content: "results" in content)
+    if not tasks and not texts:
+        raise ConfigError("nothing to evaluate: give --tasks or --text")
+    for name, number in (("batch_size", batch_size), ("limit", limit)):
+        if number is not None and number < 1:
+            raise ConfigError(f"{name} must be at least 1, got {number}")
+    if task_data is not None and not tasks:
+        raise ConfigError(f"--task-data {task_data} belongs to --tasks, and none is given: omit it, or name the tasks")
+    # All files are read before anything is scored: a missing one must not surface after hours.
+    read = {str(name): [row["text"] for row in documents(Path(name))][:limit] for name in texts}
+    place, results = choose_device(device), []
     with EvaluationProgress(enabled=progress) as display:
-        results = lm_eval.evaluate(
-            source,
-            tokenizer,
-            tasks,
-            None if task_data is None else Path(task_data),
-            [Path(text) for text in texts],
-            batch_size,
-            limit,
-            choose_device(device),
-            display,
-        )
+        if tasks:
+            folder = None if task_data is None else Path(task_data)
+            results = lm_eval.evaluate(source, tokenizer, tasks, folder, (), batch_size, limit, place, display)
+        if read:
+            model = folded_where_possible(restore(source, place))
+            scored = [_score_text(model, tokenizer, name, text, batch_size, display) for name, text in read.items()]
+            results = [*scored, *results]
     settings = {"checkpoint": str(source.path), "step": source.step, "batch_size": batch_size, "limit": limit}
     content = {**settings, "results": [asdict(result) for result in results]}
     replace_text(path, json.dumps(content, indent=2) + "\n")
     return Evaluation(source, tuple(results), path)
+
+
+def _score_text(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    name: str,
+    texts: Sequence[str],
+    batch_size: int,
+    progress: Callable[[str, int, int], None],
+) -> lm_eval.Result:
+    """Score the documents of one text file."""
+    scored = perplexity(model, tokenizer, texts, batch_size, partial(progress, name))
+    scores = [
+        lm_eval.Score(name, metric, lm_eval.finite(value), None, scored.documents)
+        for metric, value in scored.metrics().items()
+    ]
+    return lm_eval.Result(name, name, scores, scored.windows, cut=0)

@@ -7,12 +7,14 @@ from typing import Any
 from antransformer.comparison import ablate as ablations
 from antransformer.comparison import compare as comparisons
 from antransformer.comparison import report
+from antransformer.comparison.estimate import estimate
 from antransformer.comparison.experiment import Experiment, Plan
 from antransformer.data.stdlib import NAME as STDLIB
+from antransformer.errors import ConfigError
 from antransformer.extras import require_analysis
-from antransformer.files import check_folder_target
-from antransformer.progress import ExperimentProgress, open_dataset
+from antransformer.progress import ExperimentProgress, log, open_dataset
 from antransformer.results.comparison import Results
+from antransformer.results.folder import require_own_folder
 from antransformer.runs import shared_settings
 from antransformer.runs.queue import RunQueue, available_devices
 from antransformer.settings import Count, convert
@@ -64,6 +66,8 @@ def compare(
         RunStoppedError, MachineError: SIGINT or SIGTERM arrived, or a worker failed; finished runs are kept.
     """
     shared = _shared_settings(settings, quick)
+    if tokens is not None and budgets:
+        raise ConfigError("--tokens and --budgets exclude each other: give one of them")
     if quick and tokens is None and not budgets:
         budgets = comparisons.QUICK_BUDGETS
     tuning_trials = tuning_trials or (1 if quick and not separate_rates else 3)
@@ -126,15 +130,17 @@ def _shared_settings(settings: Mapping[str, Any], quick: bool) -> dict[str, Any]
 
 def _run_experiment(plan: Plan, folder: Path, devices: Sequence[str], workers: int | None, progress: bool) -> Results:
     require_analysis()
-    check_folder_target(folder)
+    require_own_folder(folder, plan.kind)
     queue_devices = available_devices(devices, workers)
     dataset = open_dataset(plan.common.get("data", STDLIB), progress)
     display = ExperimentProgress(enabled=progress)
     experiment = Experiment(plan, dataset, RunQueue(folder / "runs", dataset, queue_devices, display), display.stage)
-    runs, tokens = plan.minimum()
+    if progress:
+        expected = estimate(experiment, log)
+        if expected.runs[1]:
+            log(f"to do: {expected}")
     with lock(folder):
         with display:
-            display.print_line(f"plan: at least {runs:,} runs, {tokens / 1e6:,.1f}M tokens; extended grids add runs")
             results = experiment.run()
         results.save(folder)
         report.write(results, folder)

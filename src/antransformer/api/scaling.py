@@ -8,10 +8,10 @@ from typing import Any
 from antransformer.data.stdlib import NAME as STDLIB
 from antransformer.errors import ConfigError
 from antransformer.extras import require, require_analysis
-from antransformer.files import check_folder_target
 from antransformer.models import ModelConfig, registry
 from antransformer.models.config import PAPER_VOCABULARY
 from antransformer.progress import ExperimentProgress, log, open_dataset
+from antransformer.results.folder import require_own_folder
 from antransformer.results.observations import BestSettings, read_observations, read_table
 from antransformer.results.sweep import Sweep
 from antransformer.runs import shared_settings
@@ -76,8 +76,7 @@ def sweep(
     folder = Path(out)
     shared = {"recipe": "paper", **normalize_settings(settings, "settings")}
     shared_settings.require_shared(shared, shared_settings.SWEEP_TRAINING, shared_settings.SWEEP_MODEL)
-    check_folder_target(folder)
-    options.require_no_comparison(folder)
+    require_own_folder(folder, "sweep")
     grid = options.grid_options(sizes, widths, batch_tokens, lrs, lr_trials, tokens, tokens_per_param)
     queue_devices = available_devices(devices, workers)
     dataset = open_dataset(shared.get("data", STDLIB), progress)

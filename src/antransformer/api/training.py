@@ -1,6 +1,7 @@
 """Prepare data and train."""
 
 import contextlib
+import logging
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -11,13 +12,15 @@ from antransformer.data import Dataset
 from antransformer.data import prepare as prepare_data
 from antransformer.data.holdout import Inputs
 from antransformer.progress import PrepareProgress, TrainingProgress, open_dataset
-from antransformer.training import config_files, launch
+from antransformer.training import config_files, launch, run_folder
 from antransformer.training.config import TrainConfig, merge, normalize_settings
 from antransformer.training.dry_run import NullReporter
 from antransformer.training.extension import read_rewarm
 from antransformer.training.preview import Preview
 from antransformer.training.preview import preview as preview_run
 from antransformer.training.trainer import Reporter, Result
+
+LOG = logging.getLogger(__name__)
 
 
 def prepare(
@@ -40,6 +43,7 @@ def prepare(
             val_fraction=val_fraction,
             val_inputs=val_inputs,
             progress=display,
+            notify=display.log,
         )
 
 
@@ -55,7 +59,8 @@ def preview(*, config: str | Path | None = None, progress: bool = False, **setti
     """
     options = normalize_settings(settings, "settings")
     file = normalize_settings(config_files.read_config(str(config)), str(config)) if config is not None else {}
-    dataset, complete, _ = launch.new_run(merge(file, options), None, partial(open_dataset, progress=progress))
+    settings = run_folder.with_initial_model(merge(file, options), LOG.warning)
+    dataset, complete, _ = launch.new_run(settings, None, partial(open_dataset, progress=progress))
     return preview_run(complete, dataset, options, file, None if config is None else str(config))
 
 
@@ -105,8 +110,8 @@ def train(
     if config is not None:
         checked = merge(normalize_settings(config_files.read_config(str(config)), str(config)), checked)
 
-    def open_data(name: str) -> Dataset:
-        return open_dataset(name, progress=progress is True)
+    def open_data(name: str, verify: bool) -> Dataset:
+        return open_dataset(name, progress=progress is True, verify=verify)
 
     def open_reporter(config: TrainConfig, rank: int) -> AbstractContextManager[Reporter]:
         if progress is True:

@@ -52,8 +52,8 @@ def bench_busy(settings: StepSettings, processes: int, log: Callable[[str], None
     rows = []
     for others in (0, processes):
         calls = {FIXED: lambda n=others: run(False, n), ADAPTED: lambda n=others: run(True, n)}
-        times = alternate(calls, settings.rounds)[str(others)]
-        rows += make_rows({"other processes": others}, times, tokens, FIXED)
+        times, problems = alternate(calls, settings.rounds, log)
+        rows += make_rows({"other processes": others}, times.get(str(others), {}), tokens, FIXED, problems)
     return Benchmark("busy", settings.facts(FIXED), rows)
 
 

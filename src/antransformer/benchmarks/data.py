@@ -17,7 +17,7 @@ import torch
 
 from antransformer.benchmarks.models import our_setup
 from antransformer.benchmarks.settings import Settings, require_positive
-from antransformer.benchmarks.timing import Benchmark, Row, alternate, make_rows, quartiles
+from antransformer.benchmarks.timing import Benchmark, Quartiles, Row, alternate, make_rows, quartiles
 from antransformer.data import (
     Prefetcher,
     Shard,
@@ -65,14 +65,14 @@ class DataSettings(Settings):
         require_positive(batch=self.batch)
 
 
-def bench_data(settings: DataSettings) -> Benchmark:
-    """Time ``prepare`` and the loading of batches.
+def bench_data(settings: DataSettings, log: Callable[[str], None]) -> Benchmark:
+    """Time ``prepare`` and the loading of batches; ``log`` receives progress.
 
     Raises:
         DataError: a text or tokenizer cannot be read, as in ``prepare``.
     """
     text = settings.text or stdlib_sample()
-    rows = [*_time_prepare(text, settings.tokenizers, settings.rounds), *_time_loading(settings)]
+    rows = [*_time_prepare(text, settings.tokenizers, settings.rounds, log), *_time_loading(settings, log)]
     facts = {"model": settings.model.mapping(), "batch": settings.batch, "dtype": str(settings.dtype)}
     return Benchmark("data", facts, rows)
 
@@ -84,7 +84,9 @@ def stdlib_sample() -> list[Path]:
     return [path for (path, _), end in zip(sizes, ends, strict=True) if end <= max(SAMPLE_BYTES, sizes[0][1])]
 
 
-def _time_prepare(text: Sequence[str | Path], names: Sequence[str], rounds: int) -> Iterator[Row]:
+def _time_prepare(
+    text: Sequence[str | Path], names: Sequence[str], rounds: int, log: Callable[[str], None]
+) -> Iterator[Row]:
     """Time ``prepare``, from files to shards, against the library tokenizers on the same text in memory."""
     documents = [document for document, _ in Corpus.find(text).documents()]
     with TemporaryDirectory() as folder:
@@ -101,8 +103,9 @@ def _time_prepare(text: Sequence[str | Path], names: Sequence[str], rounds: int)
                 LIBRARY: partial(library.encode_batch_fast, documents),
                 PREPARE: partial(_prepare_and_discard, text, name),
             }
-            times = alternate({key: partial(_wall_seconds, call) for key, call in calls.items()}, rounds)["total"]
-            yield from make_rows({"workload": tokenizer.name}, times, tokens, LIBRARY)
+            timers = {key: partial(_wall_seconds, call) for key, call in calls.items()}
+            times, problems = alternate(timers, rounds, log)
+            yield from make_rows({"workload": tokenizer.name}, times.get("total", {}), tokens, LIBRARY, problems)
 
 
 def _prepare_and_discard(text: Sequence[str | Path], tokenizer: str) -> None:
@@ -117,7 +120,7 @@ def _wall_seconds(call: Callable[[], object]) -> dict[str, float]:
     return {"total": time.perf_counter() - start}
 
 
-def _time_loading(settings: DataSettings) -> list[Row]:
+def _time_loading(settings: DataSettings, log: Callable[[str], None]) -> list[Row]:
     """Time training steps of anGPT with batches read synchronously and with prefetched batches."""
     shape, device = settings.model, settings.device
     with TemporaryDirectory() as folder:
@@ -143,12 +146,17 @@ def _time_loading(settings: DataSettings) -> list[Row]:
             SYNCHRONOUS: partial(windows.batch, global_batch=settings.batch),
             PREFETCHED: Prefetcher(windows, settings.batch).batch,
         }
-        times = alternate({name: partial(step, source) for name, source in sources.items()}, settings.rounds)
-    rows = make_rows({"workload": "training"}, times["total"], settings.batch * shape.context, SYNCHRONOUS)
+        timers = {name: partial(step, source) for name, source in sources.items()}
+        times, problems = alternate(timers, settings.rounds, log)
+    tokens = settings.batch * shape.context
     return [
-        replace(row, waiting=quartiles([wait / total for wait, total in zip(waited, row.seconds, strict=True)]))
-        for row, waited in zip(rows, times["waiting"].values(), strict=True)
+        row if row.problem else replace(row, waiting=_share(times["waiting"][row.variant], row.seconds))
+        for row in make_rows({"workload": "training"}, times.get("total", {}), tokens, SYNCHRONOUS, problems)
     ]
+
+
+def _share(waited: Sequence[float], seconds: Sequence[float]) -> Quartiles:
+    return quartiles([wait / total for wait, total in zip(waited, seconds, strict=True)])
 
 
 def _random_split(folder: Path, shape: ModelConfig) -> Split:

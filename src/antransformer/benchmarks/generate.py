@@ -21,7 +21,7 @@ from antransformer.benchmarks.settings import (
     replace_architecture,
     require_positive,
 )
-from antransformer.benchmarks.timing import Benchmark, Row, alternate, make_rows, now
+from antransformer.benchmarks.timing import Benchmark, Row, alternate, describe_error, make_rows, now
 from antransformer.errors import ConfigError, MissingExtraError
 from antransformer.inference import fold
 from antransformer.inference.sampling import next_logits
@@ -78,16 +78,19 @@ class GenerationVariant:
 
 def bench_generate(settings: GenerationSettings, log: Callable[[str], None]) -> Benchmark:
     """Time all variants in every mode and with every batch; ``log`` receives progress and skipped variants."""
-    variants = _our_variants(settings)
+    variants, problems = _our_variants(settings), {}
     try:
         variants |= _qwen3_variants(settings)
     except MissingExtraError as error:
         log(f"skipping qwen3: {error}")
+    except Exception as error:  # other releases of transformers may raise anything
+        problems["qwen3"] = describe_error(error)
+        log(f"qwen3 failed: {problems['qwen3']}")
     rows = []
     for mode in settings.modes:
         for batch in settings.batches:
             log(f"{mode}, batch {batch}")
-            rows += _time_batch(variants, settings, mode, batch)
+            rows += _time_batch(variants, problems, settings, mode, batch, log)
     facts = {
         "model": settings.model.mapping(),
         "prompt_tokens": settings.prompt_tokens,
@@ -99,7 +102,12 @@ def bench_generate(settings: GenerationSettings, log: Callable[[str], None]) -> 
 
 
 def _time_batch(
-    variants: dict[str, GenerationVariant], settings: GenerationSettings, mode: Mode, batch: int
+    variants: dict[str, GenerationVariant],
+    problems: dict[str, str],
+    settings: GenerationSettings,
+    mode: Mode,
+    batch: int,
+    log: Callable[[str], None],
 ) -> list[Row]:
     if mode == "compiled":
         torch.compiler.reset()  # otherwise dimensions that differ between batches become dynamic, which is slower
@@ -108,10 +116,12 @@ def _time_batch(
     shape = (batch, settings.prompt_tokens)
     prompt = torch.randint(settings.model.vocab_size, shape, generator=generator).to(settings.device)
     calls = {name: partial(_time_parts, item, prompt, settings.max_new_tokens) for name, item in variants.items()}
-    times = alternate(calls, settings.rounds)
+    times, failed = alternate(calls, settings.rounds, log)
+    problems = {**problems, **failed}
     rows = []
     for part, tokens in (("prefill", settings.prompt_tokens), ("decode", settings.max_new_tokens)):
-        rows += make_rows({"mode": mode, "batch": batch, "part": part}, times[part], batch * tokens, BASELINE)
+        task = {"mode": mode, "batch": batch, "part": part}
+        rows += make_rows(task, times.get(part, {}), batch * tokens, BASELINE, problems)
     return rows
 
 

@@ -17,8 +17,9 @@ from antransformer.benchmarks.models import build_variants
 from antransformer.benchmarks.settings import OUR_ARCHITECTURES, Mode, replace_architecture
 from antransformer.benchmarks.timing import Benchmark, Row, alternate, make_rows, peak_memory, time_call
 from antransformer.benchmarks.train_step import StepSettings, in_mode, make_step, state_bytes
+from antransformer.figure_style import INK, new_figure, style
 from antransformer.models import ModelConfig
-from antransformer.reporting.figure import INK, Chart, legend, log_ticks, new_figure, style, styled
+from antransformer.reporting.figure import Chart, legend, log_ticks, styled
 from antransformer.reporting.labels import style_of
 from antransformer.training.cost_model.memory import Layout, estimate_memory
 from antransformer.training.cost_model.throughput import flops_per_token
@@ -78,8 +79,11 @@ def bench_growth(settings: StepSettings, folder: Path, log: Callable[[str], None
     style()  # fails before the measurements if matplotlib is missing
     rows = [row for mode in settings.modes for axis in AXES for row in _time_axis(settings, mode, axis, log)]
     for mode in settings.modes:
-        chart = growth_chart(settings, [row for row in rows if row.task["mode"] == mode])
-        log(f"figure: {chart.save_png(folder)}")
+        # A variant that failed at a size has no exponents and no lines.
+        failed = {row.variant for row in rows if row.problem and row.task["mode"] == mode}
+        drawn = [row for row in rows if row.task["mode"] == mode and row.variant not in failed]
+        if drawn:
+            log(f"figure: {growth_chart(settings, drawn).save_png(folder)}")
     growth = [asdict(item) for item in exponents(settings, rows)]
     return Benchmark("step", {**settings.facts(rows[0].variant), "growth": growth}, rows)
 
@@ -88,20 +92,25 @@ def _time_axis(settings: StepSettings, mode: Mode, axis: str, log: Callable[[str
     """Rows of one axis; all sizes and variants are timed in one alternation."""
     by_size = {size: _resized(settings, axis, size) for size in _sizes(settings, axis)}
     log(f"{mode}, {axis} {', '.join(map(str, by_size))}")
-    setups = {
-        size: in_mode(build_variants(resized.variants, resized.model, resized.device, log), mode)
-        for size, resized in by_size.items()
+    built = {
+        size: build_variants(resized.variants, resized.model, resized.device, log) for size, resized in by_size.items()
     }
+    setups = {size: in_mode(named, mode) for size, (named, _) in built.items()}
     steps = {
         (size, name): make_step(setup, by_size[size]) for size, named in setups.items() for name, setup in named.items()
     }
     timers = {f"{size} {name}": partial(time_call, step, settings.device) for (size, name), step in steps.items()}
-    times = alternate(timers, settings.rounds)["total"]
+    parts, failed = alternate(timers, settings.rounds, log)
     rows = []
     for size, resized in by_size.items():
         tokens = resized.batch * resized.model.context
-        at_size = {name: times[f"{size} {name}"] for name in setups[size]}
-        for row in make_rows({"mode": mode, "axis": axis, "size": size}, at_size, tokens, next(iter(at_size))):
+        keys = {name: f"{size} {name}" for name in setups[size]}
+        times = {name: parts["total"][key] for name, key in keys.items() if key not in failed}
+        problems = built[size][1] | {name: failed[key] for name, key in keys.items() if key in failed}
+        for row in make_rows({"mode": mode, "axis": axis, "size": size}, times, tokens, problems=problems):
+            if row.problem:
+                rows.append(row)
+                continue
             step_memory = peak_memory(steps[size, row.variant], resized.device)
             rows.append(replace(row, memory=step_memory + state_bytes(setups[size][row.variant])))
     return rows
@@ -125,7 +134,8 @@ def exponents(settings: StepSettings, rows: Sequence[Row]) -> list[Growth]:
     grouped: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
         grouped.setdefault((row.task["mode"], row.task["axis"], row.variant), []).append(row)
-    return [_exponents_of(settings, *key, group) for key, group in grouped.items()]
+    complete = {key: group for key, group in grouped.items() if not any(row.problem for row in group)}
+    return [_exponents_of(settings, *key, group) for key, group in complete.items()]
 
 
 def _exponents_of(settings: StepSettings, mode: str, axis: str, variant: str, rows: list[Row]) -> Growth:

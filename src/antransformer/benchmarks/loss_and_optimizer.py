@@ -50,21 +50,21 @@ def losses() -> dict[str, Loss]:
     return implementations
 
 
-def bench_loss(settings: LossSettings) -> Benchmark:
-    """Time the loss with its gradients on random hidden states, for each vocabulary size."""
-    rows = [row for size in settings.vocab_sizes for row in _time_loss(settings, size)]
+def bench_loss(settings: LossSettings, log: Callable[[str], None]) -> Benchmark:
+    """Time the loss with its gradients on random hidden states, for each vocabulary size; ``log`` receives progress."""
+    rows = [row for size in settings.vocab_sizes for row in _time_loss(settings, size, log)]
     model = settings.model
     facts = {"width": model.width, "context": model.context, "batch": settings.batch, "dtype": str(settings.dtype)}
     return Benchmark("loss", facts, rows)
 
 
-def bench_optimizer(settings: Settings) -> Benchmark:
-    """Time optimizer steps with and without bounds, on constant gradients."""
-    rows = [row for architecture in ("angpt", "ngpt") for row in _time_optimizer(settings, architecture)]
+def bench_optimizer(settings: Settings, log: Callable[[str], None]) -> Benchmark:
+    """Time optimizer steps with and without bounds, on constant gradients; ``log`` receives progress."""
+    rows = [row for architecture in ("angpt", "ngpt") for row in _time_optimizer(settings, architecture, log)]
     return Benchmark("optimizer", {"model": settings.model.mapping()}, rows, unit="parameters/s")
 
 
-def _time_loss(settings: LossSettings, vocab_size: int) -> list[Row]:
+def _time_loss(settings: LossSettings, vocab_size: int, log: Callable[[str], None]) -> list[Row]:
     torch.manual_seed(0)
     model, device, dtype = settings.model, settings.device, settings.dtype
     shape = (settings.batch, model.context)
@@ -77,12 +77,13 @@ def _time_loss(settings: LossSettings, vocab_size: int) -> list[Row]:
         torch.autograd.grad(loss(hidden, weight, targets), (hidden, weight))
 
     calls = {name: partial(gradients, loss) for name, loss in losses().items()}
-    times = alternate({name: partial(time_call, call, device) for name, call in calls.items()}, settings.rounds)
-    rows = make_rows({"vocabulary": vocab_size}, times["total"], targets.numel(), UNCHUNKED)
-    return [replace(row, memory=peak_memory(calls[row.variant], device)) for row in rows]
+    timers = {name: partial(time_call, call, device) for name, call in calls.items()}
+    times, problems = alternate(timers, settings.rounds, log)
+    rows = make_rows({"vocabulary": vocab_size}, times.get("total", {}), targets.numel(), UNCHUNKED, problems)
+    return [row if row.problem else replace(row, memory=peak_memory(calls[row.variant], device)) for row in rows]
 
 
-def _time_optimizer(settings: Settings, architecture: str) -> list[Row]:
+def _time_optimizer(settings: Settings, architecture: str, log: Callable[[str], None]) -> list[Row]:
     calls = {}
     for name in (OPTIMIZER, WITH_BOUNDS):
         torch.manual_seed(0)
@@ -95,8 +96,10 @@ def _time_optimizer(settings: Settings, architecture: str) -> list[Row]:
         if name == WITH_BOUNDS:
             bind(model, optimizer)
         calls[name] = partial(time_call, optimizer.step, settings.device)
-    times = alternate(calls, settings.rounds)["total"]
-    return make_rows({"architecture": architecture}, times, model.parameter_count(), OPTIMIZER)
+    times, problems = alternate(calls, settings.rounds, log)
+    return make_rows(
+        {"architecture": architecture}, times.get("total", {}), model.parameter_count(), OPTIMIZER, problems
+    )
 
 
 def _unchunked(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

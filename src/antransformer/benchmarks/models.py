@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from antransformer.benchmarks.settings import OUR_ARCHITECTURES, replace_architecture
+from antransformer.benchmarks.timing import describe_error
 from antransformer.bounds import bind
 from antransformer.errors import MissingExtraError
 from antransformer.models import ModelConfig, build
@@ -158,9 +159,12 @@ BUILDERS: dict[str, Callable[[ModelConfig], TrainingSetup]] = {
 
 def build_variants(
     names: Sequence[str], shape: ModelConfig, device: torch.device, log: Callable[[str], None]
-) -> dict[str, TrainingSetup]:
-    """Build variants by name; those whose library is not installed are skipped and reported to ``log``."""
-    setups = {}
+) -> tuple[dict[str, TrainingSetup], dict[str, str]]:
+    """Build variants by name; return them, and the reasons of those that cannot be built.
+
+    Variants whose library is not installed are in neither, and reported to ``log``.
+    """
+    setups, problems = {}, {}
     for name in names:
         torch.manual_seed(0)
         try:
@@ -168,4 +172,7 @@ def build_variants(
                 setups[name] = BUILDERS[name](shape)
         except MissingExtraError as error:
             log(f"skipping {name}: {error}")
-    return setups
+        except Exception as error:  # other releases of a library may raise anything
+            problems[name] = describe_error(error)
+            log(f"{name} failed: {problems[name]}")
+    return setups, problems

@@ -14,10 +14,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import accumulate
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
+from antransformer.errors import MachineError
+from antransformer.pace import Pace
 from antransformer.training.profiling import silence_profiler
 
 Times = dict[str, dict[str, list[float]]]  # part of the work -> variant -> seconds of each round
@@ -41,21 +44,23 @@ class Row:
         task: choices that define the task, such as {"batch": 16, "part": "decode"}.
         variant: name of the variant.
         seconds: time of each round.
-        speed: units of work per second.
-        ratio: speed divided by the speed of the baseline in the same round.
+        speed: units of work per second, or None for a variant that failed.
+        ratio: speed divided by the speed of the baseline in the same round, or None for a variant that failed.
         memory: peak memory in bytes, if measured.
         utilization: fraction of the attainable FLOP/s, if measured.
         waiting: fraction of the time spent waiting for data, if measured.
+        problem: reason why there are no measurements, or None.
     """
 
     task: dict[str, Any]
     variant: str
     seconds: list[float]
-    speed: Quartiles
-    ratio: Quartiles
+    speed: Quartiles | None
+    ratio: Quartiles | None
     memory: int | None = None
     utilization: Quartiles | None = None
     waiting: Quartiles | None = None
+    problem: str | None = None
 
 
 @dataclass(frozen=True)
@@ -87,42 +92,82 @@ def quartiles(values: Sequence[float]) -> Quartiles:
     return Quartiles(low, median, high)
 
 
-def alternate(variants: Mapping[str, Callable[[], Mapping[str, float]]], rounds: int) -> Times:
+def alternate(
+    variants: Mapping[str, Callable[[], Mapping[str, float]]],
+    rounds: int,
+    log: Callable[[str], None] = lambda text: None,
+) -> tuple[Times, dict[str, str]]:
     """Time all variants in alternation, after one uncounted warm-up call each.
 
     Args:
         variants: functions by name; each does the work once and returns the seconds of each part of it.
         rounds: number of timings. Each round has its own random order, because a variant affects the caches and memory
             that the next one starts with.
+        log: called with an estimate and lines of progress.
+
+    Returns:
+        Times of the variants that work, and the reasons of those that raise.
     """
-    for call in variants.values():
-        call()
-    times: Times = {}
-    for round_number in range(rounds):
-        for name in random.Random(round_number).sample(list(variants), len(variants)):
-            for part, seconds in variants[name]().items():
-                times.setdefault(part, {variant: [] for variant in variants})[name].append(seconds)
-    return times
+    problems: dict[str, str] = {}
+    times: dict[str, list[Mapping[str, float]]] = {name: [] for name in variants}
+    pace, total = Pace("timing", "calls", log), (rounds + 1) * len(variants)
+    for round_number in range(rounds + 1):
+        names = list(variants)
+        order = random.Random(round_number - 1).sample(names, len(names)) if round_number else names
+        for position, name in enumerate(order, start=1):
+            if name in problems:
+                continue
+            try:
+                times[name].append(variants[name]())
+            except Exception as error:  # a library may raise anything, and the other variants can still be timed
+                problems[name] = describe_error(error)
+                log(f"{name} failed: {problems[name]}")
+            pace(round_number * len(names) + position, total)
+    working = {name: rows[1:] for name, rows in times.items() if name not in problems}
+    parts = next(iter(working.values()), [{}])[0]
+    return {part: {name: [row[part] for row in rows] for name, rows in working.items()} for part in parts}, problems
 
 
-def make_rows(task: Mapping[str, Any], times: Mapping[str, list[float]], amount: float, baseline: str) -> list[Row]:
+def describe_error(error: Exception) -> str:
+    """Class and first line of an error."""
+    first_line = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
+
+
+def make_rows(
+    task: Mapping[str, Any],
+    times: Mapping[str, list[float]],
+    amount: float,
+    baseline: str | None = None,
+    problems: Mapping[str, str] = MappingProxyType({}),
+) -> list[Row]:
     """Rows of all variants at one task.
 
     Args:
         task: choices that define the task.
         times: seconds of each round, by variant.
         amount: units of work done in each time.
-        baseline: variant that ratios refer to.
+        baseline: variant that ratios refer to; by default, and if it failed, the first.
+        problems: reasons of the variants without times.
+
+    Raises:
+        MachineError: no variant has times.
     """
+    if not times:
+        raise MachineError("; ".join(f"{name} failed: {problem}" for name, problem in problems.items()))
+    base_times = times.get(baseline or "") or next(iter(times.values()))
     return [
-        Row(
-            task=dict(task),
-            variant=name,
-            seconds=seconds,
-            speed=quartiles([amount / time for time in seconds]),
-            ratio=quartiles([base / time for base, time in zip(times[baseline], seconds, strict=True)]),
-        )
-        for name, seconds in times.items()
+        *(
+            Row(
+                task=dict(task),
+                variant=name,
+                seconds=seconds,
+                speed=quartiles([amount / time for time in seconds]),
+                ratio=quartiles([base / time for base, time in zip(base_times, seconds, strict=True)]),
+            )
+            for name, seconds in times.items()
+        ),
+        *(Row(dict(task), name, [], None, None, problem=problem) for name, problem in problems.items()),
     ]
 
 

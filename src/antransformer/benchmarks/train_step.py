@@ -61,13 +61,17 @@ class StepSettings(Settings):
 
 def bench_step(settings: StepSettings, log: Callable[[str], None]) -> Benchmark:
     """Time training steps of all variants in every mode; ``log`` receives progress and skipped variants."""
-    setups = build_variants(settings.variants, settings.model, settings.device, log)
-    rows = [row for mode in settings.modes for row in _time_mode(setups, settings, mode, log)]
+    setups, problems = build_variants(settings.variants, settings.model, settings.device, log)
+    rows = [row for mode in settings.modes for row in _time_mode(setups, problems, settings, mode, log)]
     return Benchmark("step", settings.facts(rows[0].variant), rows)
 
 
 def _time_mode(
-    setups: dict[str, TrainingSetup], settings: StepSettings, mode: Mode, log: Callable[[str], None]
+    setups: dict[str, TrainingSetup],
+    problems: dict[str, str],
+    settings: StepSettings,
+    mode: Mode,
+    log: Callable[[str], None],
 ) -> Iterator[Row]:
     log(f"{mode}: {', '.join(setups)}")
     setups = in_mode(setups, mode)
@@ -75,11 +79,15 @@ def _time_mode(
     # The matrix product takes part in the alternation, so that utilization refers to the same clock rate.
     calls = {**steps, "matmul": _matmul(settings)}
     timers = {name: partial(time_call, call, settings.device) for name, call in calls.items()}
-    times = alternate(timers, settings.rounds)["total"]
+    parts, failed = alternate(timers, settings.rounds, log)
+    times = parts["total"]
     peaks = _attainable_flops(times.pop("matmul"), settings)
     tokens = settings.batch * settings.model.context
     flops = tokens * flops_per_token(settings.model)
-    for row in make_rows({"mode": mode}, times, tokens, next(iter(times))):
+    for row in make_rows({"mode": mode}, times, tokens, problems={**problems, **failed}):
+        if row.problem:
+            yield row
+            continue
         utilization = quartiles([flops / time / peak for time, peak in zip(row.seconds, peaks, strict=True)])
         memory = peak_memory(steps[row.variant], settings.device) + state_bytes(setups[row.variant])
         if settings.profile:

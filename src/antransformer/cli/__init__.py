@@ -3,6 +3,7 @@
 Only the chosen verb is imported, and no verb imports torch before it runs, so ``--help`` and mistakes are fast.
 """
 
+import errno
 import importlib
 import io
 import logging
@@ -10,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from antransformer.cli.options import Parser
-from antransformer.errors import AntransformerError, RunStoppedError, UsageError
+from antransformer.errors import AntransformerError, RankFailedError, RunStoppedError, UsageError
 from antransformer.version import __version__
 
 # Verb -> one-line summary, which is also the first line of the docstring of its module.
@@ -68,6 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen = next((word for word in words if not word.startswith("-")), None)
         parsed = make_parser(chosen).parse(words)
         parsed.run(parsed)
+    except RankFailedError as error:
+        print(error, file=sys.stderr)
+        return error.status
     except RunStoppedError as error:
         return _complain(error, error.status)
     except UsageError as error:
@@ -85,7 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         advice = "lower --micro-batch-size or --batch-tokens (evaluate: --batch-size), or choose a smaller model"
         return _complain(f"error: out of memory: {advice}", 1)
     except (AntransformerError, OSError, MemoryError) as error:
-        return _complain(f"error: {error or type(error).__name__}", 1)
+        too_long = isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG
+        return _complain(f"error: {error or type(error).__name__}", 2 if too_long else 1)
     except KeyboardInterrupt:
         return _complain("stopped by SIGINT", 130)
     return 0
@@ -93,5 +98,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _complain(message: object, status: int) -> int:
     """Print a message as one line on standard error, and return the status."""
-    print("antransformer:", " ".join(str(message).split()), file=sys.stderr)
+    from antransformer.training.distributed.launcher import record_failure
+
+    line = " ".join(["antransformer:", *str(message).split()])
+    if not record_failure(line):
+        print(line, file=sys.stderr)
     return status

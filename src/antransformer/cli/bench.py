@@ -43,7 +43,7 @@ from antransformer.benchmarks.settings import MODES, SHAPE, VARIANTS, Mode
 from antransformer.cli.options import Parser, add_config, settings_of
 from antransformer.cli.tables import new_table
 from antransformer.errors import ConfigError, UsageError
-from antransformer.files import check_file_target
+from antransformer.files import check_json_target
 from antransformer.models.config import PAPER_VOCABULARY, ModelConfig, preset_sizes
 from antransformer.training.config import normalize_settings
 
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 
 USAGE = "antransformer bench BENCHMARK [options]"
 TABLE_WIDTH = 200  # columns, if the output is not a terminal
+MAX_THREADS = 1024
 LOSS_VOCABULARIES = (512, PAPER_VOCABULARY)
 GROWTH_VARIANTS = ("gpt+", "angpt")
 # Options that not every benchmark has, with their defaults for those that have them.
@@ -127,10 +128,10 @@ def run(parsed: argparse.Namespace) -> None:
 
     apply_defaults(parsed)
     if parsed.json:
-        check_file_target("--json", parsed.json)
+        check_json_target("--json", parsed.json, lambda content: "benchmark" in content)
     if parsed.threads is not None:
-        if parsed.threads < 1:
-            raise ConfigError(f"--threads must be at least 1, got {parsed.threads}")
+        if not 1 <= parsed.threads <= MAX_THREADS:
+            raise ConfigError(f"--threads must be from 1 to {MAX_THREADS:,}, got {parsed.threads}")
         torch.set_num_threads(parsed.threads)
     device = choose_device(parsed.device)
     shared = {"rounds": parsed.rounds, "device": device, "dtype": choose_precision(parsed.dtype, device)}
@@ -139,6 +140,10 @@ def run(parsed: argparse.Namespace) -> None:
     if not console.is_terminal:
         console.width = TABLE_WIDTH  # lines in a file or pipe are not cut
     console.print(result_table(benchmark))
+    for row in benchmark.rows:
+        if row.problem:
+            task = ", ".join(map(str, row.task.values()))
+            console.print(f"{row.variant} ({task}) failed: {row.problem}", markup=False, soft_wrap=True)
     if "growth" in benchmark.facts:
         console.print(growth_table(benchmark.facts["growth"]))
     if parsed.json:
@@ -166,6 +171,7 @@ def bench_step(parsed: argparse.Namespace, shared: dict[str, Any]) -> "Benchmark
     from antransformer.benchmarks.growth import bench_growth
     from antransformer.benchmarks.train_step import StepSettings
     from antransformer.benchmarks.train_step import bench_step as time_steps
+    from antransformer.results.folder import require_own_folder
 
     if parsed.sweep and parsed.profile:
         raise ConfigError("--profile traces one shape, --sweep measures many: give only one of them")
@@ -179,6 +185,7 @@ def bench_step(parsed: argparse.Namespace, shared: dict[str, Any]) -> "Benchmark
     )
     for option, folder in (("--profile", parsed.profile), ("--sweep", parsed.sweep)):
         if folder:
+            require_own_folder(folder, "bench", option)
             make_folder(option, folder)
     return bench_growth(settings, parsed.sweep, log) if parsed.sweep else time_steps(settings, log)
 
@@ -190,7 +197,8 @@ def bench_loss(parsed: argparse.Namespace, shared: dict[str, Any]) -> "Benchmark
 
     model = model_config(parsed)
     vocab_sizes = (model.vocab_size,) if "vocab_size" in settings_of(parsed).get("model", {}) else LOSS_VOCABULARIES
-    return time_losses(LossSettings(model=model, vocab_sizes=vocab_sizes, batch=single_batch(parsed), **shared))
+    settings = LossSettings(model=model, vocab_sizes=vocab_sizes, batch=single_batch(parsed), **shared)
+    return time_losses(settings, log)
 
 
 def bench_optimizer(parsed: argparse.Namespace, shared: dict[str, Any]) -> "Benchmark":
@@ -198,7 +206,7 @@ def bench_optimizer(parsed: argparse.Namespace, shared: dict[str, Any]) -> "Benc
     from antransformer.benchmarks.loss_and_optimizer import bench_optimizer as time_optimizers
     from antransformer.benchmarks.settings import Settings
 
-    return time_optimizers(Settings(model=model_config(parsed), **shared))
+    return time_optimizers(Settings(model=model_config(parsed), **shared), log)
 
 
 def bench_data(parsed: argparse.Namespace, shared: dict[str, Any]) -> "Benchmark":
@@ -213,7 +221,8 @@ def bench_data(parsed: argparse.Namespace, shared: dict[str, Any]) -> "Benchmark
             tokenizers=tuple(parsed.tokenizer),
             batch=single_batch(parsed),
             **shared,
-        )
+        ),
+        log,
     )
 
 
@@ -304,8 +313,8 @@ def result_table(benchmark: "Benchmark") -> Table:
         table.add_row(
             *(f"{value:,}" if isinstance(value, int) else value for value in row.task.values()),
             row.variant,
-            *median_and_quartiles(row.speed, ",.0f"),
-            *median_and_quartiles(row.ratio, ".2f"),
+            *(median_and_quartiles(row.speed, ",.0f") if row.speed else ("failed", "")),
+            *(median_and_quartiles(row.ratio, ".2f") if row.ratio else ("", "")),
             *(optional_cell(row, name) for name in optional),
             end_section=number == len(rows) or rows[number].task != row.task,
         )

@@ -22,8 +22,8 @@ from antransformer.cli.tables import new_table
 from antransformer.diagnostics.diagnosis import LEGEND, Diagnosis, FactorError, Spread, mean_abs_error
 from antransformer.diagnostics.figure import diagnosis_figure
 from antransformer.diagnostics.summary import format_number, summarize
-from antransformer.errors import MissingExtraError
-from antransformer.files import check_file_target
+from antransformer.errors import CheckpointError, MissingExtraError
+from antransformer.files import check_file_target, check_json_target
 from antransformer.settings import Count, convert
 
 USAGE = "antransformer diagnose --checkpoint RUN [options]"
@@ -55,15 +55,17 @@ def run(parsed: argparse.Namespace) -> None:
     from antransformer.progress import open_dataset
     from antransformer.training.checkpointing.checkpoint import restore
     from antransformer.training.device import choose_device
-    from antransformer.training.run_folder import open_checkpoint, saved_settings
+    from antransformer.training.run_folder import CONFIG_FILE, open_checkpoint, saved_settings
 
     checkpoint, tokenizer = open_checkpoint(parsed.checkpoint, notify=lambda text: print(text, file=sys.stderr))
     folder = checkpoint.path.parent.parent
     figure_path = parsed.out or folder / "diagnose.png"
     check_file_target("--out", figure_path, FIGURE_FORMATS)
     if parsed.json:
-        check_file_target("--json", parsed.json)
+        check_json_target("--json", parsed.json, lambda content: "residual_norm" in content)
     device = choose_device(parsed.device)
+    if not parsed.data and not (folder / CONFIG_FILE).is_file():
+        raise CheckpointError(f"{folder} has no {CONFIG_FILE}, which names the data: give --data")
     dataset = open_dataset(parsed.data or saved_settings(folder).get("data", STDLIB), progress=True)
     context = checkpoint.model.context
     count = max(TOKENS, context) if parsed.tokens is None else convert(parsed.tokens, Count, "--tokens")

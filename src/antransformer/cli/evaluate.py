@@ -1,5 +1,7 @@
 """Score a trained model with lm_eval, or its perplexity on a text.
 
+--text needs no lm_eval. It reports word perplexity, byte perplexity and bits per byte as lm_eval defines them.
+
 Without --task-data, a task's data is downloaded from the Hugging Face hub, and any lm_eval task that scores given text
 can be run. With it, DIR holds the data as each set is published: lambada_openai, hellaswag, arc_easy, arc_challenge,
 piqa, winogrande, blimp (or one of its parts, such as blimp_wh_island), wikitext.

@@ -30,7 +30,7 @@ import antransformer
 from antransformer.cli.options import Parser, number
 from antransformer.cli.tables import new_table
 from antransformer.errors import MissingExtraError
-from antransformer.files import check_file_target, check_folder_target, replace_text
+from antransformer.files import check_json_target, replace_text
 from antransformer.reporting.labels import format_count, style_of
 
 if TYPE_CHECKING:
@@ -55,10 +55,12 @@ def add_arguments(parser: Parser) -> None:
 
 def run(parsed: argparse.Namespace) -> None:
     """Fit, print tables, write numbers and figures."""
+    from antransformer.results.folder import require_own_folder
+
     folder = parsed.out or Path("runs") / "fit"
-    check_folder_target(folder)
+    require_own_folder(folder, "fit")
     if parsed.json:
-        check_file_target("--json", parsed.json)
+        check_json_target("--json", parsed.json, lambda content: all("notes" in law for law in content.values()))
     fits = antransformer.fit(parsed.results, optima=parsed.optima, bins=number(parsed, "bins", None))
     for fit in fits:
         print_laws(fit)

@@ -17,6 +17,7 @@ from antransformer.settings import Count, convert, nearest
 from antransformer.training.config import TrainConfig
 
 REMOVED = {f"--model.{name.replace('_', '-')}" for name in renamed.REMOVED_MODEL}
+MAY_BE_EMPTY = ("--prompt",)
 SETTING = "set:"  # start of the destination of options that are settings
 
 
@@ -56,7 +57,7 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see {self.prog} --help)")
 
     def parse(self, words: Sequence[str]) -> argparse.Namespace:
-        """Parse the words of a command line.
+        """Parse the words of a command line, which are kept as ``words``.
 
         Raises:
             UsageError: an option is unknown or has an old name, or a value is missing or wrong.
@@ -67,21 +68,25 @@ class Parser(argparse.ArgumentParser):
         parsed, unknown = self.parse_known_args(words)
         if unknown:
             verb.refuse(unknown[0])
+        parsed.words = list(words)
         return parsed
 
     def check_renamed(self, words: Sequence[str]) -> None:
-        """Raise ``UsageError`` for an old option or value, naming the new one."""
+        """Raise ``UsageError`` for an old option or value, naming the new one, and for an empty value."""
         known = self._known_options()
-        for word, following in zip_longest(words, words[1:], fillvalue=""):
+        for word, following in zip_longest(words, words[1:]):
             if word == "--":  # only positional arguments follow
                 return
             name, given, value = word.partition("=")
+            # A path of no characters would be the current folder: a variable of the shell that is not set.
+            if name in known and (value if given else following) == "" and name not in MAY_BE_EMPTY:
+                raise UsageError(f"{name} has an empty value: give one, or omit the option (see {self.prog} --help)")
             if name in renamed.OPTIONS and name not in known and renamed.OPTIONS[name] in known:
                 raise UsageError(f"{name} is now {renamed.OPTIONS[name]} (see {self.prog} --help)")
             if name in REMOVED and name not in known:
                 raise UsageError(f"{name} was removed: omit it (see {self.prog} --help)")
             old_values = renamed.VALUES.get(name.removeprefix("--"), {})
-            value = value if given else following
+            value = value if given else following or ""
             if name in known and value in old_values:
                 raise UsageError(f"{name} {value} is now {name} {old_values[value]} (see {self.prog} --help)")
 

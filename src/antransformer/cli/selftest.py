@@ -23,7 +23,7 @@ from rich.console import Console
 from antransformer.cli.options import Parser, add_device_argument
 from antransformer.cli.tables import new_table
 from antransformer.errors import ConfigError, MachineError
-from antransformer.files import check_file_target, check_folder_target
+from antransformer.files import check_json_target
 from antransformer.selftest import PARTS
 
 USAGE = "antransformer selftest [options]"
@@ -51,6 +51,7 @@ def run(parsed: argparse.Namespace) -> None:
     Raises:
         MachineError: a check failed.
     """
+    from antransformer.results.folder import require_own_folder
     from antransformer.selftest import program
     from antransformer.selftest.checks import Setup
     from antransformer.training.device import choose_device
@@ -58,10 +59,10 @@ def run(parsed: argparse.Namespace) -> None:
     if parsed.minutes is not None and not parsed.minutes > 0:
         raise ConfigError(f"--minutes must be above 0, got {parsed.minutes:g}")
     if parsed.json:
-        check_file_target("--json", parsed.json)
+        check_json_target("--json", parsed.json, lambda content: "parts" in content)
     device = choose_device(parsed.device)
     folder = parsed.out or Path("runs", f"selftest-{device.type}")
-    check_folder_target(folder)
+    require_own_folder(folder, "selftest")
     folder.mkdir(parents=True, exist_ok=True)
     setup = Setup(device, folder, 60.0 * program.MINUTES, lambda text: print(text, file=sys.stderr, flush=True))
     console = Console(highlight=False)

@@ -26,9 +26,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--checkpoint", type=Path, metavar="RUN", help="run folder or checkpoint")
     parser.add_argument("--gguf", type=Path, metavar="FILE", help="file of antransformer export --format gguf")
     parser.add_argument("--port", type=int, default=8080, metavar="N", help="port; 0 for a free one (default 8080)")
-    parser.add_argument(
-        "--dtype", default="f32", metavar="NAME", help="data type of the weights, with --checkpoint (default f32)"
-    )
+    parser.add_argument("--dtype", metavar="NAME", help="data type of the weights, with --checkpoint (default f32)")
 
 
 def run(parsed: argparse.Namespace) -> None:

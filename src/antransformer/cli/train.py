@@ -10,11 +10,12 @@ examples:
   antransformer train --out runs/angpt-nano --resume --tokens 50M --rewarm 0.1
   antransformer train --preset 32m --tokens 20K --batch-tokens 2048 --profile
   antransformer train --init runs/angpt-nano --data data/other --tokens 1M --lr 1e-3
-  torchrun --nproc-per-node 8 -m antransformer train --data data/mine --preset 0.5b --parallel fsdp
+  antransformer train --processes 8 --data data/mine --preset 0.5b --parallel fsdp
   torchrun --nproc-per-node 8 -m antransformer train --data data/mine --preset 0.5b --parallel fsdp --tensor-parallel 2
   torchrun --nproc-per-node 8 --max-restarts 9 -m antransformer train --data data/mine --parallel fsdp --out runs/mine
 
-With torchrun --max-restarts, a run whose process was lost restarts from its latest checkpoint.
+After a mistake, --processes prints one line; torchrun adds a traceback of its own. torchrun is for several machines and
+for restarts. With torchrun --max-restarts, a run whose process was lost restarts from its latest checkpoint.
 """
 
 import argparse
@@ -23,13 +24,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import antransformer
-from antransformer.cli.options import Parser, add_config, settings_of
+from antransformer.cli.options import Parser, add_config, number, settings_of
 from antransformer.cli.tables import new_table
 from antransformer.errors import ConfigError, DivergedError, RunStoppedError, WriteError
 from antransformer.files import quoted
 from antransformer.models.config import ModelConfig
 from antransformer.training.config import ALIASES, TrainConfig
 from antransformer.training.config_files import shipped_configs
+from antransformer.training.distributed.launcher import job_number, launch
 
 USAGE = "antransformer train [options]"
 
@@ -52,6 +54,11 @@ def add_arguments(parser: Parser) -> None:
         help="print all settings with their origins, parameters, memory and expected time, and exit",
     )
     parser.add_argument(
+        "--processes",
+        metavar="N",
+        help="number of processes on this machine, one for each GPU, instead of torchrun (default 1)",
+    )
+    parser.add_argument(
         "--profile",
         action="store_true",
         help="write a trace of a few steps to the run folder, and print the ten most expensive operations",
@@ -66,9 +73,14 @@ def run(parsed: argparse.Namespace) -> None:
     """Train, print the final losses, and draw the loss curve if matplotlib is installed."""
     from antransformer.reporting.loss_curve import loss_curve
 
-    is_rank_0 = int(os.environ.get("RANK", "0")) == 0
     if parsed.dry_run:
         return show_preview(parsed)
+    processes = number(parsed, "processes", 1)
+    if processes > 1 and "RANK" not in os.environ:
+        return launch(parsed.words, processes)
+    if processes > 1 and processes != job_number("WORLD_SIZE", 1):
+        raise ConfigError(f"--processes {processes} and torchrun exclude each other: omit --processes")
+    is_rank_0 = job_number("RANK", 0) == 0
     try:
         trained = antransformer.train(
             config=parsed.config,

@@ -10,16 +10,14 @@ import numpy as np
 from antransformer.comparison.findings import PairwiseSpeedup
 from antransformer.comparison.statistics import Array, Difference
 from antransformer.comparison.tuning import tuning_scope
+from antransformer.figure_style import INK, PAPER, new_figure
 from antransformer.reporting.figure import (
-    INK,
-    PAPER,
     Chart,
     budget_ticks,
     integer_ticks,
     legend,
     log_ticks,
     mark_diverged,
-    new_figure,
     styled,
     token_axis,
 )

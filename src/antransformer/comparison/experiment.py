@@ -18,7 +18,7 @@ from antransformer.reporting.labels import display_name
 from antransformer.results.comparison import ChosenSettings, Results, Run, Trial, Variant
 from antransformer.runs.provenance import provenance
 from antransformer.runs.queue import Job, RunQueue, RunResult
-from antransformer.runs.search import GridSearch, extension, grid_powers, neighbours, round_sig
+from antransformer.runs.search import EXTENSIONS, GridSearch, extension, grid_powers, neighbours, round_sig
 from antransformer.runs.settings import fill_defaults, flatten, unflatten, value_of
 from antransformer.training.config import TrainConfig, merge
 from antransformer.training.learning_rates import given_rate
@@ -129,16 +129,19 @@ class Plan:
             for settings in _by_position({spec.name: spec.hyperparameters for spec in self.specs}):
                 yield Round(settings, self.tuning_trials, HYPERPARAMETER_RATIO)
 
-    def minimum(self) -> tuple[int, int]:
-        """Numbers of runs and of tokens if no grid is extended, whether or not some runs are finished."""
+    def runs_of(self, name: str, extensions: int = 0) -> dict[int, int]:
+        """Number of runs of a variant at each budget; ``extensions`` is how many values each search adds."""
         trials = 0
         for index, part in enumerate(self.rounds()):
-            # After the first round, the middle of a grid is the best trial of the round before.
-            new = part.trials - (index > 0) + (2 if part.neighbour_factor else 0)
-            trials += new * len(part.settings)
-        runs = self.seeds * len(self.specs)
-        tokens = trials * sum(self.search_budgets()) + runs * sum(self.budgets)
-        return trials * len(self.search_budgets()) + runs * len(self.budgets), tokens
+            if name in part.settings:
+                # After the first round, the middle of a grid is the best trial of the round before.
+                trials += part.trials - (index > 0) + (2 if part.neighbour_factor else 0) + extensions
+        counts = dict.fromkeys(self.search_budgets(), trials) if trials else {}
+        return counts | {tokens: counts.get(tokens, 0) + self.seeds for tokens in self.budgets}
+
+    def max_extensions(self) -> int:
+        """Largest number of values that a search may add."""
+        return EXTENSIONS if any(self.rounds()) else 0
 
 
 def _by_position(settings: Mapping[str, Sequence[str]]) -> Iterator[dict[str, str]]:

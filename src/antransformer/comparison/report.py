@@ -194,7 +194,6 @@ def _all_numbers(results: Results) -> str:
         "bits/byte",
         "s/step",
         "diverged",
-        "settings",
     ]
     rows = []
     for variant in results.variants:
@@ -209,14 +208,18 @@ def _all_numbers(results: Results) -> str:
                 _bits(variant, longest),
                 f"{variant.seconds_per_step:.4g}" if math.isfinite(variant.seconds_per_step) else "diverged",
                 format_diverged(variant.runs),
-                "\n".join(_settings_text(variant)),
             ]
         )
     note = (
         "<p>Validation loss in nats per token: mean ± standard deviation over seeds. Differences are paired by seed; "
         f"their {CONFIDENCE:.0%} intervals and p values come from the paired t-test.</p>"
     )
-    return note + table("Results of every variant", head, rows, text_columns=["settings"])
+    settings = [[style_of(item.name).label, "\n".join(_settings_text(item))] for item in results.variants]
+    return (
+        note
+        + table("Results of every variant", head, rows)
+        + table("Settings of every variant", ["variant", "settings"], settings, text_columns=["settings"])
+    )
 
 
 def _budget_label(results: Results, budget: int) -> str:

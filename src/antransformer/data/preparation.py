@@ -24,6 +24,7 @@ from antransformer.data.tokenizers import (
     train_bpe,
 )
 from antransformer.errors import DataError
+from antransformer.pace import heartbeat
 
 # At least two documents of the maximum length per core keep all cores busy. More would cost memory: the tokenizers
 # library needs over 100 bytes per token.
@@ -45,6 +46,7 @@ def prepare(
     val_inputs: Inputs = (),
     shard_tokens: int = SHARD_TOKENS,
     progress: Progress | None = None,
+    notify: Callable[[str], None] = lambda text: None,
 ) -> Dataset:
     """Tokenize text into a new folder ``out`` of training and validation shards.
 
@@ -62,6 +64,7 @@ def prepare(
         val_inputs: separate inputs for validation, instead of ``val_fraction``.
         shard_tokens: maximum number of tokens in a shard.
         progress: called after every batch with (input bytes read, input bytes in total, documents, tokens).
+        notify: called with lines about the training of a byte-pair encoding.
 
     Raises:
         DataError: an input, option or tokenizer is unusable, ``out`` is not empty or cannot be created, or a split
@@ -83,7 +86,9 @@ def prepare(
         if bpe_vocab_size is None:
             encoder = load_tokenizer(tokenizer)
         else:
-            encoder = train_bpe(split.training_sample(SAMPLE_BYTES), bpe_vocab_size)
+            size = min(SAMPLE_BYTES, split.bytes) / 1e6
+            with heartbeat(f"training a BPE of {bpe_vocab_size:,} ids on up to {size:,.1f} MB of text", notify):
+                encoder = train_bpe(split.training_sample(SAMPLE_BYTES), bpe_vocab_size)
         _write(partial, encoder, split, shard_tokens, progress)
         _require_unused(out)  # it may have been filled during the hours that tokenizing can take
         if out.exists():

@@ -64,10 +64,10 @@ def is_prepared(name: str) -> bool:
     return name != NAME or (DATA_ROOT / name).exists()
 
 
-def open_data(name: str, progress: Progress | None = None) -> Dataset:
-    """Open and verify a data folder; ``python-stdlib`` is prepared in ``data/`` on first use.
+def open_data(name: str, progress: Progress | None = None, verify: bool = True) -> Dataset:
+    """Open a data folder, by default verified; ``python-stdlib`` is prepared in ``data/`` on first use.
 
     Raises:
         DataError: the folder is missing, damaged or of another format.
     """
-    return Dataset.open(ensure_default(DATA_ROOT, progress) if name == NAME else name)
+    return Dataset.open(ensure_default(DATA_ROOT, progress) if name == NAME else name, verify)

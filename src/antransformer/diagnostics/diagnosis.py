@@ -9,6 +9,19 @@ LEGEND = (
     "q, k, v: heads of the attention input; p: attention output; u, z: MLP up and gate; act: u * SiLU(z); d: MLP down; "
     "nu_A, nu_M: nu(alpha) of attention and MLP"
 )
+# Words for the same maps.
+MAPS = {
+    "q": "query",
+    "k": "key",
+    "v": "value",
+    "p": "attention\noutput",
+    "u": "MLP up",
+    "z": "MLP gate",
+    "act": "MLP\nactivation",
+    "d": "MLP down",
+    "nu_A": "attention\nresidual",
+    "nu_M": "MLP\nresidual",
+}
 # An exact normalization follows all other maps and cancels their factors.
 EFFECTIVE = ("z", "nu_A", "nu_M")
 NEAR_BOUND = 0.95

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from antransformer.diagnostics.diagnosis import Diagnosis, Spread
-from antransformer.extras import require
+from antransformer.diagnostics.diagnosis import MAPS, Diagnosis, Spread
+from antransformer.figure_style import reference_line, save, style
+from antransformer.reporting.figure import log_ticks
 
 
 def diagnosis_figure(diagnosis: Diagnosis, title: str, path: Path) -> None:
@@ -13,42 +14,42 @@ def diagnosis_figure(diagnosis: Diagnosis, title: str, path: Path) -> None:
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    figure_type = require("matplotlib.figure", "plots").Figure
     layout: list[Any] = [["residual", "ratio", "rows"]]
     if diagnosis.factors:
         layout.append(["factors", "factors", "alpha" if diagnosis.alpha else "factors"])
     elif diagnosis.alpha:
         layout = [["residual", "ratio"], ["alpha", "rows"]]
-    figure = figure_type(figsize=(4.4 * len(layout[0]), 3.4 * len(layout)), layout="constrained")
-    panels = figure.subplot_mosaic(layout)
-    _draw_residual(panels["residual"], diagnosis)
-    _draw_ratio(panels["ratio"], diagnosis)
-    _draw_rows(panels["rows"], diagnosis)
-    if diagnosis.factors:
-        _draw_factors(panels["factors"], diagnosis)
-    if diagnosis.alpha:
-        _draw_alpha(panels["alpha"], diagnosis)
-    for panel in panels.values():
-        panel.grid(alpha=0.3)
-    figure.suptitle(title)
-    figure.savefig(path, dpi=150)
+    with style(extra="plots"):
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(4.4 * len(layout[0]), 3.4 * len(layout)), layout="constrained")
+        panels = figure.subplot_mosaic(layout)
+        _draw_residual(panels["residual"], diagnosis)
+        _draw_ratio(panels["ratio"], diagnosis)
+        _draw_rows(panels["rows"], diagnosis)
+        if diagnosis.factors:
+            _draw_factors(panels["factors"], diagnosis)
+        if diagnosis.alpha:
+            _draw_alpha(panels["alpha"], diagnosis)
+        figure.suptitle(title)
+        save(figure, path)
 
 
 def _draw_residual(panel: Any, diagnosis: Diagnosis) -> None:
     labels = {"text": "text", "repeated": "one token repeated"}
     for kind, spreads in diagnosis.residual_norm.items():
         _draw_spreads(panel, range(len(spreads)), spreads, labels[kind])
-    panel.set(ylabel="norm", title="residual stream")
-    _block_axis(panel, "after block (0: embedding)")
+    panel.set(ylabel="norm", title="norm of the residual stream")
+    _block_axis(panel, "after block (0: embedding)", range(len(spreads)))
     _finish(panel)
 
 
 def _draw_ratio(panel: Any, diagnosis: Diagnosis) -> None:
-    panel.axhline(1, color="gray", lw=1, ls="--")
+    reference_line(panel, 1)
     for name, spreads in diagnosis.norm_ratio.items():
-        _draw_spreads(panel, range(1, len(spreads) + 1), spreads, name)
+        _draw_spreads(panel, range(1, len(spreads) + 1), spreads, name.replace("mlp", "MLP"))
     panel.set(ylabel="output norm / input norm", title="blocks and sublayers on text")
-    _block_axis(panel, "block")
+    _block_axis(panel, "block", range(1, len(spreads) + 1))
     _finish(panel)
 
 
@@ -56,32 +57,40 @@ def _draw_rows(panel: Any, diagnosis: Diagnosis) -> None:
     rows = diagnosis.row_norm
     panel.stairs(rows["counts"], rows["edges"], fill=True, alpha=0.6)
     if diagnosis.bound != "none":
-        panel.axvline(1, color="gray", lw=1, ls="--", label=f"bound: {diagnosis.bound}")
+        reference_line(panel, 1, "x", f"bound: {diagnosis.bound}")
         panel.legend(loc="upper left")
-    panel.set(xlabel="norm", ylabel="weight vectors", title="weight vectors", yscale="log", ylim=(0.5, None))
+    panel.set(xlabel="norm", ylabel="number of weight vectors", title="norms of weight vectors")
+    panel.set(yscale="log", ylim=(0.5, None))
+    log_ticks(panel.yaxis)
 
 
 def _draw_factors(panel: Any, diagnosis: Diagnosis) -> None:
-    panel.axhline(1, color="gray", lw=1, ls="--")
-    for shift, (kind, marker) in enumerate((("random", "o"), ("text", "s"))):
+    reference_line(panel, 1)
+    for shift, (kind, label, marker) in enumerate((("random", "random inputs", "o"), ("text", "text", "s"))):
         points = [
             (position + 0.3 * shift - 0.15, 1 + layer.error)
             for position, kinds in enumerate(diagnosis.factors.values())
             for layer in kinds[kind]
         ]
-        panel.scatter(*zip(*points, strict=True), s=22, marker=marker, alpha=0.6, label=f"{kind} inputs, by layer")
-    panel.set_xticks(range(len(diagnosis.factors)), diagnosis.factors)
-    panel.set(ylabel="factor in use / factor needed", title="factors")
+        panel.scatter(
+            *zip(*points, strict=True),
+            s=22,
+            marker=marker,
+            alpha=0.6,
+            label=label,
+        )
+    panel.set_xticks(range(len(diagnosis.factors)), [MAPS[name] for name in diagnosis.factors], fontsize=8)
+    panel.set(ylabel="factor in use / factor needed", title="constant factors, one point per layer")
     _finish(panel)
 
 
 def _draw_alpha(panel: Any, diagnosis: Diagnosis) -> None:
-    assert diagnosis.alpha is not None
-    panel.axhline(diagnosis.alpha_start, color="gray", lw=1, ls="--", label="at initialization")
-    for name, values in zip(("attention", "mlp"), zip(*diagnosis.alpha, strict=True), strict=True):
+    assert diagnosis.alpha is not None and diagnosis.alpha_start is not None
+    reference_line(panel, diagnosis.alpha_start, label="at initialization")
+    for name, values in zip(("attention", "MLP"), zip(*diagnosis.alpha, strict=True), strict=True):
         panel.plot(range(1, len(values) + 1), values, "o-", ms=4, label=name)
-    panel.set(ylabel="mean alpha", title="residual steps alpha")
-    _block_axis(panel, "block")
+    panel.set(ylabel="mean alpha", title="step size alpha of the residuals")
+    _block_axis(panel, "block", range(1, len(diagnosis.alpha) + 1))
     _finish(panel)
 
 
@@ -99,11 +108,12 @@ def _finish(panel: Any) -> None:
     low, high = panel.dataLim.intervaly
     if high > 10 * low > 0:
         panel.set_yscale("log")
+        log_ticks(panel.yaxis)
     else:
-        panel.set_ylim(0, 1.1 * high)
+        panel.set_ylim(min(0, low), 1.1 * high)
     panel.legend()
 
 
-def _block_axis(panel: Any, label: str) -> None:
-    panel.set_xlabel(label)
-    panel.locator_params(axis="x", integer=True)
+def _block_axis(panel: Any, label: str, blocks: range) -> None:
+    panel.set(xlabel=label, xlim=(blocks[0] - 0.5, blocks[-1] + 0.5))
+    panel.set_xticks(blocks[:: len(blocks) // 8 + 1])

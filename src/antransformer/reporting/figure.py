@@ -1,47 +1,15 @@
-"""Matplotlib style of all charts: colours, sizes, legends, axes; needs the extra ``analysis``."""
+"""Charts of reports: a figure with its texts, legends, axes; need the extra ``analysis``."""
 
 import io
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Any, Literal, ParamSpec, Protocol
+from typing import Any, ParamSpec, Protocol
 
-from antransformer.extras import require
+from antransformer.figure_style import DARK, save, style
 from antransformer.reporting.labels import format_count, style_of
-
-# Colours of everything except data on a light page, and their replacements in an SVG on a dark page.
-INK, GRID, PAPER = "#20242a", "#dde1e6", "#fdfdfe"
-DARK = {INK: "#e3e6ea", GRID: "#3a4049", PAPER: "#191c21"}
-
-SIZE = (4.7, 3.3)  # inches; makes text of 9 points legible on a phone, where a chart is 340 pixels wide
-RC_PARAMS: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",  # shipped with matplotlib, so the same on every machine
-    "font.size": 9.3,
-    "text.parse_math": False,  # a name may contain dollar signs
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": INK,
-    "axes.facecolor": "none",
-    "axes.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.titlesize": 9.3,
-    "grid.color": GRID,
-    "grid.linewidth": 0.6,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "legend.frameon": False,
-    "legend.handlelength": 1.6,
-    "legend.fontsize": 9.3,
-    "legend.title_fontsize": 11,
-    "figure.titlesize": 11,
-    "lines.linewidth": 1.6,
-    "lines.markersize": 5,
-    "svg.fonttype": "path",  # same letters in every browser
-}
 
 # A date in the file would make equal charts differ.
 NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -88,20 +56,11 @@ class Chart:
                 figure_legend.set_title(self.title)
             if not self.figure.legends:
                 self.figure.suptitle(self.title)
-            self.figure.savefig(path, dpi=200, facecolor="white")
+            save(self.figure, path)
         return path
 
 
 P = ParamSpec("P")
-
-
-def style(more: Mapping[Any, Any] | None = None) -> Any:
-    """Context manager that applies our matplotlib settings, and additional ones.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-    """
-    return require("matplotlib", "analysis").rc_context({**RC_PARAMS, **(more or {})})
 
 
 def styled(draw: Callable[P, Chart]) -> Callable[P, Chart]:
@@ -113,29 +72,6 @@ def styled(draw: Callable[P, Chart]) -> Callable[P, Chart]:
             return draw(*args, **kwargs)
 
     return styled
-
-
-def new_figure(
-    rows: int = 1,
-    columns: int = 1,
-    height: float = SIZE[1],
-    width: float = SIZE[0],
-    share: Literal["all", "row"] = "all",
-) -> tuple[Any, Any]:
-    """Create a figure and its axes.
-
-    Args:
-        rows, columns: number of panels.
-        height, width: size in inches.
-        share: panels that share a y axis.
-
-    Returns:
-        The matplotlib figure, and its axes as ``Figure.subplots`` returns them.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(rows, columns, sharey=share)
 
 
 class Named(Protocol):

@@ -5,6 +5,7 @@ inject markup; only the HTML of a ``Section`` is inserted unchanged.
 """
 
 import base64
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,8 +63,11 @@ def method_section(setup: Mapping[str, Any], rules: Iterable[str]) -> Section:
     return Section("Method", _render("method", command=command, rules=rules, facts=facts))
 
 
+STACKED = {"few": 40, "many": 64, "most": 100}  # size of a table -> page width in rem up to which its rows are stacked
+
+
 def table(name: str, head: Sequence[str], rows: Iterable[Sequence[str]], text_columns: Collection[str] = ()) -> str:
-    """HTML of a table that scrolls horizontally on narrow screens.
+    """HTML of a table. On a screen that is too narrow for it, each row becomes a list of its cells.
 
     Args:
         name: accessible name.
@@ -72,7 +76,14 @@ def table(name: str, head: Sequence[str], rows: Iterable[Sequence[str]], text_co
         text_columns: titles of columns that hold words and are therefore aligned left.
     """
     cells = [list(zip(head, row, strict=True)) for row in rows]
-    return _render("table", name=name, head=head, rows=cells, text_columns=text_columns)
+    size = "" if len(head) < 4 else "few" if len(head) < 7 else "many" if len(head) < 10 else "most"
+    return _render("table", name=name, head=head, rows=cells, text_columns=text_columns, size=size)
+
+
+def unbroken(text: str) -> str:
+    """Text in which a sign and its number stay on one line, such as ``< 1.00x``, ``p = 0.01`` and ``2.03 ± 0.01``."""
+    text = re.sub(r" ([<>=±]) ", "\N{NO-BREAK SPACE}\\1\N{NO-BREAK SPACE}", str(text))
+    return re.sub(r"([<>±]) (?=[\d.])", "\\1\N{NO-BREAK SPACE}", text)
 
 
 def _render(template: str, **values: Any) -> str:
@@ -90,4 +101,5 @@ _templates = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_templates.filters["data_uri"] = _data_uri
+_templates.filters |= {"data_uri": _data_uri, "unbroken": unbroken}
+_templates.globals["stacked"] = STACKED

@@ -1,9 +1,12 @@
 """Loss curve of a run; needs the extra ``plots``."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from antransformer.errors import CheckpointError
-from antransformer.extras import require
+from antransformer.figure_style import SERIES, new_figure, save, style
+from antransformer.reporting.labels import format_count
 from antransformer.training.metrics import read_lines
 
 
@@ -18,20 +21,18 @@ def loss_curve(run: Path) -> Path:
     if not lines:
         raise CheckpointError(f"{run}: metrics.jsonl is missing or empty")
     validated = [line for line in lines if "val_loss" in line]
-    figure = require("matplotlib.figure", "plots").Figure(figsize=(7, 4.2))
-    axes = figure.subplots()
-    for name, label, points, options in (
-        ("loss", "training batch", lines, {"lw": 1, "alpha": 0.6}),
-        ("val_loss", "validation", validated, {"marker": "o", "ms": 4}),
-    ):
-        axes.plot([line["tokens"] / 1e6 for line in points], [line[name] for line in points], label=label, **options)
-    axes.set(
-        xlabel="tokens (millions)",
-        ylabel="loss (nats per token)",
-        title=f"{run.name}: validation loss {validated[-1]['val_loss']:.3f}" if validated else run.name,
-    )
-    axes.grid(alpha=0.3)
-    axes.legend()
-    path = run / "loss.png"
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+    with style(extra="plots"):
+        figure, axes = new_figure()
+        axes.plot(*_columns(lines, "loss"), lw=1, color=SERIES[0], alpha=0.6, label="training batch")
+        if validated:
+            axes.plot(*_columns(validated, "val_loss"), "o-", color=SERIES[1], label="validation")
+        axes.xaxis.set_major_formatter(lambda value, _: format_count(value))
+        axes.set(xlabel="tokens", ylabel="loss (nats per token)")
+        axes.legend()
+        figure.suptitle(f"{run.name}: validation loss {validated[-1]['val_loss']:.3f}" if validated else run.name)
+        save(figure, path := run / "loss.png")
     return path
+
+
+def _columns(lines: Sequence[Mapping[str, Any]], name: str) -> tuple[list[float], list[float]]:
+    return [line["tokens"] for line in lines], [line[name] for line in lines]

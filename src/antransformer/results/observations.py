@@ -3,6 +3,7 @@
 import csv
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from antransformer.errors import DataError
+from antransformer.files import require_file
 from antransformer.results import comparison as comparison_results
 from antransformer.results import sweep as sweep_results
 from antransformer.results.comparison import Results, Variant
@@ -74,12 +76,18 @@ def read_observations(paths: Sequence[Path]) -> Observations:
     """Read sweep folders, comparison folders and CSV tables into one set of observations.
 
     Raises:
-        DataError: a path cannot be read, is an ablation, or was measured on other data than another path.
+        DataError: a path cannot be read, is given twice, is an ablation, or was measured on other data than another
+            path.
     """
     searches: list[Observation] = []
     runs: list[Observation] = []
     folders: dict[Path, Sweep | Results] = {}
+    seen: set[str] = set()
     for path in paths:
+        place = os.path.realpath(path)  # Path.resolve raises on a loop of links
+        if place in seen:
+            raise DataError(f"{path} is given twice: its runs would count twice")
+        seen.add(place)
         if (path / sweep_results.FILE).is_file():
             folders[path] = sweep = Sweep.load(path)
             rows = sweep_observations(sweep)
@@ -153,6 +161,7 @@ def read_table(path: Path, row_type: Callable[..., Row]) -> list[Row]:
         DataError: the file is missing or empty, lacks a column, or has a value that is not a positive number.
     """
     try:
+        require_file(path)
         with path.open(encoding="utf-8-sig", newline="") as file:
             lines = csv.DictReader(file, skipinitialspace=True, strict=True)
             columns = [field.name for field in fields(row_type)]  # type: ignore[arg-type]

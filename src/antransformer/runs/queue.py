@@ -282,11 +282,13 @@ def available_devices(devices: Sequence[str], workers: int | None = None) -> lis
     """Return one device for each worker: those given, or the default ones.
 
     Raises:
-        ConfigError: a device is not available.
+        ConfigError: a device is not available, or both devices and a number of workers are given.
     """
     chosen = list(devices) or default_devices(workers)
     for device in chosen:
         choose_device(device)
+    if devices and workers:
+        raise ConfigError("--devices and --workers exclude each other: each of the --devices has one worker")
     return chosen
 
 

@@ -14,6 +14,7 @@ from antransformer.settings import Count, convert
 from antransformer.training.cost_model.throughput import ASSUMED_MFU
 from antransformer.training.defaults import parameter_count
 
+MAX_EXCESS = 2.0  # of a plan's compute over the budget, which rounding to whole batches of the smallest model may cause
 BUDGETS = "give one budget: --flops, or --hours with --gpus, or --tokens with --size"
 
 
@@ -63,7 +64,12 @@ def plan_for_budget(
     compute = budget if name == "flops" else cluster.peak_flops * (share or ASSUMED_MFU) * budget * 3600
     file = read_laws(fits) if fits else planner.default_laws(template.architecture, compute)
     make = planner.plan_for_flops if name == "flops" else planner.plan_for_hours
-    return replace(make(budget, template, cluster, file, share), laws=file)
+    made = make(budget, template, cluster, file, share)
+    if made.compute > MAX_EXCESS * compute:
+        raise ConfigError(
+            f"--{name} {budget:g} is less than the smallest run needs, {made.compute:.2g} FLOPs: give more"
+        )
+    return replace(made, laws=file)
 
 
 def sized(size: str, template: ModelConfig) -> ModelConfig:

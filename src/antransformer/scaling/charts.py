@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from antransformer.reporting.figure import PAPER, Chart, budget_ticks, legend, log_ticks, new_figure, styled
+from antransformer.figure_style import PAPER, new_figure
+from antransformer.reporting.figure import Chart, budget_ticks, legend, log_ticks, styled
 from antransformer.reporting.labels import format_count, slug, style_of
 from antransformer.results.observations import Observation, column
 from antransformer.scaling.fits import LAWS, Fit

@@ -4,6 +4,7 @@ The limits are the project's goals for an H100; on other GPUs without a known pe
 nothing has a limit, since such small sizes measure overhead.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -18,6 +19,7 @@ from antransformer.benchmarks.models import TrainingSetup, our_setup
 from antransformer.benchmarks.settings import MODES, Settings, replace_architecture
 from antransformer.benchmarks.timing import Row, alternate, make_rows, time_call
 from antransformer.benchmarks.train_step import StepSettings, bench_step, make_step
+from antransformer.errors import MachineError
 from antransformer.models import ModelConfig
 from antransformer.selftest.checks import Check, Setup
 from antransformer.training import float8
@@ -47,7 +49,7 @@ def peers(setup: Setup) -> Iterator[Check]:
     """Compiled steps against other libraries, as far as they are installed."""
     settings = _step_settings(setup, "125m", PEERS[:2] if setup.miniature else PEERS, modes=("compiled",))
     for row in bench_step(settings, setup.log).rows:
-        yield Check(f"125m compiled, {row.variant}", f"{_speed(row)}, {row.ratio.median:.3f} of GPT+'s speed")
+        yield Check(f"125m compiled, {row.variant}", f"{_speed(row)}, {_relative(row):.3f} of GPT+'s speed")
 
 
 def fp8(setup: Setup) -> Iterator[Check]:
@@ -84,13 +86,11 @@ def optimizer(setup: Setup) -> Iterator[Check]:
     settings = Settings(model=setup.model("125m"), device=setup.device, dtype=_dtype(setup), rounds=_rounds(setup))
     for fused in (True, False):
         with mock.patch.object(kernels, "use_triton", kernels.use_triton if fused else _never):
-            rows = bench_optimizer(settings).rows
+            rows = bench_optimizer(settings, setup.log).rows
         for row in rows:
             if row.variant == WITH_BOUNDS:
                 name = f"125m {row.task['architecture']}, optimizer with bounds over without"
-                yield Check(
-                    f"{name}, {'kernel' if fused else 'plain torch'}", f"{1 / row.ratio.median:.3f} of the time"
-                )
+                yield Check(f"{name}, {'kernel' if fused else 'plain torch'}", f"{1 / _relative(row):.3f} of the time")
 
 
 def generation(setup: Setup) -> Iterator[Check]:
@@ -109,14 +109,17 @@ def generation(setup: Setup) -> Iterator[Check]:
     )
     for row in bench_generate(settings, setup.log).rows:
         task = f"125m {row.task['mode']}, batch {row.task['batch']}, {row.task['part']}, {row.variant}"
-        yield Check(task, f"{_speed(row)}, {row.ratio.median:.3f} of the folded anGPT's speed")
+        yield Check(task, f"{_speed(row)}, {_relative(row):.3f} of the folded anGPT's speed")
 
 
 def _steps(setup: Setup, preset: str) -> Iterator[Check]:
     settings = _step_settings(setup, preset, OURS, modes=MODES)
     for row in bench_step(settings, setup.log).rows:
         name = f"{preset} {row.task['mode']}, {row.variant}"
-        slowdown = 1 / row.ratio.median
+        if row.problem:
+            yield Check(name, f"failed: {row.problem}", "no error", False)
+            continue
+        slowdown = 1 / _relative(row)
         compiled = row.task["mode"] == "compiled"
         text = f"{_speed(row)}, step time {slowdown:.3f} of GPT+'s"
         if row.variant == "angpt" and compiled:
@@ -156,9 +159,10 @@ def _ratio(setup: Setup, setups: dict[str, TrainingSetup], preset: str, model: M
     torch.compiler.reset()
     steps: dict[str, Callable[[], None]] = {name: make_step(each, settings) for name, each in setups.items()}
     timers = {name: partial(time_call, step, setup.device) for name, step in steps.items()}
-    times = alternate(timers, settings.rounds)["total"]
-    rows = make_rows({}, times, 1.0, next(iter(times)))
-    return rows[-1].ratio.median
+    times, problems = alternate(timers, settings.rounds, setup.log)
+    for name, problem in problems.items():
+        raise MachineError(f"{name} failed: {problem}")
+    return _relative(make_rows({}, times["total"], 1.0)[-1])
 
 
 def _goal(setup: Setup, name: str, value: float, met: bool, limit: str, text: str | None = None) -> Check:
@@ -176,7 +180,12 @@ def _rounds(setup: Setup) -> int:
 
 
 def _speed(row: Row) -> str:
-    return f"{row.speed.median:,.0f} tokens/s"
+    return f"{row.speed.median:,.0f} tokens/s" if row.speed else f"failed: {row.problem}"
+
+
+def _relative(row: Row) -> float:
+    """Speed over the baseline's; NaN for a variant that failed."""
+    return row.ratio.median if row.ratio else math.nan
 
 
 def _never(_: torch.Tensor) -> bool:

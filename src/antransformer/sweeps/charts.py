@@ -8,18 +8,8 @@ from typing import Any
 import numpy as np
 
 from antransformer.diagnostics.coord_check import CoordCheck
-from antransformer.reporting.figure import (
-    INK,
-    PAPER,
-    SIZE,
-    Chart,
-    budget_ticks,
-    legend,
-    log_ticks,
-    mark_diverged,
-    new_figure,
-    styled,
-)
+from antransformer.figure_style import INK, PAPER, SIZE, new_figure
+from antransformer.reporting.figure import Chart, budget_ticks, legend, log_ticks, mark_diverged, styled
 from antransformer.reporting.labels import format_count, style_of
 from antransformer.results.observations import Observation, column, sweep_observations
 from antransformer.results.sweep import Sweep

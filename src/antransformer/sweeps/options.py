@@ -7,7 +7,6 @@ from typing import Any
 from antransformer.data import Dataset
 from antransformer.errors import ConfigError
 from antransformer.models.config import preset_sizes
-from antransformer.results import comparison
 from antransformer.results.sweep import FILE, Sweep
 from antransformer.settings import Count, convert
 from antransformer.sweeps.sweep import SweepPlan
@@ -61,12 +60,6 @@ def positive(option: str, values: Sequence[Any], kind: type) -> list[Any]:
     if any(number <= 0 for number in numbers):
         raise ConfigError(f"{option} must be above 0, got {' '.join(map(str, values))}")
     return numbers
-
-
-def require_no_comparison(folder: Path) -> None:
-    """Raise ``ConfigError`` if the folder holds a comparison or an ablation."""
-    if (folder / comparison.FILE).exists():
-        raise ConfigError(f"{folder} holds a comparison or an ablation: choose another --out")
 
 
 def earlier_sweep(folder: Path, dataset: Dataset, plan: SweepPlan) -> Sweep | None:

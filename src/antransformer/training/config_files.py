@@ -82,7 +82,19 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses aliases of lists and mappings: a few lines of nested aliases expand to more than memory holds."""
+    """Refuses keys that appear twice, of which YAML would use the last, and aliases of lists and mappings.
+
+    A few lines of nested aliases expand to more than memory holds.
+    """
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        names = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in names:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value} appears twice", key.start_mark)
+                names.add(key.value)
+        return super().construct_mapping(node, deep)
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         alias = self.check_event(yaml.AliasEvent)

@@ -2,10 +2,10 @@
 
 import contextlib
 import logging
-import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from antransformer.training import defaults, extension, run_folder
 from antransformer.training.checkpointing import checkpoint
 from antransformer.training.config import TrainConfig, resolve_config, round_to_sequences
 from antransformer.training.device import resolve_auto
+from antransformer.training.distributed.launcher import job_number
 from antransformer.training.distributed.parallel import DistributedContext, init_distributed
 from antransformer.training.learning_rates import format_rates
 from antransformer.training.lock import lock
@@ -25,7 +26,7 @@ from antransformer.training.trackers import check_trackers
 from antransformer.training.trainer import Reporter, Result, Trainer
 
 LOG = logging.getLogger(__name__)
-OpenData = Callable[[str], Dataset]
+OpenData = Callable[[str, bool], Dataset]  # name, and whether to read and verify all of its files
 OpenReporter = Callable[[TrainConfig, int], AbstractContextManager[Reporter]]
 
 
@@ -37,7 +38,7 @@ def is_restart(folder: Path | None) -> bool:
     Raises:
         ConfigError: no run folder is given, so that each start would create a new run.
     """
-    if not int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+    if not job_number("TORCHELASTIC_MAX_RESTARTS", 0):
         return False
     if folder is None:
         raise ConfigError("torchrun --max-restarts resumes from the run folder: give it with --out")
@@ -59,7 +60,7 @@ def train(
     Args:
         settings: normalized user settings.
         folder: run folder; None selects the first free ``runs/ARCHITECTURE-PRESET``.
-        open_data: returns the dataset of that name or path.
+        open_data: returns the dataset of a name or path; on most ranks without verifying its files.
         open_reporter: returns the reporter of this rank, given the config and the rank.
         resume: continue the run in ``folder`` from its latest checkpoint. More tokens than it has extend the run.
         rewarm: fraction of the added steps over which the learning rate of an extended run rises to its peak.
@@ -73,11 +74,16 @@ def train(
         RunStoppedError, DivergedError, WriteError: the run ended early; raised on all ranks.
     """
     with init_distributed() as dist_ctx:
+        if not resume:
+            notify = LOG.warning if dist_ctx.rank == 0 else LOG.debug
+            settings = run_folder.with_initial_model(settings, notify, dist_ctx)
+        # One rank of each node verifies the data, which may be a copy on its disk.
+        open_verified = partial(_open, open_data, dist_ctx.local_rank == 0)
         with dist_ctx.rank_0_first():
             if resume:
-                dataset, saved, folder = _resumed_run(settings, folder, open_data, rewarm)
+                dataset, saved, folder = _resumed_run(settings, folder, open_verified, rewarm)
             else:
-                dataset, saved, folder = new_run(settings, folder, open_data)
+                dataset, saved, folder = new_run(settings, folder, open_verified)
             if dist_ctx.rank == 0:
                 check_trackers(saved)
         config = saved
@@ -100,9 +106,14 @@ def train(
                 return folder, trainer.run(profile_steps(folder / "profile.json", reporter.log) if traced else None)
 
 
-def new_run(settings: dict[str, Any], folder: Path | None, open_data: OpenData) -> tuple[Dataset, TrainConfig, Path]:
+def _open(open_data: OpenData, verify: bool, name: str) -> Dataset:
+    return open_data(name, verify)
+
+
+def new_run(
+    settings: dict[str, Any], folder: Path | None, open_data: Callable[[str], Dataset]
+) -> tuple[Dataset, TrainConfig, Path]:
     """Data, complete settings and folder of a new run; raises the errors of ``train``."""
-    settings = run_folder.with_initial_model(settings, LOG.warning)
     # Checked before the data is prepared or verified: a misspelt setting should not cost a minute.
     data = resolve_config(settings, vocab_size=PAPER_VOCABULARY).data
     if folder is not None:
@@ -121,14 +132,14 @@ def _absolute(path: str) -> str:
 
 
 def _resumed_run(
-    settings: dict[str, Any], folder: Path | None, open_data: OpenData, rewarm: float | None
+    settings: dict[str, Any], folder: Path | None, open_data: Callable[[str], Dataset], rewarm: float | None
 ) -> tuple[Dataset, TrainConfig, Path]:
     if folder is None:
         raise CheckpointError("--resume needs the run folder: give it with --out")
     others = {name: value for name, value in settings.items() if name != "tokens"}
     config = run_folder.resumed_config(folder, others)
     # torchrun repeats the arguments of the first start, so a restart may find its --rewarm applied.
-    restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    restart = job_number("TORCHELASTIC_RESTART_COUNT", 0) > 0
     extension.check_length(config, settings.get("tokens", config.tokens), None if restart else rewarm, folder)
     return open_data(config.data), config, folder
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from antransformer.data import Dataset, Tokenizer
 from antransformer.errors import CheckpointError, ConfigError, DataError
-from antransformer.files import quoted, replace_text
+from antransformer.files import check_folder_target, quoted, replace_text
+from antransformer.models.config import preset_sizes
 from antransformer.training.checkpointing import checkpoint
 from antransformer.training.checkpointing.checkpoint import Checkpoint
 from antransformer.training.config import (
@@ -49,12 +50,11 @@ def require_empty(folder: Path, resumable: bool = True) -> None:
         resumable: whether the caller can resume the run in it.
 
     Raises:
-        ConfigError: the folder exists and is not empty.
+        ConfigError: the folder exists and is not empty, or it or a parent of it is a file.
     """
+    check_folder_target(folder)
     if not folder.exists():
         return
-    if not folder.is_dir():
-        raise ConfigError(f"{folder} is a file: choose the name of a new folder for --out")
     # Files of a run that was killed while creating its folder, or is still creating it. The config is written last.
     partial = {f"{name}.partial" for name in (TOKENIZER_FILE, CONFIG_FILE, HOLDER_FILE)}
     unfinished = {CHECKPOINTS, TOKENIZER_FILE, LOCK_FILE, HOLDER_FILE} | partial
@@ -139,18 +139,21 @@ def resumed_config(folder: Path, changes: Mapping[str, Any]) -> TrainConfig:
     return resolve_config({**before, **mutable}, vocab_size=1)
 
 
-def with_initial_model(settings: Mapping[str, Any], notify: Callable[[str], None]) -> dict[str, Any]:
-    """Add the model settings of the checkpoint in ``init``, if set, to normalized settings.
+def with_initial_model(
+    settings: Mapping[str, Any], notify: Callable[[str], None], dist_ctx: DistributedContext = SINGLE_PROCESS
+) -> dict[str, Any]:
+    """Add the model settings of the checkpoint in ``init``, if set, to normalized settings; all ranks call this.
 
     Raises:
         CheckpointError: there is no checkpoint.
-        ConfigError: a model setting differs from the checkpoint's.
+        ConfigError: a model setting, or a size of the preset, differs from the checkpoint's.
     """
     if settings.get("init") is None:
         return dict(settings)
-    initial, _ = open_checkpoint(Path(settings["init"]), notify)
+    initial, _ = open_checkpoint(Path(settings["init"]), notify, dist_ctx)
     model = initial.model.mapping()
-    for name, value in settings.get("model", {}).items():
+    sizes = preset_sizes(settings["preset"]) if "preset" in settings else {}
+    for name, value in {**sizes, **settings.get("model", {})}.items():
         if model.get(name) != value:
             raise ConfigError(f"{settings['init']} has model.{name} {model.get(name)}, not {value}: leave it out")
     return merge(settings, {"model": model})

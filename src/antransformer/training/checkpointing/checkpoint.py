@@ -17,7 +17,7 @@ import concurrent.futures
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
@@ -281,17 +281,33 @@ def newest(
 def read(path: Path, dist_ctx: DistributedContext = SINGLE_PROCESS) -> Checkpoint:
     """Verify a checkpoint folder and return its description.
 
-    The ranks of ``dist_ctx`` divide the files among them, and all return or raise the same.
+    The ranks of ``dist_ctx`` divide the files among them, and all return or raise the same. A file that one of them has
+    verified is not read again unless it changed.
 
     Raises:
         CheckpointError: it is not a checkpoint, or a file is missing, truncated or changed.
         NewerCheckpointError: it was written by a newer release.
     """
-    return dist_ctx.gather_or_raise(lambda: _read(path, dist_ctx.rank, dist_ctx.world_size))[0]
+    verified = set[str]().union(*dist_ctx.gather_or_raise(lambda: _verified_files(path)))
+    return dist_ctx.gather_or_raise(lambda: _read(path, verified, dist_ctx.rank, dist_ctx.world_size))[0]
 
 
-def _read(path: Path, rank: int, world_size: int) -> Checkpoint:
-    """Read the state file, and verify every ``world_size``-th tensor file."""
+_verified: dict[Path, tuple[int, int, int]] = {}  # fingerprints of the tensor files that this process has verified
+
+
+def _fingerprint(path: Path) -> tuple[int, int, int]:
+    """Size, time of the last change and inode of a file."""
+    state = path.stat()
+    return state.st_size, state.st_mtime_ns, state.st_ino
+
+
+def _verified_files(folder: Path) -> set[str]:
+    """Names of the files in a folder that this process has verified and that have not changed since."""
+    return {path.name for path in folder.glob("*.safetensors") if _verified.get(path) == _fingerprint(path)}
+
+
+def _read(path: Path, verified: Collection[str], rank: int, world_size: int) -> Checkpoint:
+    """Read the state file, and verify this rank's share of the tensor files that are not verified yet."""
     state = _read_state_file(path)
     try:
         step, fields, extra = state["step"], dict(state["model"]), dict(state["extra"])
@@ -311,11 +327,14 @@ def _read(path: Path, rank: int, world_size: int) -> Checkpoint:
             raise ValueError("sha256 does not list all tensor files")
     except (KeyError, TypeError, ValueError) as error:  # a ConfigError is a ValueError
         raise CheckpointError(f"{path}: {STATE_FILE} is corrupted ({error})") from error
-    for name in sorted(digests)[rank::world_size]:
+    for name in digests:
         if not (path / name).is_file():
             raise CheckpointError(f"{path}: {name} is missing")
+    for name in sorted(digests.keys() - set(verified))[rank::world_size]:
+        fingerprint = _fingerprint(path / name)
         if sha256(path / name) != digests[name]:
             raise CheckpointError(f"{path}: {name} is truncated or corrupted (its sha256 differs)")
+        _verified[path / name] = fingerprint
     return Checkpoint(path, step, model, extra, tuple(sorted(digests)))
 
 

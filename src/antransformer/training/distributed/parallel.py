@@ -30,10 +30,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from antransformer.errors import ConfigError
+from antransformer.errors import ConfigError, MachineError
 from antransformer.models import Decoder, build
 from antransformer.training import float8
 from antransformer.training.config import TrainConfig
+from antransformer.training.distributed.launcher import job_number
 from antransformer.training.distributed.liveness import RankMonitor, fresh_store
 from antransformer.training.distributed.tensor_parallel import apply_tensor_parallel
 
@@ -143,18 +144,24 @@ def init_distributed() -> Iterator[DistributedContext]:
     """Join the job that torchrun describes in the environment, and leave it at the end.
 
     Raises:
-        MachineError: a collective failed in the body because a rank is dead or hung; raised on one healthy rank.
+        ConfigError: the environment describes only a part of a job.
+        MachineError: the job cannot be reached, or a collective failed in the body because a rank is dead or hung; the
+            latter is raised on one healthy rank.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = job_number("WORLD_SIZE", 1)
     if world_size == 1:
         yield SINGLE_PROCESS
         return
-    local_rank, local_world_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    rank, local_rank, local_world_size = map(job_number, ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    address = f"{os.environ.get('MASTER_ADDR', '')}:{job_number('MASTER_PORT')}"
     # With fewer GPUs than ranks they train on the CPU, or choose_device raises an error.
     use_gpus = torch.cuda.device_count() >= local_world_size
     if use_gpus:
         torch.cuda.set_device(local_rank)
-    store, rank, _ = next(rendezvous("env://"))
+    try:
+        store = next(rendezvous("env://"))[0]
+    except (ValueError, RuntimeError) as error:  # a variable is missing, or the address cannot be reached
+        raise MachineError(f"rank {rank} cannot join the job at {address}: {error}") from error
     store = fresh_store(store, rank, world_size)
     monitor = RankMonitor(store, rank, world_size)
     try:
