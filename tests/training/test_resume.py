@@ -101,6 +101,7 @@ def test_signal_saves_a_checkpoint_and_prints_the_command_to_resume(corpus, tmp_
 def test_a_second_signal_stops_at_once_and_names_the_newest_checkpoint(corpus, tmp_path, saved):
     trainer = start(corpus, tmp_path / "run", tokens=256 * 20, checkpoint_every=5)
     update = trainer.update
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # test workers ignore it
 
     def interrupted(step):
         if step == saved + 2:
@@ -109,13 +110,16 @@ def test_a_second_signal_stops_at_once_and_names_the_newest_checkpoint(corpus, t
         return update(step)
 
     trainer.update = interrupted
-    with pytest.raises(RunStoppedError) as error:
-        trainer.run()
+    try:
+        with pytest.raises(RunStoppedError) as error:
+            trainer.run()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert error.value.status == 130
     folders = [path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")]
     assert folders == (["step-00000005"] if saved else [])
     assert mentions(error.value, *folders, *(["--resume"] if saved else []))
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_run_resumes_in_another_working_directory(corpus, tmp_path, monkeypatch):
