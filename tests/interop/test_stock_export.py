@@ -38,8 +38,9 @@ transformers.utils.logging.disable_progress_bar()
 
 END = 256
 CONTEXT = 64
-# Bounds on the error of the largest logit. The first is of float32; the others are of rounding our own weights.
-ERRORS = {"float32": 1e-4, "bfloat16": 8e-2, "float16": 1e-2}
+# Bounds on the error of the largest logit. The first is of float32; the others are of rounding our own weights. They
+# depend on the trained model, and its text is the standard library of the Python that runs the tests.
+ERRORS = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 GGUF_ERRORS = {"f32": 1e-4, "f16": 4e-3, "bf16": 1e-2, "q8_0": 3e-2}
 TRAINED = [("angpt", 0.5), ("angpt", 1.0), ("angpt", 0.0), ("gpt+", 0.5), ("gpt+", 1.0)]
 

@@ -1,12 +1,15 @@
 """Checks of the self-test, and what every part of it is given."""
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
+from antransformer import kernels
 from antransformer.models import ModelConfig
 from antransformer.models.config import PAPER_VOCABULARY, preset_sizes
 
@@ -62,6 +65,11 @@ class Setup:
 
 
 Checks = Callable[[Setup], Iterator[Check]]
+
+
+def triton_kernels(enabled: bool) -> AbstractContextManager[object]:
+    """While entered, Triton kernels are used where they can be, or not at all."""
+    return nullcontext() if enabled else mock.patch.object(kernels, "use_triton", lambda tensor: False)
 
 
 def at_most(name: str, value: float, limit: float) -> Check:

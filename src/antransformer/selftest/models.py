@@ -2,18 +2,16 @@
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
-from unittest import mock
 
 import torch
 from torch import Tensor
 
-from antransformer import kernels
 from antransformer.bounds import bind, collect_bounds, norms
 from antransformer.inference import fold
 from antransformer.inference.sampling import generate
 from antransformer.models import Decoder, ModelConfig, build
 from antransformer.models.registry import BUILT_IN
-from antransformer.selftest.checks import Check, Setup, at_most, equal, relative_error
+from antransformer.selftest.checks import Check, Setup, at_most, equal, relative_error, triton_kernels
 from antransformer.training.config import resolve_config
 from antransformer.training.device import autocast
 from antransformer.training.optimizer import make_optimizer
@@ -49,7 +47,7 @@ def bounds(setup: Setup) -> Iterator[Check]:
     for name in BOUNDED:
         losses = []
         for fused in (True, False):
-            with mock.patch.object(kernels, "use_triton", kernels.use_triton if fused else _never):
+            with triton_kernels(fused):
                 run = _train(small_model(setup, name), setup.device, 50)
             label = f"{name}, {'with' if fused else 'without'} kernels, 50 steps"
             yield at_most(f"{label}: largest excess of a bounded norm", _excess(run.model), 1e-6)
@@ -175,7 +173,3 @@ def _stream_norm(model: Decoder, tokens: Tensor) -> float:
     with torch.no_grad():
         hidden = model.hidden(tokens[:, :-1].to(model.embedding.weight.device))
     return float(torch.linalg.vector_norm(hidden.float(), dim=-1).mean())
-
-
-def _never(_: Tensor) -> bool:
-    return False

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from antransformer.benchmarks.timing import installed_versions, machine_info
+from antransformer.benchmarks.timing import describe_error, installed_versions, machine_info
 from antransformer.errors import ConfigError
 from antransformer.files import read_json, replace_text
 from antransformer.selftest import PARTS, checkpoints, kernels, models, processes, speed, training
@@ -108,8 +108,7 @@ def run_part(setup: Setup, name: str) -> Result:
         except Exception as error:
             with (setup.folder / ERRORS).open("a", encoding="utf-8") as file:
                 traceback.print_exc(file=file)
-            message = next(iter(str(error).strip().splitlines()), "")
-            checks.append(Check(function.__name__, f"{type(error).__name__}: {message}", "no error", False))
+            checks.append(Check(function.__name__, describe_error(error), "no error", False))
             setup.log(f"  {function.__name__}: {checks[-1].figure} FAIL")
     return Result(name, time.monotonic() - started, tuple(checks), finished)
 

@@ -8,11 +8,9 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from unittest import mock
 
 import torch
 
-from antransformer import kernels
 from antransformer.benchmarks.generate import GenerationSettings, bench_generate
 from antransformer.benchmarks.loss_and_optimizer import WITH_BOUNDS, bench_optimizer
 from antransformer.benchmarks.models import TrainingSetup, our_setup
@@ -21,7 +19,7 @@ from antransformer.benchmarks.timing import Row, alternate, make_rows, time_call
 from antransformer.benchmarks.train_step import StepSettings, bench_step, make_step
 from antransformer.errors import MachineError
 from antransformer.models import ModelConfig
-from antransformer.selftest.checks import Check, Setup
+from antransformer.selftest.checks import Check, Setup, triton_kernels
 from antransformer.training import float8
 from antransformer.training.cost_model.memory import Layout, estimate_memory
 from antransformer.training.cost_model.throughput import peak_flops
@@ -85,7 +83,7 @@ def optimizer(setup: Setup) -> Iterator[Check]:
     """Optimizer steps with bounds against those without, with the Triton kernel and with plain torch."""
     settings = Settings(model=setup.model("125m"), device=setup.device, dtype=_dtype(setup), rounds=_rounds(setup))
     for fused in (True, False):
-        with mock.patch.object(kernels, "use_triton", kernels.use_triton if fused else _never):
+        with triton_kernels(fused):
             rows = bench_optimizer(settings, setup.log).rows
         for row in rows:
             if row.variant == WITH_BOUNDS:
@@ -186,7 +184,3 @@ def _speed(row: Row) -> str:
 def _relative(row: Row) -> float:
     """Speed over the baseline's; NaN for a variant that failed."""
     return row.ratio.median if row.ratio else math.nan
-
-
-def _never(_: torch.Tensor) -> bool:
-    return False
