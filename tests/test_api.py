@@ -18,7 +18,7 @@ from helpers.commands import TEN_STEPS, write_documents
 from helpers.messages import mentions
 from helpers.small import SMALL
 
-FUNCTIONS = ["prepare", "train", "load", "generate", "export", "evaluate", "compare", "ablate", "sweep", "fit", "plan"]
+FUNCTIONS = "prepare verify train load generate export evaluate compare ablate sweep fit plan".split()
 SETTINGS = {"precision": "float32", "batch_tokens": 256, "eval_tokens": 1024, "log_every": 1, "model": SMALL}
 
 
@@ -70,6 +70,7 @@ def test_functions_are_documented_and_typed():
         "prepare",
         "sweep",
         "train",
+        "verify",
     ):
         function = getattr(antransformer, name)
         signature = inspect.signature(function)

@@ -10,8 +10,9 @@ from typing import Any
 
 from antransformer.data import Dataset
 from antransformer.data import prepare as prepare_data
+from antransformer.data import verify as verify_data
 from antransformer.data.holdout import Inputs
-from antransformer.progress import PrepareProgress, TrainingProgress, open_dataset
+from antransformer.progress import PrepareProgress, TrainingProgress, VerifyProgress, open_dataset
 from antransformer.training import config_files, launch, run_folder
 from antransformer.training.config import TrainConfig, merge, normalize_settings
 from antransformer.training.dry_run import NullReporter
@@ -62,6 +63,15 @@ def preview(*, config: str | Path | None = None, progress: bool = False, **setti
     settings = run_folder.with_initial_model(merge(file, options), LOG.warning)
     dataset, complete, _ = launch.new_run(settings, None, partial(open_dataset, progress=progress))
     return preview_run(complete, dataset, options, file, None if config is None else str(config))
+
+
+def verify(data: str | Path, *, jobs: int = 1, progress: bool = False) -> Dataset:
+    """Check every shard of a ``data`` folder, ``jobs`` at a time; errors as in ``antransformer.data.verify``.
+
+    With ``progress``, the bytes that were checked are shown on standard error.
+    """
+    with VerifyProgress(Path(data).name, enabled=progress) as display:
+        return verify_data(data, jobs=jobs, progress=display)
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from antransformer.data.batches import Prefetcher, ShuffledWindows, eval_batches
-    from antransformer.data.dataset import Dataset, Shard, Split
+    from antransformer.data.checks import Shard
+    from antransformer.data.dataset import Dataset, Split
     from antransformer.data.preparation import prepare
     from antransformer.data.stdlib import ensure_default, stdlib_files
     from antransformer.data.tokenizers import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
+    from antransformer.data.verification import verify
 
 # Names are imported on first use (PEP 562), so that the help of the command line does not wait for torch.
 _MODULES = {
     "Dataset": "dataset",
     "Prefetcher": "batches",
-    "Shard": "dataset",
+    "Shard": "checks",
     "ShuffledWindows": "batches",
     "Split": "dataset",
     "Tokenizer": "tokenizers",
@@ -29,6 +31,7 @@ _MODULES = {
     "prepare": "preparation",
     "stdlib_files": "stdlib",
     "train_bpe": "tokenizers",
+    "verify": "verification",
 }
 
 __all__ = [
@@ -45,6 +48,7 @@ __all__ = [
     "prepare",
     "stdlib_files",
     "train_bpe",
+    "verify",
 ]
 
 

@@ -62,7 +62,7 @@ def prepare(
         val_fraction: fraction of the documents for validation. They are chosen by a hash of their content, so the
             choice does not depend on their order, and equal documents share a split.
         val_inputs: separate inputs for validation, instead of ``val_fraction``.
-        shard_tokens: maximum number of tokens in a shard.
+        shard_tokens: number of tokens in each of the first 64 shards. It doubles after every 64 shards.
         progress: called after every batch with (input bytes read, input bytes in total, documents, tokens).
         notify: called with lines about the training of a byte-pair encoding.
 

@@ -14,10 +14,13 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from antransformer.data.checks import DTYPES, sample_digest
+
 FORMAT = "antransformer-shards"
 VERSION = 1
-SHARD_TOKENS = 100_000_000
-DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+SHARD_TOKENS = 100_000_000  # of each of the first shards
+META_FILE = "meta.json"
+SHARDS_OF_A_SIZE = 64
 
 
 def dtype_for(vocab_size: int) -> str:
@@ -27,6 +30,9 @@ def dtype_for(vocab_size: int) -> str:
 
 class ShardWriter:
     """Context manager that writes the tokens of one split to shards in ``folder`` and computes their checksums.
+
+    The first 64 shards have ``shard_tokens`` tokens, the next 64 twice that number, and so on. A trillion tokens are
+    therefore in about 500 files.
 
     Attributes:
         documents: number of documents written.
@@ -62,15 +68,16 @@ class ShardWriter:
         self.bytes += text_bytes
         rest = tokens.astype(self._dtype)
         while len(rest):
+            capacity = self._shard_tokens << len(self._shards) // SHARDS_OF_A_SIZE
             # Exclusive creation: two processes must not write to one file.
             file = self._file = self._file or self._path().open("xb")
-            part = rest[: self._shard_tokens - self._filled].tobytes()
+            part = rest[: capacity - self._filled].tobytes()
             file.write(part)
             self._hash.update(part)
             count = len(part) // self._dtype.itemsize
             self._filled += count
             rest = rest[count:]
-            if self._filled == self._shard_tokens:
+            if self._filled == capacity:
                 self.close()
 
     def close(self) -> None:
@@ -82,7 +89,15 @@ class ShardWriter:
         os.fsync(self._file.fileno())
         self._file.close()
         self._file = None
-        self._shards.append({"file": self._path().name, "tokens": self._filled, "sha256": self._hash.hexdigest()})
+        itemsize = self._dtype.itemsize
+        self._shards.append(
+            {
+                "file": self._path().name,
+                "tokens": self._filled,
+                "sha256": self._hash.hexdigest(),
+                "sample_sha256": sample_digest(self._path(), 0, self._filled * itemsize, itemsize),
+            }
+        )
         self._filled, self._hash = 0, hashlib.sha256()
 
     def meta(self) -> dict[str, Any]:
@@ -106,7 +121,7 @@ class ShardWriter:
 
 def write_meta(folder: Path, meta: dict[str, Any]) -> None:
     """Write ``meta.json``, with the name and version of the format first, and flush it to disk."""
-    with (folder / "meta.json").open("x", encoding="utf-8") as file:
+    with (folder / META_FILE).open("x", encoding="utf-8") as file:
         json.dump({"format": FORMAT, "version": VERSION} | meta, file, indent=2)
         file.flush()
         os.fsync(file.fileno())
