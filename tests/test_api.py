@@ -18,7 +18,8 @@ from helpers.commands import TEN_STEPS, write_documents
 from helpers.messages import mentions
 from helpers.small import SMALL
 
-FUNCTIONS = "prepare verify train load generate export evaluate compare ablate sweep fit plan".split()
+FUNCTIONS = ["prepare", "train", "load", "generate", "export", "evaluate", "compare", "ablate", "sweep", "fit", "plan"]
+FUNCTIONS.append("verify")
 SETTINGS = {"precision": "float32", "batch_tokens": 256, "eval_tokens": 1024, "log_every": 1, "model": SMALL}
 
 

@@ -192,6 +192,15 @@ def test_an_id_above_the_largest_is_refused_and_its_shard_named(split: Split) ->
     assert mentions(error.value, split.shards[3].path, 3040, 3020)
 
 
+def test_a_file_that_shrinks_during_training_is_named(split: Split) -> None:
+    windows = ShuffledWindows(split, 8, seed=0)
+    for damage in (lambda path: path.write_bytes(path.read_bytes()[:-4]), Path.unlink):
+        damage(split.shards[3].path)
+        with pytest.raises(DataError) as error:
+            windows.batch(0, 14)
+        assert mentions(error.value, split.shards[3].path)
+
+
 def test_more_shards_than_a_process_may_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # hundreds of them can take minutes on a busy disk
     script = (

@@ -44,9 +44,7 @@ class ShuffledWindows:
         self._context = context
         self._seed = seed
         self._shuffle = shuffle
-        self._max_token = split.max_token
-        self._shards = split.shards
-        self._arrays = split.arrays
+        self._split = split
         # Index of each shard's first window; the last entry is the total number of windows.
         self._offsets = np.cumsum([0] + [(shard.tokens - 1) // context for shard in split.shards])
         self._epoch_order: tuple[int, FeistelPermutation | NDArray[np.int64]] | None = None
@@ -84,16 +82,16 @@ class ShuffledWindows:
         """
         shards = np.searchsorted(self._offsets, windows, side="right") - 1
         starts = (windows - self._offsets[shards]) * self._context
-        # torch's embedding and cross-entropy need int64, and the copy detaches the batch from the memory map.
+        # torch's embedding and cross-entropy need int64.
         rows = np.empty((len(windows), self._context + 1), dtype=np.int64)
-        for number in np.argsort(shards, kind="stable"):  # by shard, since only a few of them are mapped at a time
-            start = starts[number]
-            rows[number] = self._arrays[shards[number]][start : start + self._context + 1]
+        for shard in np.unique(shards):
+            chosen = shards == shard
+            rows[chosen] = self._split.read(shard, starts[chosen], self._context + 1)
         # Opening the data checks only a sample of the ids, and on a GPU a wrong index ends the process.
-        if self._max_token is not None and rows.max(initial=0) > self._max_token:
-            wrong = shards[np.argmax(rows.max(axis=1) > self._max_token)]
+        if self._split.max_token is not None and rows.max(initial=0) > self._split.max_token:
+            shard = self._split.shards[shards[rows.max(axis=1).argmax()]]
             raise DataError(
-                f"{self._shards[wrong].path}: token {rows.max()} exceeds max_token {self._max_token} in meta.json; "
+                f"{shard.path}: token {rows.max()} exceeds max_token {self._split.max_token} in meta.json; "
                 f"{PREPARE_AGAIN}"
             )
         tokens = torch.from_numpy(rows)

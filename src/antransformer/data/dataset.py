@@ -1,13 +1,12 @@
-"""Reader of prepared data folders: opens, verifies and memory-maps the token shards."""
+"""Reader of prepared data folders: opens and checks it, and reads tokens from the shards."""
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +19,6 @@ from antransformer.files import quoted, read_json
 
 SAMPLED_SHARDS = 32  # of a folder, evenly spaced: the time of opening does not depend on the size of the data
 THREADS = 8  # for checks at opening, whose time is mostly latency of the file system
-MAX_MAPPED = 64  # shards of a split that are mapped at a time
 
 T = TypeVar("T")
 
@@ -47,44 +45,34 @@ class Split:
     shards: tuple[Shard, ...]
     max_token: int | None = None
 
-    @cached_property
-    def arrays(self) -> "ShardArrays":
-        """Token ids of each shard, [tokens] each, memory-mapped and read-only."""
-        return ShardArrays(self)
+    @property
+    def arrays(self) -> list[NDArray[Any]]:
+        """Token ids of each shard, [tokens] each, memory-mapped and read-only. Each holds a file descriptor."""
+        return [
+            np.memmap(shard.path, dtype=DTYPES[self.dtype], mode="r", offset=shard.offset, shape=(shard.tokens,))
+            for shard in self.shards
+        ]
 
+    def read(self, shard: int, starts: NDArray[np.int64], count: int) -> NDArray[Any]:
+        """Read ``count`` tokens of one shard from each of these positions, [len(starts), count].
 
-class ShardArrays(Sequence[NDArray[Any]]):
-    """Memory maps of the shards of a split, opened on access. The least recently used ones are closed.
+        Reads of the exact ranges are much faster than a memory map, around which the system reads ahead, and hold no
+        file descriptor afterwards.
 
-    Each map holds a file descriptor, of which a process may have as few as 256.
-    """
-
-    def __init__(self, split: Split) -> None:
-        self._split = split
-        self._map = lru_cache(MAX_MAPPED)(self._open)
-
-    def __len__(self) -> int:
-        return len(self._split.shards)
-
-    @overload
-    def __getitem__(self, index: int) -> NDArray[Any]: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[NDArray[Any]]: ...
-
-    def __getitem__(self, index: int | slice) -> NDArray[Any] | list[NDArray[Any]]:
-        """Map a shard; the array remains valid after its map has left the cache."""
-        if isinstance(index, slice):
-            return [self._map(number) for number in range(len(self))[index]]
-        return self._map(range(len(self))[index])
-
-    def _open(self, index: int) -> NDArray[Any]:
-        shard = self._split.shards[index]
-        dtype = DTYPES[self._split.dtype]
+        Raises:
+            DataError: the file is missing or too short.
+        """
+        path, offset, dtype = self.shards[shard].path, self.shards[shard].offset, DTYPES[self.dtype]
         try:
-            return np.memmap(shard.path, dtype=dtype, mode="r", offset=shard.offset, shape=(shard.tokens,))
+            with path.open("rb", buffering=0) as file:
+                size = count * dtype.itemsize
+                rows = bytearray()
+                for start in starts:
+                    file.seek(offset + int(start) * dtype.itemsize)
+                    rows += file.read(size)
+            return np.frombuffer(rows, dtype).reshape(len(starts), count)
         except (OSError, ValueError) as error:
-            raise DataError(f"{shard.path}: cannot be read ({error}); {PREPARE_AGAIN}") from error
+            raise DataError(f"{path}: cannot be read ({error}); was it changed, moved or truncated?") from error
 
 
 @dataclass(frozen=True)
