@@ -164,8 +164,8 @@ def test_other_folders_are_refused(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_newer_format_version_is_refused(folder: Path) -> None:
-    change(folder, lambda meta: meta.update(version=2, splits="of an unknown form"))
-    assert mentions(refusal(folder), *f"{folder / 'meta.json'} version 2 1".split())
+    change(folder, lambda meta: meta.update(version=3, splits="of an unknown form"))
+    assert mentions(refusal(folder), *f"{folder / 'meta.json'} version 3 2".split())
 
 
 @pytest.mark.parametrize("key", ["version", "dtype", "vocab_size", "end_of_text", "max_token", "tokenizer", "splits"])

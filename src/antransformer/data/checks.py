@@ -26,14 +26,15 @@ class Shard:
         tokens: number of tokens.
         sha256: SHA-256 of the tokens, in hexadecimal digits.
         sample: SHA-256 of the blocks that ``read_sample`` returns; None in folders of older versions.
-        offset: position of the first token in the file, in bytes.
+        offset: position of the first token in bytes, in a file that may hold more than the shard. None if the file has
+            exactly these tokens.
     """
 
     path: Path
     tokens: int
     sha256: str
     sample: str | None = None
-    offset: int = 0
+    offset: int | None = None
 
 
 def read_sample(file: BinaryIO, offset: int, size: int, itemsize: int) -> bytes:
@@ -57,12 +58,12 @@ def sample_digest(path: Path, offset: int, size: int, itemsize: int) -> str:
 
 def check_size(shard: Shard, dtype: str) -> None:
     """Raise ``DataError`` if a file is missing or has another size than its tokens need."""
-    expected = shard.offset + shard.tokens * DTYPES[dtype].itemsize
+    expected = (shard.offset or 0) + shard.tokens * DTYPES[dtype].itemsize
     try:
         size = shard.path.stat().st_size
     except OSError as error:
         raise DataError(f"{shard.path}: missing ({error.strerror}); {PREPARE_AGAIN}") from error
-    if size != expected:
+    if size != expected and (shard.offset is None or size < expected):
         raise DataError(f"{shard.path}: {size:,} bytes instead of {expected:,}; {PREPARE_AGAIN}")
 
 
@@ -71,7 +72,7 @@ def check_sample(shard: Shard, dtype: str, max_token: int) -> None:
     itemsize = DTYPES[dtype].itemsize
     try:
         with shard.path.open("rb") as file:
-            content = read_sample(file, shard.offset, shard.tokens * itemsize, itemsize)
+            content = read_sample(file, shard.offset or 0, shard.tokens * itemsize, itemsize)
     except (OSError, ValueError) as error:
         raise DataError(f"{shard.path}: cannot be read ({error}); {PREPARE_AGAIN}") from error
     if shard.sample not in (None, hashlib.sha256(content).hexdigest()):
@@ -87,7 +88,7 @@ def check_content(shard: Shard, dtype: str, max_token: int, advance: Callable[[i
     digest, left = hashlib.sha256(), shard.tokens * DTYPES[dtype].itemsize
     try:
         with shard.path.open("rb") as file:
-            file.seek(shard.offset)
+            file.seek(shard.offset or 0)
             while block := file.read(min(HASH_BYTES, left)):
                 left -= len(block)
                 digest.update(block)

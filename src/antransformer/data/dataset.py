@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from antransformer.data.checks import DTYPES, PREPARE_AGAIN, Shard, check_sample, check_size
-from antransformer.data.shards import FORMAT, META_FILE, VERSION
+from antransformer.data.shards import FORMAT, LINKED_VERSION, META_FILE
 from antransformer.data.tokenizers import Tokenizer
 from antransformer.errors import DataError
 from antransformer.files import quoted, read_json
@@ -49,7 +49,7 @@ class Split:
     def arrays(self) -> list[NDArray[Any]]:
         """Token ids of each shard, [tokens] each, memory-mapped and read-only. Each holds a file descriptor."""
         return [
-            np.memmap(shard.path, dtype=DTYPES[self.dtype], mode="r", offset=shard.offset, shape=(shard.tokens,))
+            np.memmap(shard.path, dtype=DTYPES[self.dtype], mode="r", offset=shard.offset or 0, shape=(shard.tokens,))
             for shard in self.shards
         ]
 
@@ -62,7 +62,7 @@ class Split:
         Raises:
             DataError: the file is missing or too short.
         """
-        path, offset, dtype = self.shards[shard].path, self.shards[shard].offset, DTYPES[self.dtype]
+        path, offset, dtype = self.shards[shard].path, self.shards[shard].offset or 0, DTYPES[self.dtype]
         try:
             with path.open("rb", buffering=0) as file:
                 size = count * dtype.itemsize
@@ -160,8 +160,8 @@ class Dataset:
         Raises:
             DataError: ``tokenizer.json`` is missing, damaged, or contradicts ``meta.json``.
         """
-        tokenizer = Tokenizer.load(self.path / "tokenizer.json", self.tokenizer_name)
-        if (tokenizer.vocab_size, tokenizer.end_of_text) != (self.vocab_size, self.end_of_text):
+        tokenizer = Tokenizer.load(self.path / "tokenizer.json", self.tokenizer_name, self.end_of_text)
+        if tokenizer.vocab_size != self.vocab_size or not tokenizer.has_end_of_text():
             raise DataError(
                 f"{self.path / 'tokenizer.json'}: does not match the tokenizer in meta.json; {PREPARE_AGAIN}"
             )
@@ -188,9 +188,9 @@ def _read_meta(path: Path) -> tuple[dict[str, Any], str]:
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise DataError(f"{location}: not the meta.json of a prepared data folder: its format must be {FORMAT!r}")
     version = _count(meta, "version", location)
-    if version > VERSION:
+    if version > LINKED_VERSION:
         raise DataError(
-            f"{location}: format version {version}, but this antransformer reads version {VERSION}; upgrade it"
+            f"{location}: format version {version}, but this antransformer reads {LINKED_VERSION} and older; upgrade it"
         )
     return meta, location
 
@@ -209,6 +209,7 @@ def _parse_split(folder: Path, name: str, entry: dict[str, Any], dtype: str, max
                 _count(item, "tokens", location),
                 _field(item, "sha256", str, location),
                 _field(item, "sample_sha256", str, location) if "sample_sha256" in item else None,
+                _count(item, "offset", location) if "offset" in item else None,
             )
         )
     split = Split(

@@ -63,6 +63,6 @@ def _add_samples(dataset: Dataset) -> None:
     meta, itemsize = read_json(file), DTYPES[dataset.dtype].itemsize
     for name, split in dataset.splits.items():
         for item, shard in zip(meta["splits"][name]["shards"], split.shards, strict=True):
-            item["sample_sha256"] = sample_digest(shard.path, shard.offset, shard.tokens * itemsize, itemsize)
+            item["sample_sha256"] = sample_digest(shard.path, shard.offset or 0, shard.tokens * itemsize, itemsize)
     with contextlib.suppress(PermissionError):
         replace_text(file, json.dumps(meta, indent=2))
