@@ -2,7 +2,8 @@
 
 INPUT is a file, a folder or a quoted pattern: plain text (.txt .md .py and the like), JSON lines (.jsonl .ndjson .json)
 with a "text" field, or .parquet with a "text" column. Text and JSON lines may be compressed (.gz .zst .xz .bz2). In
-plain text <|endoftext|> ends a document.
+plain text <|endoftext|> ends a document. hf://DATASET?name=CONFIG&split=train&field=text is a dataset of the Hugging
+Face hub, which is streamed.
 
 examples:
   antransformer prepare book.txt --out data/book --val-fraction 0.1
@@ -10,6 +11,7 @@ examples:
   antransformer prepare 'fineweb/*.bin' --tokenized --tokenizer gpt2/tokenizer.json --out data/fineweb
   antransformer prepare corpus --out data/corpus --tokenizer tokenizer.json --part 1/8
   antransformer prepare --out data/corpus --join
+  antransformer prepare 'hf://roneneldan/TinyStories?split=train' --out data/stories
   antransformer prepare corpus --out data/corpus --tokenizer path/to/tokenizer.json
 """
 

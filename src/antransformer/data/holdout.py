@@ -118,8 +118,9 @@ class TrainValSplit:
         """Return training documents from everywhere in the corpus, in order, about ``limit`` bytes in total.
 
         A small corpus is read whole, and the sample has the lowest hash buckets; its size exceeds the limit by less
-        than one document. From a large corpus, text is read at evenly spaced positions. It may then include the text of
-        validation documents that are longer than what is read at a position.
+        than one document. Of a dataset of the hub, the sample has the first documents. From a large corpus, text is
+        read at evenly spaced positions. It may then include the text of validation documents that are longer than what
+        is read at a position.
 
         Raises:
             DataError: a file is broken.
@@ -135,6 +136,8 @@ class TrainValSplit:
                 size += document.bytes
             while sample and size - sample[0][2].bytes >= limit:
                 size -= heapq.heappop(sample)[2].bytes
+            if self.corpus.hub and size >= limit:  # all of it would have to be transferred
+                break
         return [document.text for _, _, document in sorted(sample, key=lambda entry: entry[1])]
 
     def _spaced_sample(self, limit: int) -> list[str]:

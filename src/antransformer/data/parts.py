@@ -56,6 +56,8 @@ def prepare_part(
     if (folder / META_FILE).exists():
         return None
     split = TrainValSplit.find(inputs, val_inputs, val_fraction, text_field)
+    if split.corpus.hub or (split.val_corpus and split.val_corpus.hub):
+        raise DataError(f"--part {part}: a dataset of the hub cannot be divided; download its files and prepare them")
     if count > len(split.corpus.files):
         raise DataError(f"--part {part}: there are only {len(split.corpus.files)} files, and a part is of whole files")
     log_left_out(split)

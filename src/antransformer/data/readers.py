@@ -63,9 +63,9 @@ def read(path: Path, text_field: str = TEXT_FIELD, start: float = 0.0) -> Docume
     ending = base_ending(path)
     with data_errors(path):
         if ending == PARQUET:
-            yield from _split_long(parquet_texts(path, text_field, start))
+            yield from split_long(parquet_texts(path, text_field, start))
         elif ending in JSON_LINES:
-            yield from _split_long(_json_lines(path, text_field, start))
+            yield from split_long(_json_lines(path, text_field, start))
         else:
             yield from _plain_text(path, start)
 
@@ -204,16 +204,17 @@ def _plain_text(path: Path, start: float) -> Documents:
     rest, position = "", 0
     for block, position in _blocks(path, start):
         *complete, rest = (rest + block).split(SEPARATOR)
-        yield from _split_long((text, position) for text in complete)
+        yield from split_long((text, position) for text in complete)
         # The last characters may be the beginning of a separator, so the cut must leave them in rest.
         while len(rest) > MAX_CHARACTERS + len(SEPARATOR):
             end = _section_end(rest)
             yield rest[:end], position
             rest = rest[end:]
-    yield from _split_long(iter([(rest, position)]))
+    yield from split_long(iter([(rest, position)]))
 
 
-def _split_long(documents: Documents) -> Documents:
+def split_long(documents: Documents) -> Documents:
+    """Cut documents of more than ``MAX_CHARACTERS`` into sections."""
     for text, position in documents:
         start = 0
         while len(text) - start > MAX_CHARACTERS:
@@ -289,7 +290,17 @@ def _parse_record(line: bytes, text_field: str, location: str) -> str:
         raise DataError(f"{location}: not JSON ({error.msg} at column {error.colno}); {expected}") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{location}: not JSON ({error}); {expected}") from error
-    value: Any = record
+    return select_text(record, text_field, location)
+
+
+def select_text(record: Any, text_field: str, location: str) -> str:
+    """Return the text in a field of a record; dots in the name select inside nested records.
+
+    Raises:
+        DataError: there is no such field, or it has no text; ``location`` begins the message.
+    """
+    expected = f"every record must be an object with a {text_field!r} field (--text-field)"
+    value = record
     # A name with a dot may also be the name of a field.
     for name in [text_field] if isinstance(record, dict) and text_field in record else text_field.split("."):
         if not isinstance(value, dict):

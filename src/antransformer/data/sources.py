@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from antransformer.data.hub import HubDataset, is_hub
 from antransformer.data.readers import (
     COMPRESSED,
     JSON_LINES,
@@ -55,16 +56,20 @@ class Corpus:
     Attributes:
         files: files in the order of the inputs.
         sources: the inputs.
+        hub: datasets of the hub, which are streamed after the files.
         text_field: field of JSON lines or column of parquet that holds the text.
     """
 
     files: tuple[Path, ...]
     sources: tuple[Source, ...]
     text_field: str = TEXT_FIELD
+    hub: tuple[HubDataset, ...] = ()
 
     @classmethod
     def find(cls, inputs: str | Path | Iterable[str | Path], text_field: str = TEXT_FIELD) -> "Corpus":
         """Find the files of every input: a file, a folder (all text files below it that are not hidden) or a glob.
+
+        An input ``hf://...`` is a dataset of the hub, see ``HubDataset``.
 
         A file in two inputs counts once. Some blocks of plain text are decoded, so that most broken files are reported
         before hours of tokenization and not after.
@@ -75,7 +80,12 @@ class Corpus:
         """
         files: dict[Path, Path] = {}  # by resolved path
         sources = []
+        hub = []
         for name in [inputs] if isinstance(inputs, str | Path) else inputs:
+            if is_hub(name):
+                hub.append(HubDataset.parse(str(name), text_field))
+                sources.append(Source(str(name), 0, 0, {}))
+                continue
             skipped: Skipped = {}
             readable = []
             for path, reason in _expand(str(name)):
@@ -96,9 +106,9 @@ class Corpus:
             sources.append(Source(str(name), len(added), size, skipped))
         if not sources:
             raise DataError("no input: give at least one text file, folder or glob")
-        if not files:
+        if not files and not hub:
             raise _empty(sources)
-        return cls(tuple(files.values()), tuple(sources), text_field)
+        return cls(tuple(files.values()), tuple(sources), text_field, tuple(hub))
 
     @property
     def bytes(self) -> int:
@@ -112,14 +122,17 @@ class Corpus:
             DataError: a file is missing, changed or broken, or all files are empty.
         """
         start, empty = 0, True
-        for path in self.files:
+        sources: tuple[Path | HubDataset, ...] = (*self.files, *self.hub)
+        for source in sources:
             position = 0
-            for text, position in read(path, self.text_field):
+            for text, position in (
+                source.documents() if isinstance(source, HubDataset) else read(source, self.text_field)
+            ):
                 if text and not text.isspace():
                     empty = False
                     yield text, start + position
             start += position
-        if empty and self.files:  # a part may have no files
+        if empty and (self.files or self.hub):  # a part may have no files
             raise _empty(self.sources)
 
     def part(self, number: int, count: int) -> "Corpus":
