@@ -264,6 +264,15 @@ def test_the_default_holds_out_documents_where_they_suffice(tmp_path: Path) -> N
     assert files(default.path) == files(prepare(path, tmp_path / "explicit", val_fraction=0.01).path)
 
 
+def test_of_many_short_documents_more_are_held_out_by_default(tmp_path: Path) -> None:
+    texts = [f"line {number} of the log" for number in range(2000)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    dataset = prepare(tmp_path / "a.jsonl", tmp_path / "out")
+    assert sorted(documents(dataset, "train") + documents(dataset, "val")) == sorted(texts)
+    assert 150 < dataset.split("val").documents < 250
+    assert json.loads((tmp_path / "out/meta.json").read_text())["val_fraction"] == 0.1
+
+
 def test_an_explicit_fraction_fails_before_encoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").write_text("one<|endoftext|>two")
     monkeypatch.setattr(preparation, "load_tokenizer", None)

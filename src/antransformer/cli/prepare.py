@@ -50,7 +50,7 @@ def add_arguments(parser: Parser) -> None:
         "--val-fraction",
         type=float,
         metavar="X",
-        help="fraction of documents to hold out (default 0.01, or the end of each document where that is too little)",
+        help="fraction of documents to hold out (default 0.01; more of a small text, or the end of each document)",
     )
     parser.add_argument(
         "--tokenized",

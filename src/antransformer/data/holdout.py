@@ -17,7 +17,8 @@ from antransformer.errors import DataError
 
 VAL_FRACTION = 0.01
 MIN_VAL_BYTES = 1 << 14  # of held-out documents by default; less is too short for a validation at usual contexts
-MAX_TAIL = 0.1  # fraction of a document that is held out at its end
+MIN_VAL_DOCUMENTS = 20
+MAX_FRACTION = 0.1
 WHOLE_READS = 4  # a corpus of this number of samples or fewer is read whole to draw one
 SAMPLE_POSITIONS = 256
 
@@ -64,8 +65,8 @@ class TrainValSplit:
     ) -> "TrainValSplit":
         """Find the files behind ``inputs`` and ``val_inputs``, which may be empty, and choose how to split them.
 
-        Without a fraction, a hundredth of the documents is for validation. Where these would be too few for a
-        validation, the end of every document is held out instead.
+        Without a fraction, a hundredth of the documents is for validation. Of a small text it is more, and where there
+        are few documents, the end of each is held out instead.
 
         Raises:
             DataError: an input or the fraction is unusable, a file is broken or in both inputs, or the fraction leaves
@@ -86,8 +87,7 @@ class TrainValSplit:
         if val_fraction is not None:
             _require_both_splits(corpus, val_fraction)
             return cls(corpus, None, val_fraction)
-        tail = _tail_fraction(corpus)
-        return cls(corpus, None, 0.0 if tail else VAL_FRACTION, tail)
+        return cls(corpus, None, *_default_fractions(corpus))
 
     def part(self, number: int, count: int) -> "TrainValSplit":
         """Return one of ``count`` consecutive parts of the files, about equal in bytes; ``number`` begins with 1."""
@@ -183,18 +183,25 @@ def _tail_start(text: str, tail: float) -> int:
     return cut if text[:cut].strip() and text[cut:].strip() else len(text)
 
 
-def _tail_fraction(corpus: Corpus) -> float:
-    """Return the fraction of each document to hold out at its end; 0 if enough documents can be held out."""
-    train, val, total = 0, 0, 0
+def _default_fractions(corpus: Corpus) -> tuple[float, float]:
+    """Return the fraction of documents to hold out, and the fraction of each document; one of them is 0.
+
+    A hundredth of the documents is held out if it is enough text. Otherwise the fraction is larger. Where it would be
+    a few documents only, the same fraction of each document is held out.
+    """
+    buckets, train, val, total = list[float](), 0, 0, 0
     for document in _assign_splits(corpus.documents(), VAL_FRACTION):
+        buckets.append(document.hash_bucket)
         total += document.bytes
         if document.split == "val":
             val += document.bytes
         else:
             train += 1
         if train and val >= MIN_VAL_BYTES:  # usually after some megabytes
-            return 0.0
-    return min(MAX_TAIL, max(VAL_FRACTION, MIN_VAL_BYTES / total))
+            return VAL_FRACTION, 0.0
+    fraction = min(MAX_FRACTION, max(VAL_FRACTION, MIN_VAL_BYTES / total))
+    held_out = sum(bucket < fraction for bucket in buckets)
+    return (fraction, 0.0) if MIN_VAL_DOCUMENTS <= held_out < len(buckets) else (0.0, fraction)
 
 
 def _require_both_splits(corpus: Corpus, val_fraction: float) -> None:

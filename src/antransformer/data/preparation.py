@@ -68,7 +68,8 @@ def prepare(
         text_field: field of JSON lines or column of parquet that holds the text. Dots select inside nested records.
         val_fraction: fraction of the documents for validation, by default 0.01. They are chosen by a hash of their
             content, so the choice does not depend on their order, and equal documents share a split. If the default
-            leaves less than 16 KiB, the end of every document is held out instead.
+            leaves less than 16 KiB it is raised to at most 0.1. If that leaves less than 20 documents, the end of every
+            document is held out instead.
         val_inputs: separate inputs for validation, instead of ``val_fraction``.
         shard_tokens: number of tokens in each of the first 64 shards. It doubles after every 64 shards.
         progress: called after every batch with (input bytes read, input bytes in total, documents, tokens).
