@@ -19,6 +19,7 @@ from helpers.messages import mentions
 from helpers.small import SMALL
 
 FUNCTIONS = ["prepare", "train", "load", "generate", "export", "evaluate", "compare", "ablate", "sweep", "fit", "plan"]
+FUNCTIONS.append("verify")
 SETTINGS = {"precision": "float32", "batch_tokens": 256, "eval_tokens": 1024, "log_every": 1, "model": SMALL}
 
 
@@ -70,6 +71,7 @@ def test_functions_are_documented_and_typed():
         "prepare",
         "sweep",
         "train",
+        "verify",
     ):
         function = getattr(antransformer, name)
         signature = inspect.signature(function)

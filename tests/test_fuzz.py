@@ -3,6 +3,7 @@
 A few hundred cases, always the same, run with the other tests; ``make fuzz`` runs 10,000 new ones.
 """
 
+import bz2
 import contextlib
 import copy
 import faulthandler
@@ -10,6 +11,7 @@ import gzip
 import hashlib
 import io
 import json
+import lzma
 import math
 import os
 import pickle
@@ -52,7 +54,7 @@ from antransformer.training.trainer import Trainer
 from helpers.experiments import experiment, variant
 
 CASES = int(os.environ.get("ANTRANSFORMER_FUZZ_CASES", "300"))
-SHARES = 11  # tests with an equal share of the cases
+SHARES = 12  # tests with an equal share of the cases
 SECONDS = 30  # no case is near it; what takes longer hangs
 TINY = {"width": 32, "layers": 1, "context": 16, "head_dim": 32}
 DEEP = 100_000  # far past any parser's recursion
@@ -594,23 +596,36 @@ BOMB = gzip.compress(b"0" * 2**25)
 
 
 @st.composite
+def compressed(draw, ending, content):
+    """Compressed bytes, of which some are gone or changed."""
+    if ending == ".zst":
+        return draw(damaged(pytest.importorskip("zstandard").compress(content)))
+    if ending == ".gz":
+        return draw(damaged(gzip.compress(content, mtime=0)) | st.just(BOMB))
+    library = {".bz2": bz2, ".xz": lzma}.get(ending)
+    return draw(damaged(library.compress(content))) if library else content
+
+
+@st.composite
 def inputs(draw):
     """The name of a file and its bytes."""
-    ending = draw(st.sampled_from([".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".bin"]))
-    if ending in (".txt", ".bin"):
+    compression = draw(st.sampled_from(["", "", ".gz", ".zst", ".bz2", ".xz"]))
+    base = draw(st.sampled_from([".txt", ".jsonl", ".json", ".ndjson", ".parquet", ".bin"]))
+    if base == ".parquet":
+        compression = ""
+    ending = base + compression
+    if base in (".txt", ".bin"):
         text = "<|endoftext|>".join([*TEXTS, *draw(st.lists(st.text(max_size=20), max_size=3))])
-        return ending, draw(damaged(text.encode()))
+        return ending, draw(compressed(compression, draw(damaged(text.encode()))))
     lines = [{"text": text, "id": 1} for text in TEXTS]
     content = b"\n".join([draw(edited(line).map(to_json)) if draw(st.booleans()) else to_json(line) for line in lines])
-    content = draw(damaged(content))
-    if ending == ".jsonl.gz":
-        content = draw(damaged(gzip.compress(content, mtime=0)) | st.just(BOMB))
-    if ending == ".jsonl.zst":
-        content = draw(damaged(pytest.importorskip("zstandard").compress(content)))
+    content = draw(compressed(compression, draw(damaged(content))))
     if ending == ".parquet":
         pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
         file = io.BytesIO()
-        column = draw(st.sampled_from([TEXTS, [None, *TEXTS], [1, 2], [b"\xff"], [["a"]]]))
+        column = draw(st.sampled_from([TEXTS, [None, *TEXTS], [1, 2], [b"\xff"], [["a"]], [{"text": "a"}]]))
+        if draw(st.booleans()) and column[0] in TEXTS:
+            column = pyarrow.array(column).dictionary_encode()
         parquet.write_table(pyarrow.table({draw(st.sampled_from(["text", "text", "other"])): column}), file)
         content = draw(damaged(file.getvalue()))
     return ending, content
@@ -626,6 +641,24 @@ def test_text(root, data):
         (folder / "val.txt").write_text(TEXTS[0])
         words = ["--val-inputs", folder / "val.txt"] if held_out else ["--val-fraction", "0.5"]
         command("prepare", folder / f"input{ending}", "--out", folder / "data", *words)
+
+
+@fuzz(st.data())
+def test_token_files(root, data):
+    ids = [*range(257)] * 20
+    layout = data.draw(st.sampled_from(["llm.c", "megatron", "datatrove"]))
+    ending, side, content, more = {
+        "llm.c": (".bin", None, struct.pack("<iii1012x", 20240520, 1, len(ids)), b""),
+        "megatron": (".bin", ".idx", b"", b"MMIDIDX\0\0" + struct.pack("<QBQQi", 1, 8, 1, 1, len(ids))),
+        "datatrove": (".ds", ".ds.metadata", b"", f"byte|2\n{len(ids)}\n5 kT".encode()),
+    }[layout]
+    content, more = data.draw(damaged(content + struct.pack(f"<{len(ids)}H", *ids))), data.draw(damaged(more))
+    kinds = [data.draw(strange) for _ in range(2)]
+    with case(root) as folder:
+        put(folder / f"input{ending}", content, kinds[0])
+        if side:
+            put(folder / f"input{side}", more, kinds[1])
+        command("prepare", folder / f"input{ending}", "--tokenized", "--tokenizer", "byte", "--out", folder / "data")
 
 
 def small_tokenizers():

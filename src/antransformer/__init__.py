@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from antransformer.api.checkpoints import evaluate, export, generate, load, serve
     from antransformer.api.experiments import ablate, compare
     from antransformer.api.scaling import fit, plan, sweep
-    from antransformer.api.training import prepare, train
+    from antransformer.api.training import prepare, train, verify
     from antransformer.bounds import Bound, bind, normalize_
     from antransformer.derive import derive
     from antransformer.models import ModelConfig, build
@@ -27,7 +27,7 @@ _SOURCES = {
     **dict.fromkeys(("evaluate", "export", "generate", "load", "serve"), "api.checkpoints"),
     **dict.fromkeys(("ablate", "compare"), "api.experiments"),
     **dict.fromkeys(("fit", "plan", "sweep"), "api.scaling"),
-    **dict.fromkeys(("prepare", "train"), "api.training"),
+    **dict.fromkeys(("prepare", "train", "verify"), "api.training"),
     **dict.fromkeys(("Bound", "bind", "normalize_"), "bounds"),
     "derive": "derive",
     **dict.fromkeys(("ModelConfig", "build"), "models"),
@@ -59,6 +59,7 @@ __all__ = [
     "serve",
     "sweep",
     "train",
+    "verify",
 ]
 
 

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from antransformer.data.dataset import Dataset
 from antransformer.data.stdlib import is_prepared, open_data
-from antransformer.pace import Pace, heartbeat
+from antransformer.pace import Pace
 
 if TYPE_CHECKING:
     from antransformer.runs.queue import RunResult
@@ -188,8 +188,8 @@ class EvaluationProgress(LiveDisplay):
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-class PrepareProgress(LiveDisplay):
-    """Display of data preparation on standard error; pass it as ``progress`` to ``data.prepare``."""
+class DataProgress(LiveDisplay):
+    """Display of work on data, on standard error: a bar over its bytes, or lines."""
 
     def __init__(self, label: str, enabled: bool = True) -> None:
         self.enabled, self.label = enabled, label
@@ -198,9 +198,8 @@ class PrepareProgress(LiveDisplay):
         self.task = self.bar.add_task(label, total=None, numbers="")
         self.pace = Pace(label, "MB", self.log)
 
-    def __call__(self, done_bytes: int, total_bytes: int, documents: int, tokens: int) -> None:
-        """Show the totals after a batch of documents."""
-        numbers = f"{done_bytes / 1e6:,.0f} MB  {documents:,} documents  {tokens / 1e6:,.1f}M tokens"
+    def show(self, done_bytes: int, total_bytes: int, numbers: str) -> None:
+        """Show what has been done, as a part of the total and as text."""
         self.bar.update(self.task, completed=done_bytes, total=total_bytes, numbers=numbers)
         if self.bar.disable:
             self.pace(done_bytes / 1e6, total_bytes / 1e6)
@@ -211,16 +210,30 @@ class PrepareProgress(LiveDisplay):
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
+class PrepareProgress(DataProgress):
+    """Display of data preparation; pass it as ``progress`` to ``data.prepare``."""
+
+    def __call__(self, done_bytes: int, total_bytes: int, documents: int, tokens: int) -> None:
+        """Show the totals after a batch of documents."""
+        numbers = f"{done_bytes / 1e6:,.0f} MB  {documents:,} documents  {tokens / 1e6:,.1f}M tokens"
+        self.show(done_bytes, total_bytes, numbers)
+
+
+class VerifyProgress(DataProgress):
+    """Display of a check of data; pass it as ``progress`` to ``data.verify``."""
+
+    def __call__(self, done_bytes: int, total_bytes: int) -> None:
+        """Show the totals after a block of data."""
+        self.show(done_bytes, total_bytes, f"{done_bytes / 1e9:,.1f} of {total_bytes / 1e9:,.1f} GB")
+
+
 def open_dataset(name: str, progress: bool, verify: bool = True) -> Dataset:
-    """Open a data folder, and verify its files unless another process does; shows progress where that takes long."""
-    if not progress:
+    """Open a data folder, and check a sample of it unless another process does; shows progress of python-stdlib."""
+    if not progress or is_prepared(name):
         return open_data(name, verify=verify)
-    if not is_prepared(name):
-        log(f"preparing {name}: the source of Python's standard library")
-        with PrepareProgress(name) as display:
-            return open_data(name, display, verify)
-    with heartbeat(f"verifying {name}", PrepareProgress(name).log):
-        return open_data(name, verify=verify)
+    log(f"preparing {name}: the source of Python's standard library")
+    with PrepareProgress(name) as display:
+        return open_data(name, display, verify)
 
 
 def log(text: str) -> None:

@@ -1,13 +1,20 @@
 """Batches: each window once per epoch, independent of the number of ranks, from (seed, step) alone."""
 
+import math
+import os
+import subprocess
+import sys
+import tracemalloc
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from antransformer.data import Prefetcher, Shard, ShuffledWindows, Split, eval_batches
+from antransformer.data import Prefetcher, Shard, ShuffledWindows, Split, eval_batches, prepare
+from antransformer.data.shuffle import FeistelPermutation
 from antransformer.errors import ConfigError, DataError
 from helpers.messages import mentions
 
@@ -37,6 +44,7 @@ def starts(windows: ShuffledWindows, steps: range, batch: int, world: int = 1) -
     ]
 
 
+FIRST = [0, 11, 9, 6, 7, 3, 5, 8, 2, 13, 4, 10, 12, 1]
 EVERY = [0, 8, 16, 24, 32, 1000, 2000, 2008, 2016, 3000, 3008, 3016, 3024, 3032]
 
 
@@ -90,12 +98,12 @@ def test_batches_straddle_epochs_without_repeating_or_skipping(split: Split) -> 
     assert starts(windows, range(4), 35) == sequence  # a batch may hold several epochs
 
 
-@pytest.mark.parametrize("world", [2, 3, 6])
+@pytest.mark.parametrize("world", [2, 3, 4, 6])
 def test_ranks_share_the_same_windows(split: Split, world: int) -> None:
     windows = ShuffledWindows(split, 8, seed=5)
     for step in range(8):
         steps = range(step, step + 1)
-        assert starts(windows, steps, 6, world) == starts(windows, steps, 6)
+        assert starts(windows, steps, 12, world) == starts(windows, steps, 12)
 
 
 def test_batches_are_a_pure_function_of_seed_and_step(split: Split) -> None:
@@ -106,12 +114,108 @@ def test_batches_are_a_pure_function_of_seed_and_step(split: Split) -> None:
     assert starts(ShuffledWindows(split, 8, seed=2), range(12), 4) != forward
 
 
-def test_order_never_changes(split: Split) -> None:
+def test_old_order_never_changes(split: Split) -> None:
     # Resumed runs rely on this order across versions of numpy and of this package. The expected values were computed
     # independently: the windows in EVERY sorted by np.random.PCG64([seed, epoch]).random_raw(14).
     first = [3016, 24, 3032, 16, 8, 2016, 2000, 0, 2008, 32, 3008, 3024, 1000, 3000]
     second = [2008, 3008, 32, 3016, 3024, 1000, 8, 3000, 2016, 3032, 2000, 16, 0, 24]
-    assert starts(ShuffledWindows(split, 8, seed=0), range(2), 14) == first + second
+    assert starts(ShuffledWindows(split, 8, seed=0, shuffle="argsort"), range(2), 14) == first + second
+
+
+def transcribed(count: int, seed: int, epoch: int) -> list[int]:
+    """The Feistel order from its definition, with Python's integers."""
+    bits = max(2, math.ceil(math.log2(count)))
+    small, large = bits // 2, bits - bits // 2
+    keys = [int(key) for key in np.random.PCG64([seed, epoch]).random_raw(8)]
+
+    def mix(value: int) -> int:
+        value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        value = (value ^ value >> 27) * 0x94D049BB133111EB % 2**64
+        return value ^ value >> 31
+
+    def permute(value: int) -> int:
+        left, right = divmod(value, 2**small)
+        for index, key in enumerate(keys):
+            if index % 2 == 0:
+                right ^= mix((left + key) % 2**64) % 2**small
+            else:
+                left ^= mix((right + key) % 2**64) % 2**large
+        return left * 2**small + right
+
+    order = []
+    for value in range(count):
+        value = permute(value)
+        while value >= count:
+            value = permute(value)
+        order.append(value)
+    return order
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 14, 16, 17, 1000])
+def test_feistel_order_never_changes(count: int) -> None:
+    for seed, epoch in ((0, 0), (2**62, 5)):
+        order = FeistelPermutation(count, seed, epoch)[np.arange(count)]
+        assert order.tolist() == transcribed(count, seed, epoch)
+        assert sorted(order.tolist()) == list(range(count))
+    assert transcribed(14, 0, 0) == FIRST  # so that no change of both goes unnoticed
+
+
+def test_feistel_order_is_uniform() -> None:
+    orders = np.array([FeistelPermutation(12, seed, 0)[np.arange(12)] for seed in range(6000)])
+    # Element by position, and pairs of elements at neighbouring positions: chi-squared within five standard deviations.
+    for codes, cells in (
+        ((orders * 12 + np.arange(12)).ravel(), 144),
+        ((orders[:, 0] * 12 + orders[:, 1])[orders[:, 0] != orders[:, 1]], 144),
+    ):
+        counts = np.bincount(codes, minlength=cells)
+        counts = counts[counts > 0]
+        expected = counts.sum() / len(counts)
+        statistic = ((counts - expected) ** 2 / expected).sum()
+        assert len(counts) in (132, 144) and abs(statistic - len(counts)) < 5 * math.sqrt(2 * len(counts))
+
+
+def test_an_epoch_of_any_length_takes_no_memory() -> None:
+    tracemalloc.start()
+    try:
+        order = FeistelPermutation(10**12, 1, 0)[np.arange(10**11, 10**11 + 1000)]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(set(order.tolist())) == 1000 and order.min() >= 0 and order.max() < 10**12
+    assert peak < 1_000_000
+
+
+def test_an_id_above_the_largest_is_refused_and_its_shard_named(split: Split) -> None:
+    windows = ShuffledWindows(replace(split, max_token=3020), 8, seed=0)
+    with pytest.raises(DataError) as error:
+        windows.batch(0, 14)
+    assert mentions(error.value, split.shards[3].path, 3040, 3020)
+
+
+def test_a_file_that_shrinks_during_training_is_named(split: Split) -> None:
+    windows = ShuffledWindows(split, 8, seed=0)
+    for damage in (lambda path: path.write_bytes(path.read_bytes()[:-4]), Path.unlink):
+        damage(split.shards[3].path)
+        with pytest.raises(DataError) as error:
+            windows.batch(0, 14)
+        assert mentions(error.value, split.shards[3].path)
+
+
+def test_more_shards_than_a_process_may_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # hundreds of them can take minutes on a busy disk
+    script = (
+        "import resource, sys\n"
+        "from pathlib import Path\n"
+        "from antransformer.data import Dataset, ShuffledWindows\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))\n"
+        "split = Dataset.open(sys.argv[1]).split('train')\n"
+        "tokens, targets = ShuffledWindows(split, 4, seed=0).batch(0, 4096)\n"
+        "assert len(split.shards) > 128 and len({tuple(row) for row in tokens.tolist()}) > 1000\n"
+    )
+    (tmp_path / "a.txt").write_text("".join(f"{number} " for number in range(2000)))
+    (tmp_path / "b.txt").write_text("held out")
+    prepare(tmp_path / "a.txt", tmp_path / "out", val_inputs=tmp_path / "b.txt", shard_tokens=10)
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "out")], check=True)
 
 
 def test_numbers_out_of_range_are_refused(split: Split) -> None:

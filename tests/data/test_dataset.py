@@ -1,8 +1,10 @@
 """Prepared data folders: damage is detected, and a one-line error names the file."""
 
 import errno
+import hashlib
 import json
 import os
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from antransformer.data import Dataset, byte_tokenizer, prepare, train_bpe
+from antransformer.cli import main
+from antransformer.data import Dataset, ShuffledWindows, byte_tokenizer, checks, prepare, train_bpe, verify
+from antransformer.data.shards import ShardWriter
 from antransformer.errors import DataError
 from helpers.messages import mentions
 
@@ -44,13 +48,95 @@ def test_arrays_are_read_only_maps(folder: Path) -> None:
     assert not any(array.flags.writeable for array in arrays)
 
 
+def flip(shard: Path, position: int) -> None:
+    data = bytearray(shard.read_bytes())
+    data[position] ^= 1
+    shard.write_bytes(data)
+
+
 def test_changed_content_is_found(folder: Path) -> None:
     shard = folder / "train-00001.bin"
-    data = bytearray(shard.read_bytes())
-    data[100] ^= 1
-    shard.write_bytes(data)
+    flip(shard, 100)
     assert mentions(refusal(folder), *f"{shard} SHA-256".split())
     assert Dataset.open(folder, verify=False).split("train").tokens == 1001
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    """A folder with a shard that is larger than its sample."""
+    (tmp_path / "a.txt").write_text("some text " * 5000)
+    (tmp_path / "b.txt").write_text("other text")
+    return prepare(tmp_path / "a.txt", tmp_path / "out", val_inputs=tmp_path / "b.txt").path
+
+
+@pytest.mark.parametrize(("position", "sampled"), [(0, True), (-1, True), (4200, False)])
+def test_opening_checks_a_sample_and_verify_checks_all(large: Path, position: int, sampled: bool) -> None:
+    calls: list[tuple[int, int]] = []
+    verify(large, jobs=2, progress=lambda *call: calls.append(call))
+    assert calls == [(calls[0][0], 100_024), (100_024, 100_024)]
+    shard = large / "train-00000.bin"
+    flip(shard, position)
+    if sampled:
+        assert mentions(refusal(large), shard, "SHA-256")
+    else:
+        Dataset.open(large)
+    with pytest.raises(DataError) as error:
+        verify(large)
+    assert mentions(error.value, shard, "SHA-256")
+
+
+def test_verify_adds_the_samples_that_older_folders_lack(large: Path) -> None:
+    before = json.loads((large / "meta.json").read_text())
+    change(large, lambda meta: [meta["splits"][name]["shards"][0].pop("sample_sha256") for name in ("train", "val")])
+    digest = Dataset.open(large).digest
+    assert verify(large).digest == digest
+    assert json.loads((large / "meta.json").read_text()) == before
+
+
+def test_opening_reads_little_of_large_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("some text " * 50)
+    (tmp_path / "b.txt").write_text("other text")
+    folder = prepare(tmp_path / "a.txt", tmp_path / "out", val_inputs=tmp_path / "b.txt").path
+    zeros = hashlib.sha256(bytes(checks.SAMPLE_BLOCKS * checks.SAMPLE_BYTES)).hexdigest()
+    tokens = 10**10  # 20 GB a shard
+    names = [f"train-{number:05d}.bin" for number in range(50)]
+    for name in names:
+        with (folder / name).open("wb") as file:
+            file.truncate(2 * tokens)
+    shards = [{"file": name, "tokens": tokens, "sha256": "", "sample_sha256": zeros} for name in names]
+    change(folder, lambda meta: meta["splits"]["train"].update(tokens=tokens * 50, shards=shards))
+    read: list[int] = []
+    sample = checks.read_sample
+    monkeypatch.setattr(checks, "read_sample", lambda *given: read.append(len(sample(*given))) or sample(*given))
+    tracemalloc.start()
+    try:
+        dataset = Dataset.open(folder)
+        ShuffledWindows(dataset.split("train"), 1024, seed=0).batch(10**6, 8)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(read) == 32 and sum(read) <= 32 * 2**15
+    assert peak < 5_000_000
+
+
+def test_number_of_shards_grows_with_the_logarithm_of_the_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # hundreds of them can take minutes on a busy disk
+    with ShardWriter(tmp_path, "train", "uint16", shard_tokens=1) as writer:
+        writer.write(np.arange(64 * 7 + 5), 1)
+    sizes = [shard["tokens"] for shard in writer.meta()["shards"]]
+    assert sizes == [1] * 64 + [2] * 64 + [4] * 64 + [5]
+
+
+def test_verify_prints_the_size_or_one_line(large: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(large), "--jobs", "2"]) == 0
+    assert mentions(capsys.readouterr().out, large, 2, 50_012)
+    assert main(["verify", str(large), "--jobs", "0"]) == 2
+    assert mentions(capsys.readouterr().err, "--jobs", 0)
+    flip(large / "train-00000.bin", 4200)
+    assert main(["verify", str(large)]) == 2
+    assert mentions(capsys.readouterr().err, large / "train-00000.bin")
 
 
 @pytest.mark.parametrize("verify", [True, False])
@@ -78,8 +164,8 @@ def test_other_folders_are_refused(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_newer_format_version_is_refused(folder: Path) -> None:
-    change(folder, lambda meta: meta.update(version=2, splits="of an unknown form"))
-    assert mentions(refusal(folder), *f"{folder / 'meta.json'} version 2 1".split())
+    change(folder, lambda meta: meta.update(version=3, splits="of an unknown form"))
+    assert mentions(refusal(folder), *f"{folder / 'meta.json'} version 3 2".split())
 
 
 @pytest.mark.parametrize("key", ["version", "dtype", "vocab_size", "end_of_text", "max_token", "tokenizer", "splits"])

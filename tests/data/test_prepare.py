@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import tokenizers
 
+from antransformer.cli import main
 from antransformer.data import Dataset, Split, preparation, prepare, readers
 from antransformer.data.holdout import TrainValSplit
 from antransformer.data.shards import ShardWriter, dtype_for
@@ -71,7 +72,7 @@ def test_round_trip_and_counts(corpus: Path, tmp_path: Path) -> None:
     assert (dataset.vocab_size, dataset.end_of_text, dataset.max_token) == (257, 256, 256)
     meta = json.loads((tmp_path / "out" / "meta.json").read_text())
     assert meta["sources"] == [
-        {"input": str(corpus), "files": 2, "bytes": sum(len(data) for data in files(corpus).values()), "skipped": 0}
+        {"input": str(corpus), "files": 2, "bytes": sum(len(data) for data in files(corpus).values()), "skipped": {}}
     ]
     assert meta["val_fraction"] == 0.2
 
@@ -168,6 +169,7 @@ def test_a_vocabulary_too_large_for_uint16(tmp_path: Path) -> None:
     vocabulary = {f"w{i}": i for i in range(70_000)} | {"<|endoftext|>": 70_000}
     library = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w0"))
     library.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    library.add_special_tokens(["<|endoftext|>"])
     library.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "a.txt").write_text("w69999 w1")
     (tmp_path / "b.txt").write_text("w65536")
@@ -189,7 +191,7 @@ def test_dtype_and_its_limit(tmp_path: Path) -> None:
 def test_unusable_options_are_refused(corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     for fraction in (0, 1, -0.1, 1.5, float("nan")):
-        assert mentions(refusal([corpus], out, val_fraction=fraction), *f"val_fraction {fraction}".split())
+        assert mentions(refusal([corpus], out, val_fraction=fraction), *f"--val-fraction {fraction}".split())
     assert mentions(refusal([corpus], out, bpe_vocab_size=256), *["bpe_vocab_size", "256", "257"])
     assert mentions(
         refusal([corpus], out, bpe_vocab_size=300, tokenizer="own.json"), *["bpe_vocab_size", "tokenizer", "own.json"]
@@ -219,8 +221,8 @@ def test_a_folder_that_cannot_be_created(corpus: Path, tmp_path: Path, monkeypat
 
 
 def fractions(message: str) -> list[float]:
-    """Values of val_fraction in a message."""
-    return [float(number) for number in re.findall(r"val_fraction\W*([\d.e-]+)", message)]
+    """Values of --val-fraction in a message."""
+    return [float(number) for number in re.findall(r"--val-fraction\W*(\d[\d.e-]*)", message)]
 
 
 def test_empty_validation_names_a_fraction_that_works(tmp_path: Path) -> None:
@@ -228,13 +230,90 @@ def test_empty_validation_names_a_fraction_that_works(tmp_path: Path) -> None:
     path.write_text("<|endoftext|>".join("abcde"))
     for fraction, split in ((1e-6, "val"), (1 - 1e-6, "train")):
         message = refusal([path], tmp_path / "out", val_fraction=fraction)
-        assert mentions(message, *["5", "<|endoftext|>"])
+        assert mentions(message, "5", "--val-inputs")
         assert re.search(rf"\b{split}[a-z]*\b", message)  # training, validation
         current, suggested = fractions(message)
         assert current == fraction
         dataset = prepare([path], tmp_path / split, val_fraction=suggested)
         assert dataset.split("val").documents >= 1
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("files_and_words", [(1, 20_000), (41, 300)])
+def test_the_default_always_leaves_a_validation_split(tmp_path: Path, files_and_words: tuple[int, int]) -> None:
+    count, words = files_and_words
+    for number in range(count):
+        text = "\n".join(f"line {index} of text {number}" for index in range(words // 5))
+        (tmp_path / f"{number:02d}.txt").write_text(text)
+    dataset = prepare(sorted(tmp_path.glob("*.txt")), tmp_path / "out")
+    train, val = documents(dataset, "train"), documents(dataset, "val")
+    assert len(train) == len(val) == count
+    joined = [head + tail for head, tail in zip(train, val, strict=True)]
+    assert joined == [path.read_text() for path in sorted(tmp_path.glob("*.txt"))]
+    assert all(tail.startswith("line ") for tail in val)  # cut after a line
+    sizes = [dataset.split(name).bytes for name in ("train", "val")]
+    assert sizes[1] > 0.5 * min(1 << 14, sum(sizes) / 10)
+    meta = json.loads((tmp_path / "out/meta.json").read_text())
+    assert meta["val_fraction"] is None and meta["val_tail"] == min(0.1, (1 << 14) / sum(sizes))
+
+
+def test_the_default_holds_out_documents_where_they_suffice(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("<|endoftext|>".join(f"{number} " + "word " * 400 for number in range(3000)))
+    default = prepare(path, tmp_path / "default")
+    assert files(default.path) == files(prepare(path, tmp_path / "explicit", val_fraction=0.01).path)
+
+
+def test_of_many_short_documents_more_are_held_out_by_default(tmp_path: Path) -> None:
+    texts = [f"line {number} of the log" for number in range(2000)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    dataset = prepare(tmp_path / "a.jsonl", tmp_path / "out")
+    assert sorted(documents(dataset, "train") + documents(dataset, "val")) == sorted(texts)
+    assert 150 < dataset.split("val").documents < 250
+    assert json.loads((tmp_path / "out/meta.json").read_text())["val_fraction"] == 0.1
+
+
+def test_an_explicit_fraction_fails_before_encoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("one<|endoftext|>two")
+    monkeypatch.setattr(preparation, "load_tokenizer", None)
+    assert mentions(refusal(tmp_path / "a.txt", tmp_path / "out", val_fraction=1e-6), "--val-fraction")
+    options = {"val_fraction": 0.5, "val_inputs": tmp_path / "a.txt"}
+    assert mentions(refusal(tmp_path / "a.txt", tmp_path / "out", **options), "--val-fraction", "--val-inputs")
+
+
+def test_a_single_character_cannot_be_held_out(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x")
+    assert mentions(refusal(tmp_path / "a.txt", tmp_path / "out"), "--val-inputs")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bpe_on_a_large_corpus_samples_by_seeking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [f"{number} " + "word " * 100 for number in range(2000)]
+    (tmp_path / "a.txt").write_text("<|endoftext|>".join(texts))
+    split = TrainValSplit.find([tmp_path / "a.txt"], (), 0.1)
+    train = {document.text for document in split.documents() if document.split == "train"}
+    monkeypatch.setattr(readers, "BLOCK_BYTES", 1000)
+    sample = split.training_sample(100_000)
+    positions = [texts.index(text) for text in sample if text in texts]
+    assert set(sample) <= train
+    assert 100_000 <= sum(map(len, sample)) < 300_000
+    assert positions == sorted(positions) and positions[0] < 50 and positions[-1] > 1900
+
+
+def test_skipped_files_and_small_vocabularies_are_printed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text/a.txt").write_text("some words " * 100)
+    (tmp_path / "text/b.npz").write_bytes(b"x")
+    words = ["prepare", str(tmp_path / "text"), "--out", str(tmp_path / "out"), "--bpe-vocab-size", "4096"]
+    assert main(words) == 0
+    skipped, tails, small = caplog.messages
+    assert mentions(skipped, tmp_path / "text", 1, "b.npz") and mentions(tails.replace("%", " "), 10)
+    dataset = Dataset.open(tmp_path / "out")
+    assert dataset.vocab_size < 4096 and mentions(small, dataset.vocab_size, 4096)
+    (source,) = json.loads((tmp_path / "out/meta.json").read_text())["sources"]
+    assert list(source["skipped"].values()) == [{"files": 1, "first": ["b.npz"]}]
 
 
 def test_a_single_document_cannot_be_split(tmp_path: Path) -> None:

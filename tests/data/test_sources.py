@@ -1,8 +1,10 @@
 """Inputs to documents: search for files, cuts of long text, and errors for broken files."""
 
+import bz2
 import errno
 import gzip
 import json
+import lzma
 import os
 import sys
 import tracemalloc
@@ -10,6 +12,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -122,7 +125,118 @@ def test_undecodable_files_of_a_folder_are_skipped_and_counted(tmp_path: Path) -
     write(tmp_path / "c.txt", "x\0y")
     corpus = Corpus.find([tmp_path])
     assert [text for text, _ in corpus.documents()] == ["good"]
-    assert corpus.sources[0].skipped == 2
+    (reason,) = corpus.sources[0].skipped
+    assert "UTF-8" in reason and corpus.sources[0].skipped[reason] == {"files": 2, "first": ["b.txt", "c.txt"]}
+
+
+COMPRESS = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".zst": zstandard.compress,
+    ".xz": lzma.compress,
+    ".bz2": bz2.compress,
+}
+
+
+@pytest.mark.parametrize("compression", COMPRESS)
+def test_text_and_json_lines_of_any_compression(tmp_path: Path, compression: str) -> None:
+    compress = COMPRESS[compression]
+    write(tmp_path / f"a.txt{compression}", compress("\ufeffone<|endoftext|>zwölf".encode()))
+    for ending in (".jsonl", ".ndjson", ".JSON"):
+        write(tmp_path / f"b{ending}{compression}", compress(b'{"text": "three"}\n{"text": "four"}\n'))
+    assert texts(tmp_path) == ["three", "four", "one", "zwölf"][2:] + ["three", "four"] * 3
+    if compression:
+        path = write(tmp_path / f"cut.txt{compression}", compress(Random(0).randbytes(3000).hex().encode())[:-9])
+        assert mentions(refusal(path), path)
+
+
+def test_json_that_is_not_lines_is_refused_or_skipped(tmp_path: Path) -> None:
+    pretty = write(tmp_path / "pretty.json", json.dumps({"text": "never read"}, indent=2))
+    array = write(tmp_path / "array.json", '[{"text": "never read"}]')
+    for path in (pretty, array):
+        assert mentions(refusal(path), path, "'text'")
+    write(tmp_path / "a.txt", "a")
+    corpus = Corpus.find([tmp_path])
+    assert [text for text, _ in corpus.documents()] == ["a"]
+    ((reason, entry),) = corpus.sources[0].skipped.items()
+    assert "JSON" in reason and entry == {"files": 2, "first": ["array.json", "pretty.json"]}
+
+
+def test_text_field_selects_nested_records_and_names_with_dots(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", '{"doc": {"body": "one"}, "text": "other"}\n{"doc.body": "two"}\n')
+    struct = pa.array([{"body": "three", "n": 1}, None, {"body": "four", "n": 2}])
+    pq.write_table(pa.table({"doc": struct, "text": ["x", "y", "z"]}), tmp_path / "b.parquet")
+    pq.write_table(pa.table({"doc.body": ["five"]}), tmp_path / "c.parquet")
+    corpus = Corpus.find([tmp_path], text_field="doc.body")
+    assert [text for text, _ in corpus.documents()] == ["one", "two", "three", "four", "five"]
+    for name, facts in (("a.jsonl", ["1", "'doc.tail'", "['body']"]), ("b.parquet", ["'doc.tail'", "['body', 'n']"])):
+        with pytest.raises(DataError) as error:
+            list(Corpus.find([tmp_path / name], text_field="doc.tail").documents())
+        assert mentions(error.value, tmp_path / name, "--text-field", *facts)
+
+
+def test_columns_of_any_kind_that_holds_text(tmp_path: Path) -> None:
+    values = ["one", None, "zwölf", "one"]
+    plain = pa.array(values)
+    kinds = [
+        plain.dictionary_encode(),
+        plain.cast(pa.large_string()),
+        plain.cast(pa.string_view()),
+        plain.cast(pa.binary()),
+        plain.cast(pa.large_binary()),
+    ]
+    for number, column in enumerate(kinds):
+        pq.write_table(pa.table({"text": column}), tmp_path / f"{number}.parquet")
+        assert texts(tmp_path / f"{number}.parquet") == ["one", "zwölf", "one"], column.type
+    pq.write_table(pa.table({"text": [b"\xff"]}), tmp_path / "b.parquet")
+    assert mentions(refusal(tmp_path / "b.parquet"), tmp_path / "b.parquet")
+
+
+def test_skipped_files_are_counted_by_reason(tmp_path: Path) -> None:
+    write(tmp_path / "a.txt", "a")
+    for number in range(5):
+        write(tmp_path / f"{number}.npz", "x")
+    write(tmp_path / "latin.txt", "é".encode("latin-1"))
+    write(tmp_path / "empty.txt", "")
+    skipped = Corpus.find([tmp_path]).sources[0].skipped
+    assert {reason.split()[-1]: entry for reason, entry in skipped.items()} == {
+        "ending": {"files": 5, "first": ["0.npz", "1.npz", "2.npz"]},
+        "text": {"files": 1, "first": ["latin.txt"]},
+        "empty": {"files": 1, "first": ["empty.txt"]},
+    }
+    # A shell expands *.txt to all of these.
+    assert texts(tmp_path / "a.txt", tmp_path / "empty.txt") == ["a"]
+
+
+def test_only_some_blocks_of_a_long_file_are_decoded_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "CHECKED_BYTES", 64)
+    text = "é" * 100_000
+    path = write(tmp_path / "a.txt", text)
+    assert texts(path) == [text]
+    for position in (0, 100_000, 199_999):
+        write(tmp_path / "a.txt", text.encode()[:position] + b"\xff" + text.encode()[position + 1 :])
+        refusal(path)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
+def test_positions_are_spread_over_the_files(tmp_path: Path, name: str) -> None:
+    documents = [f"document {number}" for number in range(1000)]
+    if name == "a.txt":
+        write(tmp_path / name, "<|endoftext|>".join(documents))
+    elif name == "a.jsonl":
+        write(tmp_path / name, "".join(json.dumps({"text": text}) + "\n" for text in documents))
+    else:
+        pq.write_table(pa.table({"text": documents}), tmp_path / name, row_group_size=10)
+    write(tmp_path / "b.txt.gz", gzip.compress(b"packed"))
+    found = []
+    for path, start, share in Corpus.find([tmp_path]).positions(10):
+        assert 0 < share <= 0.1
+        found.append(next(readers.read(path, start=start))[0])
+    numbers = [int(text.split()[-1]) for text in found if text != "packed"]
+    assert numbers[0] == 0 and numbers == sorted(numbers)
+    assert max(np.diff([*numbers, 1000])) < 200 and set(found) <= {*documents, "packed"}
 
 
 def test_json_lines_plain_and_compressed(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 from pathlib import Path
+from random import Random
 
 import pytest
 import tokenizers
@@ -105,6 +106,58 @@ def test_vocab_size_is_the_largest_id_plus_one(tmp_path: Path) -> None:
     library.save(str(tmp_path / "tokenizer.json"))
     loaded = Tokenizer.load(tmp_path)
     assert (loaded.vocab_size, loaded.end_of_text) == (42, 41)
+
+
+def named(folder: Path, *special: str, pieces: tuple[str, ...] = ()) -> Path:
+    """A folder with a tokenizer of these special tokens and ordinary pieces."""
+    vocabulary = {token: number for number, token in enumerate(["a", *pieces])}
+    library = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="a"))
+    library.add_special_tokens(list(special))
+    folder.mkdir(exist_ok=True)
+    library.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_the_end_of_text_is_read_from_the_files_next_to_the_tokenizer(tmp_path: Path) -> None:
+    folder = named(tmp_path / "own", "</s>", "[DONE]", "[END]")
+    assert load_tokenizer(folder).end_of_text == 1
+    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "[END]"}}))
+    assert load_tokenizer(folder).end_of_text == 3
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "[DONE]"}))
+    loaded = load_tokenizer(folder / "tokenizer.json")
+    assert loaded.end_of_text == 2
+    assert load_tokenizer(folder, "[END]").end_of_text == 3
+    (tmp_path / "copy").mkdir()
+    loaded.save(tmp_path / "copy/tokenizer.json")  # as a run folder holds it
+    assert Tokenizer.load(tmp_path / "copy/tokenizer.json").end_of_text == 2
+    (folder / "tokenizer_config.json").write_text("{")
+    with pytest.raises(DataError) as error:
+        load_tokenizer(folder)
+    assert mentions(error.value, folder / "tokenizer_config.json")
+
+
+def test_only_special_tokens_end_a_text(tmp_path: Path) -> None:
+    folder = named(tmp_path / "own", "[END]", pieces=("<|endoftext|>",))
+    for token in (None, "<|endoftext|>", "absent"):
+        with pytest.raises(DataError) as error:
+            load_tokenizer(folder, token)
+        assert mentions(error.value, token or "<|endoftext|>", "--end-of-text") and "[END]" in str(error.value)
+    assert load_tokenizer(folder, "[END]").end_of_text == 2
+    assert load_tokenizer(named(tmp_path / "both", "</s>", pieces=("<|endoftext|>",))).end_of_text == 2
+    assert Tokenizer.load(folder).end_of_text == 1  # folders of older versions remain readable
+    with pytest.raises(DataError) as error:
+        load_tokenizer("byte", "</s>")
+    assert mentions(error.value, "--end-of-text", "</s>")
+
+
+def test_a_bpe_of_text_without_spaces_is_trained_on_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "".join(Random(0).choices("ACGT", k=200_000))
+    monkeypatch.setattr(module, "CUT_CHARACTERS", 100_000)
+    dna = train_bpe([text, text, "some words " * 10], 500)
+    assert dna.vocab_size == 500 and max(map(len, dna.vocabulary())) < 64
+    assert len(dna.encode(text)) < len(text) / 3
+    assert list(module._cut_runs(["a" * 130 + " b", "c"])) == ["a" * 64, "a" * 64, "aa b", "c"]
+    assert list(module._cut_runs(["a" * 200_000, "b" * 100, "c"]))[-1] == "c"
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The lock of a run folder."""
 
 import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -54,6 +55,28 @@ def test_a_link_as_lock_file_is_refused(tmp_path):
     with pytest.raises(ConfigError) as error, lock(tmp_path):
         pass
     assert mentions(error.value, tmp_path) and (tmp_path / "target").read_text() == "content"
+
+
+@pytest.mark.parametrize("name", ["ENOSYS", "ENOLCK", "EOPNOTSUPP"])
+def test_a_file_system_without_locks_gives_a_warning(tmp_path, monkeypatch, caplog, name):
+    def flock(descriptor, operation):
+        raise OSError(getattr(errno, name), os.strerror(getattr(errno, name)))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    for _ in range(2):
+        with lock(tmp_path / "run"):
+            assert (tmp_path / "run/.lock.pid").read_text() == str(os.getpid())
+    assert len(caplog.messages) == 2 and all(mentions(text, tmp_path / "run") for text in caplog.messages)
+
+
+def test_other_errors_of_locking_are_errors(tmp_path, monkeypatch):
+    def flock(descriptor, operation):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(ConfigError) as error, lock(tmp_path):
+        pass
+    assert mentions(error.value, tmp_path) and os.strerror(errno.EIO) in str(error.value)
 
 
 def test_a_folder_that_cannot_be_created_is_refused(tmp_path):

@@ -194,7 +194,8 @@ def test_cautious_decay_spares_coordinates_that_grow(corpus, tmp_path, monkeypat
         free = after["none"][key]
         shrinks = (initial[key] - free) * initial[key] >= 0
         decay = rates[id(parameter)] * 0.5 * initial[key] * shrinks if parameter.ndim == 2 else 0
-        torch.testing.assert_close(after["cautious"][key], free - decay, rtol=1e-5, atol=1e-7)
+        moved = free != initial[key]  # the sign of a smaller update is lost in rounding
+        torch.testing.assert_close(after["cautious"][key][moved], (free - decay)[moved], rtol=1e-5, atol=1e-7)
         assert parameter.ndim == 1 or 0.2 < shrinks.float().mean() < 0.8 or key == "embedding.weight"
 
 

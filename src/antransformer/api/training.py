@@ -8,10 +8,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from antransformer.data import Dataset
+from antransformer.data import Dataset, prepare_tokenized
+from antransformer.data import join_parts as join_written_parts
 from antransformer.data import prepare as prepare_data
+from antransformer.data import prepare_part as write_part
+from antransformer.data import verify as verify_data
 from antransformer.data.holdout import Inputs
-from antransformer.progress import PrepareProgress, TrainingProgress, open_dataset
+from antransformer.data.readers import TEXT_FIELD
+from antransformer.errors import ConfigError
+from antransformer.progress import PrepareProgress, TrainingProgress, VerifyProgress, open_dataset
 from antransformer.training import config_files, launch, run_folder
 from antransformer.training.config import TrainConfig, merge, normalize_settings
 from antransformer.training.dry_run import NullReporter
@@ -28,18 +33,38 @@ def prepare(
     out: str | Path,
     *,
     tokenizer: str | Path = "byte",
+    tokenized: bool = False,
     bpe_vocab_size: int | None = None,
-    val_fraction: float = 0.01,
+    end_of_text: str | None = None,
+    text_field: str = TEXT_FIELD,
+    val_fraction: float | None = None,
     val_inputs: Inputs = (),
     progress: bool = False,
 ) -> Dataset:
-    """Tokenize text into a new data folder; arguments and errors as in ``antransformer.data.prepare``."""
+    """Tokenize text into a new data folder; arguments and errors as in ``antransformer.data.prepare``.
+
+    With ``tokenized``, the inputs are files of token ids, as in ``antransformer.data.prepare_tokenized``.
+    """
     with PrepareProgress(Path(out).name, enabled=progress) as display:
+        if tokenized:
+            if bpe_vocab_size is not None or text_field != TEXT_FIELD:
+                raise ConfigError("--bpe-vocab-size and --text-field are for text, not with --tokenized: omit them")
+            return prepare_tokenized(
+                [inputs] if isinstance(inputs, str | Path) else tuple(inputs),
+                out,
+                tokenizer=tokenizer,
+                end_of_text=end_of_text,
+                val_fraction=val_fraction,
+                val_inputs=[val_inputs] if isinstance(val_inputs, str | Path) else tuple(val_inputs),
+                progress=display,
+            )
         return prepare_data(
             inputs,
             out,
             tokenizer=tokenizer,
             bpe_vocab_size=bpe_vocab_size,
+            end_of_text=end_of_text,
+            text_field=text_field,
             val_fraction=val_fraction,
             val_inputs=val_inputs,
             progress=display,
@@ -62,6 +87,48 @@ def preview(*, config: str | Path | None = None, progress: bool = False, **setti
     settings = run_folder.with_initial_model(merge(file, options), LOG.warning)
     dataset, complete, _ = launch.new_run(settings, None, partial(open_dataset, progress=progress))
     return preview_run(complete, dataset, options, file, None if config is None else str(config))
+
+
+def prepare_part(
+    inputs: Inputs,
+    out: str | Path,
+    part: str,
+    *,
+    tokenizer: str | Path = "byte",
+    end_of_text: str | None = None,
+    text_field: str = TEXT_FIELD,
+    val_fraction: float | None = None,
+    val_inputs: Inputs = (),
+    progress: bool = False,
+) -> Path | None:
+    """Tokenize part "I/N" of the files; arguments, result and errors as in ``antransformer.data.prepare_part``."""
+    with PrepareProgress(f"{Path(out).name} {part}", enabled=progress) as display:
+        return write_part(
+            inputs,
+            out,
+            part,
+            tokenizer=tokenizer,
+            end_of_text=end_of_text,
+            text_field=text_field,
+            val_fraction=val_fraction,
+            val_inputs=val_inputs,
+            progress=display,
+        )
+
+
+def join_parts(out: str | Path, *, progress: bool = False) -> Dataset:
+    """Join the parts of ``out`` to a data folder; errors as in ``antransformer.data.join_parts``."""
+    with PrepareProgress(Path(out).name, enabled=progress) as display:
+        return join_written_parts(out, progress=display)
+
+
+def verify(data: str | Path, *, jobs: int = 1, progress: bool = False) -> Dataset:
+    """Check every shard of a ``data`` folder, ``jobs`` at a time; errors as in ``antransformer.data.verify``.
+
+    With ``progress``, the bytes that were checked are shown on standard error.
+    """
+    with VerifyProgress(Path(data).name, enabled=progress) as display:
+        return verify_data(data, jobs=jobs, progress=display)
 
 
 @dataclass(frozen=True)

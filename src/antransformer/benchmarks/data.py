@@ -29,7 +29,8 @@ from antransformer.data import (
     train_bpe,
 )
 from antransformer.data.batches import Batch
-from antransformer.data.shards import DTYPES, dtype_for
+from antransformer.data.checks import DTYPES
+from antransformer.data.shards import dtype_for
 from antransformer.data.sources import Corpus
 from antransformer.data.stdlib import VOCABULARY
 from antransformer.models import ModelConfig

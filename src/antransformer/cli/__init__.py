@@ -17,6 +17,7 @@ from antransformer.version import __version__
 # Verb -> one-line summary, which is also the first line of the docstring of its module.
 VERBS = {
     "prepare": "Turn text into a data folder to train on.",
+    "verify": "Check all tokens of a data folder against its checksums.",
     "train": "Train a model on prepared data.",
     "generate": "Write text with a trained model.",
     "evaluate": "Score a trained model with lm_eval, or its perplexity on a text.",

@@ -1,27 +1,38 @@
 """Turn text into a data folder to train on.
 
-INPUT is a file, a folder or a quoted pattern: plain text (.txt .md .py and the like), .jsonl, .jsonl.gz or .jsonl.zst
-with a "text" field, .parquet with a "text" column. In plain text <|endoftext|> ends a document.
+INPUT is a file, a folder or a quoted pattern: plain text (.txt .md .py and the like), JSON lines (.jsonl .ndjson .json)
+with a "text" field, or .parquet with a "text" column. Text and JSON lines may be compressed (.gz .zst .xz .bz2). In
+plain text <|endoftext|> ends a document. hf://DATASET?name=CONFIG&split=train&field=text is a dataset of the Hugging
+Face hub, which is streamed.
 
 examples:
   antransformer prepare book.txt --out data/book --val-fraction 0.1
   antransformer prepare 'corpus/*.jsonl.zst' --out data/corpus --bpe-vocab-size 32768
+  antransformer prepare 'fineweb/*.bin' --tokenized --tokenizer gpt2/tokenizer.json --out data/fineweb
+  antransformer prepare corpus --out data/corpus --tokenizer tokenizer.json --part 1/8
+  antransformer prepare --out data/corpus --join
+  antransformer prepare 'hf://roneneldan/TinyStories?split=train' --out data/stories
   antransformer prepare corpus --out data/corpus --tokenizer path/to/tokenizer.json
 """
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import antransformer
 from antransformer.cli.options import Parser
+from antransformer.errors import ConfigError
 from antransformer.files import quoted
+
+if TYPE_CHECKING:
+    from antransformer.data import Dataset
 
 USAGE = "antransformer prepare INPUT... --out DIR [options]"
 
 
 def add_arguments(parser: Parser) -> None:
     """Add the options of ``prepare``: inputs, folder, tokenizer and held-out text."""
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="text files, folders or patterns")
+    parser.add_argument("inputs", nargs="*", metavar="INPUT", help="text files, folders or patterns")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="data folder to create")
     tokenizers = parser.add_mutually_exclusive_group()
     tokenizers.add_argument(
@@ -31,26 +42,71 @@ def add_arguments(parser: Parser) -> None:
         "--bpe-vocab-size", type=int, metavar="N", help="train a byte-level BPE of this vocabulary size on the input"
     )
     parser.add_argument(
-        "--val-fraction", type=float, default=0.01, metavar="X", help="fraction of documents to hold out (default 0.01)"
+        "--end-of-text",
+        metavar="TOKEN",
+        help="special token that ends a document (default: eos_token of the tokenizer)",
     )
+    parser.add_argument(
+        "--val-fraction",
+        type=float,
+        metavar="X",
+        help="fraction of documents to hold out (default 0.01; more of a small text, or the end of each document)",
+    )
+    parser.add_argument(
+        "--tokenized",
+        action="store_true",
+        help="the inputs are token ids: .bin of llm.c, .bin with .idx of Megatron-LM, or .ds of datatrove; they are "
+        "linked, not copied",
+    )
+    parser.add_argument(
+        "--text-field",
+        default="text",
+        metavar="NAME",
+        help="field of JSON lines or column of parquet with the text, such as record.body (default text)",
+    )
+    parser.add_argument("--part", metavar="I/N", help="write only part I of N, for preparation on several machines")
+    parser.add_argument("--join", action="store_true", help="join the parts that were written")
     parser.add_argument("--val-inputs", nargs="+", default=(), metavar="INPUT", help="text to hold out instead")
 
 
 def run(parsed: argparse.Namespace) -> None:
     """Prepare the data, and print its size."""
+    from antransformer.api.training import join_parts, prepare_part
+
+    if parsed.join:
+        if parsed.inputs or parsed.part:
+            raise ConfigError("--join joins parts that are written, and takes no INPUT and no --part: omit them")
+        _print_size(parsed.out, join_parts(parsed.out, progress=True))
+        return
+    if not parsed.inputs:
+        raise ConfigError("INPUT is missing: give text files, folders or patterns")
+    options = {
+        "tokenizer": parsed.tokenizer,
+        "end_of_text": parsed.end_of_text,
+        "val_fraction": parsed.val_fraction,
+        "val_inputs": parsed.val_inputs,
+        "text_field": parsed.text_field,
+        "progress": True,
+    }
+    if parsed.part:
+        if parsed.tokenized or parsed.bpe_vocab_size is not None:
+            raise ConfigError("--part needs text and a finished --tokenizer: omit --tokenized and --bpe-vocab-size")
+        folder = prepare_part(parsed.inputs, parsed.out, parsed.part, **options)
+        done = "was finished before" if folder is None else f"is in {folder}"
+        print(f"part {parsed.part} {done}")
+        print(f"after all parts: antransformer prepare --out {quoted(parsed.out)} --join")
+        return
     dataset = antransformer.prepare(
-        parsed.inputs,
-        parsed.out,
-        tokenizer=parsed.tokenizer,
-        bpe_vocab_size=parsed.bpe_vocab_size,
-        val_fraction=parsed.val_fraction,
-        val_inputs=parsed.val_inputs,
-        progress=True,
+        parsed.inputs, parsed.out, tokenized=parsed.tokenized, bpe_vocab_size=parsed.bpe_vocab_size, **options
     )
-    print(f"{parsed.out}: {dataset.tokenizer_name} tokenizer, vocabulary size {dataset.vocab_size:,}")
+    _print_size(parsed.out, dataset)
+
+
+def _print_size(out: Path, dataset: "Dataset") -> None:
+    print(f"{out}: {dataset.tokenizer_name} tokenizer, vocabulary size {dataset.vocab_size:,}")
     for split in dataset.splits.values():
         print(
             f"  {split.name:5} {split.documents:,} documents, {split.tokens:,} tokens, {split.bytes:,} bytes, "
             f"{len(split.shards)} shards"
         )
-    print(f"next: antransformer train --data {quoted(parsed.out)}")
+    print(f"next: antransformer train --data {quoted(out)}")

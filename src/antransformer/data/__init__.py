@@ -9,26 +9,34 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from antransformer.data.batches import Prefetcher, ShuffledWindows, eval_batches
-    from antransformer.data.dataset import Dataset, Shard, Split
+    from antransformer.data.checks import Shard
+    from antransformer.data.dataset import Dataset, Split
+    from antransformer.data.parts import join_parts, prepare_part
     from antransformer.data.preparation import prepare
     from antransformer.data.stdlib import ensure_default, stdlib_files
+    from antransformer.data.tokenized import prepare_tokenized
     from antransformer.data.tokenizers import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
+    from antransformer.data.verification import verify
 
 # Names are imported on first use (PEP 562), so that the help of the command line does not wait for torch.
 _MODULES = {
     "Dataset": "dataset",
     "Prefetcher": "batches",
-    "Shard": "dataset",
+    "Shard": "checks",
     "ShuffledWindows": "batches",
     "Split": "dataset",
     "Tokenizer": "tokenizers",
     "byte_tokenizer": "tokenizers",
     "ensure_default": "stdlib",
     "eval_batches": "batches",
+    "join_parts": "parts",
     "load_tokenizer": "tokenizers",
     "prepare": "preparation",
+    "prepare_part": "parts",
+    "prepare_tokenized": "tokenized",
     "stdlib_files": "stdlib",
     "train_bpe": "tokenizers",
+    "verify": "verification",
 }
 
 __all__ = [
@@ -41,10 +49,14 @@ __all__ = [
     "byte_tokenizer",
     "ensure_default",
     "eval_batches",
+    "join_parts",
     "load_tokenizer",
     "prepare",
+    "prepare_part",
+    "prepare_tokenized",
     "stdlib_files",
     "train_bpe",
+    "verify",
 ]
 
 

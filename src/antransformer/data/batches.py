@@ -9,7 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from antransformer.data.checks import PREPARE_AGAIN
 from antransformer.data.dataset import Split
+from antransformer.data.shuffle import FeistelPermutation, permutation
 from antransformer.errors import ConfigError, DataError
 
 Batch = tuple[Tensor, Tensor]
@@ -22,8 +24,8 @@ class ShuffledWindows:
     tokens after the last complete window of a shard are not used. ``len()`` is the number of windows in an epoch.
     """
 
-    def __init__(self, split: Split, context: int, seed: int) -> None:
-        """Count the windows of ``split``.
+    def __init__(self, split: Split, context: int, seed: int, shuffle: str = "feistel") -> None:
+        """Count the windows of ``split``; ``shuffle`` is "feistel" or "argsort", see ``permutation``.
 
         Raises:
             ConfigError: context is below 1 or seed is below 0.
@@ -41,10 +43,11 @@ class ShuffledWindows:
             )
         self._context = context
         self._seed = seed
-        self._arrays = split.arrays
+        self._shuffle = shuffle
+        self._split = split
         # Index of each shard's first window; the last entry is the total number of windows.
         self._offsets = np.cumsum([0] + [(shard.tokens - 1) // context for shard in split.shards])
-        self._epoch_order: tuple[int, NDArray[np.int64]] | None = None
+        self._epoch_order: tuple[int, FeistelPermutation | NDArray[np.int64]] | None = None
 
     def __len__(self) -> int:
         return int(self._offsets[-1])
@@ -72,21 +75,31 @@ class ShuffledWindows:
         return self.gather(np.concatenate(orders))
 
     def gather(self, windows: NDArray[np.int64]) -> Batch:
-        """Return tokens and targets of the windows with these indices, int64 [len(windows), context] each."""
+        """Return tokens and targets of the windows with these indices, int64 [len(windows), context] each.
+
+        Raises:
+            DataError: a token id is above the largest id that ``meta.json`` records.
+        """
         shards = np.searchsorted(self._offsets, windows, side="right") - 1
         starts = (windows - self._offsets[shards]) * self._context
-        # torch's embedding and cross-entropy need int64, and the copy detaches the batch from the memory map.
+        # torch's embedding and cross-entropy need int64.
         rows = np.empty((len(windows), self._context + 1), dtype=np.int64)
-        for row, shard, start in zip(rows, shards, starts, strict=True):
-            row[:] = self._arrays[shard][start : start + self._context + 1]
+        for shard in np.unique(shards):
+            chosen = shards == shard
+            rows[chosen] = self._split.read(shard, starts[chosen], self._context + 1)
+        # Opening the data checks only a sample of the ids, and on a GPU a wrong index ends the process.
+        if self._split.max_token is not None and rows.max(initial=0) > self._split.max_token:
+            shard = self._split.shards[shards[rows.max(axis=1).argmax()]]
+            raise DataError(
+                f"{shard.path}: token {rows.max()} exceeds max_token {self._split.max_token} in meta.json; "
+                f"{PREPARE_AGAIN}"
+            )
         tokens = torch.from_numpy(rows)
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
-    def _order(self, epoch: int) -> NDArray[np.int64]:
+    def _order(self, epoch: int) -> FeistelPermutation | NDArray[np.int64]:
         if self._epoch_order is None or self._epoch_order[0] != epoch:
-            # Raw bit streams stay the same across numpy versions (NEP 19); Generator.permutation may change.
-            keys = np.random.PCG64([self._seed, epoch]).random_raw(len(self))
-            self._epoch_order = epoch, np.argsort(keys, kind="stable")
+            self._epoch_order = epoch, permutation(self._shuffle, len(self), self._seed, epoch)
         return self._epoch_order[1]
 
 

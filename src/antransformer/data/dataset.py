@@ -1,36 +1,26 @@
-"""Reader of prepared data folders: opens, verifies and memory-maps the token shards."""
+"""Reader of prepared data folders: opens and checks it, and reads tokens from the shards."""
 
 import hashlib
-import os
 import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from antransformer.data.shards import DTYPES, FORMAT, VERSION
+from antransformer.data.checks import DTYPES, PREPARE_AGAIN, Shard, check_sample, check_size
+from antransformer.data.shards import FORMAT, LINKED_VERSION, META_FILE
 from antransformer.data.tokenizers import Tokenizer
 from antransformer.errors import DataError
 from antransformer.files import quoted, read_json
 
-HASH_BYTES = 8 << 20  # block size for checksums
-PREPARE_AGAIN = "remove the folder and prepare the data again"
+SAMPLED_SHARDS = 32  # of a folder, evenly spaced: the time of opening does not depend on the size of the data
+THREADS = 8  # for checks at opening, whose time is mostly latency of the file system
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One file of tokens, with the size and SHA-256 that ``meta.json`` records."""
-
-    path: Path
-    tokens: int
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -44,6 +34,7 @@ class Split:
         bytes: UTF-8 size of the text, end-of-text tokens not included.
         dtype: dtype of the token ids, "uint16" or "uint32".
         shards: token files in order.
+        max_token: largest id in the shards, if it is known.
     """
 
     name: str
@@ -52,11 +43,36 @@ class Split:
     bytes: int
     dtype: str
     shards: tuple[Shard, ...]
+    max_token: int | None = None
 
-    @cached_property
+    @property
     def arrays(self) -> list[NDArray[Any]]:
-        """Token ids of each shard, [tokens] each, memory-mapped and read-only."""
-        return [np.memmap(shard.path, dtype=DTYPES[self.dtype], mode="r") for shard in self.shards]
+        """Token ids of each shard, [tokens] each, memory-mapped and read-only. Each holds a file descriptor."""
+        return [
+            np.memmap(shard.path, dtype=DTYPES[self.dtype], mode="r", offset=shard.offset or 0, shape=(shard.tokens,))
+            for shard in self.shards
+        ]
+
+    def read(self, shard: int, starts: NDArray[np.int64], count: int) -> NDArray[Any]:
+        """Read ``count`` tokens of one shard from each of these positions, [len(starts), count].
+
+        Reads of the exact ranges are much faster than a memory map, around which the system reads ahead, and hold no
+        file descriptor afterwards.
+
+        Raises:
+            DataError: the file is missing or too short.
+        """
+        path, offset, dtype = self.shards[shard].path, self.shards[shard].offset or 0, DTYPES[self.dtype]
+        try:
+            with path.open("rb", buffering=0) as file:
+                size = count * dtype.itemsize
+                rows = bytearray()
+                for start in starts:
+                    file.seek(offset + int(start) * dtype.itemsize)
+                    rows += file.read(size)
+            return np.frombuffer(rows, dtype).reshape(len(starts), count)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path}: cannot be read ({error}); was it changed, moved or truncated?") from error
 
 
 @dataclass(frozen=True)
@@ -83,7 +99,8 @@ class Dataset:
     def open(cls, path: str | Path, verify: bool = True) -> "Dataset":
         """Read ``meta.json`` and check the shards against it.
 
-        Sizes are always checked. With ``verify``, every shard is also read to check its SHA-256 and largest id.
+        Sizes are always checked. With ``verify``, a sample of the content is checked too: 32 KiB of each of at most
+        ``SAMPLED_SHARDS`` shards. ``verification.verify`` checks all of it.
 
         Raises:
             DataError: a file is missing, damaged or of a newer format; the message names the file.
@@ -94,26 +111,38 @@ class Dataset:
         if dtype not in DTYPES:
             raise DataError(f"{location}: dtype {dtype!r} is neither uint16 nor uint32; {PREPARE_AGAIN}")
         splits = _field(meta, "splits", dict, location)
+        max_token = _count(meta, "max_token", location)
         dataset = cls(
             path=path,
             tokenizer_name=_field(meta, "tokenizer", str, location),
             vocab_size=_count(meta, "vocab_size", location),
             end_of_text=_count(meta, "end_of_text", location),
-            max_token=_count(meta, "max_token", location),
+            max_token=max_token,
             splits={
-                name: _parse_split(path, name, _field(splits, name, dict, location), dtype) for name in ("train", "val")
+                name: _parse_split(path, name, _field(splits, name, dict, location), dtype, max_token)
+                for name in ("train", "val")
             },
         )
         if max(dataset.max_token, dataset.end_of_text) >= dataset.vocab_size:
             raise DataError(f"{location}: max_token and end_of_text must be below vocab_size; {PREPARE_AGAIN}")
-        shards = [shard for split in dataset.splits.values() for shard in split.shards]
-        for shard in shards:
-            _check_size(shard, dtype)
-        if verify:
-            # Threads suffice: hashlib and file reads release Python's lock.
-            with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-                list(pool.map(lambda shard: _check_content(shard, dtype, dataset.max_token), shards))
+        shards = dataset.shards
+        with ThreadPoolExecutor(THREADS) as pool:
+            list(pool.map(lambda shard: check_size(shard, dtype), shards))
+            if verify:
+                count = min(SAMPLED_SHARDS, len(shards))
+                sampled = [shards[(len(shards) - 1) * number // max(1, count - 1)] for number in range(count)]
+                list(pool.map(lambda shard: check_sample(shard, dtype, max_token), sampled))
         return dataset
+
+    @property
+    def dtype(self) -> str:
+        """Dtype of the token ids, "uint16" or "uint32"."""
+        return self.splits["train"].dtype
+
+    @property
+    def shards(self) -> list[Shard]:
+        """Shards of all splits."""
+        return [shard for split in self.splits.values() for shard in split.shards]
 
     def split(self, name: str) -> Split:
         """Return the "train" or the "val" split; other names raise KeyError."""
@@ -122,7 +151,7 @@ class Dataset:
     @property
     def digest(self) -> str:
         """SHA-256 over the names and checksums of all shards; independent of the folder's path."""
-        lines = [f"{shard.path.name} {shard.sha256}" for split in self.splits.values() for shard in split.shards]
+        lines = [f"{shard.path.name} {shard.sha256}" for shard in self.shards]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     def tokenizer(self) -> Tokenizer:
@@ -131,8 +160,8 @@ class Dataset:
         Raises:
             DataError: ``tokenizer.json`` is missing, damaged, or contradicts ``meta.json``.
         """
-        tokenizer = Tokenizer.load(self.path / "tokenizer.json", self.tokenizer_name)
-        if (tokenizer.vocab_size, tokenizer.end_of_text) != (self.vocab_size, self.end_of_text):
+        tokenizer = Tokenizer.load(self.path / "tokenizer.json", self.tokenizer_name, self.end_of_text)
+        if tokenizer.vocab_size != self.vocab_size or not tokenizer.has_end_of_text():
             raise DataError(
                 f"{self.path / 'tokenizer.json'}: does not match the tokenizer in meta.json; {PREPARE_AGAIN}"
             )
@@ -159,22 +188,30 @@ def _read_meta(path: Path) -> tuple[dict[str, Any], str]:
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise DataError(f"{location}: not the meta.json of a prepared data folder: its format must be {FORMAT!r}")
     version = _count(meta, "version", location)
-    if version > VERSION:
+    if version > LINKED_VERSION:
         raise DataError(
-            f"{location}: format version {version}, but this antransformer reads version {VERSION}; upgrade it"
+            f"{location}: format version {version}, but this antransformer reads {LINKED_VERSION} and older; upgrade it"
         )
     return meta, location
 
 
-def _parse_split(folder: Path, name: str, entry: dict[str, Any], dtype: str) -> Split:
-    location = f"{folder / 'meta.json'}, split {name}"
+def _parse_split(folder: Path, name: str, entry: dict[str, Any], dtype: str, max_token: int) -> Split:
+    location = f"{folder / META_FILE}, split {name}"
     shards = []
     for item in _field(entry, "shards", list, location):
         file = _field(item, "file", str, location)
         # Accept only names that ShardWriter writes, so that no entry can point outside the folder.
         if not re.fullmatch(rf"{name}-[0-9]+\.bin", file):
             raise DataError(f"{location}: {file!r} is not a shard name; {PREPARE_AGAIN}")
-        shards.append(Shard(folder / file, _count(item, "tokens", location), _field(item, "sha256", str, location)))
+        shards.append(
+            Shard(
+                folder / file,
+                _count(item, "tokens", location),
+                _field(item, "sha256", str, location),
+                _field(item, "sample_sha256", str, location) if "sample_sha256" in item else None,
+                _count(item, "offset", location) if "offset" in item else None,
+            )
+        )
     split = Split(
         name=name,
         documents=_count(entry, "documents", location),
@@ -182,6 +219,7 @@ def _parse_split(folder: Path, name: str, entry: dict[str, Any], dtype: str) -> 
         bytes=_count(entry, "bytes", location),
         dtype=dtype,
         shards=tuple(shards),
+        max_token=max_token,
     )
     counts = [shard.tokens for shard in shards]
     if not split.bytes or not counts or min(counts) == 0 or split.tokens != sum(counts):
@@ -203,29 +241,3 @@ def _count(entry: Any, key: str, location: str) -> int:
     if value < 0:
         raise DataError(f"{location}: {key!r} must not be negative; {PREPARE_AGAIN}")
     return value
-
-
-def _check_size(shard: Shard, dtype: str) -> None:
-    expected = shard.tokens * DTYPES[dtype].itemsize
-    try:
-        size = shard.path.stat().st_size
-    except OSError as error:
-        raise DataError(f"{shard.path}: missing ({error.strerror}); {PREPARE_AGAIN}") from error
-    if size != expected:
-        raise DataError(f"{shard.path}: {size:,} bytes instead of {expected:,}; {PREPARE_AGAIN}")
-
-
-def _check_content(shard: Shard, dtype: str, max_token: int) -> None:
-    digest, largest = hashlib.sha256(), 0
-    try:
-        with shard.path.open("rb") as file:
-            while block := file.read(HASH_BYTES):
-                digest.update(block)
-                largest = max(largest, int(np.frombuffer(block, dtype=DTYPES[dtype]).max()))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{shard.path}: cannot be read ({error}); {PREPARE_AGAIN}") from error
-    # meta.json could be edited to match. The check of the largest id keeps the embedding's index in range even then.
-    if digest.hexdigest() != shard.sha256:
-        raise DataError(f"{shard.path}: content changed since it was prepared (SHA-256 differs); {PREPARE_AGAIN}")
-    if largest > max_token:
-        raise DataError(f"{shard.path}: token {largest} exceeds max_token {max_token} in meta.json; {PREPARE_AGAIN}")

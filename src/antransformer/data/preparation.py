@@ -1,20 +1,21 @@
 """Text to a prepared data folder: streams documents, tokenizes them in batches and writes token shards."""
 
+import logging
 import os
-import shutil
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from antransformer.data.dataset import Dataset
 from antransformer.data.holdout import Document, Inputs, TrainValSplit
-from antransformer.data.readers import MAX_CHARACTERS
-from antransformer.data.shards import SHARD_TOKENS, ShardWriter, dtype_for, write_meta
+from antransformer.data.readers import MAX_CHARACTERS, TEXT_FIELD
+from antransformer.data.shards import SHARD_TOKENS, ShardWriter, dtype_for, new_folder, require_unused, write_meta
 from antransformer.data.tokenizers import (
     MAX_BPE_VOCAB,
     MIN_BPE_VOCAB,
@@ -25,6 +26,8 @@ from antransformer.data.tokenizers import (
 )
 from antransformer.errors import DataError
 from antransformer.pace import heartbeat
+
+LOG = logging.getLogger(__name__)
 
 # At least two documents of the maximum length per core keep all cores busy. More would cost memory: the tokenizers
 # library needs over 100 bytes per token.
@@ -42,7 +45,9 @@ def prepare(
     *,
     tokenizer: str | Path = "byte",
     bpe_vocab_size: int | None = None,
-    val_fraction: float = 0.01,
+    end_of_text: str | None = None,
+    text_field: str = TEXT_FIELD,
+    val_fraction: float | None = None,
     val_inputs: Inputs = (),
     shard_tokens: int = SHARD_TOKENS,
     progress: Progress | None = None,
@@ -59,10 +64,14 @@ def prepare(
         tokenizer: "byte", or the path of a tokenizer.json or of a folder that contains one.
         bpe_vocab_size: train a byte-pair encoding with this number of ids on the training text, instead of
             ``tokenizer``.
-        val_fraction: fraction of the documents for validation. They are chosen by a hash of their content, so the
-            choice does not depend on their order, and equal documents share a split.
+        end_of_text: special token that ends a document; by default the tokenizer's own.
+        text_field: field of JSON lines or column of parquet that holds the text. Dots select inside nested records.
+        val_fraction: fraction of the documents for validation, by default 0.01. They are chosen by a hash of their
+            content, so the choice does not depend on their order, and equal documents share a split. If the default
+            leaves less than 16 KiB it is raised to at most 0.1. If that leaves less than 20 documents, the end of every
+            document is held out instead.
         val_inputs: separate inputs for validation, instead of ``val_fraction``.
-        shard_tokens: maximum number of tokens in a shard.
+        shard_tokens: number of tokens in each of the first 64 shards. It doubles after every 64 shards.
         progress: called after every batch with (input bytes read, input bytes in total, documents, tokens).
         notify: called with lines about the training of a byte-pair encoding.
 
@@ -73,34 +82,26 @@ def prepare(
         OSError: the disk is full or not writable.
     """
     out = Path(os.path.realpath(out))  # Path.resolve raises on a loop of links
-    _require_unused(out)
-    _check_options(shard_tokens, tokenizer, bpe_vocab_size)
-    split = TrainValSplit.find(inputs, val_inputs, val_fraction)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise DataError(f"{out}: cannot be created ({error.strerror}); choose another folder") from error
-    try:
+    require_unused(out)
+    _check_options(shard_tokens, tokenizer, bpe_vocab_size, end_of_text)
+    split = TrainValSplit.find(inputs, val_inputs, val_fraction, text_field)
+    log_left_out(split)
+    with new_folder(out) as partial:
         if bpe_vocab_size is None:
-            encoder = load_tokenizer(tokenizer)
+            encoder = load_tokenizer(tokenizer, end_of_text)
         else:
             size = min(SAMPLE_BYTES, split.bytes) / 1e6
             with heartbeat(f"training a BPE of {bpe_vocab_size:,} ids on up to {size:,.1f} MB of text", notify):
-                encoder = train_bpe(split.training_sample(SAMPLE_BYTES), bpe_vocab_size)
-        _write(partial, encoder, split, shard_tokens, progress)
-        _require_unused(out)  # it may have been filled during the hours that tokenizing can take
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+                encoder = _train_bpe(split, bpe_vocab_size)
+        meta = write_tokens(partial, encoder, split, shard_tokens, progress)
+        require_both(meta)
+        write_meta(partial, meta)
     return Dataset.open(out, verify=False)
 
 
-def _check_options(shard_tokens: int, tokenizer: str | Path, bpe_vocab_size: int | None) -> None:
+def _check_options(
+    shard_tokens: int, tokenizer: str | Path, bpe_vocab_size: int | None, end_of_text: str | None
+) -> None:
     if shard_tokens < 1:
         raise DataError(f"shard_tokens is {shard_tokens}: it must be at least 1")
     if bpe_vocab_size is None:
@@ -112,19 +113,45 @@ def _check_options(shard_tokens: int, tokenizer: str | Path, bpe_vocab_size: int
         )
     if tokenizer != "byte":
         raise DataError(f"bpe_vocab_size trains a tokenizer, but tokenizer {tokenizer} was given too: use only one")
+    if end_of_text is not None:
+        raise DataError(f"--end-of-text {end_of_text}: a tokenizer trained by bpe_vocab_size has <|endoftext|>")
 
 
-def _require_unused(out: Path) -> None:
-    if out.is_dir():
-        if any(out.iterdir()):
-            raise DataError(f"{out}: exists and is not empty; choose another folder or remove it")
-    elif os.path.lexists(out):
-        raise DataError(f"{out}: exists and is not a folder; choose another name")
+def log_left_out(split: TrainValSplit) -> None:
+    """Print what is not in the training data although it is in the inputs."""
+    for source in split.sources:
+        for reason, entry in source.skipped.items():
+            more = ", ..." if entry["files"] > len(entry["first"]) else ""
+            LOG.warning(
+                "%s: skipped %s files (%s): %s%s",
+                source.input,
+                f"{entry['files']:,}",
+                reason,
+                ", ".join(entry["first"]),
+                more,
+            )
+    if split.val_tail:
+        LOG.warning(
+            "too few documents to hold some out: the last %.3g%% of each is for validation", 100 * split.val_tail
+        )
 
 
-def _write(
+def _train_bpe(split: TrainValSplit, vocab_size: int) -> Tokenizer:
+    sample = split.training_sample(SAMPLE_BYTES)
+    tokenizer = train_bpe(sample, vocab_size, progress=True)
+    if tokenizer.vocab_size < vocab_size:
+        LOG.warning(
+            "the BPE has %s ids instead of %s: no other pair occurs twice in the text",
+            f"{tokenizer.vocab_size:,}",
+            f"{vocab_size:,}",
+        )
+    return tokenizer
+
+
+def write_tokens(
     folder: Path, tokenizer: Tokenizer, split: TrainValSplit, shard_tokens: int, progress: Progress | None
-) -> None:
+) -> dict[str, Any]:
+    """Write the shards and tokenizer.json, and return the content of ``meta.json``."""
     dtype = dtype_for(tokenizer.vocab_size)
     end = np.array([tokenizer.end_of_text], dtype=np.uint32)
     with (
@@ -138,19 +165,23 @@ def _write(
             if progress:
                 progress(batch[-1].bytes_read, split.bytes, train.documents + val.documents, train.tokens + val.tokens)
     tokenizer.save(folder / "tokenizer.json")
-    write_meta(
-        folder,
-        {
-            "dtype": dtype,
-            "vocab_size": tokenizer.vocab_size,
-            "end_of_text": tokenizer.end_of_text,
-            "max_token": max(train.max_token, val.max_token),
-            "tokenizer": tokenizer.name,
-            "splits": {"train": train.meta(), "val": val.meta()},
-            "val_fraction": split.val_fraction or None,
-            "sources": [asdict(source) for source in split.sources],
-        },
-    )
+    return {
+        "dtype": dtype,
+        "vocab_size": tokenizer.vocab_size,
+        "end_of_text": tokenizer.end_of_text,
+        "max_token": max(train.max_token, val.max_token),
+        "tokenizer": tokenizer.name,
+        "splits": {"train": train.meta(), "val": val.meta()},
+        "val_fraction": split.val_fraction or None,
+        "val_tail": split.val_tail or None,
+        "sources": [asdict(source) for source in split.sources],
+    }
+
+
+def require_both(meta: Mapping[str, Any]) -> None:
+    """Raise ``DataError`` if a split has no tokens."""
+    if not all(split["tokens"] for split in meta["splits"].values()):
+        raise DataError("too little text to hold some out for validation: add more, or use --val-inputs")
 
 
 def _encode(batches: Iterator[list[Document]], tokenizer: Tokenizer) -> Iterator[tuple[list[Document], TokenArrays]]:

@@ -1,73 +1,145 @@
-"""One file as a stream of documents: plain text, JSON lines (plain, gzip or zstd) and parquet.
+"""One file as a stream of documents: plain text, JSON lines and parquet. The first two may be compressed.
 
 Readers yield (document, bytes of the file read so far) and hold at most one block or record in memory. A broken file
 raises one ``DataError`` that names the file and, for JSON lines, the line.
 """
 
+import bz2
 import codecs
 import gzip
 import io
 import json
+import lzma
+import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
+from antransformer.data.parquet import parquet_texts
 from antransformer.errors import DataError
 from antransformer.extras import require
 
 SEPARATOR = "<|endoftext|>"
 MAX_CHARACTERS = 256 * 1024  # of a document; longer ones are cut into sections
 BLOCK_BYTES = 1 << 20
+CHECKED_BLOCKS = 16  # of a long file of plain text, checked for UTF-8 before the work
+CHECKED_BYTES = 1 << 16  # of a block
 LINE_BYTES = 1 << 28  # of a line of JSON, after decompression
 ZSTD_BYTES = 1 << 10  # compressed bytes per call; they decompress to at most 32 MiB
-JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
+JSON_LINES = (".jsonl", ".ndjson", ".json")
 PARQUET = ".parquet"
+TEXT_FIELD = "text"
 
 Documents = Iterator[tuple[str, int]]
 
 
-def read(path: Path) -> Documents:
+def base_ending(path: Path) -> str:
+    """Ending of a file name in lower case, without the ending of a compression: ".jsonl" of ``a.JSONL.gz``."""
+    name = path.name.lower()
+    for ending in COMPRESSED:
+        name = name.removesuffix(ending)
+    return os.path.splitext(name)[1]  # noqa: PTH122 (Path.suffix of ".txt" is empty)
+
+
+def read(path: Path, text_field: str = TEXT_FIELD, start: float = 0.0) -> Documents:
     """Stream the documents of one file. The ending selects JSON lines or parquet; other files are plain text.
 
     In plain text the literal ``<|endoftext|>`` separates documents. A document of more than 256 Ki characters is cut
     into sections, which become separate documents. Cuts are at the end of a paragraph or line where there is one.
 
+    Args:
+        path: the file.
+        text_field: field of JSON lines or column of parquet that holds the text. Dots select inside nested records.
+        start: fraction of the file to skip. The next complete document is the first one. Compressed files cannot be
+            skipped into, and are read from their beginning.
+
     Raises:
         DataError: the file is broken, missing or not text.
         MissingExtraError: pyarrow or zstandard is needed and not installed.
     """
-    name = path.name.lower()
+    ending = base_ending(path)
     with data_errors(path):
-        if name.endswith(JSON_LINES):
-            yield from _split_long(_json_lines(path))
-        elif name.endswith(PARQUET):
-            yield from _split_long(_parquet(path))
+        if ending == PARQUET:
+            yield from split_long(parquet_texts(path, text_field, start))
+        elif ending in JSON_LINES:
+            yield from split_long(_json_lines(path, text_field, start))
         else:
-            yield from _plain_text(path)
+            yield from _plain_text(path, start)
 
 
-def is_readable(path: Path) -> bool:
-    """Return whether ``read`` is expected to work: plain text must be UTF-8, without a NUL in the first block.
+def unreadable(path: Path, text_field: str = TEXT_FIELD) -> str | None:
+    """Return why ``read`` would find no text in a file, in a few words; None if it is expected to.
+
+    Of plain text only some blocks are read. They must be UTF-8, and the first one must not have a NUL.
 
     Raises:
         DataError: the file cannot be opened.
         MissingExtraError: pyarrow or zstandard is needed and not installed.
     """
-    name = path.name.lower()
-    if name.endswith(PARQUET):
-        require("pyarrow.parquet", "data")
-    elif name.endswith(".jsonl.zst"):
+    ending = base_ending(path)
+    if path.name.lower().endswith(".zst"):
         require("zstandard", "data")
-    elif not name.endswith(JSON_LINES):
-        with data_errors(path):
-            try:
-                # NUL is valid UTF-8, but in practice a sign of a binary file or of UTF-16.
-                return all(number or "\0" not in text for number, (text, _) in enumerate(_blocks(path)))
-            except UnicodeDecodeError:
-                return False
+    with data_errors(path):
+        if path.stat().st_size == 0:
+            return "empty"
+        if ending == PARQUET:
+            require("pyarrow.parquet", "data")
+        elif ending == ".json":
+            return None if _is_json_lines(path, text_field) else f"JSON, but not JSON lines with a {text_field!r} field"
+        elif ending not in JSON_LINES and not _is_text(path):
+            return "not UTF-8 text"
+    return None
+
+
+def is_readable(path: Path) -> bool:
+    """Return whether ``read`` is expected to find text in a file; raises the errors of ``unreadable``."""
+    return unreadable(path) is None
+
+
+def _is_json_lines(path: Path, text_field: str) -> bool:
+    """Return whether the first line is a record with this field."""
+    try:
+        next(_json_lines(path, text_field), None)
+    except DataError:
+        return False
     return True
+
+
+def _is_text(path: Path) -> bool:
+    try:
+        for number, (block, at_end) in enumerate(_checked_blocks(path)):
+            codecs.getincrementaldecoder("utf-8")().decode(block, at_end)
+            # NUL is valid UTF-8, but in practice a sign of a binary file or of UTF-16.
+            if not number and b"\0" in block:
+                return False
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _checked_blocks(path: Path) -> Iterator[tuple[bytes, bool]]:
+    """Yield blocks that begin with a character, and whether the file ends with the block."""
+    with path.open("rb") as file:
+        if path.name.lower().endswith(COMPRESSED):
+            with _decompressed(path, file) as content:
+                yield content.read(CHECKED_BYTES), False
+            return
+        size = path.stat().st_size
+        count = CHECKED_BLOCKS if size > CHECKED_BLOCKS * CHECKED_BYTES else 1
+        length = CHECKED_BYTES if count > 1 else size
+        for number in range(count):
+            file.seek((size - length) * number // max(1, count - 1))
+            block = file.read(length)
+            yield _from_character(block) if number else block, number == count - 1
+
+
+def _from_character(block: bytes) -> bytes:
+    """Return a block from the beginning of its first complete UTF-8 character."""
+    begin = next((number for number, byte in enumerate(block[:4]) if byte & 0xC0 != 0x80), 0)
+    return block[begin:]
 
 
 @contextmanager
@@ -76,35 +148,73 @@ def data_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text") from error
-    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: not UTF-8 text; convert it to UTF-8, or exclude it") from error
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise DataError(f"{path}: cannot be read ({reason}); was it changed, moved or truncated?") from error
 
 
-def _blocks(path: Path) -> Documents:
+@contextmanager
+def _decompressed(path: Path, file: BinaryIO) -> Iterator[IO[bytes] | io.BufferedIOBase]:
+    """Open the content of a file, whose ending selects the decompression."""
+    name = path.name.lower()
+    if name.endswith(".zst"):
+        zstandard = require("zstandard", "data")
+        try:
+            yield io.BufferedReader(_ZstdReader(file, zstandard.ZstdDecompressor()))
+        except zstandard.ZstdError as error:
+            raise DataError(f"{path}: not a complete zstd file ({error})") from error
+    elif name.endswith(".gz"):
+        with gzip.GzipFile(fileobj=file) as content:
+            yield content
+    elif name.endswith(".bz2"):
+        with bz2.BZ2File(file) as content:
+            yield content
+    elif name.endswith(".xz"):
+        with lzma.LZMAFile(file) as content:
+            yield content
+    else:
+        yield file
+
+
+def _skip(path: Path, file: BinaryIO, start: float) -> bool:
+    """Move to a fraction of an uncompressed file; return whether the position changed."""
+    if start and not path.name.lower().endswith(COMPRESSED):
+        file.seek(int(path.stat().st_size * start))
+    return file.tell() > 0
+
+
+def _blocks(path: Path, start: float) -> Documents:
     # Incremental, since a character may span two blocks. utf-8-sig drops a byte order mark.
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     with path.open("rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            yield decoder.decode(block), file.tell()
+        skipped = _skip(path, file, start)
+        with _decompressed(path, file) as content:
+            while block := content.read(BLOCK_BYTES):
+                text = decoder.decode(_from_character(block) if skipped else block)
+                if skipped:
+                    # Without a separator the document began in an earlier block and continues in the next.
+                    text = text.partition(SEPARATOR)[2] or text.partition("\n")[2] or text
+                    skipped = False
+                yield text, file.tell()
         yield decoder.decode(b"", final=True), file.tell()
 
 
-def _plain_text(path: Path) -> Documents:
+def _plain_text(path: Path, start: float) -> Documents:
     rest, position = "", 0
-    for block, position in _blocks(path):
+    for block, position in _blocks(path, start):
         *complete, rest = (rest + block).split(SEPARATOR)
-        yield from _split_long((text, position) for text in complete)
+        yield from split_long((text, position) for text in complete)
         # The last characters may be the beginning of a separator, so the cut must leave them in rest.
         while len(rest) > MAX_CHARACTERS + len(SEPARATOR):
             end = _section_end(rest)
             yield rest[:end], position
             rest = rest[end:]
-    yield from _split_long(iter([(rest, position)]))
+    yield from split_long(iter([(rest, position)]))
 
 
-def _split_long(documents: Documents) -> Documents:
+def split_long(documents: Documents) -> Documents:
+    """Cut documents of more than ``MAX_CHARACTERS`` into sections."""
     for text, position in documents:
         start = 0
         while len(text) - start > MAX_CHARACTERS:
@@ -123,27 +233,17 @@ def _section_end(text: str, start: int = 0) -> int:
     return start + MAX_CHARACTERS
 
 
-def _json_lines(path: Path) -> Documents:
+def _json_lines(path: Path, text_field: str, start: float = 0.0) -> Documents:
     with path.open("rb") as file:
-        for number, line in enumerate(_decompressed_lines(path, file), 1):
-            if line.strip():
-                # The position in the compressed file: progress is measured in bytes as stored.
-                yield _parse_record(line, f"{path}, line {number}"), file.tell()
-
-
-def _decompressed_lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
-    name = path.name.lower()
-    if name.endswith(".gz"):
-        with gzip.GzipFile(fileobj=file) as lines:
-            yield from _bounded_lines(path, lines)
-    elif name.endswith(".zst"):
-        zstandard = require("zstandard", "data")
-        try:
-            yield from _bounded_lines(path, io.BufferedReader(_ZstdReader(file, zstandard.ZstdDecompressor())))
-        except zstandard.ZstdError as error:
-            raise DataError(f"{path}: not a complete zstd file ({error})") from error
-    else:
-        yield from _bounded_lines(path, file)
+        skipped = _skip(path, file, start)
+        with _decompressed(path, file) as content:
+            lines = _bounded_lines(path, content)
+            if skipped:
+                next(lines, None)
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    # The position in the compressed file: progress is measured in bytes as stored.
+                    yield _parse_record(line, text_field, f"{path}, line {number}"), file.tell()
 
 
 class _ZstdReader(io.RawIOBase):
@@ -182,39 +282,33 @@ def _bounded_lines(path: Path, lines: IO[bytes] | io.BufferedIOBase) -> Iterator
         yield line
 
 
-def _parse_record(line: bytes, location: str) -> str:
-    expected = "every line must be an object with a 'text' field"
+def _parse_record(line: bytes, text_field: str, location: str) -> str:
+    expected = f"every line must be an object with a {text_field!r} field (--text-field)"
     try:
         record = json.loads(line.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
         raise DataError(f"{location}: not JSON ({error.msg} at column {error.colno}); {expected}") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{location}: not JSON ({error}); {expected}") from error
-    if not isinstance(record, dict):
-        raise DataError(f"{location}: a JSON {type(record).__name__}; {expected}")
-    if "text" not in record:
-        raise DataError(f"{location}: no 'text' field, found {list(record)[:10]}; {expected}")
-    if not isinstance(record["text"], str):
-        raise DataError(f"{location}: 'text' must be a string, not {type(record['text']).__name__}")
+    return select_text(record, text_field, location)
+
+
+def select_text(record: Any, text_field: str, location: str) -> str:
+    """Return the text in a field of a record; dots in the name select inside nested records.
+
+    Raises:
+        DataError: there is no such field, or it has no text; ``location`` begins the message.
+    """
+    expected = f"every record must be an object with a {text_field!r} field (--text-field)"
+    value = record
+    # A name with a dot may also be the name of a field.
+    for name in [text_field] if isinstance(record, dict) and text_field in record else text_field.split("."):
+        if not isinstance(value, dict):
+            raise DataError(f"{location}: a JSON {type(value).__name__}; {expected}")
+        if name not in value:
+            raise DataError(f"{location}: no {text_field!r} field, found {list(value)[:10]}; {expected}")
+        value = value[name]
+    if not isinstance(value, str):
+        raise DataError(f"{location}: {text_field!r} must be a string, not {type(value).__name__}; {expected}")
     # JSON can spell half of a surrogate pair, which UTF-8 cannot encode.
-    return record["text"].encode("utf-8", "replace").decode("utf-8")
-
-
-def _parquet(path: Path) -> Documents:
-    pyarrow, parquet = require("pyarrow", "data"), require("pyarrow.parquet", "data")
-    try:
-        with parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if "text" not in names:
-                raise DataError(f"{path}: no 'text' column, found {names[:10]}; documents must be in 'text'")
-            kind = file.schema_arrow.field("text").type
-            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-                raise DataError(f"{path}: column 'text' must hold strings, not {kind}")
-            size, rows = path.stat().st_size, 0
-            for batch in file.iter_batches(batch_size=256, columns=["text"]):
-                rows += batch.num_rows
-                for text in batch.column(0).to_pylist():
-                    # Parquet gives no byte position, so progress is estimated from the rows.
-                    yield text or "", size * rows // file.metadata.num_rows
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: not a complete parquet file ({' '.join(str(error).split())})") from error
+    return value.encode("utf-8", "replace").decode("utf-8")

@@ -7,6 +7,9 @@ or uint32 if the vocabulary has more than 65,536 ids. ``meta.json`` lists them w
 import hashlib
 import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -14,10 +17,15 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from antransformer.data.checks import DTYPES, sample_digest
+from antransformer.errors import DataError
+
 FORMAT = "antransformer-shards"
 VERSION = 1
-SHARD_TOKENS = 100_000_000
-DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+LINKED_VERSION = 2  # of folders whose shards are parts of other files
+SHARD_TOKENS = 100_000_000  # of each of the first shards
+META_FILE = "meta.json"
+SHARDS_OF_A_SIZE = 64
 
 
 def dtype_for(vocab_size: int) -> str:
@@ -27,6 +35,9 @@ def dtype_for(vocab_size: int) -> str:
 
 class ShardWriter:
     """Context manager that writes the tokens of one split to shards in ``folder`` and computes their checksums.
+
+    The first 64 shards have ``shard_tokens`` tokens, the next 64 twice that number, and so on. A trillion tokens are
+    therefore in about 500 files.
 
     Attributes:
         documents: number of documents written.
@@ -56,21 +67,26 @@ class ShardWriter:
         largest = int(tokens.max())
         if largest > np.iinfo(self._dtype).max:
             raise ValueError(f"token {largest} does not fit {self._dtype}")
-        self.max_token = max(self.max_token, largest)
-        self.documents += 1
+        self.add(tokens, largest, 1, text_bytes)
+
+    def add(self, tokens: NDArray[Any], max_token: int, documents: int, text_bytes: int) -> None:
+        """Append ids [tokens] that have been counted before; raises OSError as ``write``."""
+        self.max_token = max(self.max_token, max_token)
+        self.documents += documents
         self.tokens += len(tokens)
         self.bytes += text_bytes
         rest = tokens.astype(self._dtype)
         while len(rest):
+            capacity = self._shard_tokens << len(self._shards) // SHARDS_OF_A_SIZE
             # Exclusive creation: two processes must not write to one file.
             file = self._file = self._file or self._path().open("xb")
-            part = rest[: self._shard_tokens - self._filled].tobytes()
+            part = rest[: capacity - self._filled].tobytes()
             file.write(part)
             self._hash.update(part)
             count = len(part) // self._dtype.itemsize
             self._filled += count
             rest = rest[count:]
-            if self._filled == self._shard_tokens:
+            if self._filled == capacity:
                 self.close()
 
     def close(self) -> None:
@@ -82,7 +98,15 @@ class ShardWriter:
         os.fsync(self._file.fileno())
         self._file.close()
         self._file = None
-        self._shards.append({"file": self._path().name, "tokens": self._filled, "sha256": self._hash.hexdigest()})
+        itemsize = self._dtype.itemsize
+        self._shards.append(
+            {
+                "file": self._path().name,
+                "tokens": self._filled,
+                "sha256": self._hash.hexdigest(),
+                "sample_sha256": sample_digest(self._path(), 0, self._filled * itemsize, itemsize),
+            }
+        )
         self._filled, self._hash = 0, hashlib.sha256()
 
     def meta(self) -> dict[str, Any]:
@@ -104,9 +128,43 @@ class ShardWriter:
         return self._folder / f"{self._split}-{len(self._shards):05d}.bin"
 
 
-def write_meta(folder: Path, meta: dict[str, Any]) -> None:
+def require_unused(out: Path) -> None:
+    """Raise ``DataError`` unless a folder can be created here: the path is free, or an empty folder."""
+    if out.is_dir():
+        if any(out.iterdir()):
+            raise DataError(f"{out}: exists and is not empty; choose another folder or remove it")
+    elif os.path.lexists(out):
+        raise DataError(f"{out}: exists and is not a folder; choose another name")
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Enter the sibling ``OUT.partial``, which is renamed to ``out`` at the end and removed after an error.
+
+    Raises:
+        DataError: ``out`` is in use or cannot be created.
+    """
+    require_unused(out)
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise DataError(f"{out}: cannot be created ({error.strerror}); choose another folder") from error
+    try:
+        yield partial
+        require_unused(out)  # it may have been filled during the hours that tokenizing can take
+        if out.exists():
+            out.rmdir()
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def write_meta(folder: Path, meta: dict[str, Any], version: int = VERSION) -> None:
     """Write ``meta.json``, with the name and version of the format first, and flush it to disk."""
-    with (folder / "meta.json").open("x", encoding="utf-8") as file:
-        json.dump({"format": FORMAT, "version": VERSION} | meta, file, indent=2)
+    with (folder / META_FILE).open("x", encoding="utf-8") as file:
+        json.dump({"format": FORMAT, "version": version} | meta, file, indent=2)
         file.flush()
         os.fsync(file.fileno())

@@ -2,11 +2,23 @@
 
 import glob
 import os
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from antransformer.data.readers import JSON_LINES, PARQUET, Documents, data_errors, is_readable, read
+from antransformer.data.hub import HubDataset, is_hub
+from antransformer.data.readers import (
+    COMPRESSED,
+    JSON_LINES,
+    PARQUET,
+    TEXT_FIELD,
+    Documents,
+    base_ending,
+    data_errors,
+    read,
+    unreadable,
+)
 from antransformer.errors import DataError
 
 # Endings searched for in folders. Files given by name or matched by a glob may have any ending.
@@ -15,7 +27,9 @@ _ENDINGS = """
     .py .pyi .c .h .cc .cpp .hh .hpp .cu .cuh .cs .java .kt .scala .go .rs .swift .js .jsx .ts .tsx .rb .php .pl .lua
     .r .jl .hs .ml .clj .lisp .el .erl .ex .sh .sql
 """
-ENDINGS = (*_ENDINGS.split(), *JSON_LINES, PARQUET)
+ENDINGS = frozenset((*_ENDINGS.split(), *JSON_LINES, PARQUET))
+NAMED = 3  # skipped files that are named
+Skipped = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -26,27 +40,38 @@ class Source:
         input: file, folder or glob as the caller wrote it.
         files: number of text files in it, files of earlier inputs not included.
         bytes: size of these files, as stored.
-        skipped: number of files that are not text.
+        skipped: by reason, the number of "files" that were left out and the names of the "first" of them.
     """
 
     input: str
     files: int
     bytes: int
-    skipped: int
+    skipped: Skipped
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Text files behind a list of inputs; ``find`` makes one, ``documents`` streams it."""
+    """Text files behind a list of inputs; ``find`` makes one, ``documents`` streams it.
+
+    Attributes:
+        files: files in the order of the inputs.
+        sources: the inputs.
+        hub: datasets of the hub, which are streamed after the files.
+        text_field: field of JSON lines or column of parquet that holds the text.
+    """
 
     files: tuple[Path, ...]
     sources: tuple[Source, ...]
+    text_field: str = TEXT_FIELD
+    hub: tuple[HubDataset, ...] = ()
 
     @classmethod
-    def find(cls, inputs: str | Path | Iterable[str | Path]) -> "Corpus":
+    def find(cls, inputs: str | Path | Iterable[str | Path], text_field: str = TEXT_FIELD) -> "Corpus":
         """Find the files of every input: a file, a folder (all text files below it that are not hidden) or a glob.
 
-        A file in two inputs counts once. Plain text is decoded once in advance, so that a broken file is reported
+        An input ``hf://...`` is a dataset of the hub, see ``HubDataset``.
+
+        A file in two inputs counts once. Some blocks of plain text are decoded, so that most broken files are reported
         before hours of tokenization and not after.
 
         Raises:
@@ -55,20 +80,35 @@ class Corpus:
         """
         files: dict[Path, Path] = {}  # by resolved path
         sources = []
+        hub = []
         for name in [inputs] if isinstance(inputs, str | Path) else inputs:
-            candidates = list(dict.fromkeys(_expand(str(name))))
-            readable = [path for path in candidates if is_readable(path)]
-            if not readable:
-                raise DataError(f"{name}: {_explain_no_text(Path(name), candidates)}")
+            if is_hub(name):
+                hub.append(HubDataset.parse(str(name), text_field))
+                sources.append(Source(str(name), 0, 0, {}))
+                continue
+            skipped: Skipped = {}
+            readable = []
+            for path, reason in _expand(str(name)):
+                reason = reason or unreadable(path, text_field)
+                if reason is None:
+                    readable.append(path)
+                    continue
+                entry = skipped.setdefault(reason, {"files": 0, "first": []})
+                entry["files"] += 1
+                entry["first"] += [path.name] * (entry["files"] <= NAMED)
+            if not readable and skipped.keys() != {"empty"}:
+                raise DataError(f"{name}: {_explain_no_text(Path(name), skipped)}")
             # By resolved path, so that links and overlapping inputs do not count a file twice.
             added = {path.resolve(): path for path in readable if path.resolve() not in files}
             files |= added
             with data_errors(Path(name)):
                 size = sum(path.stat().st_size for path in added)
-            sources.append(Source(str(name), len(added), size, len(candidates) - len(readable)))
+            sources.append(Source(str(name), len(added), size, skipped))
         if not sources:
             raise DataError("no input: give at least one text file, folder or glob")
-        return cls(tuple(files.values()), tuple(sources))
+        if not files and not hub:
+            raise _empty(sources)
+        return cls(tuple(files.values()), tuple(sources), text_field, tuple(hub))
 
     @property
     def bytes(self) -> int:
@@ -82,16 +122,56 @@ class Corpus:
             DataError: a file is missing, changed or broken, or all files are empty.
         """
         start, empty = 0, True
-        for path in self.files:
+        sources: tuple[Path | HubDataset, ...] = (*self.files, *self.hub)
+        for source in sources:
             position = 0
-            for text, position in read(path):
+            for text, position in (
+                source.documents() if isinstance(source, HubDataset) else read(source, self.text_field)
+            ):
                 if text and not text.isspace():
                     empty = False
                     yield text, start + position
             start += position
-        if empty:
-            names = ", ".join(source.input for source in self.sources[:5])
-            raise DataError(f"{names}: empty; there is no text to train on")
+        if empty and (self.files or self.hub):  # a part may have no files
+            raise _empty(self.sources)
+
+    def part(self, number: int, count: int) -> "Corpus":
+        """Return one of ``count`` consecutive parts of the files, about equal in bytes; ``number`` begins with 1."""
+        start, total, files = 0, max(1, self.bytes), []
+        for path in self.files:
+            size = path.stat().st_size
+            # By the middle of the file, so that each file is in exactly one part.
+            if (2 * start + size) * count // (2 * total) == number - 1:
+                files.append(path)
+            start += size
+        return replace(self, files=tuple(files))
+
+    def positions(self, count: int) -> Iterator[tuple[Path, float, float]]:
+        """Yield evenly spaced positions in the corpus: file, fraction of the file, share of the corpus to read there.
+
+        Compressed files can only be read from their beginning, so that each of them has one position.
+        """
+        start, total, number = 0, max(1, self.bytes), 0
+        for path in self.files:
+            size = path.stat().st_size
+            inside = []
+            while number < count and number * total // count < start + size:
+                inside.append((number * total // count - start) / size)
+                number += 1
+            if inside and path.name.lower().endswith(COMPRESSED):
+                yield path, 0.0, len(inside) / count
+            else:
+                yield from ((path, fraction, 1 / count) for fraction in inside)
+            start += size
+
+
+def expand(name: str) -> list[Path]:
+    """Return the files of an input (a file, a folder or a glob), whatever their endings.
+
+    Raises:
+        DataError: there is no such input.
+    """
+    return [path for path, _ in _expand(name)]
 
 
 def walk(folder: Path, excluded: Collection[str] = ()) -> list[Path]:
@@ -115,27 +195,34 @@ def _raise_unreadable(error: OSError) -> None:
     ) from error
 
 
-def _expand(name: str) -> list[Path]:
+def _expand(name: str) -> Iterator[tuple[Path, str | None]]:
+    """Yield the files of an input, each with the reason to skip it, or None."""
     path = Path(name)
     if not name:
         raise DataError("the name of an input is empty; give a text file, folder or glob")
     if path.is_file():
-        return [path]
-    if path.is_dir():
-        return [file for file in walk(path) if file.name.lower().endswith(ENDINGS)]
-    if path.exists():
+        yield path, None
+    elif path.is_dir():
+        for file in walk(path):
+            yield file, None if base_ending(file) in ENDINGS else "unknown ending"
+    elif path.exists():
         raise DataError(f"{name}: neither a file nor a folder; write the text to a file first")
-    if not glob.has_magic(name):
+    elif not glob.has_magic(name):
         raise DataError(f"{name}: no such file or folder")
-    matches = sorted(glob.glob(name, recursive=True))  # noqa: PTH207 (Path.glob takes no absolute pattern)
-    if not matches:
-        raise DataError(f"{name}: no file matches this pattern")
-    return [file for match in matches for file in _expand(match)]
+    else:
+        matches = sorted(glob.glob(name, recursive=True))  # noqa: PTH207 (Path.glob takes no absolute pattern)
+        if not matches:
+            raise DataError(f"{name}: no file matches this pattern")
+        yield from dict.fromkeys(file for match in matches for file in _expand(match))
 
 
-def _explain_no_text(path: Path, candidates: list[Path]) -> str:
+def _empty(sources: Sequence[Source]) -> DataError:
+    return DataError(f"{', '.join(source.input for source in sources[:5])}: empty; there is no text to train on")
+
+
+def _explain_no_text(path: Path, skipped: Skipped) -> str:
     if path.is_file():
-        return "not UTF-8 text; convert it to UTF-8, or exclude it if it is a binary file"
-    if candidates:
-        return f"none of its {len(candidates)} files is UTF-8 text (the first is {candidates[0].name})"
-    return "contains no text file (.txt, .md, .py, .jsonl, .parquet and similar endings)"
+        return f"{next(iter(skipped))}; convert it, or exclude it"
+    reasons = ", ".join(f"{entry['files']} files: {reason}" for reason, entry in skipped.items())
+    found = f" (it has {reasons}, the first is {next(iter(skipped.values()))['first'][0]})" if skipped else ""
+    return f"contains no text file (.txt, .md, .py, .jsonl, .parquet and similar endings){found}"

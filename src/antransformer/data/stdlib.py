@@ -65,7 +65,7 @@ def is_prepared(name: str) -> bool:
 
 
 def open_data(name: str, progress: Progress | None = None, verify: bool = True) -> Dataset:
-    """Open a data folder, by default verified; ``python-stdlib`` is prepared in ``data/`` on first use.
+    """Open a data folder and check a sample of it; ``python-stdlib`` is prepared in ``data/`` on first use.
 
     Raises:
         DataError: the folder is missing, damaged or of another format.

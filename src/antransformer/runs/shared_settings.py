@@ -25,6 +25,7 @@ TRAINING = (
     "adam_eps",
     "grad_clip",
     "ema",
+    "shuffle",
     "eval_tokens",
     "precision",
     "compile",

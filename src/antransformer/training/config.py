@@ -119,6 +119,12 @@ class TrainConfig:
         lt=1,
     )
     seed: int = setting("seed of the initial weights and the data order", 0, ge=0, lt=2**63)
+    shuffle: str = setting(
+        "order of the training data: feistel (constant memory) or argsort (order of older versions; 16 bytes for each "
+        "sequence of the data on every rank)",
+        "feistel",
+        choices=("feistel", "argsort"),
+    )
     log_every: int = setting("steps between metrics lines", 10, ge=1)
     eval_every: int = setting("steps between validations (default: a tenth of the run)", 0, ge=1)
     eval_tokens: Count = setting("tokens per validation, evenly spaced over the validation split", 131_072, ge=1)
@@ -312,6 +318,7 @@ LEGACY_DEFAULTS: dict[str, Any] = {
     "schedule": "cosine",
     "ema": 0.0,
     "cautious_weight_decay": False,
+    "shuffle": "argsort",
 }
 
 

@@ -1,16 +1,21 @@
 """Lock that lets only one process at a time work in a folder."""
 
 import contextlib
+import errno
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 
 from antransformer.errors import ConfigError
 from antransformer.files import read_text, replace_text
 
+LOG = logging.getLogger(__name__)
 LOCK_FILE = ".lock"
+# A file system without locks: Lustre mounted without flock, NFS without a lock daemon.
+UNSUPPORTED = frozenset((errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP))
 HOLDER_FILE = ".lock.pid"  # process id of the holder; separate, since opening the lock file may empty it
 
 
@@ -18,15 +23,16 @@ HOLDER_FILE = ".lock.pid"  # process id of the holder; separate, since opening t
 def lock(folder: Path) -> Iterator[None]:
     """Hold the lock of a folder, which is created if it does not exist.
 
-    The operating system releases the lock when the process ends, even if it is killed.
+    The operating system releases the lock when the process ends, even if it is killed. On a file system that has no
+    locks, a warning is printed and nothing prevents a second process.
 
     Raises:
         ConfigError: another process holds the lock, or the folder cannot be written.
     """
-    file_lock = FileLock(folder / LOCK_FILE, blocking=False)
+    file_lock = FileLock(folder / LOCK_FILE, blocking=False, fallback_to_soft=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file_lock.acquire()
+        _acquire(file_lock, folder)
         replace_text(folder / HOLDER_FILE, str(os.getpid()))
     except Timeout as error:
         raise ConfigError(f"{folder} is in use by {_holder(folder)}: wait for it, or choose another --out") from error
@@ -38,6 +44,15 @@ def lock(folder: Path) -> Iterator[None]:
     finally:
         (folder / HOLDER_FILE).unlink(missing_ok=True)
         file_lock.release()
+
+
+def _acquire(file_lock: BaseFileLock, folder: Path) -> None:
+    try:
+        file_lock.acquire()
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        LOG.warning("%s: its file system has no locks; make sure that no second process writes to it", folder)
 
 
 def _holder(folder: Path) -> str:

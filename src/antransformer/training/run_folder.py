@@ -57,7 +57,7 @@ def require_empty(folder: Path, resumable: bool = True) -> None:
         return
     # Files of a run that was killed while creating its folder, or is still creating it. The config is written last.
     partial = {f"{name}.partial" for name in (TOKENIZER_FILE, CONFIG_FILE, HOLDER_FILE)}
-    unfinished = {CHECKPOINTS, TOKENIZER_FILE, LOCK_FILE, HOLDER_FILE} | partial
+    unfinished = {CHECKPOINTS, TOKENIZER_FILE, "tokenizer_config.json", LOCK_FILE, HOLDER_FILE} | partial
     if {path.name for path in folder.iterdir()} - unfinished or any((folder / CHECKPOINTS).glob("*")):
         resume = ", or add --resume to continue the run in it" if resumable else ""
         raise ConfigError(f"{folder} is not empty: choose another --out{resume}")

@@ -119,7 +119,7 @@ class Trainer:
         check_data(config, dataset)
         self.dist_ctx = dist_ctx = replace(dist_ctx, tensor_parallel=config.tensor_parallel, timeout=config.timeout)
         self.config, self.dataset, self.folder, self.reporter = config, dataset, folder, reporter
-        windows = ShuffledWindows(dataset.split("train"), config.model.context, config.seed)
+        windows = ShuffledWindows(dataset.split("train"), config.model.context, config.seed, config.shuffle)
         self.batches = Prefetcher(windows, config.batch_size, dist_ctx.data_parallel_rank, dist_ctx.data_parallel_size)
         self.validation = dataset.split("val")
         self.device = choose_device(config.device, dist_ctx.local_rank, dist_ctx.local_world_size)

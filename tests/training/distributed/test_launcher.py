@@ -69,7 +69,7 @@ def count_reads(monkeypatch, log):
     """Record the files that this process and its forks read in full."""
     sha256 = sharded_safetensors.sha256
     monkeypatch.setattr(checkpoint, "sha256", lambda path: (append(log, path.name), sha256(path))[1])
-    check = Dataset.__module__ + "._check_content"
+    check = Dataset.__module__ + ".check_sample"
     monkeypatch.setattr(check, lambda shard, *_: append(log, shard.path.name))
 
 
