@@ -94,7 +94,7 @@ def test_compare_searches_at_every_budget_and_a_new_budget_is_searched_too(corpu
 
 
 def test_compare_searches_separate_rates(corpus, tmp_path):
-    options = ["--separate-rates", "--tuning-trials=2", "--seeds=1", "--budgets", "2560"]
+    options = ["--tuning-trials=2", "--seeds=1", "--budgets", "2560"]
     assert main(compare(corpus, tmp_path, *options)) == 0
     results = Results.load(tmp_path)
     for item in results.variants:

@@ -32,7 +32,7 @@ def compare(
     seeds: int = 3,
     lr_trials: int = 3,
     tuning_trials: int | None = None,
-    separate_rates: bool = False,
+    separate_rates: bool | None = None,
     trial_tokens: int | str = 0,
     devices: Sequence[str] = (),
     workers: int | None = None,
@@ -49,12 +49,12 @@ def compare(
         out: folder of the runs and the report.
         tokens: largest budget (default 8M); a quarter and a half of it are run too.
         budgets: budgets in tokens, instead of ``tokens``.
-        quick: use a small size, small budgets and recipe paper, 12 minutes on two CPU cores.
+        quick: use a small size, small budgets and recipe paper, half an hour on two CPU cores.
         seeds: measured seeds per budget.
         lr_trials: learning rates to try at each budget; 1 keeps the default.
-        tuning_trials: values to try of each architecture's own hyperparameter (default 3; with ``quick`` 1, unless
-            ``separate_rates`` is set).
-        separate_rates: also try this number of values for the learning rates of the embedding and of the head.
+        tuning_trials: values to try of each architecture's own hyperparameter (default 3); 1 keeps the default.
+        separate_rates: whether to try this number of values also for the learning rates of the embedding and of the
+            head (default: unless ``tuning_trials`` is 1).
         trial_tokens: search at this budget only and use the result at every budget; 0 searches at every budget.
         devices: one worker for each, such as ``["cuda:0", "cuda:1"]``.
         workers: number of workers if no devices are given.
@@ -70,12 +70,12 @@ def compare(
         raise ConfigError("--tokens and --budgets exclude each other: give one of them")
     if quick and tokens is None and not budgets:
         budgets = comparisons.QUICK_BUDGETS
-    tuning_trials = tuning_trials or (1 if quick and not separate_rates else 3)
+    tuning_trials = tuning_trials or 3
     planned = comparisons.plan(
         shared,
         architectures,
         comparisons.budgets_of(convert(tokens or "8M", Count, "--tokens"), budgets),
-        separate_rates,
+        tuning_trials > 1 if separate_rates is None else separate_rates,
         seeds=seeds,
         lr_trials=lr_trials,
         tuning_trials=tuning_trials,

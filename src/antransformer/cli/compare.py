@@ -37,20 +37,20 @@ def add_arguments(parser: Parser) -> None:
     )
     parser.add_argument("--budgets", nargs="+", default=(), metavar="TOKENS", help="budgets, instead of --tokens")
     parser.add_argument(
-        "--quick", action="store_true", help="small size and budgets, recipe paper: 12 minutes on two CPU cores"
+        "--quick", action="store_true", help="small size and budgets, recipe paper: half an hour on two CPU cores"
     )
     parser.add_argument(
         "--tuning-trials",
         metavar="N",
         help="number of values to try of each architecture's own hyperparameter, spaced by factors of 3: weight decay "
         "of gpt+, gpt and ln-scaling (with Muon, init_std), s_scale of angpt and ngpt, dyt_alpha_init of dyt (default "
-        "3; with --quick 1, unless --separate-rates is set)",
+        "3); 1 keeps the defaults",
     )
     parser.add_argument(
         "--separate-rates",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
         help="also search embed_lr and head_lr, the learning rates of the embedding and the head, before that "
-        "hyperparameter and with the same number of values",
+        "hyperparameter and with the same number of values (default: unless --tuning-trials is 1)",
     )
     add_experiment_arguments(parser, lr_trials=3, out="runs/compare-PRESET")
 

@@ -15,7 +15,10 @@ def tuning_label(results: Results, tokens: int) -> str:
 def tuning_scope(results: Results) -> str:
     """Return how the learning rates of all budgets were chosen, for the scope of a finding."""
     if {tuning_label(results, tokens) for tokens in results.budgets} == {"tuned"}:
-        return "learning rates tuned at every budget"
+        # A baseline whose embedding has the rate of its blocks is a weak one (docs/results.md).
+        runs = [(variant, tokens) for variant in results.variants for tokens in results.budgets]
+        separate = all(variant.search_budget("embed_lr", tokens) for variant, tokens in runs)
+        return f"{'' if separate else 'common '}learning rates tuned at every budget"
     searches = {item.search_budget("lr", tokens) for item in results.variants for tokens in results.budgets}
     return (
         f"learning rates tuned at {_list_budgets(searches)} tokens only"
