@@ -113,10 +113,8 @@ def test_compiled_flex_attention_computes_the_same(compile, monkeypatch):
     model, (tokens, _) = make(), packed()
     model.end_of_text = END
     expected = model(tokens)
-    fused = document_attention._fused  # as on a GPU, where FlexAttention is always compiled
-    monkeypatch.setattr(
-        document_attention, "_fused", lambda function, _: fused(function, SimpleNamespace(is_cuda=True))
-    )
+    fused, gpu = document_attention._fused, SimpleNamespace(is_cuda=True)  # where FlexAttention is always compiled
+    monkeypatch.setattr(document_attention, "_fused", lambda function, _: fused(function, gpu))
     monkeypatch.setattr(decoder, "document_mask", block_mask)
     if compile == "blocks":
         for block in model.blocks:
