@@ -44,6 +44,7 @@ def test_weights_are_enough_to_generate_export_and_evaluate(light, tmp_path, cap
         text = capsys.readouterr().out
         assert main(["export", *words, "--out", str(out)]) == 0
         scores = out.with_suffix(".json")
+        (light[0] / "config.yaml").unlink(missing_ok=True)  # neither evaluate nor --init reads it
         assert main(["evaluate", *words, "--text", str(tmp_path / "text.txt"), "--out", str(scores)]) == 0
         results = json.loads(scores.read_text())["results"]
         outputs[folder] = text, (out / "model.safetensors").read_bytes(), results
@@ -51,6 +52,7 @@ def test_weights_are_enough_to_generate_export_and_evaluate(light, tmp_path, cap
 
 
 def test_weights_are_enough_to_start_a_run(light, corpus, tmp_path):
+    (light[0] / "config.yaml").unlink()
     words = ["--data", str(corpus), "--tokens=256", "--batch-tokens=256", "--eval-tokens=512", *SMALL_OPTIONS]
     for number, folder in enumerate(light[:2]):
         assert main(["train", "--init", str(folder), "--out", str(tmp_path / f"new-{number}"), *words]) == 0
