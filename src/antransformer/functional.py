@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.attention.flex_attention import BlockMask
 
 from antransformer import factors, kernels
-from antransformer.kernels import cpu_attention
+from antransformer.kernels import cpu_attention, document_attention
 
 NORM_EPS = 1e-12  # keeps a zero vector from becoming NaN; norms of activations are never this small
 
@@ -302,14 +303,18 @@ class AttentionContext(NamedTuple):
     """Positions of the tokens of a batch, and the keys visible to each.
 
     Attributes:
-        rotary: rotary tables of the positions.
-        mask: boolean (B, 1, T, S), true where a key is visible; None for a causal batch without padding.
+        rotary: rotary tables of the positions, which count from the first token of a document if documents are apart.
+        mask: boolean (B, 1, T, S), true where a key is visible, or FlexAttention's block mask of it; None for a causal
+            batch without padding.
         kv_cache: keys and values of the preceding tokens during generation.
+        starts: position (B, T) of the first token of each token's document, if documents are apart. The mask is then
+            ``document_attention.document_mask(starts)``.
     """
 
     rotary: Rotary
-    mask: Tensor | None = None
+    mask: Tensor | BlockMask | None = None
     kv_cache: LayerCache | None = None
+    starts: Tensor | None = None
 
 
 def attention(
@@ -403,10 +408,12 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext, sca
     """
     if ctx.kv_cache is not None:
         k, v = ctx.kv_cache.extend(k, v)
+    if isinstance(ctx.mask, BlockMask):
+        return document_attention.attention(q, k, v, ctx.mask, scale).flatten(2)
     # A single new token sees all preceding ones, so it needs no mask.
     causal = ctx.mask is None and q.shape[1] > 1
-    if causal and cpu_attention.is_supported(q, k):
-        return cpu_attention.causal(q, k, v, scale).flatten(2)
+    if causal and (ctx.starts is not None or cpu_attention.is_supported(q, k)):
+        return cpu_attention.causal(q, k, v, scale, ctx.starts).flatten(2)
     return softmax_attention(q, k, v, ctx.mask, causal, scale)
 
 

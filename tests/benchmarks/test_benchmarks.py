@@ -15,7 +15,7 @@ from antransformer.benchmarks import busy, generate
 from antransformer.benchmarks.growth import exponent
 from antransformer.benchmarks.loss_and_optimizer import losses
 from antransformer.benchmarks.models import BUILDERS, build_variants
-from antransformer.benchmarks.settings import VARIANTS
+from antransformer.benchmarks.settings import MASKED_VARIANTS, VARIANTS
 from antransformer.benchmarks.timing import Benchmark, Quartiles, Row, alternate, make_rows, peak_memory, quartiles
 from antransformer.cli import main
 from antransformer.cli.bench import DEFAULTS, result_table
@@ -33,7 +33,7 @@ GENERATION_VARIANTS = [*OURS, "qwen3 static", "qwen3"]
 
 
 def test_names_of_variants_have_builders():
-    assert tuple(BUILDERS) == VARIANTS
+    assert tuple(BUILDERS) == (*VARIANTS, *MASKED_VARIANTS)
 
 
 def test_quartiles():
@@ -445,7 +445,7 @@ def test_decoding_is_compiled_once_for_all_tokens(name, prompts):
         ([*GENERATE, "--threads", "0"], ("--threads", 0)),
         ([*STEP, "--prompt-tokens", "21"], ("--prompt-tokens", "generate", "step")),
         ([*GENERATE, "--variants", "gpt+"], ("--variants", "step", "generate")),
-        ([*STEP, "--variants", "gpt+", "llama"], ("llama", *VARIANTS)),
+        ([*STEP, "--variants", "gpt+", "llama"], ("llama", *VARIANTS, *MASKED_VARIANTS)),
         (["bench", "optimizer", "--batch", "2"], ("--batch", *DEFAULTS)),
         (["bench", "loss", "--rounds", "0"], ("rounds", 0)),
         (["bench", "loss", "--batch", "0"], ("batch", 0)),

@@ -37,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # a script does not have 
 
 from helpers.messages import mentions
 from helpers.small import SMALL, Notes, Watch, local
+from helpers.trainers import lines_as_documents
 
 STEPS, SAVED, FAILURE = 12, 6, 4  # steps of a run, step of its first checkpoint, and step of a failure
 ARCHITECTURES = ("angpt", "gpt+", "ngpt")
@@ -68,6 +69,8 @@ CASES |= {
     "bfloat16": {"parallel": "fsdp", "precision": "bfloat16"},
     "fp8": {"parallel": "fsdp", "precision": "fp8"},
     "fp8-tensor": {"parallel": "fsdp", "tensor_parallel": 2, "precision": "fp8"},
+    "documents": {"parallel": "fsdp", "document_mask": True, "activation_checkpointing": True},
+    "documents-tensor": {"parallel": "fsdp", "tensor_parallel": 2, "document_mask": True},
     "broken": {"parallel": "fsdp"},
     "unwritten": {"parallel": "fsdp"},
     "stopped": {"parallel": "fsdp"},
@@ -90,6 +93,7 @@ FOUR_PROCESS_CASES |= {
     "tensor-accumulated": {"parallel": "fsdp", "tensor_parallel": 2, "micro_batch_size": 1},
     "tensor-recomputed": {"parallel": "fsdp", "tensor_parallel": 2, "activation_checkpointing": True},
     "tensor-compiled": {"parallel": "fsdp", "tensor_parallel": 2, "compile": True},
+    "documents-compiled": {"parallel": "fsdp", "document_mask": True, "compile": True},
     "tensor-bfloat16": {"parallel": "fsdp", "tensor_parallel": 2, "precision": "bfloat16"},
 }
 
@@ -126,6 +130,7 @@ def train(corpus, folder, names):
             dist_ctx.barrier()
             config = run_folder.resumed_config(folder / name, {}) if resume else config_of(corpus, name)
             trainer = Trainer(config, dataset, folder / name, Notes(), resume, dist_ctx)
+            lines_as_documents(trainer)
             if not resume:
                 check_start(trainer)
                 with dist_ctx.rank_0_first():

@@ -44,6 +44,13 @@ def resume(corpus, folder, **more):
     return Trainer(config, Dataset.open(corpus), folder, notes, resume=True), notes
 
 
+def lines_as_documents(trainer):
+    """Let every line of the text be a document in a run with ``document_mask``, since the corpus has few others."""
+    if trainer.config.document_mask:
+        assert trainer.model.end_of_text == trainer.dataset.end_of_text
+        trainer.model.end_of_text = ord("\n")
+
+
 def run_until(trainer, step):
     """Interrupt the run before a step, as a power cut would."""
     update = trainer.update

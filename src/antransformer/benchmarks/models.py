@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from antransformer.benchmarks.settings import OUR_ARCHITECTURES, replace_architecture
+from antransformer.benchmarks.settings import END_OF_TEXT, MASKED_VARIANTS, OUR_ARCHITECTURES, replace_architecture
 from antransformer.benchmarks.timing import describe_error
 from antransformer.bounds import bind
 from antransformer.errors import MissingExtraError
@@ -33,9 +33,10 @@ class TrainingSetup(NamedTuple):
     optimizer: Optimizer
 
 
-def our_setup(shape: ModelConfig, architecture: str) -> TrainingSetup:
+def our_setup(shape: ModelConfig, architecture: str, end_of_text: int | None = None) -> TrainingSetup:
     """One of our architectures with bounds, and with AdamW, as the other libraries."""
     model = build(replace_architecture(shape, architecture))
+    model.end_of_text = end_of_text
     config = resolve_config({"recipe": "paper", "model": model.config.mapping()}, shape.vocab_size)
     optimizer = make_optimizer(model, config)
     bind(model, optimizer)
@@ -154,6 +155,10 @@ BUILDERS: dict[str, Callable[[ModelConfig], TrainingSetup]] = {
     "qwen3": qwen3,
     "x-transformers": x_transformers,
     "ngpt-pytorch": ngpt_pytorch,
+    **{
+        name: partial(our_setup, architecture=architecture, end_of_text=END_OF_TEXT)
+        for name, architecture in zip(MASKED_VARIANTS, OUR_ARCHITECTURES, strict=True)
+    },
 }
 
 

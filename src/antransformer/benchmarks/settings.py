@@ -16,6 +16,9 @@ MODES: tuple[Mode, ...] = ("eager", "compiled")
 SHAPE = ("vocab_size", "width", "layers", "context", "head_dim", "mlp_ratio", "rotary_fraction", "rope_theta")
 OUR_ARCHITECTURES = ("gpt+", "ngpt", "angpt")
 VARIANTS = (*OUR_ARCHITECTURES, "qwen3", "x-transformers", "ngpt-pytorch")
+MASKED_VARIANTS = tuple(f"{name}-masked" for name in OUR_ARCHITECTURES)  # with ``document_mask``
+END_OF_TEXT = 0  # token that separates documents in random tokens
+DOCUMENT_TOKENS = 256  # mean length of their documents
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from antransformer.benchmarks.models import TrainingSetup, build_variants
-from antransformer.benchmarks.settings import VARIANTS, Mode, Settings, require_positive
+from antransformer.benchmarks.settings import (
+    DOCUMENT_TOKENS,
+    END_OF_TEXT,
+    MASKED_VARIANTS,
+    VARIANTS,
+    Mode,
+    Settings,
+    require_positive,
+)
 from antransformer.benchmarks.timing import Benchmark, Row, alternate, make_rows, peak_memory, quartiles, time_call
 from antransformer.errors import ConfigError
 from antransformer.training import profiling
@@ -28,7 +36,7 @@ class StepSettings(Settings):
     """Settings of ``bench_step``; sequences have the length of the model's context.
 
     Attributes:
-        variants: names from ``VARIANTS``; the first is the baseline.
+        variants: names from ``VARIANTS`` and ``MASKED_VARIANTS``; the first is the baseline.
         batch: number of sequences in a step.
         modes: eager execution, ``torch.compile``, or both.
         profile: folder for a trace of one step of each variant, or None.
@@ -46,8 +54,8 @@ class StepSettings(Settings):
         super().__post_init__()
         require_positive(batch=self.batch)
         for name in self.variants:
-            if name not in VARIANTS:
-                raise ConfigError(f"unknown variant {name!r}: choose from {', '.join(VARIANTS)}")
+            if name not in (*VARIANTS, *MASKED_VARIANTS):
+                raise ConfigError(f"unknown variant {name!r}: choose from {', '.join((*VARIANTS, *MASKED_VARIANTS))}")
 
     def facts(self, baseline: str) -> dict[str, Any]:
         """Settings that a benchmark of steps reports."""
@@ -105,10 +113,12 @@ def in_mode(setups: dict[str, TrainingSetup], mode: Mode) -> dict[str, TrainingS
 
 
 def make_step(setup: TrainingSetup, settings: StepSettings) -> Callable[[], None]:
-    """Function that performs one training step, always on the same random tokens."""
+    """Function that performs one training step, always on the same random tokens in documents of random lengths."""
     generator = torch.Generator().manual_seed(0)
     shape = (settings.batch, settings.model.context + 1)
-    tokens = torch.randint(settings.model.vocab_size, shape, generator=generator).to(settings.device)
+    tokens = torch.randint(settings.model.vocab_size, shape, generator=generator)
+    tokens[torch.rand(shape, generator=generator) < 1 / DOCUMENT_TOKENS] = END_OF_TEXT
+    tokens = tokens.to(settings.device)
 
     def step() -> None:
         with autocast(settings.device, settings.dtype):

@@ -39,7 +39,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from rich.console import Console
 from rich.table import Table
 
-from antransformer.benchmarks.settings import MODES, SHAPE, VARIANTS, Mode
+from antransformer.benchmarks.settings import MASKED_VARIANTS, MODES, SHAPE, VARIANTS, Mode
 from antransformer.cli.options import Parser, add_config, settings_of
 from antransformer.cli.tables import new_table
 from antransformer.errors import ConfigError, UsageError
@@ -81,7 +81,11 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--preset", default="nano", metavar="NAME", help="size of the models (default nano)")
     parser.add_argument("--batch", type=int, nargs="+", metavar="N", help="batch size (default 8; generate: 1 16)")
     parser.add_argument(
-        "--variants", nargs="+", metavar="NAME", help=f"step: from {', '.join(VARIANTS)} (default all; first: baseline)"
+        "--variants",
+        nargs="+",
+        metavar="NAME",
+        help=f"step: from {', '.join(VARIANTS)} (default all; first: baseline), and with --document-mask of train: "
+        f"{', '.join(MASKED_VARIANTS)}",
     )
     parser.add_argument(
         "--text", nargs="+", metavar="INPUT", help="data: inputs of prepare (default: 16 MiB of the standard library)"

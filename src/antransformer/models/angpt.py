@@ -128,4 +128,5 @@ ARCHITECTURE = Architecture(
     tuned_hyperparameter="model.s_scale",
     tensor_parallel={**TENSOR_PARALLEL, "logit_scale": 0},
     hf_export=True,
+    document_mask=True,
 )

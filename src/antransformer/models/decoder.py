@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from antransformer import functional
 from antransformer.bounds import Bound
 from antransformer.functional import AttentionContext, LayerCache, Rotary
+from antransformer.kernels.document_attention import document_mask, document_starts
 from antransformer.models.config import ModelConfig
 
 # Axis along which tensor parallelism splits the weights of a module, by the module's name. All others are replicated.
@@ -30,7 +31,13 @@ class Decoder(nn.Module, ABC):
     Args:
         config: sizes and options.
         block: constructor of a block, a module that maps (hidden (B, T, d), ctx) to hidden.
+
+    Attributes:
+        end_of_text: id of the token that separates documents, if attention must not cross it; None, the default, for
+            attention to all preceding tokens. Generation with a cache ignores it.
     """
+
+    end_of_text: int | None = None
 
     def __init__(self, config: ModelConfig, block: Callable[[ModelConfig], nn.Module]) -> None:
         super().__init__()
@@ -80,7 +87,13 @@ class Decoder(nn.Module, ABC):
         if cache is not None:
             return cache.attention_context(tokens.shape[1])
         positions = torch.arange(tokens.shape[1], device=tokens.device)
-        return AttentionContext(functional.rotary_tables(positions, self.config.rotary_dim, self.config.rope_theta))
+        starts = mask = None
+        if self.end_of_text is not None:
+            starts = document_starts(tokens, self.end_of_text)
+            # Not only distances matter: nGPT scales coordinates after their rotation.
+            positions, mask = positions - starts, document_mask(starts)
+        rotary = functional.rotary_tables(positions, self.config.rotary_dim, self.config.rope_theta)
+        return AttentionContext(rotary, mask, starts=starts)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Map the residual stream after the last block (..., d) to logits (..., V)."""

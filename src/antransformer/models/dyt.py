@@ -67,4 +67,5 @@ ARCHITECTURE = Architecture(
     options={**OPTIONS, "dyt_alpha_init": 1.0},
     tuned_hyperparameter="model.dyt_alpha_init",
     hf_export=True,
+    document_mask=True,
 )

@@ -45,4 +45,5 @@ ARCHITECTURE = Architecture(
     options=OPTIONS,
     muon_tuned_hyperparameter="model.init_std",
     hf_export=True,
+    document_mask=True,
 )

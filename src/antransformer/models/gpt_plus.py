@@ -113,4 +113,5 @@ ARCHITECTURE = Architecture(
     muon_tuned_hyperparameter="model.init_std",
     tensor_parallel=TENSOR_PARALLEL,
     hf_export=True,
+    document_mask=True,
 )

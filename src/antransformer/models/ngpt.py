@@ -116,4 +116,5 @@ ARCHITECTURE = Architecture(
     defaults_like="angpt",
     tuned_hyperparameter="model.s_scale",
     hf_export=True,
+    document_mask=True,
 )

@@ -47,6 +47,8 @@ class Architecture:
         tensor_parallel: axis along which the weights of each module, by its name, are split over the ranks; empty where
             tensor parallelism is not supported.
         hf_export: whether ``interop.modeling_antransformer`` implements it for transformers.
+        document_mask: whether it can be trained with ``document_mask``, since its blocks call ``functional.rotate`` and
+            ``functional.causal_attention`` with their context.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Architecture:
     muon_tuned_hyperparameter: str | None = None
     tensor_parallel: Mapping[str, int] = field(default_factory=dict)
     hf_export: bool = False
+    document_mask: bool = False
 
     def hyperparameter(self, optimizer: str) -> str:
         """Setting that ``compare`` tunes in addition to the learning rate of ``adam``, ``muon`` or ``normuon``."""

@@ -26,6 +26,7 @@ TRAINING = (
     "grad_clip",
     "ema",
     "shuffle",
+    "document_mask",
     "eval_tokens",
     "precision",
     "compile",

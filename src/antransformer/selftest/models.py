@@ -42,6 +42,20 @@ def architectures(setup: Setup) -> Iterator[Check]:
         yield from _compare(f"{name}, bfloat16 against float32", half, eager, 5e-2, 5e-2)
 
 
+def documents(setup: Setup) -> Iterator[Check]:
+    """Logits and gradients with documents kept apart (FlexAttention on a GPU): eager and compiled, against the CPU."""
+    config = small_model(setup, "angpt")
+    tokens = synthetic_tokens(config, 2, seed=0)
+    tokens[0, :: config.context // 5] = tokens[1, config.context // 2] = 0
+    expected = _outputs(config, tokens, CPU, end_of_text=0)
+    for compiled in (False,) if setup.miniature else (False, True):
+        result = _outputs(config, tokens, setup.device, compiled, end_of_text=0)
+        label = f"documents apart, {'compiled' if compiled else 'eager'} against CPU"
+        yield from _compare(label, result, expected, 1e-4, 1e-3)
+    half = _outputs(config, tokens, setup.device, precision=torch.bfloat16, end_of_text=0)
+    yield from _compare("documents apart, bfloat16 against CPU", half, expected, 5e-2, 5e-2)
+
+
 def bounds(setup: Setup) -> Iterator[Check]:
     """Bounds after 50 steps, with the Triton kernels and without them."""
     for name in BOUNDED:
@@ -136,9 +150,11 @@ def _outputs(
     device: torch.device,
     compiled: bool = False,
     precision: torch.dtype = torch.float32,
+    end_of_text: int | None = None,
 ) -> Outputs:
     torch.manual_seed(0)
     model = build(config).to(device)
+    model.end_of_text = end_of_text
     tokens = tokens.to(device)
 
     def logits_and_loss(tokens: Tensor) -> tuple[Tensor, Tensor]:

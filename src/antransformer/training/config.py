@@ -125,6 +125,9 @@ class TrainConfig:
         "feistel",
         choices=("feistel", "argsort"),
     )
+    document_mask: bool = setting(
+        "keep documents apart: attention does not cross an end-of-text token, in training and in validation", False
+    )
     log_every: int = setting("steps between metrics lines", 10, ge=1)
     eval_every: int = setting("steps between validations (default: a tenth of the run)", 0, ge=1)
     eval_tokens: Count = setting("tokens per validation, evenly spaced over the validation split", 131_072, ge=1)
@@ -200,6 +203,9 @@ class TrainConfig:
         if split > 1 and not get(model.architecture).tensor_parallel:
             supported = " and ".join(name for name in BUILT_IN if get(name).tensor_parallel)
             raise ConfigError(f"tensor_parallel is for {supported}, not {model.architecture}: leave it out")
+        if self.document_mask and not get(model.architecture).document_mask:
+            supported = ", ".join(name for name in BUILT_IN if get(name).document_mask)
+            raise ConfigError(f"document_mask is for {supported}, not {model.architecture}: leave it out")
         if model.heads % split:  # the width of the MLP is a multiple of the number of heads
             raise ConfigError(f"tensor_parallel {split} cannot split {model.heads} heads evenly: choose a divisor")
 
@@ -319,6 +325,7 @@ LEGACY_DEFAULTS: dict[str, Any] = {
     "ema": 0.0,
     "cautious_weight_decay": False,
     "shuffle": "argsort",
+    "document_mask": False,
 }
 
 

@@ -162,17 +162,17 @@ def with_initial_model(
 def open_checkpoint(
     path: Path, notify: Callable[[str], None] = print, dist_ctx: DistributedContext = SINGLE_PROCESS
 ) -> tuple[Checkpoint, Tokenizer]:
-    """Open a checkpoint folder, or the newest complete checkpoint of a run folder, with its tokenizer.
+    """Open a checkpoint folder, or the newest one of a run folder, with its tokenizer; only its weights are needed.
 
     Raises:
-        CheckpointError: the folder is neither, or holds no complete checkpoint.
+        CheckpointError: the folder is neither, or holds no checkpoint with complete weights.
         DataError: the tokenizer cannot be read, or does not belong to the model.
     """
     opened: Checkpoint | None
     if (path / checkpoint.STATE_FILE).exists():
-        opened = checkpoint.read(path, dist_ctx)
+        opened = checkpoint.read(path, dist_ctx, weights_only=True)
     elif path.is_dir():
-        opened = checkpoint.newest(path / CHECKPOINTS, notify, dist_ctx)
+        opened = checkpoint.newest(path / CHECKPOINTS, notify, dist_ctx, weights_only=True)
         if opened is None:
             if (path / "model.safetensors").exists() or (path / "model.safetensors.index.json").exists():
                 raise CheckpointError(

@@ -126,6 +126,8 @@ class Trainer:
         self.precision = choose_precision(config.precision, self.device)
         torch.manual_seed(config.seed)
         self.model = make_model(config, dist_ctx, self.device, self.precision)
+        if config.document_mask:
+            self.model.end_of_text = dataset.end_of_text
         if config.precision == "fp8" and self.device.type == "cpu":
             reporter.log("fp8 is simulated on a CPU, with the rounding of a GPU but not its speed")
         self.optimizer = make_optimizer(self.model, config)
@@ -463,10 +465,16 @@ def check_data(config: TrainConfig, dataset: Dataset) -> None:
     """Check that the data fits the model.
 
     Raises:
-        DataError: a token id is outside the vocabulary, or a split is shorter than one window of the context.
+        DataError: a token id is outside the vocabulary, a split is shorter than one window of the context, or
+            documents have to be kept apart and a split has no end-of-text token.
     """
     for split in ("train", "val"):
         ShuffledWindows(dataset.split(split), config.model.context, config.seed)
+        if config.document_mask and not dataset.split(split).documents:
+            raise DataError(
+                f"{config.data}: document_mask needs end-of-text tokens, and the {split} split has none: leave it out, "
+                "or prepare the data with its own tokenizer"
+            )
     if dataset.max_token >= config.model.vocab_size:
         advice = f"set model.vocab_size to {dataset.vocab_size}, or leave it out"
         if config.init:  # its vocabulary cannot change

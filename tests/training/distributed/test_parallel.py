@@ -37,7 +37,7 @@ from helpers.parallel_worker import (
 )
 from helpers.ranks import fork_ranks
 from helpers.small import SMALL_OPTIONS, Notes
-from helpers.trainers import poison, start
+from helpers.trainers import lines_as_documents, poison, start
 
 CPU = torch.device("cpu")
 LAST = f"step-{STEPS:08d}"  # the last checkpoint of a run
@@ -86,13 +86,14 @@ def single_run(corpus, tmp_path_factory):
     def train(name):
         single = {"parallel": "ddp", "tensor_parallel": 1, "compile": False, "activation_checkpointing": False}
         config = replace(config_of(corpus, name), **single)
-        settings = (config.optimizer, str(config.grad_clip), str(config.ema), str(config.cautious_weight_decay))
-        key = (config.model.architecture, config.precision, *settings)
+        names = ("optimizer", "grad_clip", "ema", "cautious_weight_decay", "document_mask")
+        key = (config.model.architecture, config.precision, *(str(getattr(config, name)) for name in names))
         if key not in folders:
             dataset = Dataset.open(corpus)
             folders[key] = root / "-".join(key)
             run.create_run_folder(folders[key], config, dataset)
             trainer = Trainer(config, dataset, folders[key], Notes())
+            lines_as_documents(trainer)
             record_windows(trainer)
             trainer.run()
         return folders[key]

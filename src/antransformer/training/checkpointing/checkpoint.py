@@ -47,7 +47,7 @@ FINISH_TIMEOUT = 60.0  # seconds that a failed run waits for the checkpoint in p
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint on disk.
+    """A verified checkpoint on disk; with ``weights_only`` in ``read``, only its weights for inference are verified.
 
     Attributes:
         path: its folder.
@@ -252,7 +252,10 @@ def _remove(path: Path) -> None:
 
 
 def newest(
-    folder: Path, notify: Callable[[str], None], dist_ctx: DistributedContext = SINGLE_PROCESS
+    folder: Path,
+    notify: Callable[[str], None],
+    dist_ctx: DistributedContext = SINGLE_PROCESS,
+    weights_only: bool = False,
 ) -> Checkpoint | None:
     """Return the latest intact checkpoint in ``folder``, or None if there is no checkpoint.
 
@@ -260,36 +263,40 @@ def newest(
         folder: parent folder of the checkpoints.
         notify: receives a message for each damaged checkpoint that is skipped.
         dist_ctx: ranks that call this together.
+        weights_only: as in ``read``.
 
     Raises:
-        CheckpointError: there are checkpoints, and all are damaged.
+        CheckpointError: there are checkpoints, and all are damaged or incomplete.
         NewerCheckpointError: one was written by a newer release.
     """
-    paths = sorted(step_folders(folder), key=step_of, reverse=True)
-    for path in paths:
+    errors: list[CheckpointError] = []
+    for path in sorted(step_folders(folder), key=step_of, reverse=True):
+        if errors:
+            notify(f"{errors[-1]}; trying the previous checkpoint")
         try:
-            return read(path, dist_ctx)
+            return read(path, dist_ctx, weights_only)
         except NewerCheckpointError:
             raise
         except CheckpointError as error:
-            notify(f"{error}; trying the previous checkpoint")
-    if paths:
-        raise CheckpointError(f"{folder}: all {len(paths)} checkpoints are damaged")
+            errors.append(error)
+    if errors:
+        raise CheckpointError(f"{errors[-1]}; {folder} has no other complete checkpoint")
     return None
 
 
-def read(path: Path, dist_ctx: DistributedContext = SINGLE_PROCESS) -> Checkpoint:
+def read(path: Path, dist_ctx: DistributedContext = SINGLE_PROCESS, weights_only: bool = False) -> Checkpoint:
     """Verify a checkpoint folder and return its description.
 
     The ranks of ``dist_ctx`` divide the files among them, and all return or raise the same. A file that one of them has
-    verified is not read again unless it changed.
+    verified is not read again unless it changed. With ``weights_only`` only the files of ``inference_kind`` are needed;
+    all others may be missing.
 
     Raises:
         CheckpointError: it is not a checkpoint, or a file is missing, truncated or changed.
         NewerCheckpointError: it was written by a newer release.
     """
     verified = set[str]().union(*dist_ctx.gather_or_raise(lambda: _verified_files(path)))
-    return dist_ctx.gather_or_raise(lambda: _read(path, verified, dist_ctx.rank, dist_ctx.world_size))[0]
+    return dist_ctx.gather_or_raise(lambda: _read(path, verified, dist_ctx.rank, dist_ctx.world_size, weights_only))[0]
 
 
 _verified: dict[Path, tuple[int, int, int]] = {}  # fingerprints of the tensor files that this process has verified
@@ -306,8 +313,8 @@ def _verified_files(folder: Path) -> set[str]:
     return {path.name for path in folder.glob("*.safetensors") if _verified.get(path) == _fingerprint(path)}
 
 
-def _read(path: Path, verified: Collection[str], rank: int, world_size: int) -> Checkpoint:
-    """Read the state file, and verify this rank's share of the tensor files that are not verified yet."""
+def _read(path: Path, verified: Collection[str], rank: int, world_size: int, weights_only: bool) -> Checkpoint:
+    """Read the state file, and verify this rank's share of the needed tensor files that are not verified yet."""
     state = _read_state_file(path)
     try:
         step, fields, extra = state["step"], dict(state["model"]), dict(state["extra"])
@@ -327,15 +334,18 @@ def _read(path: Path, verified: Collection[str], rank: int, world_size: int) -> 
             raise ValueError("sha256 does not list all tensor files")
     except (KeyError, TypeError, ValueError) as error:  # a ConfigError is a ValueError
         raise CheckpointError(f"{path}: {STATE_FILE} is corrupted ({error})") from error
-    for name in digests:
+    opened = Checkpoint(path, step, model, extra, tuple(sorted(digests)))
+    needed = [name for name in opened.files if not weights_only or name.startswith(opened.inference_kind)]
+    for name in needed:
         if not (path / name).is_file():
-            raise CheckpointError(f"{path}: {name} is missing")
-    for name in sorted(digests.keys() - set(verified))[rank::world_size]:
+            advice = "" if name.startswith(opened.inference_kind) else " (--init, for a new run, needs weights only)"
+            raise CheckpointError(f"{path}: {name} is missing{advice}")
+    for name in sorted(set(needed) - set(verified))[rank::world_size]:
         fingerprint = _fingerprint(path / name)
         if sha256(path / name) != digests[name]:
             raise CheckpointError(f"{path}: {name} is truncated or corrupted (its sha256 differs)")
         _verified[path / name] = fingerprint
-    return Checkpoint(path, step, model, extra, tuple(sorted(digests)))
+    return opened
 
 
 def _read_state_file(path: Path) -> dict[str, Any]:
