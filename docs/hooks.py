@@ -1,7 +1,9 @@
 """Build hooks of the documentation site: pages of the commands, files outside docs/, and examples in docstrings."""
 
 import argparse
+import html
 import re
+import textwrap
 from pathlib import Path
 
 import griffe
@@ -41,38 +43,36 @@ def command_page(verb: str) -> str:
     parser = make_parser(verb)
     (verbs,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     chosen = verbs.choices[verb]
-    parts = [f"# antransformer {verb}", described(chosen.description or ""), f"```text\n{chosen.usage}\n```"]
+    prose, examples = split_description(chosen.description or "")
+    parts = [f"# antransformer {verb}", f"```text\n{chosen.usage}\n```", prose, examples]
     for group in chosen._action_groups:
-        entries = [entry(action) for action in group._group_actions if action.help != argparse.SUPPRESS]
+        entries = [entry(action, chosen) for action in group._group_actions if action.dest != "help"]
         if entries:
             parts += [f"## {(group.title or '').capitalize()}", group.description or "", *entries]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def described(text: str) -> str:
-    """Description of a verb with its examples as a code block."""
-    prose, _, examples = text.strip().partition("\nexamples:\n")
-    code, _, rest = examples.partition("\n\n")
-    lines = "\n".join(line.removeprefix("  ") for line in code.splitlines())
-    return "\n\n".join([escaped(prose), *([f"```sh\n{lines}\n```"] if lines else []), escaped(rest)])
+def split_description(text: str) -> tuple[str, str]:
+    """Return the prose of a verb's description, and its examples as a code block."""
+    prose, _, rest = text.strip().partition("\nexamples:\n")
+    examples, _, more = rest.partition("\n\n")
+    paragraphs = [*prose.strip().split("\n\n"), *more.strip().split("\n\n")]
+    # Paragraphs with indented lines are lists in columns.
+    marked = [f"```text\n{part}\n```" if "\n  " in part else escaped(part) for part in paragraphs]
+    return "\n\n".join(marked), f"```sh\n{textwrap.dedent(examples)}\n```" if examples else ""
 
 
-def entry(action: argparse.Action) -> str:
+def entry(action: argparse.Action, parser: argparse.ArgumentParser) -> str:
     """An option and its help as an item of a definition list."""
-    if action.option_strings:
-        names = ", ".join(action.option_strings)
-    else:
-        names = action.dest
-    value = action.metavar if isinstance(action.metavar, str) else ""
-    if action.nargs != 0 and not value and action.option_strings:
-        value = "{" + ",".join(map(str, action.choices)) + "}" if action.choices else action.dest.upper()
-    text = (action.help or "").replace("%(default)s", str(action.default)).replace("%%", "%")
-    return f"`{f'{names} {value}'.strip()}`\n:   {escaped(text)}"
+    formatter = parser._get_formatter()
+    value = "" if action.nargs == 0 else formatter._format_args(action, action.dest.upper())
+    names = f"{', '.join(action.option_strings)} {value}".strip()
+    return f"`{names}`\n:   {escaped(formatter._expand_help(action))}"
 
 
 def escaped(text: str) -> str:
-    """Help texts are plain text: keep their angle brackets and asterisks."""
-    return re.sub(r"([*_<>\[\]])", r"\\\1", text)
+    """Help texts are plain text: escape what Markdown and HTML would read as markup."""
+    return re.sub(r"([*_\[\]])", r"\\\1", html.escape(text, quote=False))
 
 
 class Doctests(griffe.Extension):

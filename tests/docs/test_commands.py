@@ -9,7 +9,7 @@ from torch.distributed.run import get_args_parser
 from antransformer.cli import VERBS, main, make_parser
 from antransformer.errors import UsageError
 from helpers.commands import write_documents
-from helpers.pages import PAGES, ROOT, blocks, command_lines, indented_commands, inline_commands
+from helpers.pages import PAGES, ROOT, blocks, command_lines, indented_commands, inline_commands, verb_parser
 
 SHELL = ("sh", "bash")
 STEPS = ["prepare", "train", "train", "train", "generate", "evaluate", "diagnose", "export"]
@@ -49,9 +49,7 @@ def check_verb(words):
 def check_options(words):
     verb, *rest = words
     assert verb in VERBS, verb
-    parser = make_parser(verb)
-    (verbs,) = (action for action in parser._actions if hasattr(action, "choices") and action.dest == "verb")
-    chosen = verbs.choices[verb]
+    chosen = verb_parser(verb)
     chosen.check_renamed(rest)
     for name in (word.partition("=")[0] for word in rest if word.startswith("--")):
         if name not in ("--help", *chosen._known_options()):

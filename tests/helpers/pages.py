@@ -12,6 +12,9 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
+from antransformer.cli import make_parser
+from antransformer.cli.options import Parser
+
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(
@@ -86,3 +89,10 @@ def inline_commands(page: Path) -> list[list[str]]:
     """Commands of this package in code spans, such as `antransformer train --resume`."""
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
     return [" ".join(span.split()).split(" ") for span in re.findall(r"`(antransformer [a-z][^`]*)`", text)]
+
+
+def verb_parser(verb: str) -> Parser:
+    """Parser of one verb."""
+    (verbs,) = (action for action in make_parser(verb)._actions if action.dest == "verb")
+    assert isinstance(verbs.choices, dict)
+    return verbs.choices[verb]
