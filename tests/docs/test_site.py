@@ -54,7 +54,7 @@ def reference():
     found = set()
     for page in sorted((ROOT / "docs/reference").glob("*.md")):
         for module, options in re.findall(r"^::: (\S+)\n((?: .*\n)*)", page.read_text(), re.M):
-            members = yaml.safe_load(options)["options"].get("members")
+            members = yaml.safe_load(options)["options"].get("members") if options else None
             found |= {f"{module}.{member}" for member in members} if members else {module}
     return found
 
