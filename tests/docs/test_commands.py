@@ -102,3 +102,15 @@ def test_the_first_steps_run_as_they_stand(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "data/mine" in out and "runs/first/checkpoints/step-" in out
     assert (tmp_path / "exported/first/config.json").is_file() and (tmp_path / "runs/first/diagnose.png").is_file()
+
+
+def test_commands_are_found_in_blocks_indents_and_spans(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "Run `antransformer train\n--resume` or:\n\n    antransformer plan \\\n        --flops 1e20  # a budget\n\n"
+        "<!-- not run: no GPU -->\n```sh\nOMP_NUM_THREADS=1 antransformer demo\n```\n"
+    )
+    (block,) = blocks(page)
+    assert not block.runs and command_lines(block.code) == [["antransformer", "demo"]]
+    assert indented_commands(page) == [["antransformer", "plan", "--flops", "1e20"]]
+    assert inline_commands(page) == [["antransformer", "train", "--resume"]]
