@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow fuzz gpu lint types smoke clean
+.PHONY: demo test slow fuzz gpu docs lint types smoke clean
 
 demo: $(VENV)/.ready
 	$(BIN)/antransformer demo
@@ -21,6 +21,10 @@ fuzz: $(VENV)/.ready
 gpu:
 	PYTHONPATH=src $(PYTHON) -m antransformer selftest --device cuda $(ARGS); \
 		status=$$?; cat runs/selftest-cuda/report.md; exit $$status
+
+# The site is build/site/index.html.
+docs: $(VENV)/.ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SOURCE = sorted((ROOT / "src").rglob("*.py")) + sorted((ROOT / "examples").rglob("*.py"))
-DOCS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+SOURCE = sorted((ROOT / "src").rglob("*.py")) + sorted((ROOT / "examples").rglob("*.py")) + [ROOT / "docs/hooks.py"]
+DOCS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 TESTS = sorted(
     path for path in (ROOT / "tests").rglob("*.py") if "golden" not in path.relative_to(ROOT / "tests").parts[:1]
 )

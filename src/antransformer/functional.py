@@ -399,7 +399,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext, sca
     """Causal softmax attention: softmax(scale * q k^T) v.
 
     Args:
-        q, k, v: queries, keys and values (B, T, n, h).
+        q: queries (B, T, n, h).
+        k: keys (B, T, n, h).
+        v: values (B, T, n, h).
         ctx: mask and key-value cache. New keys and values are appended to the cache.
         scale: constant factor of the scores. Multiply a learnable one into q, since the fused kernel takes constants.
 

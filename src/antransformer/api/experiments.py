@@ -105,7 +105,13 @@ def ablate(
         out: folder of the runs and the report.
         tokens: length of each run (default 1M; with ``quick`` 500K).
         quick: use the size of ``compare(quick=True)``.
-        seeds, lr_trials, trial_tokens, devices, workers, progress, settings: as in ``compare``.
+        seeds: as in ``compare``.
+        lr_trials: as in ``compare``.
+        trial_tokens: as in ``compare``.
+        devices: as in ``compare``.
+        workers: as in ``compare``.
+        progress: as in ``compare``.
+        settings: as in ``compare``.
 
     Raises:
         ConfigError, DataError, RunStoppedError, MachineError: as in ``compare``.

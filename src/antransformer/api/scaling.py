@@ -64,7 +64,9 @@ def sweep(
         tokens: lengths of the runs.
         tokens_per_param: lengths in tokens per parameter, instead of ``tokens`` (default 20, or 2M tokens for widths).
         seeds: runs at each point of the grid.
-        devices, workers, progress: as in ``compare``.
+        devices: as in ``compare``.
+        workers: as in ``compare``.
+        progress: as in ``compare``.
         max_hours: refuse a sweep that is estimated to take longer; the estimate times a few steps of every size.
         settings: settings of all runs, such as ``data``, ``eval_tokens`` and ``model={...}``. The default recipe is
             paper, whose scaling laws ``plan`` uses.

@@ -76,7 +76,8 @@ def preview(*, config: str | Path | None = None, progress: bool = False, **setti
     """Settings of a run with their origins, its parameters, memory and time; nothing is written.
 
     Args:
-        config, settings: as in ``train``.
+        config: as in ``train``.
+        settings: as in ``train``.
         progress: whether to show progress where data is prepared.
 
     Raises:

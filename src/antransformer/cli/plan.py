@@ -2,7 +2,7 @@
 
 The budget is one of: --flops; --gpus with --hours; --tokens with --size. Scaling laws give the size and the expected
 loss, for anGPT and for GPT+: your own (--fits, the JSON of 'antransformer fit'), or the shipped laws measured nearest.
-Memory and hours come from a cost model, which docs/scaling.md describes and checks.
+Memory and hours come from a cost model, which docs/planning.md describes and checks.
 
 examples:
   antransformer plan --flops 1e20
@@ -110,7 +110,7 @@ def print_plan(plan: "Plan") -> None:
         caveats = [no_law(plan.config.architecture)]
     for note in (*plan.sources, *plan.notes, *caveats):
         console.print(f"- {note}", soft_wrap=True)
-    console.print("- hours, memory and MFU are estimates, not measured on a GPU: docs/scaling.md", soft_wrap=True)
+    console.print("- hours, memory and MFU are estimates, not measured on a GPU: docs/planning.md", soft_wrap=True)
     print()
 
 

@@ -1,7 +1,7 @@
 """Plans a training run for a budget of compute, time or tokens.
 
 Model size, batch and learning rate come from scaling laws. Memory and time come from the models in
-``training.cost_model``. docs/scaling.md describes the rules and compares them with measurements.
+``training.cost_model``. docs/planning.md describes the rules and compares them with measurements.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Model of the memory that a training step needs on each device; docs/scaling.md compares it with measurements.
+"""Model of the memory that a training step needs on each device; docs/planning.md compares it with measurements.
 
 Activations are not estimated by formulas: one block of the real model runs on fake tensors, and the bytes that autograd
 saves for the backward pass are counted.
