@@ -61,18 +61,18 @@ class ShuffledWindows:
         Raises:
             ConfigError: world_size does not divide global_batch, or a number is out of range.
         """
-        if world_size < 1 or not 0 <= rank < world_size:
-            raise ConfigError(f"rank {rank} of {world_size}: ranks count from 0 to world_size - 1")
-        if global_batch < 1 or global_batch % world_size:
-            raise ConfigError(f"a batch of {global_batch} windows cannot be divided evenly among {world_size} ranks")
-        if step < 0:
-            raise ConfigError(f"step is {step}: it must not be negative")
+        require_share(step, global_batch, rank, world_size)
         size = global_batch // world_size
-        numbers = step * global_batch + rank * size + np.arange(size)
-        # A batch may straddle epochs, each of which has an order of its own.
+        return self.windows_at(step * global_batch + rank * size + np.arange(size))
+
+    def windows_at(self, numbers: NDArray[np.int64]) -> Batch:
+        """Return the windows with these numbers in the sequence of shuffled epochs; shapes as in ``gather``."""
+        windows = np.empty_like(numbers)
+        # They may straddle epochs, each of which has an order of its own.
         epochs, positions = np.divmod(numbers, len(self))
-        orders = [self._order(int(epoch))[positions[epochs == epoch]] for epoch in np.unique(epochs)]
-        return self.gather(np.concatenate(orders))
+        for epoch in np.unique(epochs):
+            windows[epochs == epoch] = self._order(int(epoch))[positions[epochs == epoch]]
+        return self.gather(windows)
 
     def gather(self, windows: NDArray[np.int64]) -> Batch:
         """Return tokens and targets of the windows with these indices, int64 [len(windows), context] each.
@@ -101,6 +101,20 @@ class ShuffledWindows:
         if self._epoch_order is None or self._epoch_order[0] != epoch:
             self._epoch_order = epoch, permutation(self._shuffle, len(self), self._seed, epoch)
         return self._epoch_order[1]
+
+
+def require_share(step: int, global_batch: int, rank: int, world_size: int) -> None:
+    """Check the arguments of a batch.
+
+    Raises:
+        ConfigError: world_size does not divide global_batch, or a number is out of range.
+    """
+    if world_size < 1 or not 0 <= rank < world_size:
+        raise ConfigError(f"rank {rank} of {world_size}: ranks count from 0 to world_size - 1")
+    if global_batch < 1 or global_batch % world_size:
+        raise ConfigError(f"a batch of {global_batch} windows cannot be divided evenly among {world_size} ranks")
+    if step < 0:
+        raise ConfigError(f"step is {step}: it must not be negative")
 
 
 class Prefetcher:
