@@ -1,5 +1,6 @@
 """Mixtures of data folders: which windows they hold, at every position, on every rank, after every change."""
 
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -8,69 +9,134 @@ import torch
 
 from antransformer.data import Dataset, prepare
 from antransformer.data.batches import ShuffledWindows
-from antransformer.data.mixture import (
-    PERIOD,
-    MixedWindows,
-    Part,
-    Pattern,
-    Stage,
-    format_mixture,
-    parse_mixture,
-    quotas,
-)
-from antransformer.errors import ConfigError
+from antransformer.data.mixed_windows import MixedWindows, Pattern, Stage
+from antransformer.data.mixture import PERIOD, open_mixture, quotas
+from antransformer.data.mixture_spec import Part, absolute_stage, format_mixture, parse_mixture, parse_stage
+from antransformer.errors import ConfigError, DataError
+from antransformer.training.config import normalize_settings
 from helpers.messages import mentions
 
 CONTEXT = 16
 
 
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory):
-    """Windows of three corpora of different sizes."""
+def folders(tmp_path_factory):
+    """Three corpora of different sizes, a copy of the first, and one with another tokenizer."""
     root = tmp_path_factory.mktemp("sources")
-    windows = []
     for name, characters in (("a", 4000), ("b", 1500), ("c", 900)):
         (root / f"{name}.txt").write_text(name * characters)
         (root / f"{name}-val.txt").write_text(name * 100)
         prepare([root / f"{name}.txt"], root / name, val_inputs=[root / f"{name}-val.txt"])
-        windows.append(ShuffledWindows(Dataset.open(root / name).split("train"), CONTEXT, seed=3))
-    return windows
+    shutil.copytree(root / "a", root / "copy")
+    (root / "text.txt").write_text("to be or not to be, that is the question. " * 100)
+    prepare([root / "text.txt"], root / "bpe", bpe_vocab_size=280)
+    return root
+
+
+@pytest.fixture(scope="module")
+def sources(folders):
+    """Windows of the three corpora."""
+    return [ShuffledWindows(Dataset.open(folders / name).split("train"), CONTEXT, seed=3) for name in "abc"]
 
 
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        ("data/web", [("data/web", 1.0)]),
+        ("data/web", [("data/web", 1)]),
         ("web:0.7 code:0.2 books:0.1", [("web", 0.7), ("code", 0.2), ("books", 0.1)]),
-        ("web:3 code:1", [("web", 0.75), ("code", 0.25)]),
-        ("'my web:1' c:1", [("my web", 0.5), ("c", 0.5)]),
-        ("a folder with spaces", None),
-        ("C:/data", [("C:/data", 1.0)]),
+        ("web:3 code:1e-3", [("web", 3), ("code", 0.001)]),
+        ("'my web:1' c:1", [("my web", 1), ("c", 1)]),
+        ("'my web'", [("my web", 1)]),
+        ("web:2", [("web", 2)]),
+        ("C:/data", [("C:/data", 1)]),
+        ("it's", [("it's", 1)]),
+        ("", [("", 1)]),
     ],
 )
 def test_mixtures_are_read_and_written(text, parts):
-    if parts is None:
-        with pytest.raises(ConfigError) as error:
-            parse_mixture(text)
-        assert mentions(error.value, "folder" if "folder" in str(error.value) else "a")
-        return
     parsed = parse_mixture(text)
-    assert parsed == tuple(Part(source, pytest.approx(weight)) for source, weight in parts)
-    assert parse_mixture(format_mixture(parsed)) == tuple(Part(p.source, pytest.approx(p.weight)) for p in parsed)
+    assert parsed == tuple(Part(*part) for part in parts)
+    if len(parts) > 1:
+        assert parse_mixture(format_mixture(parsed)) == parsed
+
+
+def test_words_are_one_setting(tmp_path):
+    def data(value):
+        return normalize_settings({"data": value}, "settings")["data"]
+
+    assert data(["web:0.7", "my books:0.3"]) == "web:0.7 'my books:0.3'" == data("web:0.7 'my books:0.3'")
+    assert data(["my folder"]) == data([tmp_path / "my folder"])[len(str(tmp_path)) + 1 :] == "my folder"
+    assert parse_stage(normalize_settings({"data_from": [0.8, "my books"]}, "")["data_from"]) == (
+        0.8,
+        (Part("my books"),),
+    )
+    for wrong in ([], [["web:1"]], {"web": 1}, ["web:1", ""], 3):
+        with pytest.raises(ConfigError) as error:
+            data(wrong)
+        assert mentions(error.value, "settings: data")
 
 
 def test_an_existing_folder_is_one_source_whatever_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "web:0.7 code:0.3").mkdir()
-    assert parse_mixture("web:0.7 code:0.3") == (Part("web:0.7 code:0.3", 1.0),)
+    assert parse_mixture("web:0.7 code:0.3") == (Part("web:0.7 code:0.3"),)
 
 
 @pytest.mark.parametrize(
-    "text", ["web:0.7 code", "web:0 code:1", "web:-1 code:2", "web:nan code:1", "web:1 web:2", ":1 a:2"]
+    ("text", "parts"),
+    [
+        ("web:0.7 code", "code"),
+        ("web code", "web code"),
+        ("web:0 code:1", "web 0"),
+        ("web:-1 code:2", "web -1"),
+        ("web:nan code:1", "web nan"),
+        ("web:1e300 code:1", "web 1e+300"),
+        ("web:1 web:2", "web twice"),
+        (":1 a:2", ":1"),
+    ],
 )
-def test_wrong_mixtures_are_refused(text):
-    with pytest.raises(ConfigError):
+def test_wrong_mixtures_are_refused(text, parts):
+    with pytest.raises(ConfigError) as error:
         parse_mixture(text)
+    assert mentions(error.value, "data", *parts.split())
+    with pytest.raises(ConfigError) as error:
+        parse_stage(f"0.5 {text}")
+    assert mentions(error.value, "data_from")
+
+
+@pytest.mark.parametrize("text", ["", "0.8", "1 web", "0 web", "-1 web", "nan web", "web 0.8", "web:0.5 code:0.5"])
+def test_a_stage_needs_a_fraction_and_data(text):
+    with pytest.raises(ConfigError) as error:
+        parse_stage(text)
+    assert mentions(error.value, "data_from", repr(text))
+
+
+def test_paths_become_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my web").mkdir()
+    assert absolute_stage("0.25 'my web:3' python-stdlib:0.1") == f"0.25 '{tmp_path}/my web:3' python-stdlib:0.1"
+    with pytest.raises(ConfigError) as error:
+        parse_mixture("'my web:1' './my web:1'")
+    assert mentions(error.value, "my web", "twice")
+
+
+def test_the_digest_covers_sources_weights_and_stages_but_not_paths(folders, tmp_path):
+    def digest(first, second=None, root=folders):
+        return open_mixture(first, second, lambda name: Dataset.open(root / name)).digest
+
+    shutil.copytree(folders, tmp_path / "moved")
+    same = digest("a:0.7 b:0.3", "0.5 c")
+    assert same == digest("a:7 b:3", "0.5 c:2", root=tmp_path / "moved")
+    others = [("a:0.7 b:0.3", None), ("a:0.6 b:0.4", "0.5 c"), ("a:0.7 b:0.3", "0.4 c"), ("b:0.3 a:0.7", "0.5 c")]
+    assert len({same, *(digest(*other) for other in others)}) == 5
+    assert digest("a") == digest("a:3") == Dataset.open(folders / "a").digest
+
+
+@pytest.mark.parametrize("other", ["copy", "bpe"])
+def test_sources_that_do_not_fit_together_are_refused(folders, other):
+    with pytest.raises(DataError) as error:
+        open_mixture(f"a:1 {other}:1", None, lambda name: Dataset.open(folders / name))
+    assert mentions(error.value, folders / "a", folders / other)
 
 
 @pytest.mark.parametrize("weights", [(1.0,), (0.7, 0.2, 0.1), (1 / 3, 1 / 3, 1 / 3), (1 - 1e-9, 1e-9), (5.0, 3.0)])

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -117,6 +118,13 @@ def require_share(step: int, global_batch: int, rank: int, world_size: int) -> N
         raise ConfigError(f"step is {step}: it must not be negative")
 
 
+class Windows(Protocol):
+    """Source of training batches."""
+
+    def batch(self, step: int, global_batch: int, rank: int = 0, world_size: int = 1) -> Batch:
+        """Return tokens and targets of one rank at a step; see ``ShuffledWindows.batch``."""
+
+
 class Prefetcher:
     """Batches of one rank; a thread reads the next batch while the current one is used.
 
@@ -125,7 +133,7 @@ class Prefetcher:
         global_batch, rank, world_size: as in ``ShuffledWindows.batch``.
     """
 
-    def __init__(self, windows: ShuffledWindows, global_batch: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, windows: Windows, global_batch: int, rank: int = 0, world_size: int = 1) -> None:
         self.windows = windows
         self._read = partial(windows.batch, global_batch=global_batch, rank=rank, world_size=world_size)
         # One thread: the cached epoch order in ShuffledWindows is not safe to share between two.
