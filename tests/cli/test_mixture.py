@@ -1,6 +1,7 @@
 """Runs on mixtures of data folders: trained, resumed, extended, refused, and read by the other verbs."""
 
 import contextlib
+import math
 import shutil
 from functools import partial
 
@@ -14,6 +15,7 @@ from antransformer.training import run_folder
 from antransformer.training.data import training_windows
 from antransformer.training.metrics import read_metrics
 from antransformer.training.samples import prompts
+from antransformer.training.trackers import numbers
 from helpers.commands import TEN_STEPS, refused, write_documents
 from helpers.messages import mentions
 from helpers.small import SMALL
@@ -54,6 +56,12 @@ def test_validation_is_for_each_source_and_the_first_mixture(mixed, code, corpus
     by_source = line["val_loss_by_source"]
     assert list(by_source) == [corpus.name, "my plays"] and by_source["my plays"] != by_source[corpus.name]
     assert line["val_loss"] == pytest.approx(0.75 * by_source[corpus.name] + 0.25 * by_source["my plays"])
+    splits = [Dataset.open(code / name).split("val") for name in ("code", "my plays")]
+    bytes_per_token = sum(
+        weight * split.bytes / split.tokens for weight, split in zip((0.75, 0.25), splits, strict=True)
+    )
+    assert line["bits_per_byte"] == pytest.approx(line["val_loss"] / bytes_per_token / math.log(2))
+    assert numbers(line)["val_loss/my plays"] == by_source["my plays"]
     assert len(line["samples"]) == 2
 
 
