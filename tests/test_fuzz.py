@@ -16,6 +16,7 @@ import math
 import os
 import pickle
 import re
+import shlex
 import shutil
 import signal
 import struct
@@ -33,6 +34,8 @@ from antransformer.cli import main
 from antransformer.comparison import statistics
 from antransformer.comparison.summary import summary
 from antransformer.data import Dataset, ShuffledWindows, Tokenizer, byte_tokenizer, readers, stdlib
+from antransformer.data.mixture import PERIOD, quotas
+from antransformer.data.mixture_spec import format_mixture, parse_mixture, parse_stage
 from antransformer.errors import AntransformerError, ConfigError
 from antransformer.inference import generate
 from antransformer.interop import local_tasks as task_data
@@ -440,6 +443,26 @@ def test_settings(root, data):
     kind = data.draw(strange)
     with case(root) as folder:
         put(folder / "my.yaml", content, kind)
+        command("train", "--config", folder / "my.yaml", "--out", folder / "run")
+
+
+words = st.sampled_from(["web", "my books", "", ":", "0.8", "a:b", "~", "..", "it's", '"', "\\", "\x00", "x" * 300])
+weights = st.sampled_from(["", "1", "0.7", "-1", "1e-9", "1e9", "1e400", "nan", "inf", "x", "1_0", "\u0661"])
+mixtures = st.lists(st.builds("{}:{}".format, words, weights) | words | st.text(max_size=9), max_size=5)
+
+
+@fuzz(mixtures, st.sampled_from([shlex.join, " ".join]))
+def test_mixtures(root, parts, join):
+    text = join(parts)
+    with case(root), one_line():
+        parsed = parse_mixture(text)
+        assert len(parsed) == 1 or parse_mixture(format_mixture(parsed)) == parsed
+        assert quotas([part.weight for part in parsed]).sum() == PERIOD
+        share, second = parse_stage(text)
+        assert 0 < share < 1 and second
+    with case(root) as folder:
+        content = {"data": parts, "data_from": f"0.5 {text}"}
+        put(folder / "my.yaml", json.dumps(content).encode("utf-8", "surrogatepass"))
         command("train", "--config", folder / "my.yaml", "--out", folder / "run")
 
 

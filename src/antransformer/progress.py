@@ -228,7 +228,7 @@ class VerifyProgress(DataProgress):
 
 
 def open_dataset(name: str, progress: bool, verify: bool = True) -> Dataset:
-    """Open a data folder, and check a sample of it unless another process does; shows progress of python-stdlib."""
+    """Open one source, and check a sample of it unless another process does; shows progress of python-stdlib."""
     if not progress or is_prepared(name):
         return open_data(name, verify=verify)
     log(f"preparing {name}: the source of Python's standard library")

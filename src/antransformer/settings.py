@@ -7,12 +7,13 @@ Command line, YAML files and Python share the conversion and the checks.
 import difflib
 import operator
 import reprlib
+import shlex
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, field, fields
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, NewType
 
 from antransformer.errors import ConfigError
 
@@ -84,6 +85,10 @@ NAMES_ELSEWHERE = {
 
 class Count(int):
     """Integer that users may write as 60K or 2.5B."""
+
+
+# Text that users may write as several words: shell words, quoted where necessary.
+Words = NewType("Words", str)
 
 
 def setting(
@@ -265,6 +270,15 @@ def _read_bool(value: Any) -> bool:
     return words[str(value).lower()]
 
 
+def _read_words(value: Any) -> str:
+    if not isinstance(value, (list, tuple)):
+        return _read_str(value)
+    if not value or not all(isinstance(word, (str, Path, int, float)) and str(word) for word in value):
+        raise TypeError(value)
+    # A single word may hold spaces, or be a list of words itself.
+    return str(value[0]) if len(value) == 1 else shlex.join(str(word) for word in value)
+
+
 def _read_str(value: Any) -> str:
     if not isinstance(value, (str, Path)):
         raise TypeError(value)
@@ -277,4 +291,5 @@ _READERS: dict[Any, tuple[Callable[[Any], Any], str]] = {
     float: (_read_float, "a number"),
     bool: (_read_bool, "true or false"),
     str: (_read_str, "text"),
+    Words: (_read_words, "text or a list of words"),
 }

@@ -7,8 +7,8 @@ from antransformer.data import Dataset, prepare
 from antransformer.errors import ConfigError, DataError, MissingExtraError
 from antransformer.settings import NAMES_ELSEWHERE
 from antransformer.training.config import resolve_config
+from antransformer.training.data import check_data
 from antransformer.training.run_folder import require_empty, with_initial_model
-from antransformer.training.trainer import check_data
 from helpers.commands import TEN_STEPS
 from helpers.messages import mentions
 from helpers.trainers import start

@@ -1,6 +1,7 @@
 """Compare architectures, and variants of one."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from antransformer.comparison import compare as comparisons
 from antransformer.comparison import report
 from antransformer.comparison.estimate import estimate
 from antransformer.comparison.experiment import Experiment, Plan
+from antransformer.data.mixture import open_mixture
 from antransformer.data.stdlib import NAME as STDLIB
 from antransformer.errors import ConfigError
 from antransformer.extras import require_analysis
@@ -138,7 +140,7 @@ def _run_experiment(plan: Plan, folder: Path, devices: Sequence[str], workers: i
     require_analysis()
     require_own_folder(folder, plan.kind)
     queue_devices = available_devices(devices, workers)
-    dataset = open_dataset(plan.common.get("data", STDLIB), progress)
+    dataset = open_mixture(plan.common.get("data", STDLIB), None, partial(open_dataset, progress=progress))
     display = ExperimentProgress(enabled=progress)
     experiment = Experiment(plan, dataset, RunQueue(folder / "runs", dataset, queue_devices, display), display.stage)
     if progress:

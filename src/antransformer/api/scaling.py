@@ -2,9 +2,11 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from antransformer.data.mixture import open_mixture
 from antransformer.data.stdlib import NAME as STDLIB
 from antransformer.errors import ConfigError
 from antransformer.extras import require, require_analysis
@@ -81,7 +83,7 @@ def sweep(
     require_own_folder(folder, "sweep")
     grid = options.grid_options(sizes, widths, batch_tokens, lrs, lr_trials, tokens, tokens_per_param)
     queue_devices = available_devices(devices, workers)
-    dataset = open_dataset(shared.get("data", STDLIB), progress)
+    dataset = open_mixture(shared.get("data", STDLIB), None, partial(open_dataset, progress=progress))
     planned = plan_sweep(shared, dataset.vocab_size, architectures, sizes, **grid, seeds=seeds)
     earlier = options.earlier_sweep(folder, dataset, planned)
     display = ExperimentProgress(enabled=progress)

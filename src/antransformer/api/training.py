@@ -165,7 +165,8 @@ def train(
             required if the learning rate has begun to decay.
         profile: write a trace of a few steps to ``profile.json`` in the run folder.
         progress: whether to show progress, or an object that receives it.
-        settings: fields of ``TrainConfig``, such as ``data``, ``preset``, ``tokens``, ``lr``, and ``model={...}``.
+        settings: fields of ``TrainConfig``, such as ``data``, ``preset``, ``tokens``, ``lr``, and ``model={...}``. A
+            mixture is a list or one text: ``data=["web:0.7", "code:0.3"]``.
 
     Raises:
         ConfigError, CheckpointError, DataError: wrong settings, an unusable run folder or unusable data.

@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from statistics import mean
 
@@ -50,6 +51,7 @@ def add_arguments(parser: Parser) -> None:
 def run(parsed: argparse.Namespace) -> None:
     """Diagnose a checkpoint, print tables and write the figure."""
     # torch is imported here, so that --help and mistyped options are fast.
+    from antransformer.data.mixture import open_mixture
     from antransformer.data.stdlib import NAME as STDLIB
     from antransformer.diagnostics.diagnose import diagnose, text_tokens
     from antransformer.progress import open_dataset
@@ -66,16 +68,17 @@ def run(parsed: argparse.Namespace) -> None:
     device = choose_device(parsed.device)
     if not parsed.data and not (folder / CONFIG_FILE).is_file():
         raise CheckpointError(f"{folder} has no {CONFIG_FILE}, which names the data: give --data")
-    dataset = open_dataset(parsed.data or saved_settings(folder).get("data", STDLIB), progress=True)
+    data = parsed.data or saved_settings(folder).get("data", STDLIB)
+    dataset = open_mixture(data, None, partial(open_dataset, progress=True))
     context = checkpoint.model.context
     count = max(TOKENS, context) if parsed.tokens is None else convert(parsed.tokens, Count, "--tokens")
     tokens = text_tokens(dataset, tokenizer, checkpoint.model, count)
     diagnosis = diagnose(restore(checkpoint, device), tokens)
     title = f"{folder.name} ({diagnosis.architecture}), step {checkpoint.step:,}"
-    print(f"{title}: {diagnosis.tokens:,} tokens of validation text from {dataset.path}\n")
+    print(f"{title}: {diagnosis.tokens:,} tokens of validation text from {dataset.name}\n")
     print_tables(diagnosis)
     if parsed.json:
-        source = {"checkpoint": str(checkpoint.path), "step": checkpoint.step, "data": str(dataset.path)}
+        source = {"checkpoint": str(checkpoint.path), "step": checkpoint.step, "data": dataset.name}
         content = {**source, **asdict(diagnosis), "summary": summarize(diagnosis)}
         parsed.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         print(f"measurements: {parsed.json}")

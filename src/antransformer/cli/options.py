@@ -13,7 +13,7 @@ from antransformer import renamed
 from antransformer.errors import ConfigError, UsageError
 from antransformer.models.config import ModelConfig
 from antransformer.runs import shared_settings
-from antransformer.settings import Count, convert, nearest
+from antransformer.settings import Count, Words, convert, nearest
 from antransformer.training.config import TrainConfig
 
 REMOVED = {f"--model.{name.replace('_', '-')}" for name in renamed.REMOVED_MODEL}
@@ -117,7 +117,8 @@ def add_config(group: Any, config: type, prefix: str = "", only: Sequence[str] =
         else:
             kind = (*typing.get_args(hints[item.name]), hints[item.name])[0]  # the first of "float | None"
             metavar = {int: "N", float: "X", Count: "TOKENS"}.get(kind, "NAME")
-            group.add_argument(flag, dest=dest, default=None, metavar=metavar, help=text)
+            nargs = "+" if kind is Words else None
+            group.add_argument(flag, dest=dest, default=None, metavar=metavar, nargs=nargs, help=text)
 
 
 def settings_of(parsed: argparse.Namespace) -> dict[str, Any]:

@@ -6,6 +6,7 @@ size (--preset), a YAML file (--config) and the options below; later ones overri
 examples:
   antransformer train
   antransformer train --data data/mine --preset 125m --tokens 2.5B --batch-tokens 0.5M --lr 2e-3
+  antransformer train --data data/web:0.7 data/code:0.3 --data-from 0.8 data/web:0.5 data/code:0.5
   antransformer train --out runs/angpt-nano --resume
   antransformer train --out runs/angpt-nano --resume --tokens 50M --rewarm 0.1
   antransformer train --preset 32m --tokens 20K --batch-tokens 2048 --profile
@@ -101,6 +102,8 @@ def run(parsed: argparse.Namespace) -> None:
             f"validation loss {result.val_loss:.4f} nats per token, {result.bits_per_byte:.4f} bits per byte; "
             f"{result.tokens_per_second:,.0f} tokens/s; checkpoint {result.checkpoint}"
         )
+        for name, loss in result.val_loss_by_source.items():
+            print(f"  {name}: validation loss {loss:.4f}")
         if find_spec("matplotlib"):
             print(f"loss curve: {loss_curve(trained.folder)}")
         print(f"next: antransformer generate --checkpoint {quoted(trained.folder)}")

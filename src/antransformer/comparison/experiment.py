@@ -21,9 +21,9 @@ from antransformer.runs.queue import Job, RunQueue, RunResult
 from antransformer.runs.search import EXTENSIONS, GridSearch, extension, grid_powers, neighbours, round_sig
 from antransformer.runs.settings import fill_defaults, flatten, unflatten, value_of
 from antransformer.training.config import TrainConfig, merge
+from antransformer.training.data import check_data
 from antransformer.training.learning_rates import given_rate
 from antransformer.training.optimizer_registry import OPTIMIZERS
-from antransformer.training.trainer import check_data
 
 LR_RATIO = 2.0  # between neighbouring learning rates of a grid
 HYPERPARAMETER_RATIO = 3.0  # between neighbouring values of any other setting

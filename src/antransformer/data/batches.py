@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -61,18 +62,18 @@ class ShuffledWindows:
         Raises:
             ConfigError: world_size does not divide global_batch, or a number is out of range.
         """
-        if world_size < 1 or not 0 <= rank < world_size:
-            raise ConfigError(f"rank {rank} of {world_size}: ranks count from 0 to world_size - 1")
-        if global_batch < 1 or global_batch % world_size:
-            raise ConfigError(f"a batch of {global_batch} windows cannot be divided evenly among {world_size} ranks")
-        if step < 0:
-            raise ConfigError(f"step is {step}: it must not be negative")
+        require_share(step, global_batch, rank, world_size)
         size = global_batch // world_size
-        numbers = step * global_batch + rank * size + np.arange(size)
-        # A batch may straddle epochs, each of which has an order of its own.
+        return self.windows_at(step * global_batch + rank * size + np.arange(size))
+
+    def windows_at(self, numbers: NDArray[np.int64]) -> Batch:
+        """Return the windows with these numbers in the sequence of shuffled epochs; shapes as in ``gather``."""
+        windows = np.empty_like(numbers)
+        # They may straddle epochs, each of which has an order of its own.
         epochs, positions = np.divmod(numbers, len(self))
-        orders = [self._order(int(epoch))[positions[epochs == epoch]] for epoch in np.unique(epochs)]
-        return self.gather(np.concatenate(orders))
+        for epoch in np.unique(epochs):
+            windows[epochs == epoch] = self._order(int(epoch))[positions[epochs == epoch]]
+        return self.gather(windows)
 
     def gather(self, windows: NDArray[np.int64]) -> Batch:
         """Return tokens and targets of the windows with these indices, int64 [len(windows), context] each.
@@ -103,6 +104,27 @@ class ShuffledWindows:
         return self._epoch_order[1]
 
 
+def require_share(step: int, global_batch: int, rank: int, world_size: int) -> None:
+    """Check the arguments of a batch.
+
+    Raises:
+        ConfigError: world_size does not divide global_batch, or a number is out of range.
+    """
+    if world_size < 1 or not 0 <= rank < world_size:
+        raise ConfigError(f"rank {rank} of {world_size}: ranks count from 0 to world_size - 1")
+    if global_batch < 1 or global_batch % world_size:
+        raise ConfigError(f"a batch of {global_batch} windows cannot be divided evenly among {world_size} ranks")
+    if step < 0:
+        raise ConfigError(f"step is {step}: it must not be negative")
+
+
+class Windows(Protocol):
+    """Source of training batches."""
+
+    def batch(self, step: int, global_batch: int, rank: int = 0, world_size: int = 1) -> Batch:
+        """Return tokens and targets of one rank at a step; see ``ShuffledWindows.batch``."""
+
+
 class Prefetcher:
     """Batches of one rank; a thread reads the next batch while the current one is used.
 
@@ -111,7 +133,7 @@ class Prefetcher:
         global_batch, rank, world_size: as in ``ShuffledWindows.batch``.
     """
 
-    def __init__(self, windows: ShuffledWindows, global_batch: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, windows: Windows, global_batch: int, rank: int = 0, world_size: int = 1) -> None:
         self.windows = windows
         self._read = partial(windows.batch, global_batch=global_batch, rank=rank, world_size=world_size)
         # One thread: the cached epoch order in ShuffledWindows is not safe to share between two.

@@ -149,6 +149,21 @@ class Dataset:
         return self.splits[name]
 
     @property
+    def sources(self) -> Mapping[str, "Dataset"]:
+        """Datasets that this one consists of, by label: itself, or the sources of a ``Mixture``."""
+        return {self.path.name: self}
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Weight of each source in training; their sum is 1."""
+        return (1.0,)
+
+    @property
+    def name(self) -> str:
+        """Value of the setting ``data`` that opens this dataset."""
+        return str(self.path)
+
+    @property
     def digest(self) -> str:
         """SHA-256 over the names and checksums of all shards; independent of the folder's path."""
         lines = [f"{shard.path.name} {shard.sha256}" for shard in self.shards]

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -114,6 +115,12 @@ class Tokenizer:
         """Return the content of a tokenizer.json file."""
         text: str = self._library.to_str(pretty=True)
         return text
+
+    def encoding_rules(self) -> dict[str, Any]:
+        """Return the parts of tokenizer.json that decide the ids of a text, and the id of the end-of-text token."""
+        content = json.loads(self.to_json())
+        rules = {name: content.get(name) for name in ("normalizer", "pre_tokenizer", "model", "added_tokens")}
+        return {**rules, "end_of_text": self.end_of_text}
 
     def save(self, path: str | Path) -> None:
         """Write a tokenizer.json file and flush it to disk.

@@ -28,7 +28,7 @@ HISTOGRAM_BINS = 50  # approximate
 
 
 def text_tokens(dataset: Dataset, tokenizer: Tokenizer, config: ModelConfig, count: int) -> Tensor:
-    """Token ids from the validation split, in sequences spread evenly over it.
+    """Token ids from the validation split of each source, in sequences spread evenly over it.
 
     Args:
         dataset: prepared data.
@@ -37,7 +37,7 @@ def text_tokens(dataset: Dataset, tokenizer: Tokenizer, config: ModelConfig, cou
         count: number of tokens.
 
     Returns:
-        Token ids of shape (N, context), with N at most count // context.
+        Token ids of shape (N, context), with N at most count // context, but one sequence or more of each source.
 
     Raises:
         ConfigError: count is less than one sequence.
@@ -55,8 +55,11 @@ def text_tokens(dataset: Dataset, tokenizer: Tokenizer, config: ModelConfig, cou
         )
     if count < config.context:
         raise ConfigError(f"tokens must be at least one sequence of {config.context:,}, got {count:,}")
-    windows = eval_batches(dataset.split("val"), config.context, batch_size=1, max_tokens=count)
-    return torch.cat([tokens for tokens, _ in windows])
+    rows = []
+    for source, weight in zip(dataset.sources.values(), dataset.weights, strict=True):
+        windows = eval_batches(source.split("val"), config.context, batch_size=1, max_tokens=int(count * weight))
+        rows += [tokens for tokens, _ in windows]
+    return torch.cat(rows)
 
 
 @torch.no_grad()

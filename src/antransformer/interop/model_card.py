@@ -194,6 +194,8 @@ def training_facts(checkpoint: Checkpoint, folder: Path) -> Iterator[Fact]:
         return
     config = saved_config(folder)
     yield "data", config.data
+    if config.data_from:
+        yield "data from a fraction of training on", config.data_from
     if config.init:
         yield "initial weights", config.init
     step = checkpoint.step

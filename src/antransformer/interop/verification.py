@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from antransformer.data import Dataset, Tokenizer
+from antransformer.data.mixture_spec import parse_mixture
 from antransformer.errors import CheckpointError, MachineError, MissingExtraError, UsageError
 from antransformer.extras import require
 from antransformer.interop.gguf_writer import tensor_name
@@ -92,7 +93,7 @@ def held_out(checkpoint: Checkpoint, count: int) -> Tensor | None:
     """Return the first ids [count] of the validation data of a run, or None if they are not at hand."""
     try:
         data = saved_settings(run_folder_of(checkpoint)).get("data")
-        ids = Dataset.open(str(data), verify=False).split("val").arrays[0][:count]
+        ids = Dataset.open(parse_mixture(str(data))[0].source, verify=False).split("val").arrays[0][:count]
     except (UsageError, OSError):
         return None
     tokens = torch.from_numpy(ids.astype("int64"))

@@ -35,7 +35,7 @@ def provenance(dataset: Dataset, queue: RunQueue, seconds: float, results: Itera
         "python": platform.python_version(),
         "machines": sorted({result.machine for result in results}),
         "workers": len(queue.devices),
-        "data": str(dataset.path),
+        "data": dataset.name,
         "data_digest": dataset.digest,
         "tokenizer": f"{dataset.tokenizer_name}, {dataset.vocab_size} ids",
         "date": time.strftime("%Y-%m-%d"),

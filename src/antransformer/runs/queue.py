@@ -138,7 +138,7 @@ class RunQueue:
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise DataError(f"{folder / RESULT_FILE} is damaged: delete {folder} to run it again") from error
         if digest != self.dataset.digest:
-            raise DataError(f"{folder} was trained on other data than {self.dataset.path}: choose another --out")
+            raise DataError(f"{folder} was trained on other data than {self.dataset.name}: choose another --out")
         return result
 
     def _execute(self, jobs: Sequence[Job]) -> dict[str, RunResult]:
@@ -226,7 +226,7 @@ class RunQueue:
             threads = str(max(1, available_cores() // len(self.devices)))
             process = subprocess.Popen(
                 # -P: a user's file in the current folder must not shadow a library of the same name
-                [sys.executable, "-P", "-m", worker.__name__, str(folder), str(self.dataset.path), device, threads],
+                [sys.executable, "-P", "-m", worker.__name__, str(folder), self.dataset.name, device, threads],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,

@@ -12,12 +12,14 @@ import signal
 import statistics
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from antransformer.data import Dataset, eval_batches
+from antransformer.data.mixture import open_mixture
 from antransformer.diagnostics.probes import PROBE_TOKENS, probe
 from antransformer.errors import AntransformerError, DivergedError, RunStoppedError, UsageError
 from antransformer.files import replace_text
@@ -83,7 +85,7 @@ def train(folder: Path, data: str, device: str) -> None:
     """Start or resume the run in ``folder`` and write its ``result.json``."""
     config = run_folder.resumed_config(folder, {"device": device, "data": data})
     reporter = WorkerReporter(folder)
-    dataset = Dataset.open(data, verify=False)  # the parent has verified it
+    dataset = open_mixture(data, None, partial(Dataset.open, verify=False))  # the parent has verified it
     trainer = Trainer(config, dataset, folder, reporter, resume=True)
     reporter.attach(trainer)
     record: dict[str, Any] = {"tokens": config.steps * config.batch_tokens, "data": dataset.digest}

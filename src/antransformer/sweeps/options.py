@@ -73,7 +73,7 @@ def earlier_sweep(folder: Path, dataset: Dataset, plan: SweepPlan) -> Sweep | No
         return None
     earlier = Sweep.load(folder)
     if earlier.setup.get("data_digest") != dataset.digest:
-        raise ConfigError(f"{folder} holds a sweep of other data than {dataset.path}: choose another --out")
+        raise ConfigError(f"{folder} holds a sweep of other data than {dataset.name}: choose another --out")
     saved, current = earlier.setup.get("settings", {}), plan.shared
     for key in sorted({*saved, *current}):
         old, new = (settings.get(key, "the default") for settings in (saved, current))

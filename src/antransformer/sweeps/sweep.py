@@ -22,9 +22,9 @@ from antransformer.runs.search import EXTENSIONS, GridSearch, extension, grid_po
 from antransformer.runs.settings import fill_defaults, flatten
 from antransformer.settings import nearest
 from antransformer.training.config import MUTABLE_ON_RESUME, TrainConfig, merge, resolve_config
+from antransformer.training.data import check_data
 from antransformer.training.defaults import parameter_count
 from antransformer.training.learning_rates import given_rate
-from antransformer.training.trainer import check_data
 
 LR_RATIO = 10 ** (1 / 3)
 

@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from antransformer.data.mixture_spec import parse_mixture, parse_stage
 from antransformer.errors import ConfigError
 from antransformer.models.config import ModelConfig, preset_sizes
 from antransformer.models.registry import BUILT_IN, get
 from antransformer.renamed import new_name, new_value
-from antransformer.settings import Count, check_settings, convert_settings, nearest, setting, shown
+from antransformer.settings import Count, Words, check_settings, convert_settings, nearest, setting, shown
 from antransformer.training import defaults
 from antransformer.training.optimizer_registry import OPTIMIZERS
 from antransformer.training.recipes import DEFAULT_RECIPE, RECIPES, with_recipe
@@ -31,8 +32,15 @@ class TrainConfig:
     """
 
     model: ModelConfig
-    data: str = setting(
-        "folder of prepared data, or python-stdlib for the source of Python's standard library", "python-stdlib"
+    data: Words = setting(
+        "folder of prepared data, or python-stdlib for the source of Python's standard library. Several with weights, "
+        "such as web:0.7 code:0.3, are mixed",
+        "python-stdlib",
+    )
+    data_from: Words | None = setting(
+        "other data for the end of training: the fraction of training before it, then as in data, such as 0.8 web:0.5 "
+        "code:0.5 (default: data for all of training)",
+        None,
     )
     init: str | None = setting(
         "run folder or checkpoint with the model and its initial weights (default: random weights)", None
@@ -130,7 +138,9 @@ class TrainConfig:
     )
     log_every: int = setting("steps between metrics lines", 10, ge=1)
     eval_every: int = setting("steps between validations (default: a tenth of the run)", 0, ge=1)
-    eval_tokens: Count = setting("tokens per validation, evenly spaced over the validation split", 131_072, ge=1)
+    eval_tokens: Count = setting(
+        "tokens per validation, evenly spaced over the validation split, for each source of a mixture", 131_072, ge=1
+    )
     checkpoint_every: int = setting("steps between checkpoints (default: a tenth of the run)", 0, ge=1)
     keep_checkpoints: int = setting("number of recent checkpoints to keep", 3, ge=1)
     keep_every: int | None = setting(
@@ -189,6 +199,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_settings(self)
         self._check_optimizer()
+        parse_mixture(self.data)
         if self.batch_tokens % self.model.context:
             raise ConfigError(
                 f"batch_tokens {self.batch_tokens:,} is not a multiple of the context of {self.model.context:,} tokens"
@@ -199,6 +210,11 @@ class TrainConfig:
                 "batch_tokens"
             )
         self._check_schedule()
+        if self.data_from is not None and not 0 < self.data_from_step < self.initial_steps:
+            raise ConfigError(
+                f"data_from {self.data_from} leaves no step before or after it in {self.initial_steps:,} steps: choose "
+                "another fraction, or raise tokens"
+            )
         model, split = self.model, self.tensor_parallel
         if split > 1 and not get(model.architecture).tensor_parallel:
             supported = " and ".join(name for name in BUILT_IN if get(name).tensor_parallel)
@@ -260,6 +276,11 @@ class TrainConfig:
         return (self.initial_tokens or self.tokens) // self.batch_tokens
 
     @property
+    def data_from_step(self) -> int:
+        """Number of steps before the mixture of ``data_from``, 0 without one; extending a run does not change it."""
+        return 0 if self.data_from is None else round(parse_stage(self.data_from)[0] * self.initial_steps)
+
+    @property
     def warmup_steps(self) -> int:
         """Number of steps with a rising learning rate; extending a run does not change it."""
         if self.rewarm_steps is not None:
@@ -311,6 +332,7 @@ MUTABLE_ON_RESUME = frozenset(
         "track",
         "sample_every",
         "data",
+        "data_from",
     )
 )
 

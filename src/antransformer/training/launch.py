@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from antransformer.data import Dataset
+from antransformer.data.mixture import open_mixture
+from antransformer.data.mixture_spec import absolute, absolute_mixture, absolute_stage
 from antransformer.errors import CheckpointError, ConfigError
 from antransformer.models.config import PAPER_VOCABULARY
-from antransformer.settings import Count
+from antransformer.settings import Count, Words
 from antransformer.training import defaults, extension, run_folder
 from antransformer.training.checkpointing import checkpoint
 from antransformer.training.config import TrainConfig, resolve_config, round_to_sequences
@@ -115,20 +117,20 @@ def new_run(
 ) -> tuple[Dataset, TrainConfig, Path]:
     """Data, complete settings and folder of a new run; raises the errors of ``train``."""
     # Checked before the data is prepared or verified: a misspelt setting should not cost a minute.
-    data = resolve_config(settings, vocab_size=PAPER_VOCABULARY).data
+    planned = resolve_config(settings, vocab_size=PAPER_VOCABULARY)
     if folder is not None:
         run_folder.require_empty(folder)
-    dataset = open_data(data)
+    dataset = open_mixture(planned.data, planned.data_from, open_data)
     config = resolve_config(settings, dataset.vocab_size)
     config = resolve_auto(config, config.device)
     # Absolute paths, so that the run can be resumed in another working directory.
-    config = replace(config, data=_absolute(config.data), init=config.init and _absolute(config.init))
+    config = replace(
+        config,
+        data=Words(absolute_mixture(config.data)),
+        data_from=config.data_from and Words(absolute_stage(config.data_from)),
+        init=config.init and absolute(config.init),
+    )
     return dataset, config, folder or run_folder.default_folder(config)
-
-
-def _absolute(path: str) -> str:
-    """Absolute path of an existing file or folder; the name of built-in data as it is."""
-    return str(Path(path).resolve()) if Path(path).exists() else path
 
 
 def _resumed_run(
@@ -141,7 +143,7 @@ def _resumed_run(
     # torchrun repeats the arguments of the first start, so a restart may find its --rewarm applied.
     restart = job_number("TORCHELASTIC_RESTART_COUNT", 0) > 0
     extension.check_length(config, settings.get("tokens", config.tokens), None if restart else rewarm, folder)
-    return open_data(config.data), config, folder
+    return open_mixture(config.data, config.data_from, open_data), config, folder
 
 
 def _extended(

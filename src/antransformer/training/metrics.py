@@ -1,6 +1,7 @@
 """Metrics of a run: ``metrics.jsonl``, TensorBoard events, and norms of the weights."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from antransformer.bounds import Bound, norms
+from antransformer.data import Split
 from antransformer.errors import MachineError
 from antransformer.files import replace_text
 from antransformer.models import Decoder
@@ -39,6 +41,7 @@ class MetricsLine(TypedDict):
         val_loss: validation loss in nats per token, on lines with a validation; with ``ema``, of the averaged weights.
             All other values are measured on the weights in training.
         bits_per_byte: validation loss in bits per byte of text, on lines with a validation.
+        val_loss_by_source: validation loss of each source of a mixture, on lines with a validation.
     """
 
     step: int
@@ -55,6 +58,29 @@ class MetricsLine(TypedDict):
     samples: NotRequired[list[str]]
     val_loss: NotRequired[float]
     bits_per_byte: NotRequired[float]
+    val_loss_by_source: NotRequired[dict[str, float]]
+
+
+class Validation(TypedDict):
+    """Results of a validation, with the keys of ``MetricsLine``."""
+
+    val_loss: float
+    bits_per_byte: float
+    val_loss_by_source: NotRequired[dict[str, float]]
+
+
+def mixed_validation(losses: Mapping[str, float], splits: Mapping[str, Split], weights: Sequence[float]) -> Validation:
+    """Validation loss of a mixture: the mean over its sources.
+
+    Args:
+        losses: loss of each source in nats per token.
+        splits: validation splits, with the same keys.
+        weights: weight of each source; their sum is 1.
+    """
+    val_loss = sum(weight * loss for weight, loss in zip(weights, losses.values(), strict=True))
+    tokens = next(iter(splits.values())).tokens
+    size = sum(w * split.bytes * (tokens / split.tokens) for w, split in zip(weights, splits.values(), strict=True))
+    return {"val_loss": val_loss, "bits_per_byte": val_loss * (tokens / size) / math.log(2)}
 
 
 class MetricsLog:

@@ -107,8 +107,10 @@ class Wandb:
 
 
 def numbers(line: Mapping[str, Any]) -> dict[str, float]:
-    """Numbers of a metrics line, without the step."""
-    return {name: value for name, value in line.items() if name != "step" and type(value) in (int, float)}
+    """Numbers of a metrics line, without the step; the loss of a source is ``val_loss/NAME``."""
+    by_source = {f"val_loss/{name}": value for name, value in line.get("val_loss_by_source", {}).items()}
+    values = {name: value for name, value in line.items() if name != "step" and type(value) in (int, float)}
+    return {**values, **by_source}
 
 
 def _preformatted(text: str) -> str:

@@ -4,7 +4,8 @@ import contextlib
 import math
 import signal
 import time
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Protocol, TypedDict
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.profiler import profile, record_function
 
 from antransformer.bounds import bind
-from antransformer.data import Dataset, Prefetcher, ShuffledWindows, eval_batches
+from antransformer.data import Dataset, Prefetcher, Split, eval_batches
 from antransformer.errors import CheckpointError, DataError, DivergedError, RunStoppedError, WriteError
 from antransformer.files import quoted
 from antransformer.training import extension, metrics
@@ -23,6 +24,7 @@ from antransformer.training.checkpointing.checkpoint import Checkpoint
 from antransformer.training.compilation import Loss, compiled_loss
 from antransformer.training.config import LEGACY_DEFAULTS, MUTABLE_ON_RESUME, TrainConfig, to_mapping
 from antransformer.training.cost_model import throughput
+from antransformer.training.data import check_data, training_windows
 from antransformer.training.device import autocast, choose_device, choose_precision
 from antransformer.training.distributed.parallel import (
     SINGLE_PROCESS,
@@ -32,7 +34,7 @@ from antransformer.training.distributed.parallel import (
     set_gradient_sync,
 )
 from antransformer.training.learning_rates import peak_rates
-from antransformer.training.metrics import MetricsLine, MetricsLog
+from antransformer.training.metrics import MetricsLine, MetricsLog, Validation, mixed_validation
 from antransformer.training.optimizer import make_optimizer
 from antransformer.training.run_folder import CHECKPOINTS, open_checkpoint, run_folder_of
 from antransformer.training.samples import samples
@@ -67,6 +69,7 @@ class Result:
         bits_per_byte: validation loss in bits per byte of text.
         tokens_per_second: mean training speed of the run.
         checkpoint: folder of the final checkpoint.
+        val_loss_by_source: validation loss of each source of a mixture, otherwise empty.
     """
 
     step: int
@@ -74,6 +77,7 @@ class Result:
     bits_per_byte: float
     tokens_per_second: float
     checkpoint: Path
+    val_loss_by_source: Mapping[str, float] = field(default_factory=dict)
 
 
 class Measurement(TypedDict, total=False):
@@ -81,13 +85,6 @@ class Measurement(TypedDict, total=False):
 
     loss: float
     grad_norm: float
-
-
-class Validation(TypedDict):
-    """Validation loss in nats per token, and in bits per byte of text."""
-
-    val_loss: float
-    bits_per_byte: float
 
 
 class Trainer:
@@ -119,9 +116,9 @@ class Trainer:
         check_data(config, dataset)
         self.dist_ctx = dist_ctx = replace(dist_ctx, tensor_parallel=config.tensor_parallel, timeout=config.timeout)
         self.config, self.dataset, self.folder, self.reporter = config, dataset, folder, reporter
-        windows = ShuffledWindows(dataset.split("train"), config.model.context, config.seed, config.shuffle)
+        windows = training_windows(config, dataset)
         self.batches = Prefetcher(windows, config.batch_size, dist_ctx.data_parallel_rank, dist_ctx.data_parallel_size)
-        self.validation = dataset.split("val")
+        self.validation = dataset.split("val")  # text for probes
         self.device = choose_device(config.device, dist_ctx.local_rank, dist_ctx.local_world_size)
         self.precision = choose_precision(config.precision, self.device)
         torch.manual_seed(config.seed)
@@ -360,26 +357,31 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> Validation:
-        """Validation loss over about ``eval_tokens`` tokens, in evenly spaced windows of the split.
+        """Validation loss over about ``eval_tokens`` tokens of each source, in evenly spaced windows of its split.
 
         With ``ema`` it is the loss of the averaged weights.
         """
+        splits = {name: source.split("val") for name, source in self.dataset.sources.items()}
+        with contextlib.nullcontext() if self.average is None else self.average.applied():
+            losses = {name: self._validation_loss(split) for name, split in splits.items()}
+        validation = mixed_validation(losses, splits, self.dataset.weights)
+        return {**validation, "val_loss_by_source": losses} if len(losses) > 1 else validation
+
+    def _validation_loss(self, split: Split) -> float:
+        """Mean loss in nats per token over evenly spaced windows of a split; all ranks call this together."""
         dist_ctx, context = self.dist_ctx, self.config.model.context
         rank, size = dist_ctx.data_parallel_rank, dist_ctx.data_parallel_size
         total, count = torch.zeros((), dtype=torch.float64), 0
-        batches = eval_batches(self.validation, context, self.config.micro_batch_size * size, self.config.eval_tokens)
-        with contextlib.nullcontext() if self.average is None else self.average.applied():
-            for tokens, targets in batches:
-                # A rank without a window of its own computes the first one, since sharded models need all ranks.
-                share = slice(rank, None, size) if rank < len(tokens) else slice(1)
-                with autocast(self.device, self.precision):
-                    loss = self.loss(self._to_device(tokens[share]), self._to_device(targets[share]))
-                if rank < len(tokens):
-                    total += loss.cpu().double() * tokens[share].numel()  # in this order: MPS has no float64
-                count += tokens.numel()
-        loss_per_token = float(dist_ctx.all_reduce_sum(total)) / (count * dist_ctx.tensor_parallel)
-        tokens_per_byte = self.validation.tokens / self.validation.bytes
-        return {"val_loss": loss_per_token, "bits_per_byte": loss_per_token * tokens_per_byte / math.log(2)}
+        batches = eval_batches(split, context, self.config.micro_batch_size * size, self.config.eval_tokens)
+        for tokens, targets in batches:
+            # A rank without a window of its own computes the first one, since sharded models need all ranks.
+            share = slice(rank, None, size) if rank < len(tokens) else slice(1)
+            with autocast(self.device, self.precision):
+                loss = self.loss(self._to_device(tokens[share]), self._to_device(targets[share]))
+            if rank < len(tokens):
+                total += loss.cpu().double() * tokens[share].numel()  # in this order: MPS has no float64
+            count += tokens.numel()
+        return float(dist_ctx.all_reduce_sum(total)) / (count * dist_ctx.tensor_parallel)
 
     def _line(self, measured: Measurement, tokens_per_second: float) -> MetricsLine:
         alpha = metrics.mean_alpha(self.model)
@@ -449,6 +451,8 @@ class Trainer:
     def _result(self, line: MetricsLine | None) -> Result:
         if line is not None and "val_loss" in line:
             validation: Validation = {"val_loss": line["val_loss"], "bits_per_byte": line["bits_per_byte"]}
+            if "val_loss_by_source" in line:
+                validation["val_loss_by_source"] = line["val_loss_by_source"]
         else:  # the run was already complete
             validation = self.evaluate()
         path = max(checkpoint.step_folders(self.folder / CHECKPOINTS), key=checkpoint.step_of)
@@ -459,27 +463,3 @@ class Trainer:
         if self.device.type == "cuda":
             return tokens.pin_memory().to(self.device, non_blocking=True)
         return tokens.to(self.device)
-
-
-def check_data(config: TrainConfig, dataset: Dataset) -> None:
-    """Check that the data fits the model.
-
-    Raises:
-        DataError: a token id is outside the vocabulary, a split is shorter than one window of the context, or
-            documents have to be kept apart and a split has no end-of-text token.
-    """
-    for split in ("train", "val"):
-        ShuffledWindows(dataset.split(split), config.model.context, config.seed)
-        if config.document_mask and not dataset.split(split).documents:
-            raise DataError(
-                f"{config.data}: document_mask needs end-of-text tokens, and the {split} split has none: leave it out, "
-                "or prepare the data with its own tokenizer"
-            )
-    if dataset.max_token >= config.model.vocab_size:
-        advice = f"set model.vocab_size to {dataset.vocab_size}, or leave it out"
-        if config.init:  # its vocabulary cannot change
-            advice = f"prepare the data with --tokenizer {quoted(config.init)}"
-        raise DataError(
-            f"{config.data}: token id {dataset.max_token} is outside the model's vocabulary of "
-            f"{config.model.vocab_size}: {advice}"
-        )
