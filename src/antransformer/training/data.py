@@ -21,8 +21,8 @@ def check_data(config: TrainConfig, dataset: Dataset) -> None:
             ShuffledWindows(split, config.model.context, config.seed)
             if config.document_mask and not split.documents:
                 raise DataError(
-                    f"{source.path}: document_mask needs end-of-text tokens, and the {name} split has none: leave it out, "
-                    "or prepare the data with its own tokenizer"
+                    f"{source.path}: document_mask needs end-of-text tokens, and the {name} split has none: leave it "
+                    "out, or prepare the data with its own tokenizer"
                 )
     if dataset.max_token >= config.model.vocab_size:
         advice = f"set model.vocab_size to {dataset.vocab_size}, or leave it out"
