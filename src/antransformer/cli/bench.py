@@ -328,6 +328,7 @@ def result_table(benchmark: "Benchmark") -> Table:
 def growth_table(growth: Sequence[dict[str, Any]]) -> Table:
     """Table of measured and expected exponents."""
     table = new_table("mode", "axis", "variant", "time", "expected", "last doubling", "expected", "memory", "expected")
+    table.show_edge, table.padding = False, (0, 0, 0, 0)  # fits into a terminal of 80 columns
     for column in table.columns[1:3]:
         column.justify = "left"
     keys = ("time", "time_expected", "last_time", "last_time_expected", "memory", "memory_expected")
