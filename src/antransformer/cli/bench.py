@@ -76,7 +76,7 @@ class RefuseWhat(argparse.Action):
 
 def add_arguments(parser: Parser) -> None:
     """Add the options of ``antransformer bench``."""
-    parser.add_argument("benchmark", choices=DEFAULTS, metavar="BENCHMARK", help=", ".join(DEFAULTS))
+    parser.add_argument("benchmark", choices=tuple(DEFAULTS), metavar="BENCHMARK", help=", ".join(DEFAULTS))
     parser.add_argument("--what", nargs="?", action=RefuseWhat, help=argparse.SUPPRESS)
     parser.add_argument("--preset", default="nano", metavar="NAME", help="size of the models (default nano)")
     parser.add_argument("--batch", type=int, nargs="+", metavar="N", help="batch size (default 8; generate: 1 16)")

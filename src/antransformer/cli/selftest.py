@@ -34,7 +34,12 @@ def add_arguments(parser: Parser) -> None:
     """Add the options of ``antransformer selftest``."""
     add_device_argument(parser)
     parser.add_argument(
-        "--parts", nargs="+", metavar="NAME", choices=PARTS, default=(), help=f"from {', '.join(PARTS)} (default all)"
+        "--parts",
+        nargs="+",
+        metavar="NAME",
+        choices=tuple(PARTS),
+        default=(),
+        help=f"from {', '.join(PARTS)} (default all)",
     )
     parser.add_argument(
         "--minutes", type=float, metavar="N", help="minutes of this call; a part needs up to 9 (default: no limit)"
