@@ -42,7 +42,10 @@ def add_arguments(parser: Parser) -> None:
         help=f"from {', '.join(PARTS)} (default all)",
     )
     parser.add_argument(
-        "--minutes", type=float, metavar="N", help="minutes of this call; a part needs up to 9 (default: no limit)"
+        "--minutes",
+        type=float,
+        metavar="N",
+        help="time limit of this call; a part needs up to 9 minutes (default: no limit)",
     )
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="folder of results and runs (default runs/selftest-DEVICE)"
