@@ -281,7 +281,7 @@ def test_prepare_and_loading_are_timed(tmp_path, capsys):
     assert rows[4]["waiting"]["median"] > 0 and max(row["waiting"]["high"] for row in rows[4:]) < 1
     out = capsys.readouterr().out
     assert all(f" {row['waiting']['median']:.2%}" in out for row in rows[4:])
-    assert main([*words, "--tokenizer", "byte", "byte"]) == 0
+    assert main([*words, "--tokenizer", "byte"]) == 0
     capsys.readouterr()
     assert main([*words, "--tokenizer", str(tmp_path / "none.json")]) == 2
     assert mentions(capsys.readouterr().err, tmp_path / "none.json", "byte", "tokenizer.json")
