@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow fuzz gpu docs lint types smoke clean
+.PHONY: demo test slow fuzz compat gpu docs lint types smoke hooks clean
 
 demo: $(VENV)/.ready
 	$(BIN)/antransformer demo
@@ -16,6 +16,10 @@ slow: $(VENV)/.ready
 
 fuzz: $(VENV)/.ready
 	ANTRANSFORMER_FUZZ_CASES=10000 $(BIN)/python -m pytest -n auto tests/test_fuzz.py
+
+# With the oldest and the newest supported torch and transformers, each in an environment of its own.
+compat:
+	PYTHON=$(PYTHON) .ci/compat $(ARGS)
 
 # With the torch for CUDA that $(PYTHON) has installed, since .venv holds the one for CPUs. Continues where it stopped.
 gpu:
@@ -35,6 +39,10 @@ types: $(VENV)/.ready
 
 smoke: $(VENV)/.ready
 	PATH="$(abspath $(BIN)):$$PATH" bash .ci/smoke
+
+# Lint and types before every commit, from .venv and without a network.
+hooks: $(VENV)/.ready
+	$(BIN)/pre-commit install
 
 clean:
 	rm -rf $(VENV)

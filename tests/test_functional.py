@@ -124,6 +124,19 @@ def test_interpolate_norm_agrees_with_its_two_steps_forward_and_backward(shape, 
         torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance * theirs.abs().max().item())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_interpolate_norm_has_the_same_gradients_compiled(dtype):
+    """With torch 2.11 they were zero, since the forward pass returned the result of an operation in place."""
+    inputs = [unit(4, 64).to(dtype), random(4, 64, seed=1).to(dtype), torch.full((64,), 0.3)]
+    gradients = []
+    for function in (functional.interpolate_norm, torch.compile(functional.interpolate_norm, backend="eager")):
+        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+        function(*(leaf * 1 for leaf in leaves)).float().square().sin().sum().backward()
+        gradients.append([leaf.grad for leaf in leaves])
+    torch.testing.assert_close(*gradients)
+    assert all(gradient.norm() > 0 for gradient in gradients[0])
+
+
 def test_interpolate_norm_has_first_derivatives_and_refuses_second_ones():
     inputs = random(2, 6).requires_grad_(), random(2, 6, seed=1).requires_grad_(), random(6, seed=2).requires_grad_()
     assert torch.autograd.gradcheck(functional.interpolate_norm, inputs)

@@ -206,7 +206,11 @@ def interpolate_norm_forward(x: Tensor, y: Tensor, alpha: Tensor) -> tuple[Tenso
     precision = torch.promote_types(x.dtype, torch.float32)
     inverse = torch.linalg.vector_norm(y, dim=-1, keepdim=True, dtype=precision).clamp_min(NORM_EPS).reciprocal()
     x_weight, y_weight, _ = _interpolation_weights(alpha.to(precision))
-    return (y * inverse).mul_(y_weight).add_(x * x_weight).to(x.dtype), inverse
+    z, other = (y * inverse).mul_(y_weight), x * x_weight
+    # torch.compile of torch 2.11 gives zero gradients if the result of an autograd function is the result of an
+    # operation in place, or of a conversion to the dtype that it already has. Without the compiler, in place is faster.
+    z = z + other if torch.compiler.is_compiling() else z.add_(other)
+    return z if z.dtype == x.dtype else z.to(x.dtype), inverse
 
 
 def interpolate_norm_backward(

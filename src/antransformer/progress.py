@@ -50,7 +50,8 @@ class LiveDisplay:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.bar.stop()
+        if not self.bar.disable:  # rich before 15 prints an empty line for a hidden bar
+            self.bar.stop()
 
     def print_line(self, text: str, prefix: str = "") -> None:
         """Print a line above the bar; without a terminal, print ``prefix`` and the line."""

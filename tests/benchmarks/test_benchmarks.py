@@ -281,7 +281,7 @@ def test_prepare_and_loading_are_timed(tmp_path, capsys):
     assert rows[4]["waiting"]["median"] > 0 and max(row["waiting"]["high"] for row in rows[4:]) < 1
     out = capsys.readouterr().out
     assert all(f" {row['waiting']['median']:.2%}" in out for row in rows[4:])
-    assert main([*words, "--tokenizer", "byte", "byte"]) == 0
+    assert main([*words, "--tokenizer", "byte"]) == 0
     capsys.readouterr()
     assert main([*words, "--tokenizer", str(tmp_path / "none.json")]) == 2
     assert mentions(capsys.readouterr().err, tmp_path / "none.json", "byte", "tokenizer.json")
@@ -446,6 +446,9 @@ def test_decoding_is_compiled_once_for_all_tokens(name, prompts):
         ([*STEP, "--prompt-tokens", "21"], ("--prompt-tokens", "generate", "step")),
         ([*GENERATE, "--variants", "gpt+"], ("--variants", "step", "generate")),
         ([*STEP, "--variants", "gpt+", "llama"], ("llama", *VARIANTS, *MASKED_VARIANTS)),
+        ([*STEP, "--variants", "angpt", "gpt+", "angpt"], ("variants", "angpt")),
+        ([*GENERATE, "--batch", "2", "2"], ("batch", 2)),
+        (["bench", "data", "--tokenizer", "byte", "byte"], ("tokenizer", "byte")),
         (["bench", "optimizer", "--batch", "2"], ("--batch", *DEFAULTS)),
         (["bench", "loss", "--rounds", "0"], ("rounds", 0)),
         (["bench", "loss", "--batch", "0"], ("batch", 0)),

@@ -3,10 +3,15 @@
 import json
 
 import pytest
+import torch
 
 from antransformer import functional
+from antransformer.benchmarks.timing import machine_info
 from antransformer.cli import main
 from antransformer.selftest import PARTS, checkpoints, program
+from antransformer.selftest.checks import Setup
+from antransformer.training.lock import lock
+from helpers.commands import refused
 
 
 @pytest.fixture(scope="module")
@@ -76,19 +81,76 @@ def test_a_check_that_raises_is_a_failure_and_the_rest_is_run(tmp_path, monkeypa
     assert "test_selftest.py" in (folder / program.ERRORS).read_text()
 
 
-def test_a_call_without_enough_time_runs_nothing(tmp_path):
-    assert main(["selftest", "--device", "cpu", "--minutes", "5", "--out", str(tmp_path / "out")]) == 0
-    assert not (tmp_path / "out" / "results.json").exists()
+def test_a_call_that_runs_out_of_time_can_be_continued(tmp_path, monkeypatch):
+    monkeypatch.setattr(program, "CHECKS", {name: (lambda setup: iter(()),) for name in PARTS})
+    minutes = iter([0, 60])  # the first part takes an hour
+    monkeypatch.setattr(program.time, "monotonic", lambda: 60.0 * next(minutes, 60))
+    words = ["selftest", "--device", "cpu", "--minutes", "10", "--out", str(tmp_path / "out")]
+    assert main(words) == 0
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["parts"] == []
+    monkeypatch.undo()
+    monkeypatch.setattr(program, "CHECKS", {name: (lambda setup: iter(()),) for name in PARTS})
+    assert main(words) == 0
+    assert len(json.loads((tmp_path / "out" / "results.json").read_text())["parts"]) == len(PARTS)
 
 
-def test_results_of_another_machine_are_refused(tmp_path, capsys):
-    (tmp_path / "results.json").write_text(json.dumps({"machine": {"name": "other"}, "parts": []}))
-    assert main(["selftest", "--device", "cpu", "--out", str(tmp_path)]) == 2
-    assert str(tmp_path) in capsys.readouterr().err
+def test_a_second_self_test_of_the_same_folder_is_refused(tmp_path, capsys):
+    with lock(tmp_path / "out"):
+        program.save(Setup(torch.device("cpu"), tmp_path / "out", 1.0, print), {})
+        assert main(["selftest", "--device", "cpu", "--out", str(tmp_path / "out")]) == 2
+    assert str(tmp_path / "out") in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [["--parts", "nothing"], ["--minutes", "-1"], ["--device", "cuda:9"]])
-def test_mistakes_create_nothing(words, tmp_path, capsys):
-    assert main(["selftest", "--out", str(tmp_path / "out"), *words]) == 2
-    assert words[1] in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+HERE = machine_info(torch.device("cpu"))
+PART = {"part": "kernels", "seconds": 1.0, "checks": []}
+
+
+def kept(*parts, machine=HERE):
+    """Content of ``results.json`` in the folder ``out``."""
+    return {"out/results.json": json.dumps({"machine": machine, "parts": parts})}
+
+
+@pytest.mark.parametrize(
+    ("words", "named", "files"),
+    [
+        (["--parts", "nothing"], "nothing", {}),
+        (["--parts", "kernels,models"], "kernels,models", {}),
+        (["--parts", "kernels", "kernels"], "--parts", {}),
+        (["--parts"], "--parts", {}),
+        (["--minutes", "-1"], "-1", {}),
+        (["--minutes", "nan"], "nan", {}),
+        (["--minutes", "ten"], "ten", {}),
+        (["--minutes", "5"], "5", {}),  # less than any part needs
+        (["--device", "cuda:9"], "cuda:9", {}),
+        (["--device", "cpu:7"], "cpu:7", {}),
+        (["--device", "meta"], "meta", {}),
+        (["--json", "nowhere/all.json"], "nowhere/all.json", {}),
+        (["--json", "all.json"], "all.json", {"all.json": "{}"}),
+        (["--json", "out"], "--json", {}),
+        (["--part", "kernels"], "--parts", {}),
+        (["kernels"], "kernels", {}),
+        (["--out", "/proc/selftest"], "/proc/selftest", {}),
+        (["--out", "out/deeper"], "out", {"out": "a file"}),
+        ([], "out", {"out": "a file"}),
+        ([], "out", {"out/notes.txt": "mine"}),
+        ([], "out", {"out/config.yaml": "of a run"}),
+        ([], "out", {"out/meta.json": "{}"}),
+        ([], "out", {"out/report.md/file": "", **kept()}),
+        ([], "out", {"out/results.json": "cut {"}),
+        ([], "out", {"out/results.json": "[1]"}),
+        ([], "out", kept(machine={"name": "other"})),
+        ([], "results.json", kept({**PART, "part": "nothing"})),
+        ([], "results.json", kept({**PART, "seconds": "long"})),
+        ([], "results.json", kept({**PART, "checks": [{"name": "a", "figure": "1", "passed": "yes"}]})),
+        ([], "results.json", kept({"part": "kernels"})),
+    ],
+)
+def test_mistakes_are_one_line_and_change_nothing(words, named, files, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    before = sorted(tmp_path.rglob("*"))
+    defaults = ["selftest", "--device", "cpu", "--out", "out"]
+    assert named in refused([*defaults, *words], capsys)
+    assert sorted(tmp_path.rglob("*")) == before

@@ -16,7 +16,7 @@ import tokenizers
 import torch
 
 from antransformer.benchmarks.models import our_setup
-from antransformer.benchmarks.settings import Settings, require_positive
+from antransformer.benchmarks.settings import Settings, require_distinct, require_positive
 from antransformer.benchmarks.timing import Benchmark, Quartiles, Row, alternate, make_rows, quartiles
 from antransformer.data import (
     Prefetcher,
@@ -54,7 +54,7 @@ class DataSettings(Settings):
         batch: number of sequences in a training step.
 
     Raises:
-        ConfigError: a number is less than 1.
+        ConfigError: a number is less than 1, or a tokenizer is given twice.
     """
 
     text: tuple[str | Path, ...] = ()
@@ -64,6 +64,7 @@ class DataSettings(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(batch=self.batch)
+        require_distinct(tokenizer=self.tokenizers)
 
 
 def bench_data(settings: DataSettings, log: Callable[[str], None]) -> Benchmark:

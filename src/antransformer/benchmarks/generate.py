@@ -19,6 +19,7 @@ from antransformer.benchmarks.settings import (
     Mode,
     Settings,
     replace_architecture,
+    require_distinct,
     require_positive,
 )
 from antransformer.benchmarks.timing import Benchmark, Row, alternate, describe_error, make_rows, now
@@ -43,7 +44,7 @@ class GenerationSettings(Settings):
         modes: eager execution, ``torch.compile``, or both.
 
     Raises:
-        ConfigError: a number is less than 1, or the tokens do not fit into the context.
+        ConfigError: a number is less than 1, a batch is given twice, or the tokens do not fit into the context.
     """
 
     batches: tuple[int, ...]
@@ -54,6 +55,7 @@ class GenerationSettings(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(batch=min(self.batches), prompt_tokens=self.prompt_tokens, max_new_tokens=self.max_new_tokens)
+        require_distinct(batch=self.batches)
         if self.prompt_tokens + self.max_new_tokens > self.model.context:
             raise ConfigError(
                 f"a prompt of {self.prompt_tokens:,} tokens and {self.max_new_tokens:,} new tokens exceed the context "

@@ -177,29 +177,31 @@ def growth_chart(settings: StepSettings, rows: Sequence[Row]) -> Chart:
     """Time and memory of a step along each axis in one mode, with the growth of the number of operations."""
     figure, axes = new_figure(2, len(AXES), height=4.4, width=9.4, share="row")
     names = list(dict.fromkeys(row.variant for row in rows))
+    dashed: dict[str, Any] = {"color": INK, "lw": 1, "label": "as the operation count"}
     for column, axis in enumerate(AXES):
         sizes = _sizes(settings, axis)
         time_panel, memory_panel = axes[0][column], axes[1][column]
-        for name in names:
+        for name, width in zip(names, np.linspace(3.6, 1.4, len(names)), strict=True):
             group = [row for row in rows if (row.task["axis"], row.variant) == (axis, name)]
             milliseconds = [float(np.median(row.seconds)) * 1e3 for row in group]
-            line = {"color": style_of(name).colour, "marker": style_of(name).marker}
+            # Later lines are thinner, so that a line of equal values below them is seen.
+            line = {"color": style_of(name).colour, "marker": style_of(name).marker, "lw": width, "ms": 3 + 1.5 * width}
             time_panel.plot(sizes, milliseconds, **line)
             memory_panel.plot(sizes, [(row.memory or 0) / 2**20 for row in group], **line)
             if name == names[0]:
                 operations = np.array([_operations(_resized(settings, axis, size)) for size in sizes])
-                time_panel.plot(sizes, operations / operations[-1] * milliseconds[-1], "--", color=INK, lw=1)
-        for panel, unit in ((time_panel, "ms per step"), (memory_panel, "MiB")):
+                (proportional,) = time_panel.plot(sizes, operations / operations[-1] * milliseconds[-1], "--", **dashed)
+        for panel, unit in ((time_panel, "ms per step"), (memory_panel, "peak memory (MiB)")):
             _logarithmic(panel, sizes)
             panel.set(xlabel=axis, ylabel="" if column else unit)
-    legend(figure, [_Named(name) for name in names])
+    legend(figure, [_Named(name) for name in names], proportional)
     alt = "; ".join(
         f"{item.variant} {item.axis}: time {item.time:.2f}, expected {item.time_expected:.2f}, memory {item.memory:.2f}"
         for item in exponents(settings, rows)
     )
     caption = "Dashed: proportional to the number of operations, through the last point of the first variant."
     mode = rows[0].task["mode"]
-    return Chart(f"growth-{mode}", "Growth of a training step", caption, f"Exponents: {alt}.", figure)
+    return Chart(f"growth-{mode}", f"Time and memory of a training step, {mode}", caption, f"Exponents: {alt}.", figure)
 
 
 def _logarithmic(axes: Any, ticks: list[int]) -> None:

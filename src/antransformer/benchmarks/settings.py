@@ -1,5 +1,6 @@
 """Names and settings that all benchmarks share; independent of torch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -53,6 +54,18 @@ def require_positive(**values: int) -> None:
     for name, value in values.items():
         if value < 1:
             raise ConfigError(f"{name} must be at least 1, got {value}")
+
+
+def require_distinct(**values: Sequence[object]) -> None:
+    """Check that each list has no value twice.
+
+    Raises:
+        ConfigError: a value is repeated; the error names the list and the value.
+    """
+    for name, items in values.items():
+        repeated = [str(item) for index, item in enumerate(items) if item in items[:index]]
+        if repeated:
+            raise ConfigError(f"{name} needs different values, got {' '.join(repeated)} more than once")
 
 
 def replace_architecture(model: ModelConfig, architecture: str) -> ModelConfig:

@@ -20,6 +20,7 @@ from antransformer.benchmarks.settings import (
     VARIANTS,
     Mode,
     Settings,
+    require_distinct,
     require_positive,
 )
 from antransformer.benchmarks.timing import Benchmark, Row, alternate, make_rows, peak_memory, quartiles, time_call
@@ -42,7 +43,7 @@ class StepSettings(Settings):
         profile: folder for a trace of one step of each variant, or None.
 
     Raises:
-        ConfigError: a variant is unknown, or a number is less than 1.
+        ConfigError: a variant is unknown or given twice, or a number is less than 1.
     """
 
     variants: tuple[str, ...] = VARIANTS
@@ -53,6 +54,7 @@ class StepSettings(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(batch=self.batch)
+        require_distinct(variants=self.variants)
         for name in self.variants:
             if name not in (*VARIANTS, *MASKED_VARIANTS):
                 raise ConfigError(f"unknown variant {name!r}: choose from {', '.join((*VARIANTS, *MASKED_VARIANTS))}")

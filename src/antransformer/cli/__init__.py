@@ -32,12 +32,13 @@ VERBS = {
     "diagnose": "Measure norms inside a trained model: residual stream, blocks, factors and weights.",
     "selftest": "Check this machine: kernels, models, checkpoints, speed and a training comparison.",
     "bench": "Measure speed and memory of variants in alternation: medians and quartiles over rounds.",
+    "completion": "Print a script with which a shell completes verbs, options and values.",
     "demo": "Train a small model in two to five minutes, and look at it.",
 }
 
 
 def make_parser(chosen: str | None = None) -> Parser:
-    """Return the parser of the command line; only the chosen verb gets its options."""
+    """Return the parser of the command line; only the chosen verb gets its options (``completion``: all verbs)."""
     parser = Parser(
         prog="antransformer",
         description="Train transformers without learned norm layers, weight decay or learning-rate warm-up "
@@ -47,13 +48,14 @@ def make_parser(chosen: str | None = None) -> Parser:
     parser.add_argument("--version", action="version", version=f"antransformer {__version__}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True, dest="verb")
     for name, summary in VERBS.items():
-        if name != chosen:
-            verbs.add_parser(name, help=summary.replace("%", "%%"))
+        summary = summary.replace("%", "%%")
+        if chosen not in (name, "completion"):
+            verbs.add_parser(name, help=summary)
             continue
         module = importlib.import_module(f"antransformer.cli.{'import_' if name == 'import' else name}")
-        verb = verbs.add_parser(name, description=module.__doc__, usage=module.USAGE)
+        verb = verbs.add_parser(name, help=summary, description=module.__doc__, usage=module.USAGE)
         module.add_arguments(verb)
-        verb.set_defaults(run=module.run)
+        verb.set_defaults(run=module.run, parser=parser)
     return parser
 
 

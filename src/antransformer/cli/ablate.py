@@ -21,10 +21,16 @@ USAGE = "antransformer ablate [options]"
 
 def add_arguments(parser: Parser) -> None:
     """Add the options of ``ablate``: variants, length of the runs, tuning effort and shared settings."""
-    parser.add_argument("--only", nargs="+", default=(), metavar="NAME", help="variants, or patterns such as 'all-*'")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=(),
+        metavar="NAME",
+        help="names of variants or patterns such as 'all-*' (default: all)",
+    )
     parser.add_argument("--list", action="store_true", help="print the names and descriptions of all variants and exit")
     parser.add_argument("--tokens", metavar="TOKENS", help="length of each run (default 1M; with --quick 500K)")
-    parser.add_argument("--quick", action="store_true", help="the size of compare --quick, and 500K tokens")
+    parser.add_argument("--quick", action="store_true", help="model size of compare --quick, and 500K tokens")
     add_experiment_arguments(parser, lr_trials=1, out="runs/ablate")
 
 

@@ -76,7 +76,7 @@ class RefuseWhat(argparse.Action):
 
 def add_arguments(parser: Parser) -> None:
     """Add the options of ``antransformer bench``."""
-    parser.add_argument("benchmark", choices=DEFAULTS, metavar="BENCHMARK", help=", ".join(DEFAULTS))
+    parser.add_argument("benchmark", choices=tuple(DEFAULTS), metavar="BENCHMARK", help=", ".join(DEFAULTS))
     parser.add_argument("--what", nargs="?", action=RefuseWhat, help=argparse.SUPPRESS)
     parser.add_argument("--preset", default="nano", metavar="NAME", help="size of the models (default nano)")
     parser.add_argument("--batch", type=int, nargs="+", metavar="N", help="batch size (default 8; generate: 1 16)")
@@ -328,6 +328,7 @@ def result_table(benchmark: "Benchmark") -> Table:
 def growth_table(growth: Sequence[dict[str, Any]]) -> Table:
     """Table of measured and expected exponents."""
     table = new_table("mode", "axis", "variant", "time", "expected", "last doubling", "expected", "memory", "expected")
+    table.show_edge, table.padding = False, (0, 0, 0, 0)  # fits into a terminal of 80 columns
     for column in table.columns[1:3]:
         column.justify = "left"
     keys = ("time", "time_expected", "last_time", "last_time_expected", "memory", "memory_expected")

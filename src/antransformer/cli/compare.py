@@ -35,7 +35,9 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--tokens", metavar="TOKENS", help="largest budget; a quarter and a half of it are run too (default 8M)"
     )
-    parser.add_argument("--budgets", nargs="+", default=(), metavar="TOKENS", help="budgets, instead of --tokens")
+    parser.add_argument(
+        "--budgets", nargs="+", default=(), metavar="TOKENS", help="budgets to run, instead of --tokens"
+    )
     parser.add_argument(
         "--quick", action="store_true", help="small size and budgets, recipe paper: half an hour on two CPU cores"
     )

@@ -2,15 +2,17 @@
 
 --text needs no lm_eval. It reports word perplexity, byte perplexity and bits per byte as lm_eval defines them.
 
-Without --task-data, a task's data is downloaded from the Hugging Face hub, and any lm_eval task that scores given text
-can be run. With it, DIR holds the data as each set is published: lambada_openai, hellaswag, arc_easy, arc_challenge,
-piqa, winogrande, blimp (or one of its parts, such as blimp_wh_island), wikitext.
+Without --task-data, the data of a task is downloaded from the Hugging Face hub, and any lm_eval task that scores given
+text can be run. With --task-data DIR, these tasks read files as their authors published them: lambada_openai,
+hellaswag, arc_easy, arc_challenge, piqa, winogrande, blimp (or a part of it, such as blimp_wh_island) and wikitext.
 
-files searched in DIR, up to two folders deep, ignoring case:
+files in DIR, up to two folders deep, case ignored, - or _ between words:
   lambada_openai  lambada*test.jsonl
   hellaswag       hellaswag*val*.jsonl
-  arc_easy        arc_easy*test*.jsonl, or val or dev (ARC-Easy/ARC-Easy-Test.jsonl); same for arc_challenge
-  piqa            piqa*val*.jsonl or piqa*/dev.jsonl; labels inside, or next to it in *-labels.lst
+  arc_easy        arc_easy*test*.jsonl; val or dev in place of test too
+  arc_challenge   arc_challenge*test*.jsonl; val or dev too
+  piqa            piqa*val*.jsonl or piqa*/dev.jsonl; labels inside, or in
+                  *-labels.lst next to it
   winogrande      winogrande*val*.jsonl or winogrande*/dev.jsonl
   blimp           blimp*/NAME.jsonl
   wikitext        wiki.test.raw or wiki.test.tokens

@@ -24,7 +24,13 @@ def add_arguments(parser: Parser) -> None:
         metavar="N",
         help="maximum number of tokens to generate (default 200)",
     )
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token (default 0.8)")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.8,
+        metavar="X",
+        help="sampling temperature; 0 always takes the most likely token (default 0.8)",
+    )
     parser.add_argument("--top-k", type=int, metavar="K", help="sample from the K most likely tokens")
     parser.add_argument(
         "--top-p",

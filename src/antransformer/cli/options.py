@@ -27,13 +27,16 @@ class HelpFormatter(argparse.HelpFormatter):
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=32)
 
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        # Unlike argparse, without breaks at hyphens: names such as --lr-trials can then be copied.
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
     def _fill_text(self, text: str, width: int, indent: str) -> str:
-        fill = super()._fill_text
         paragraphs = text.strip().split("\n\n")
         return "\n\n".join(
             "\n".join(_fill_line(line, width) for line in part.splitlines())
             if "\n  " in part
-            else fill(part, width, indent)
+            else "\n".join(self._split_lines(part, width))
             for part in paragraphs
         )
 

@@ -2,8 +2,9 @@
 
 INPUT is a file, a folder or a quoted pattern: plain text (.txt .md .py and the like), JSON lines (.jsonl .ndjson .json)
 with a "text" field, or .parquet with a "text" column. Text and JSON lines may be compressed (.gz .zst .xz .bz2). In
-plain text <|endoftext|> ends a document. hf://DATASET?name=CONFIG&split=train&field=text is a dataset of the Hugging
-Face hub, which is streamed.
+plain text, <|endoftext|> ends a document.
+
+hf://DATASET?name=CONFIG&split=train&field=text streams a dataset from the Hugging Face hub.
 
 examples:
   antransformer prepare book.txt --out data/book --val-fraction 0.1
@@ -12,7 +13,6 @@ examples:
   antransformer prepare corpus --out data/corpus --tokenizer tokenizer.json --part 1/8
   antransformer prepare --out data/corpus --join
   antransformer prepare 'hf://roneneldan/TinyStories?split=train' --out data/stories
-  antransformer prepare corpus --out data/corpus --tokenizer path/to/tokenizer.json
 """
 
 import argparse
@@ -53,10 +53,17 @@ def add_arguments(parser: Parser) -> None:
         help="fraction of documents to hold out (default 0.01; more of a small text, or the end of each document)",
     )
     parser.add_argument(
+        "--val-inputs",
+        nargs="+",
+        default=(),
+        metavar="INPUT",
+        help="validation text (default: a fraction of INPUT)",
+    )
+    parser.add_argument(
         "--tokenized",
         action="store_true",
-        help="the inputs are token ids: .bin of llm.c, .bin with .idx of Megatron-LM, or .ds of datatrove; they are "
-        "linked, not copied",
+        help="read token ids instead of text: .bin of llm.c, .bin with .idx of Megatron-LM, or .ds of datatrove. The "
+        "files are linked, not copied",
     )
     parser.add_argument(
         "--text-field",
@@ -65,8 +72,7 @@ def add_arguments(parser: Parser) -> None:
         help="field of JSON lines or column of parquet with the text, such as record.body (default text)",
     )
     parser.add_argument("--part", metavar="I/N", help="write only part I of N, for preparation on several machines")
-    parser.add_argument("--join", action="store_true", help="join the parts that were written")
-    parser.add_argument("--val-inputs", nargs="+", default=(), metavar="INPUT", help="text to hold out instead")
+    parser.add_argument("--join", action="store_true", help="combine all parts in --out into one data folder")
 
 
 def run(parsed: argparse.Namespace) -> None:

@@ -34,10 +34,18 @@ def add_arguments(parser: Parser) -> None:
     """Add the options of ``antransformer selftest``."""
     add_device_argument(parser)
     parser.add_argument(
-        "--parts", nargs="+", metavar="NAME", choices=PARTS, default=(), help=f"from {', '.join(PARTS)} (default all)"
+        "--parts",
+        nargs="+",
+        metavar="NAME",
+        choices=tuple(PARTS),
+        default=(),
+        help=f"from {', '.join(PARTS)} (default all)",
     )
     parser.add_argument(
-        "--minutes", type=float, metavar="N", help="time of this call; a part needs up to 9 (default: no limit)"
+        "--minutes",
+        type=float,
+        metavar="N",
+        help="time limit of this call; a part needs up to 9 minutes (default: no limit)",
     )
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="folder of results and runs (default runs/selftest-DEVICE)"
@@ -51,19 +59,21 @@ def run(parsed: argparse.Namespace) -> None:
     Raises:
         MachineError: a check failed.
     """
-    from antransformer.results.folder import require_own_folder
     from antransformer.selftest import program
     from antransformer.selftest.checks import Setup
     from antransformer.training.device import choose_device
+    from antransformer.training.lock import lock
 
-    if parsed.minutes is not None and not parsed.minutes > 0:
-        raise ConfigError(f"--minutes must be above 0, got {parsed.minutes:g}")
+    if parsed.minutes is not None and not parsed.minutes >= program.MINUTES:
+        raise ConfigError(f"--minutes must be at least {program.MINUTES}, the time of one part; got {parsed.minutes:g}")
+    if len(set(parsed.parts)) < len(parsed.parts):
+        raise ConfigError(f"--parts needs different names, got {' '.join(parsed.parts)}")
     if parsed.json:
         check_json_target("--json", parsed.json, lambda content: "parts" in content)
     device = choose_device(parsed.device)
     folder = parsed.out or Path("runs", f"selftest-{device.type}")
-    require_own_folder(folder, "selftest")
-    folder.mkdir(parents=True, exist_ok=True)
+    if parsed.json and folder.absolute().is_relative_to(parsed.json.absolute()):
+        raise ConfigError(f"--json {parsed.json} is the folder of --out: choose a file name")
     setup = Setup(device, folder, 60.0 * program.MINUTES, lambda text: print(text, file=sys.stderr, flush=True))
     console = Console(highlight=False)
     if not console.is_terminal:
@@ -76,7 +86,9 @@ def run(parsed: argparse.Namespace) -> None:
             table.add_row(check.name, check.figure, check.limit, program.outcome(check))
         console.print(table)
 
-    results = program.run(setup, parsed.parts, parsed.minutes, show)
+    program.check_folder(setup)
+    with lock(folder):
+        results = program.run(setup, parsed.parts, parsed.minutes, show)
     if parsed.json:
         parsed.json.write_text(json.dumps(program.content(setup, results), indent=2) + "\n", encoding="utf-8")
     checks = [check for result in results.values() for check in result.checks]

@@ -15,8 +15,8 @@ examples:
   torchrun --nproc-per-node 8 -m antransformer train --data data/mine --preset 0.5b --parallel fsdp --tensor-parallel 2
   torchrun --nproc-per-node 8 --max-restarts 9 -m antransformer train --data data/mine --parallel fsdp --out runs/mine
 
-After a mistake, --processes prints one line; torchrun adds a traceback of its own. torchrun is for several machines and
-for restarts. With torchrun --max-restarts, a run whose process was lost restarts from its latest checkpoint.
+Use torchrun instead of --processes for several machines, or for automatic restarts: with torchrun --max-restarts, a run
+that loses a process continues from its latest checkpoint. torchrun adds its own traceback to an error message.
 """
 
 import argparse

@@ -67,7 +67,7 @@ def _speedup_section(results: Results) -> Section:
     above = (
         f"<p>Tokens, or seconds, that {_label(baseline)} needs for the loss of a variant, divided by the "
         "variant's own. The loss is interpolated between finished runs and never extrapolated, so some ratios are only "
-        f"bounds. All speedups rest on {tuning_scope(results)}.</p>"
+        f"bounds. All speedups are based on {tuning_scope(results)}.</p>"
     )
     below = "".join(
         f"<details><summary>Speedup over {_label(item)}</summary>{_speedup_tables(results, pairs[item.name])}</details>"

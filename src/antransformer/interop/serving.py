@@ -10,6 +10,7 @@ from antransformer.data import Tokenizer
 from antransformer.errors import ConfigError
 from antransformer.extras import require
 from antransformer.interop.export import export
+from antransformer.interop.gguf_check import check_gguf
 from antransformer.interop.llama_cpp import HOST, start_server
 from antransformer.training.checkpointing.checkpoint import Checkpoint
 
@@ -48,13 +49,12 @@ def serve_file(file: Path, port: int) -> Iterator[str]:
 
     Raises:
         MissingExtraError: xllamacpp is not installed.
-        ConfigError: the file is not a GGUF file, or the port is in use.
+        ConfigError: the file is not a GGUF file or is damaged, or the port is in use.
         MachineError: llama.cpp cannot load the file.
     """
     require("xllamacpp", "serve")
     check_port(port)
-    if not file.is_file() or file.open("rb").read(4) != b"GGUF":
-        raise ConfigError(f"--gguf {file}: not a GGUF file; antransformer export --format gguf writes one")
+    check_gguf(file)
     server = start_server(file, port)
     try:
         yield server.listening_address

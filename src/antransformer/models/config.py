@@ -53,7 +53,7 @@ class ModelConfig:
             the architecture does not have.
     """
 
-    architecture: str = setting(f"{', '.join(BUILT_IN)}, or the name of one that an installed package adds", "angpt")
+    architecture: str = setting(f"{', '.join(BUILT_IN)}, or one added by an installed package", "angpt")
     vocab_size: int = setting("vocabulary size (default: the tokenizer's)", PAPER_VOCABULARY, **SIZE)
     width: int = setting("model width, a multiple of head_dim (default: the preset's)", 128, **SIZE)
     layers: int = setting("number of blocks (default: the preset's)", 4, ge=1, le=MOST_LAYERS)
@@ -61,7 +61,7 @@ class ModelConfig:
     head_dim: int = setting("width of an attention head", 64, **SIZE)
     mlp_ratio: int = setting("ratio of MLP width to model width", 4, **SIZE)
     rotary_fraction: float = setting("fraction of each head's coordinates with rotary embedding", 0.5, ge=0, le=1)
-    rope_theta: float = setting("base of the rotary embedding's wavelengths", 10_000.0, **POSITIVE)
+    rope_theta: float = setting("base of the rotary embedding frequencies", 10_000.0, **POSITIVE)
     # Options of some architectures. None means the default in the architecture's declaration (see ``registry``), or
     # that the architecture does not have the option.
     alpha_init: float = setting("angpt, ngpt: initial residual step size alpha", None, **POSITIVE)

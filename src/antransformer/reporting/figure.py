@@ -82,12 +82,13 @@ class Named(Protocol):
         """Name as ``style_of`` takes it."""
 
 
-def legend(figure: Any, variants: Sequence[Named]) -> None:
-    """Add a legend of the variants above the axes, where it covers no data."""
+def legend(figure: Any, variants: Sequence[Named], *lines: Any) -> None:
+    """Add a legend of the variants, and of other lines that have a label, above the axes, where it covers no data."""
     from matplotlib.lines import Line2D
 
     styles = [style_of(variant.name) for variant in variants]
     handles = [Line2D([], [], color=item.colour, marker=item.marker, label=item.label) for item in styles]
+    handles += lines
     figure.legend(handles=handles, loc="outside upper left", ncols=min(3, len(handles)), alignment="left")
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from antransformer.benchmarks.timing import describe_error, installed_versions, machine_info
 from antransformer.errors import ConfigError
 from antransformer.files import read_json, replace_text
+from antransformer.results.folder import require_own_folder
 from antransformer.selftest import PARTS, checkpoints, kernels, models, processes, speed, training
 from antransformer.selftest.checks import Check, Checks, Setup, Unfinished
 
@@ -77,6 +78,7 @@ def run(
     """
     started = time.monotonic()
     results = load(setup)
+    save(setup, results)  # marks the folder as a self-test before the first part writes into it
     pending = [name for name in names or PARTS if name not in results]
     while pending:
         left = None if minutes is None else minutes - (time.monotonic() - started) / 60
@@ -118,6 +120,21 @@ def identity(setup: Setup) -> dict[str, Any]:
     return {"machine": machine_info(setup.device), "versions": installed_versions()}
 
 
+def check_folder(setup: Setup) -> None:
+    """Check that the folder is new or empty, or holds an earlier self-test of this machine.
+
+    Raises:
+        ConfigError: it is a file, or holds something else, or as in ``load``.
+    """
+    require_own_folder(setup.folder, "selftest")
+    for name in (RESULTS, REPORT, ERRORS):
+        if (setup.folder / name).is_dir():
+            raise ConfigError(f"{setup.folder / name} is a folder: choose another --out")
+    if not (setup.folder / RESULTS).exists() and setup.folder.is_dir() and any(setup.folder.iterdir()):
+        raise ConfigError(f"{setup.folder} is not empty, and holds no self-test: choose another --out")
+    load(setup)
+
+
 def load(setup: Setup) -> dict[str, Result]:
     """Results of earlier calls.
 
@@ -130,14 +147,21 @@ def load(setup: Setup) -> dict[str, Result]:
     try:
         content = read_json(path)
         machine = content["machine"]
-        parts = [
-            Result(**{**part, "checks": tuple(Check(**check) for check in part["checks"])}) for part in content["parts"]
-        ]
+        parts = [_result(part) for part in content["parts"]]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is damaged: remove it, or choose another --out") from error
     if machine != identity(setup)["machine"]:
         raise ConfigError(f"{setup.folder} has results of another machine or torch: choose another --out")
     return {part.part: part for part in parts}
+
+
+def _result(part: dict[str, Any]) -> Result:
+    """Result of a part as ``content`` writes it; raises ValueError, KeyError or TypeError if it is damaged."""
+    checks = tuple(Check(**check) for check in part["checks"])
+    result = Result(**{**part, "checks": checks, "seconds": float(part["seconds"])})
+    if result.part not in PARTS or any(check.passed not in (True, False, None) for check in checks):
+        raise ValueError(result.part)
+    return result
 
 
 def content(setup: Setup, results: dict[str, Result]) -> dict[str, Any]:

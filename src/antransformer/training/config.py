@@ -60,7 +60,7 @@ class TrainConfig:
     )
     optimizer: str = setting(
         "adam: AdamW for all parameters; muon: Muon for the weight matrices inside the blocks, AdamW for the rest; "
-        "normuon: the same with NorMuon, which evens out the step sizes of rows (default: by recipe)",
+        "normuon: the same with NorMuon, which equalizes the step sizes of rows (default: by recipe)",
         "adam",
         choices=OPTIMIZERS,
     )
@@ -154,7 +154,8 @@ class TrainConfig:
         choices=("auto", "float32", "bfloat16", "fp8"),
     )
     compile: bool | None = setting(
-        "compile the model with torch.compile; without it where the compiler fails (default: on a CUDA GPU only)", None
+        "compile the model with torch.compile; if the compiler fails, train without it (default: on CUDA GPUs only)",
+        None,
     )
     parallel: str = setting(
         "data parallelism under torchrun: ddp (replicate the model), fsdp (shard it over all ranks), hsdp (shard it "

@@ -41,6 +41,8 @@ def choose_device(name: str, local_rank: int = 0, local_size: int = 1) -> torch.
     try:
         device = torch.device(name, local_rank) if name == "cuda" else torch.device(name)
         torch.zeros(1, device=device).item()  # fails on the meta device, which has no values
+        if device.type == "cpu" and device.index:
+            raise ValueError("there is one CPU device")  # torch accepts any number
     except (RuntimeError, AssertionError, ValueError) as error:
         raise ConfigError(f"device {name!r} is not available here: use auto or cpu") from error
     if device.type == "cuda":
