@@ -1,6 +1,6 @@
 """Handwritten digits: a small ViT in its approximately normalized form, against the same ViT with pre-norm.
 
-    pip install 'antransformer[examples]'
+    pip install '.[examples]'
     python examples/digits.py    # under two minutes on 2 CPU cores
 
 The data are the 1,797 images of 8 x 8 pixels in scikit-learn. The baseline is torch's own encoder with biases,

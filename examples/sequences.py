@@ -1,6 +1,6 @@
 """The language of a name: an approximately normalized sequence classifier against a pre-norm one.
 
-    pip install 'antransformer[examples]'
+    pip install '.[examples]'
     python examples/sequences.py    # under two minutes on 2 CPU cores
 
 The data are names of countries, regions and languages from pycountry, in eight languages with Latin letters. Each name

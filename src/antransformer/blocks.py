@@ -1,7 +1,7 @@
 """Transformer blocks and an encoder-decoder, built from the modules of ``nn``.
 
-Inputs must have unit norm, and outputs have about unit norm. Embed ids with ``nn.Embedding``; normalize the projection
-of real-valued inputs exactly.
+Inputs must have unit norm, and outputs have about unit norm. Embed ids with ``antransformer.nn.Embedding``; normalize
+the projection of real-valued inputs exactly.
 """
 
 from collections.abc import Iterable

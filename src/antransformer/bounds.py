@@ -128,15 +128,16 @@ def bind(model: nn.Module, optimizer: Optimizer) -> RemovableHandle:
     declared = collect_bounds(model)
     if not declared and not hasattr(model, "bounds"):
         raise TypeError(
-            f"{type(model).__name__} has no bounds: build it from antransformer.nn, or give it a method "
-            "bounds() -> list[Bound]"
+            f"{type(model).__name__} has no bounds: call antransformer.normalize_(model) first, build it from "
+            "antransformer.nn, or give it a method bounds() -> list[Bound]"
         )
     # By identity: an optimizer may have only some of the parameters, and knows no names.
     optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     bounds = [bound for bound in declared if id(bound.parameter) in optimized]
     if declared and not bounds:
         raise ValueError(
-            "the optimizer has none of the model's bounded parameters: build it from model.parameters() of this model"
+            "the optimizer has none of the model's bounded parameters: build it from model.parameters() of this model "
+            "(adapters need no bind)"
         )
 
     def project(_optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:

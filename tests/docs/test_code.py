@@ -10,7 +10,7 @@ from helpers.pages import MARK, PAGES, ROOT, blocks
 
 ALL = [block for page in PAGES for block in blocks(page)]
 RUN = sorted({block.page for block in ALL if block.language == "python" and block.runs})
-LANGUAGES = {"python", "sh", "diff", "text", "yaml"}
+LANGUAGES = {"python", "sh", "diff", "text", "toml", "yaml"}
 
 
 def test_comments_above_blocks_have_a_reason_or_name_a_test():

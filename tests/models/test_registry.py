@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 import antransformer
 from antransformer.cli import main
@@ -184,3 +185,11 @@ def test_a_toy_of_another_package_in_every_verb(installed, corpus, capfd):
     assert main(["export", "--checkpoint=run", "--out=exported"]) == 2
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1 and mentions(lines[0], "toy", "modeling_antransformer.py") and not Path("exported").exists()
+
+
+def test_a_class_that_is_no_decoder_is_refused(monkeypatch):
+    plain = Architecture(name="plain", label="Plain", description="a module", cls=lambda _: nn.Linear(2, 2))
+    monkeypatch.setitem(registry._loaded, "plain", plain)
+    with pytest.raises(ConfigError) as error:
+        build(ModelConfig.preset("pico", "plain", vocab_size=64))
+    assert mentions(error.value, "plain", "Linear", "Decoder")

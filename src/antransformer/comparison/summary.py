@@ -132,7 +132,10 @@ def _ablation_summary(results: Results) -> str:
     else:
         worse, better = (int((is_significant & sign).sum()) for sign in (means > 0, means < 0))
         same = len(variants) - diverged - worse - better
-        counts = f"{worse} are significantly worse than the {baseline}, {better} are better, {same} do not differ"
+        counts = (
+            f"{worse} {'is' if worse == 1 else 'are'} significantly worse than the {baseline}, {better} significantly "
+            f"better, {same} without a significant difference"
+        )
         test = "t-tests with the pooled noise of all variants and Holm's correction"
     sentence = f"Of {len(variants)} variants {counts}, and {diverged} diverged ({scope}; {test})."
     if diverged == len(variants):

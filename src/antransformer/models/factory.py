@@ -2,6 +2,7 @@
 
 import torch
 
+from antransformer.errors import ConfigError
 from antransformer.models.ablations import ABLATIONS
 from antransformer.models.config import ModelConfig
 from antransformer.models.decoder import Decoder
@@ -13,12 +14,20 @@ def build(config: ModelConfig) -> Decoder:
 
     Under ``torch.device("meta")`` no memory is allocated. ``model.to_empty(device=...)`` and
     ``model.reset_parameters()`` then give the same weights as a direct build.
+
+    Raises:
+        ConfigError: the class of a registered architecture is not a subclass of ``Decoder``.
     """
     device = torch.get_default_device()
     make = ABLATIONS.get(config.ablation) or get(config.architecture).cls
     # Built on meta first: torch's modules would draw weights that reset_parameters draws again.
     with torch.device("meta"):
         model: Decoder = make(config)
+    if not isinstance(model, Decoder):
+        raise ConfigError(
+            f"architecture {config.architecture}: {type(model).__name__} must be a subclass of "
+            "antransformer.models.Decoder"
+        )
     if device.type != "meta":
         model.to_empty(device=device)
         model.reset_parameters()

@@ -184,7 +184,8 @@ def describe_law(budget: TokenBudget, architecture: str) -> str:
     fitted = law(budget, architecture)
     if fitted is None:
         best = "; ".join(_describe_best(budget, size) for size in budget.optima(architecture))
-        return f"{label}: {best or 'no finished run'}. A law needs two sizes with a best learning rate inside the grid."
+        best = best or "no best learning rate was found"
+        return f"{label}: {best}. A law needs two sizes with a best learning rate inside the grid."
     low, high = fitted.delta["exponent"]
     interval = f"95% interval {low:.2f} to {high:.2f}" if math.isfinite(low) else "two points, so without an interval"
     return f"{label}: best learning rate ~ {variable}^{fitted.exponent:.2f} ({interval})."

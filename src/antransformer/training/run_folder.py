@@ -59,7 +59,7 @@ def require_empty(folder: Path, resumable: bool = True) -> None:
     partial = {f"{name}.partial" for name in (TOKENIZER_FILE, CONFIG_FILE, HOLDER_FILE)}
     unfinished = {CHECKPOINTS, TOKENIZER_FILE, "tokenizer_config.json", LOCK_FILE, HOLDER_FILE} | partial
     if {path.name for path in folder.iterdir()} - unfinished or any((folder / CHECKPOINTS).glob("*")):
-        resume = ", or add --resume to continue the run in it" if resumable else ""
+        resume = ", or continue the run in it with --resume (resume=True)" if resumable else ""
         raise ConfigError(f"{folder} is not empty: choose another --out{resume}")
 
 
@@ -179,7 +179,10 @@ def open_checkpoint(
                     f"{path} is an exported model, not a run: antransformer import {quoted(path)} --out RUN makes a "
                     "run of it"
                 )
-            raise CheckpointError(f"{path} has no checkpoint: give a run folder such as runs/angpt-nano")
+            raise CheckpointError(
+                f"{path} has no checkpoint: give a run folder such as runs/angpt-nano. Of the runs of compare and "
+                "ablate, the longest of the first seed keep theirs"
+            )
     else:
         raise CheckpointError(f"{path}: no such run or checkpoint folder")
     tokenizer = Tokenizer.load(run_folder_of(opened) / TOKENIZER_FILE)
