@@ -245,6 +245,26 @@ def test_summary_of_bounds():
     assert text.index("< 1.00x") < text.index("> 1.00x") and text.index("250K") < text.index("500K")
 
 
+def with_losses(name, *losses):
+    """A variant with these losses: a row for each budget, and a column for each seed."""
+    runs = [
+        Run(budget, seed, loss, 1.0, 0.1, "r")
+        for budget, row in zip(BUDGETS, losses, strict=False)
+        for seed, loss in zip(SEEDS, row, strict=True)
+    ]
+    return Variant(name, {}, 2_100_000, (), tuple(runs), chosen(BUDGETS[: len(losses)]))
+
+
+def test_summary_of_a_bound_has_its_interval():
+    shape = {"budgets": BUDGETS[:2], "seeds": SEEDS}
+    baseline = with_losses("gpt+", (3.0, 3.1, 3.2), (2.0, 2.1, 2.2))
+    text = summary(experiment(baseline, with_losses("angpt", (4.0, 4.1, 4.2), (3.0, 3.15, 3.3)), **shape))
+    ratios = [float(ratio) for ratio in re.findall(r"([\d.]+)x", text)]
+    assert "95%" in text and ratios[0] == 0.5 and max(ratios) > 0.5
+    certain = summary(experiment(baseline, with_losses("angpt", (4.0, 4.1, 4.2), (3.9, 4.0, 4.1)), **shape))
+    assert re.findall(r"([\d.]+)x", certain) == ["0.50"] and "95%" not in certain
+
+
 def searched_at(*budgets):
     """Results in which GPT+ and anGPT searched their learning rate at these budgets."""
     trials = [trial for tokens in budgets for trial in trials_of("x", 0.004 * 250_000 / tokens, tokens)]

@@ -7,6 +7,7 @@ import numpy as np
 
 from antransformer.bootstrap import CONFIDENCE
 from antransformer.comparison.findings import PairwiseSpeedup, final_difference, significant, variant_differences
+from antransformer.comparison.statistics import Speedup
 from antransformer.comparison.tuning import tuning_scope
 from antransformer.reporting.labels import format_count, style_of
 from antransformer.results.comparison import Results, Run, Trial, Variant
@@ -46,10 +47,7 @@ def _speedup_clause(results: Results, pair: PairwiseSpeedup) -> str:
     if not measured:
         return _bounds_clause(pair, scope)
     point = measured[-1]
-    ends = (pair.format_ratio(point, end) for end in (point.low, point.high))
-    low, high = (end.replace(">", "more than").replace("<", "less than") for end in ends)
-    interval = "" if math.isnan(point.low) else f"{CONFIDENCE:.0%} interval {low} to {high}; "
-    scope = f"({interval}{format_count(point.tokens)} tokens, {scope})"
+    scope = f"({_interval(pair, point)}{format_count(point.tokens)} tokens, {scope})"
     if point.low <= 1 <= point.high:
         return f"{name} shows no significant speedup over {baseline}: {point.ratio:.2f}x {scope}"
     if f"{point.ratio:.2f}" == "1.00":
@@ -57,6 +55,15 @@ def _speedup_clause(results: Results, pair: PairwiseSpeedup) -> str:
     if point.ratio > 1:
         return f"{name} reaches the loss of {baseline} with {point.ratio:.2f}x fewer tokens {scope}"
     return f"{name} needs more tokens than {baseline} for the same loss: the speedup is {point.ratio:.2f}x {scope}"
+
+
+def _interval(pair: PairwiseSpeedup, point: Speedup) -> str:
+    """Return the interval of a speedup in words, to begin a scope with; empty with one seed."""
+    if math.isnan(point.low):
+        return ""
+    ends = (pair.format_ratio(point, end) for end in (point.low, point.high))
+    low, high = (end.replace(">", "more than").replace("<", "less than") for end in ends)
+    return f"{CONFIDENCE:.0%} interval {low} to {high}; " if low != high else ""
 
 
 def _bounds_clause(pair: PairwiseSpeedup, scope: str) -> str:
@@ -67,13 +74,13 @@ def _bounds_clause(pair: PairwiseSpeedup, scope: str) -> str:
         return (
             f"{name} reaches the loss of {baseline} with more than {pair.clamp_to_bound(first, math.inf):.2f}x fewer "
             f"tokens: its loss with {format_count(first.tokens)} tokens is below that of {baseline} with "
-            f"{format_count(pair.longest)} ({scope})"
+            f"{format_count(pair.longest)} ({_interval(pair, first)}{scope})"
         )
     if all(point.ratio == 0 for point in pair.points):
         return (
             f"{name} needs more tokens than {baseline}; the speedup is less than {pair.clamp_to_bound(last, 0):.2f}x: "
             f"its loss with {format_count(last.tokens)} tokens is above that of {baseline} with "
-            f"{format_count(pair.shortest)} ({scope})"
+            f"{format_count(pair.shortest)} ({_interval(pair, last)}{scope})"
         )
     bounds = ", ".join(
         f"{pair.format_ratio(point, point.ratio)} with {format_count(point.tokens)} tokens" for point in pair.points
