@@ -355,6 +355,7 @@ def test_wrong_exports_are_refused(tmp_path, capsys, monkeypatch):
     gguf = ("--format", "gguf")
     assert mentions(line("gpt+", *gguf, out="out.gguf"), "rotary_fraction", 0.5, "--format qwen3")
     assert mentions(line("angpt", *gguf), "out", ".gguf")
+    assert mentions(line("angpt", out="out.gguf"), "out.gguf", "native", "--format gguf")
     assert mentions(line("angpt", *gguf, out="missing/out.gguf"), "missing")
     assert mentions(line("angpt", *gguf, "--dtype", "float32", out="out.gguf"), "float32", "f32", "q8_0")
     assert mentions(line("angpt", "--format", "exaone4", "--dtype", "q8_0"), "q8_0", "bfloat16")

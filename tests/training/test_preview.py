@@ -1,12 +1,13 @@
 """The preview of a run: origins of the settings, size, memory and time."""
 
 import pytest
+import torch
 
 from antransformer.cli import main
 from antransformer.data import Dataset
 from antransformer.models import build
 from antransformer.training.config import normalize_settings, resolve_config
-from antransformer.training.preview import preview, settings_with_origins
+from antransformer.training.preview import free_memory, preview, settings_with_origins
 from helpers.commands import refused
 from helpers.messages import mentions
 from helpers.small import SMALL, SMALL_OPTIONS
@@ -39,6 +40,18 @@ def test_numbers_of_a_preview(corpus):
     assert shown.parameters == build(config.model).parameter_count()
     assert shown.seconds == pytest.approx(50 * shown.seconds_per_step) and shown.seconds > 0
     assert shown.memory > 16 * shown.parameters  # parameters, gradients and two moments in float32
+
+
+def test_no_step_is_timed_that_does_not_fit(corpus, capsys, monkeypatch):
+    monkeypatch.setattr("antransformer.training.preview.free_memory", lambda _: 2.0**20)
+    monkeypatch.setattr("antransformer.training.preview.time_step", None)
+    words = ["train", "--data", str(corpus), "--dry-run", "--tokens", "20K", "--batch-tokens", "256", *SMALL_OPTIONS]
+    assert main(words) == 0
+    assert mentions(capsys.readouterr().out.splitlines()[-1], "GiB", "--micro-batch-size")
+
+
+def test_free_memory_of_this_machine():
+    assert 2**28 < free_memory(torch.device("cpu")) <= float("inf")
 
 
 def test_a_dry_run_prints_and_writes_nothing(corpus, tmp_path, capsys, monkeypatch):

@@ -75,7 +75,7 @@ def test_run_killed_at_a_random_step_resumes_bit_identically(corpus, tmp_path, c
     assert weights(tmp_path / "killed", 200) == weights(tmp_path / "uninterrupted", 200), kill_at
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signal_saves_a_checkpoint_and_prints_the_command_to_resume(corpus, tmp_path, number):
     process = subprocess.Popen(
         command(corpus, tmp_path / "run", "--tokens", "2M", "--checkpoint-every", "100000", "--eval-every", "100000"),

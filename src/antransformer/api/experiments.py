@@ -65,7 +65,7 @@ def compare(
 
     Raises:
         ConfigError, DataError: wrong settings, or ``out`` holds another experiment.
-        RunStoppedError, MachineError: SIGINT or SIGTERM arrived, or a worker failed; finished runs are kept.
+        RunStoppedError, MachineError: SIGINT, SIGTERM or SIGHUP arrived, or a worker failed; finished runs are kept.
     """
     shared = _shared_settings(settings, quick)
     if tokens is not None and budgets:

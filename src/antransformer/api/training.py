@@ -170,7 +170,7 @@ def train(
 
     Raises:
         ConfigError, CheckpointError, DataError: wrong settings, an unusable run folder or unusable data.
-        RunStoppedError: SIGINT or SIGTERM arrived, and a checkpoint was written.
+        RunStoppedError: SIGINT, SIGTERM or SIGHUP arrived, and a checkpoint was written.
         DivergedError, WriteError: the loss is not finite, or a checkpoint could not be written.
     """
     folder = None if out is None else Path(out)

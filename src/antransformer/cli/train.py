@@ -126,7 +126,8 @@ def show_preview(parsed: argparse.Namespace) -> None:
     for setting in shown.settings:
         table.add_row(setting.name, str(setting.value), setting.origin)
     Console(highlight=False).print(table)
-    print(
-        f"{shown.parameters / 1e6:.2f}M parameters; {shown.memory / 2**30:.2f} GiB for a step; "
-        f"{shown.seconds_per_step:.3f} s a step, {shown.seconds / 3600:.2f} hours without validation"
-    )
+    if shown.seconds_per_step is None or shown.seconds is None:
+        time = f"{shown.free / 2**30:.2f} GiB are free, so no step was timed: lower --micro-batch-size"
+    else:
+        time = f"{shown.seconds_per_step:.3f} s a step, {shown.seconds / 3600:.2f} hours without validation"
+    print(f"{shown.parameters / 1e6:.2f}M parameters; {shown.memory / 2**30:.2f} GiB for a step; {time}")

@@ -48,6 +48,8 @@ def parse_mixture(text: str, setting: str = "data") -> tuple[Part, ...]:
         return (Part(words[0] if text.startswith(("'", '"')) and words else text),)
     parts = []
     for word, (source, weight) in zip(words, pairs, strict=True):
+        if weight is None and source and len(pairs) > 1 and _exists(source):
+            raise ConfigError(f"{setting}: {source} has no weight: give every source one, such as {EXAMPLE}")
         if weight is None or not source:
             raise ConfigError(
                 f"{setting}: folder {text!r} does not exist, and {word!r} is not part of a mixture such as {EXAMPLE}"

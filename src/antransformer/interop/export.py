@@ -18,6 +18,7 @@ from antransformer.data import Tokenizer
 from antransformer.data.pad_token import PAD_TOKEN, with_pad_token
 from antransformer.errors import CheckpointError, ConfigError, MachineError, UsageError
 from antransformer.extras import require
+from antransformer.files import quoted
 from antransformer.interop import gguf_writer
 from antransformer.interop.import_hf import exported_name
 from antransformer.interop.model_card import card
@@ -88,6 +89,8 @@ def export(
     else:
         check_form(checkpoint, format)
         require("transformers", "hf")
+    if Path(target).suffix == ".gguf":
+        raise ConfigError(f"--out {quoted(target)} ends in .gguf, and format {format} is a folder: add --format gguf")
     with new_folder(target) as folder:
         name, images = Path(os.path.realpath(target)).name, [figure.name for figure in figures]
         rows = checkpoint.model.vocab_size if format == "native" else None

@@ -94,7 +94,7 @@ class RunQueue:
         Raises:
             ConfigError: a run folder of that name has other settings.
             DataError: a run folder was trained on other data, or its result is damaged.
-            RunStoppedError: SIGINT or SIGTERM was received; every active run has saved a checkpoint.
+            RunStoppedError: SIGINT, SIGTERM or SIGHUP was received; every active run has saved a checkpoint.
             MachineError: a worker failed for a reason other than divergence.
         """
         jobs = list({job.name: job for job in jobs}.values())

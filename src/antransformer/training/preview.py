@@ -1,19 +1,23 @@
 """Preview of a run: its settings with their origins, its parameters, memory and time; nothing is written."""
 
+import math
 import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from antransformer.data import Dataset
 from antransformer.errors import ConfigError
+from antransformer.models import build
 from antransformer.models.config import ModelConfig, preset_sizes
 from antransformer.training import defaults
 from antransformer.training.config import TrainConfig, to_mapping
 from antransformer.training.cost_model.memory import Layout, estimate_memory
+from antransformer.training.device import choose_device, choose_precision
 from antransformer.training.dry_run import dry_run_trainer
 from antransformer.training.recipes import RECIPES
 
@@ -45,21 +49,23 @@ class Preview:
         settings: all settings.
         parameters: number of learnable parameters.
         memory: expected bytes at the peak of a step.
-        seconds_per_step: median over a few steps, in seconds.
+        seconds_per_step: median over a few steps, in seconds; None if a step needs more than ``free`` bytes.
         seconds: expected time of all steps, in seconds; validation is not included.
+        free: bytes of memory that are free on the device; infinite if unknown.
     """
 
     settings: tuple[Setting, ...]
     parameters: int
     memory: float
-    seconds_per_step: float
-    seconds: float
+    seconds_per_step: float | None
+    seconds: float | None
+    free: float
 
 
 def preview(
     config: TrainConfig, dataset: Dataset, options: Mapping[str, Any], file: Mapping[str, Any], file_name: str | None
 ) -> Preview:
-    """Take a few steps of a run without writing anything.
+    """Take a few steps of a run without writing anything, if they fit in memory.
 
     Args:
         config: complete settings.
@@ -74,6 +80,30 @@ def preview(
     """
     if config.steps <= STEPS:
         raise ConfigError(f"a dry run times {STEPS + 1} steps, but the run has {config.steps}: raise --tokens")
+    accumulated = -(-config.batch_size // config.micro_batch_size)
+    layout = Layout(
+        micro_batch_size=config.micro_batch_size,
+        grad_accum_steps=accumulated,
+        checkpointing=config.activation_checkpointing,
+    )
+    device = choose_device(config.device)
+    memory = estimate_memory(config.model, layout, choose_precision(config.precision, device)).total
+    free = free_memory(device)
+    with torch.device("meta"):
+        parameters = build(config.model).parameter_count()
+    seconds = time_step(config, dataset) if memory < free else None
+    return Preview(
+        settings=settings_with_origins(config, options, file, file_name),
+        parameters=parameters,
+        memory=memory,
+        seconds_per_step=seconds,
+        seconds=None if seconds is None else seconds * config.steps,
+        free=free,
+    )
+
+
+def time_step(config: TrainConfig, dataset: Dataset) -> float:
+    """Median seconds of a few steps; raises the errors of ``Trainer``."""
     trainer = dry_run_trainer(config, dataset)
     times = []
     for step in range(1, STEPS + 2):
@@ -82,20 +112,18 @@ def preview(
         if trainer.device.type != "cpu":
             torch.accelerator.synchronize(trainer.device)
         times.append(time.perf_counter() - started)
-    seconds = statistics.median(times[1:])
-    accumulated = -(-config.batch_size // config.micro_batch_size)
-    layout = Layout(
-        micro_batch_size=config.micro_batch_size,
-        grad_accum_steps=accumulated,
-        checkpointing=config.activation_checkpointing,
-    )
-    return Preview(
-        settings=settings_with_origins(config, options, file, file_name),
-        parameters=trainer.model.parameter_count(),
-        memory=estimate_memory(config.model, layout, trainer.precision).total,
-        seconds_per_step=seconds,
-        seconds=seconds * config.steps,
-    )
+    return statistics.median(times[1:])
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes of memory that are free on a device; infinite if unknown."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return math.inf
 
 
 def settings_with_origins(

@@ -1,13 +1,17 @@
-"""Signals that stop a run after the step in progress."""
+"""Signals that stop a run after the step in progress: Ctrl-C, SIGTERM, and SIGHUP of a closed terminal."""
 
 import contextlib
 import os
 import signal
 from types import FrameType
 
+SIGNALS = [signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
 
 class StopSignals:
-    """While entered, records the first SIGINT or SIGTERM in ``received``; a second one has its usual effect.
+    """While entered, records the first of ``SIGNALS`` in ``received``; a second one has its usual effect.
+
+    SIGHUP stays ignored where it is, as under nohup.
 
     Args:
         announcement: text printed at once for the first signal; None for no text.
@@ -19,7 +23,10 @@ class StopSignals:
         self.announcement = announcement
 
     def __enter__(self) -> "StopSignals":
-        self._handlers = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        chosen = [
+            number for number in SIGNALS if number.name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN
+        ]
+        self._handlers = {number: signal.signal(number, self._receive) for number in chosen}
         return self
 
     def __exit__(self, *_: object) -> None:

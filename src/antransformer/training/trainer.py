@@ -209,7 +209,7 @@ class Trainer:
             profiler: entered for the run; its ``step`` is called after each training step.
 
         Raises:
-            RunStoppedError: SIGINT or SIGTERM arrived; the checkpoint is written.
+            RunStoppedError: SIGINT, SIGTERM or SIGHUP arrived; the checkpoint is written.
             DivergedError: the loss, a gradient or a weight is NaN or Inf.
             WriteError, MachineError: a checkpoint or the metrics could not be written.
         """
