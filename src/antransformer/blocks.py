@@ -35,7 +35,8 @@ class EncoderBlock(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Map the residual stream (B, T, d) to (B, T, d); mask as in ``Attention``."""
         x = self.attention_residual(x, self.attention(x, mask=mask))
-        return self.mlp_residual(x, self.mlp(x))
+        x = self.mlp_residual(x, self.mlp(x))
+        return x
 
 
 class DecoderBlock(EncoderBlock):
@@ -66,7 +67,8 @@ class DecoderBlock(EncoderBlock):
         """Map the residual stream (B, T, d) and a memory (B, S, d) to (B, T, d); masks as in ``Attention``."""
         x = self.attention_residual(x, self.attention(x, mask=mask))
         x = self.cross_residual(x, self.cross(x, memory, memory_mask))
-        return self.mlp_residual(x, self.mlp(x))
+        x = self.mlp_residual(x, self.mlp(x))
+        return x
 
 
 class EncoderDecoder(nn.Module):

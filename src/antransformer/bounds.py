@@ -54,7 +54,8 @@ def collect_bounds(module: nn.Module) -> list[Bound]:
     """
     declared = getattr(module, "bounds", None)
     if callable(declared):
-        return declared()
+        bounds: list[Bound] = declared()
+        return bounds
     if isinstance(module, Embedding):
         return [Bound("weight", module.weight)]
     if isinstance(module, Linear):
@@ -80,7 +81,8 @@ def norms(bound: Bound) -> Tensor:
         from torch.distributed.tensor import Replicate  # slow to import, and loaded already where DTensors exist
 
         length = length.redistribute(placements=[Replicate() if part.is_partial() else part for part in placements])
-    return length
+    norms: Tensor = length  # Any until here, since only DTensor has redistribute
+    return norms
 
 
 def local_rows(bound: Bound) -> Tensor | None:

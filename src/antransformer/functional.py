@@ -25,7 +25,7 @@ NORM_EPS = 1e-12  # keeps a zero vector from becoming NaN; norms of activations 
 def normalize(x: Tensor) -> Tensor:
     """Exact L2 normalization over the last axis: x / ||x||, in the shape and dtype of x (arXiv:2410.01131, eq. 1)."""
     precision = torch.promote_types(x.dtype, torch.float32)
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=precision)
+    length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=precision)
     return x * length.clamp_min(NORM_EPS).reciprocal().to(x.dtype)
 
 
@@ -443,7 +443,8 @@ def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     train = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return _cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), train)[0]
+    loss: Tensor = _cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), train)[0]
+    return loss
 
 
 # Tokens in a chunk. 128 was the fastest size tried on CPUs, where logits then stay in cache; accelerators need larger

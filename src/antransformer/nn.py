@@ -230,9 +230,12 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., d) to (..., d)."""
+        y: Tensor
         if self.gate_proj is None:
-            return self.down_proj(self.activation(self.up_proj(x)))
-        return self.down_proj(self.up_proj(x) * self.activation(self.gate_proj(x)))
+            y = self.down_proj(self.activation(self.up_proj(x)))
+        else:
+            y = self.down_proj(self.up_proj(x) * self.activation(self.gate_proj(x)))
+        return y
 
 
 class Attention(nn.Module):
@@ -318,7 +321,8 @@ class Attention(nn.Module):
             positions = torch.arange(max(q.shape[1], k.shape[1]), device=x.device)
             rotary = functional.rotary_tables(positions, self.rotary_dim, base=10_000.0)
         y = functional.attention(q, k, v, self.score_scale, rotary, self.causal, self.window, mask)
-        return self.out_proj(y)
+        output: Tensor = self.out_proj(y)
+        return output
 
     def extra_repr(self) -> str:
         """Heads, masks and rotary width, for ``print(model)``."""

@@ -184,7 +184,8 @@ def _qwen3_variants(settings: GenerationSettings) -> dict[str, GenerationVariant
 
     def step(tokens: Tensor, cache: DynamicCache | StaticCache) -> Tensor:
         with torch.no_grad():  # as a decorator it would cancel the gain of compiling
-            return model(input_ids=tokens, logits_to_keep=1, **{name: cache}).logits[:, -1].float()
+            logits: Tensor = model(input_ids=tokens, logits_to_keep=1, **{name: cache}).logits[:, -1].float()
+            return logits
 
     length = settings.prompt_tokens + settings.max_new_tokens
     return {

@@ -76,7 +76,8 @@ def qwen3(shape: ModelConfig) -> TrainingSetup:
 
     def loss(tokens: Tensor) -> Tensor:
         targets = tokens[:, 1:].contiguous()
-        return model(input_ids=tokens[:, :-1], labels=targets, shift_labels=targets, use_cache=False).loss
+        value: Tensor = model(input_ids=tokens[:, :-1], labels=targets, shift_labels=targets, use_cache=False).loss
+        return value
 
     return TrainingSetup(model, loss, adam(model))
 

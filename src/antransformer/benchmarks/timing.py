@@ -205,7 +205,8 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> int:
         call()
     events = profiler.kineto_results.events()
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    return max(accumulate((size for _, size in changes), initial=0))
+    peak: int = max(accumulate((size for _, size in changes), initial=0))
+    return peak
 
 
 def machine_info(device: torch.device) -> dict[str, Any]:

@@ -284,7 +284,8 @@ def single_batch(parsed: argparse.Namespace) -> int:
     """
     if len(parsed.batch) > 1:
         raise ConfigError(f"--batch takes one number in bench {parsed.benchmark}, got {len(parsed.batch)}")
-    return parsed.batch[0]
+    batch: int = parsed.batch[0]
+    return batch
 
 
 def make_folder(option: str, path: Path) -> None:

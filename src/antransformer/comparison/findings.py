@@ -87,4 +87,5 @@ def significant(differences: Sequence[Difference]) -> list[bool]:
 
 
 def _final_losses(results: Results, variant: Variant) -> Array:
-    return variant.losses(results.budgets[-1:], results.seeds)[0]
+    losses: Array = variant.losses(results.budgets[-1:], results.seeds)[0]
+    return losses

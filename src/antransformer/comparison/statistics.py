@@ -222,7 +222,8 @@ def _resampled_means(losses: Array, generator: np.random.Generator) -> Array:
     if seeds < 2 or not residuals.size:
         return np.broadcast_to(means, (RESAMPLES, budgets))
     inflated = residuals * residual_inflation(residuals.size, int(finished.sum()) * (seeds - 1))
-    return means + generator.choice(inflated, (RESAMPLES, budgets, seeds)).mean(2)
+    resampled: Array = means + generator.choice(inflated, (RESAMPLES, budgets, seeds)).mean(2)
+    return resampled
 
 
 def _pchip(x: Array, y: Array) -> Callable[[Array | float], Array]:

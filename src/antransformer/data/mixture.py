@@ -25,7 +25,7 @@ def quotas(weights: Sequence[float]) -> NDArray[np.int64]:
     if len(weights) > PERIOD:
         raise ConfigError(f"a mixture has at most {PERIOD:,} sources, got {len(weights):,}")
     exact = np.asarray(weights) / np.sum(weights) * PERIOD
-    counts = np.maximum(1, np.floor(exact)).astype(np.int64)
+    counts: NDArray[np.int64] = np.maximum(1, np.floor(exact)).astype(np.int64)
     # The largest remainders get what is left; what is too much is taken from the largest quotas.
     order = np.argsort(counts - exact, kind="stable")
     for index in order[: max(0, PERIOD - counts.sum())]:

@@ -56,7 +56,8 @@ def residual_stream(model: Decoder, tokens: Tensor) -> Iterator[Tensor]:
 
 def l2_norm(x: Tensor) -> Tensor:
     """L2 norm over the last axis, computed in float32."""
-    return torch.linalg.vector_norm(x.float(), dim=-1)
+    norms: Tensor = torch.linalg.vector_norm(x.float(), dim=-1)
+    return norms
 
 
 @torch.no_grad()

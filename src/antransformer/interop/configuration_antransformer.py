@@ -73,4 +73,5 @@ class AntransformerConfig(PreTrainedConfig):
     @property
     def rotary_dim(self) -> int:
         """Number of coordinates of each head with rotary embedding, even."""
-        return round(self.head_dim * self.partial_rotary_factor)
+        rotary_dim: int = round(self.head_dim * self.partial_rotary_factor)
+        return rotary_dim

@@ -200,7 +200,8 @@ def transformers_model(
 ) -> "AntransformerForCausalLM":
     """Return the model of a checkpoint as a transformers model, on the CPU; raises the errors of ``check_native``."""
     check_native(checkpoint)
-    from antransformer.interop.modeling_antransformer import AntransformerConfig, AntransformerForCausalLM
+    from antransformer.interop.configuration_antransformer import AntransformerConfig
+    from antransformer.interop.modeling_antransformer import AntransformerForCausalLM
 
     end = tokenizer.end_of_text
     options = {name: value for name, value in asdict(checkpoint.model).items() if name != "ablation"}

@@ -26,7 +26,8 @@ Rotary = tuple[Tensor, Tensor]
 
 def normalize(x: Tensor) -> Tensor:
     """Exact L2 normalization over the last axis, x / ||x||, with the norm in float32."""
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    precision = torch.promote_types(x.dtype, torch.float32)
+    length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=precision)
     return x * length.clamp_min(1e-12).reciprocal().to(x.dtype)
 
 
@@ -216,7 +217,8 @@ class ScaledMLP(MLP):
         """Map (B, T, d) to (B, T, d)."""
         u, z = self.up_proj(x), self.gate_proj(x)
         u, z = u * self.up_scale().to(u.dtype), z * (self.gate_scale() * self.gate_factor).to(z.dtype)
-        return self.down_proj(u * F.silu(z))
+        y: Tensor = self.down_proj(u * F.silu(z))
+        return y
 
 
 class RMSNorm(nn.RMSNorm):
@@ -282,7 +284,8 @@ class Interpolation(nn.Module):
         precision = torch.promote_types(x.dtype, torch.float32)
         alpha = self.alpha().to(precision)
         nu = torch.rsqrt(alpha.square() + (1 - alpha).square())
-        return (x * ((1 - alpha) * nu) + normalize(y.to(precision)) * (alpha * nu)).to(x.dtype)
+        z: Tensor = (x * ((1 - alpha) * nu) + normalize(y.to(precision)) * (alpha * nu)).to(x.dtype)
+        return z
 
 
 class ExactInterpolation(Interpolation):

@@ -40,7 +40,7 @@ Tasks = dict[str, Any]
 Progress = Callable[[int, int], None]
 
 
-class Scorer(HFLM):
+class Scorer(HFLM):  # type: ignore[misc]  # lm_eval has no types
     """lm_eval's model class for a model and tokenizer in memory.
 
     Attributes:

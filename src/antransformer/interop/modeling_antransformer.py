@@ -48,7 +48,8 @@ class Block(GradientCheckpointingLayer):
         """Map the residual stream (B, T, d) to (B, T, d)."""
         y, _ = self.attention(self.attention_norm(x), rotary, mask, cache, **kwargs)
         x = self.attention_residual(x, y)
-        return self.mlp_residual(x, self.mlp(self.mlp_norm(x)))
+        x = self.mlp_residual(x, self.mlp(self.mlp_norm(x)))
+        return x
 
 
 class AntransformerPreTrainedModel(PreTrainedModel):
@@ -194,5 +195,5 @@ class AntransformerForCausalLM(AntransformerPreTrainedModel, GenerationMixin):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Map hidden states of the base model (..., d) to logits (..., V)."""
-        logits = self.lm_head(hidden)
+        logits: Tensor = self.lm_head(hidden)
         return logits if self.logit_scale is None else logits * self.logit_scale().to(logits.dtype)

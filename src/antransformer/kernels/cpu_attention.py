@@ -31,7 +31,8 @@ def causal(q: Tensor, k: Tensor, v: Tensor, scale: float, starts: Tensor | None 
     """
     batch, _, heads, _ = q.shape
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
-    return _causal(q, k, v, scale, starts).unflatten(0, (batch, heads)).transpose(1, 2)
+    y: Tensor = _causal(q, k, v, scale, starts).unflatten(0, (batch, heads)).transpose(1, 2)
+    return y
 
 
 class Tile(NamedTuple):

@@ -42,7 +42,8 @@ class Attention(nn.Module):
         q, k, v = split_heads(self.qkv_proj(x), self.head_dim)
         q = normalize(rotate(q, ctx.rotary)) * self.score_scale.to(q.dtype)
         k = normalize(rotate(k, ctx.rotary))
-        return self.out_proj(causal_attention(q, k, v, ctx))
+        y: Tensor = self.out_proj(causal_attention(q, k, v, ctx))
+        return y
 
 
 class MLP(nn.Module):
@@ -61,7 +62,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, d) to (B, T, d)."""
-        return self.down_proj(self.up_proj(x) * F.silu(self.gate_proj(x)))
+        y: Tensor = self.down_proj(self.up_proj(x) * F.silu(self.gate_proj(x)))
+        return y
 
 
 class Block(nn.Module):
@@ -77,7 +79,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, ctx: AttentionContext) -> Tensor:
         """Map the residual stream (B, T, d) to (B, T, d)."""
         x = self.attention_residual(x, self.attention(x, ctx))
-        return self.mlp_residual(x, self.mlp(x))
+        x = self.mlp_residual(x, self.mlp(x))
+        return x
 
 
 class AnGPT(Decoder):

@@ -62,7 +62,8 @@ class Decoder(nn.Module, ABC):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Map token ids (B, T) to the residual stream before the first block (B, T, d)."""
-        return self.embedding(tokens)
+        x: Tensor = self.embedding(tokens)
+        return x
 
     def hidden(self, tokens: Tensor, cache: "Cache | None" = None) -> Tensor:
         """Map token ids (B, T) to the residual stream after the last block (B, T, d).
@@ -106,7 +107,9 @@ class Decoder(nn.Module, ABC):
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats of ``targets`` (B, T) given ``tokens`` (B, T); raises the errors of ``hidden``."""
-        return self(tokens, targets)  # through __call__, since FSDP gathers weights in hooks of the forward pass
+        # Through __call__, since FSDP gathers weights in hooks of the forward pass.
+        loss: Tensor = self(tokens, targets)
+        return loss
 
     def parameter_count(self) -> int:
         """Number of learnable parameters, in scalars."""

@@ -25,7 +25,8 @@ class Attention(nn.Module):
         """Map (B, T, d) to (B, T, d)."""
         q, k, v = split_heads(self.qkv_proj(x), self.head_dim)
         q, k = rotate(q, ctx.rotary), rotate(k, ctx.rotary)
-        return self.out_proj(causal_attention(q, k, v, ctx, scale=self.head_dim**-0.5))
+        y: Tensor = self.out_proj(causal_attention(q, k, v, ctx, scale=self.head_dim**-0.5))
+        return y
 
 
 class GPT(GPTPlus):

@@ -34,7 +34,8 @@ class Attention(nn.Module):
         q, k, v = split_heads(self.qkv_proj(x), self.head_dim)
         q = normalize(rotate(q, ctx.rotary)) * self.score_scale.to(q.dtype)
         k = normalize(rotate(k, ctx.rotary))
-        return self.out_proj(causal_attention(q, k, v, ctx))
+        y: Tensor = self.out_proj(causal_attention(q, k, v, ctx))
+        return y
 
 
 class MLP(nn.Module):
@@ -48,7 +49,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, d) to (B, T, d)."""
-        return self.down_proj(self.up_proj(x) * F.silu(self.gate_proj(x)))
+        y: Tensor = self.down_proj(self.up_proj(x) * F.silu(self.gate_proj(x)))
+        return y
 
 
 class Block(nn.Module):
@@ -64,7 +66,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, ctx: AttentionContext) -> Tensor:
         """Map the residual stream (B, T, d) to (B, T, d)."""
         x = x + self.attention(self.attention_norm(x), ctx)
-        return x + self.mlp(self.mlp_norm(x))
+        x = x + self.mlp(self.mlp_norm(x))
+        return x
 
 
 class GPTPlus(Decoder):

@@ -33,7 +33,8 @@ class Attention(nn.Module):
         s_qk = self.qk_scale().to(q.dtype).unflatten(0, (-1, self.head_dim))
         q, k = normalize(rotate(q, ctx.rotary)) * s_qk, normalize(rotate(k, ctx.rotary)) * s_qk
         # At s_qk = 1 the scale gives scores of random directions unit variance.
-        return self.out_proj(causal_attention(q, k, v, ctx, scale=math.sqrt(self.head_dim)))
+        y: Tensor = self.out_proj(causal_attention(q, k, v, ctx, scale=math.sqrt(self.head_dim)))
+        return y
 
 
 class MLP(nn.Module):
@@ -51,7 +52,8 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, T, d) to (B, T, d)."""
         u, z = self.up_proj(x, self.up_scale()), self.gate_proj(x, self.gate_scale())
-        return self.down_proj(u * F.silu(z))
+        y: Tensor = self.down_proj(u * F.silu(z))
+        return y
 
 
 class Block(nn.Module):
@@ -67,7 +69,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, ctx: AttentionContext) -> Tensor:
         """Map the residual stream (B, T, d) to (B, T, d), unit norm."""
         x = self.attention_residual(x, self.attention(x, ctx))
-        return self.mlp_residual(x, self.mlp(x))
+        x = self.mlp_residual(x, self.mlp(x))
+        return x
 
 
 class NGPT(Decoder):

@@ -84,7 +84,8 @@ class Fit:
             values["horizon"] = asdict(self.horizon)
         if self.surface:
             values["surface"] = asdict(self.surface)
-        return _json_values({**values, "notes": self.notes})
+        json_values: dict[str, Any] = _json_values({**values, "notes": self.notes})
+        return json_values
 
 
 def fit_optima(rows: Sequence[BestSettings]) -> list[Fit]:

@@ -256,7 +256,8 @@ def horizon(parameters: Array, tokens: Array, batches: Array, lrs: Array) -> Hor
 def _centered(values: Array, groups: Array) -> Array:
     """Values minus the mean of their group."""
     means = {group: values[groups == group].mean() for group in np.unique(groups)}
-    return values - np.array([means[group] for group in groups])
+    centered: Array = values - np.array([means[group] for group in groups])
+    return centered
 
 
 def power_law(x: Array, y: Array) -> PowerLaw:

@@ -137,7 +137,8 @@ def batch_tokens(config: ModelConfig) -> int:
     if size is None:
         return SMALL_BATCH_TOKENS
     coefficient, exponent = BATCH_FITS[config.architecture]
-    return round(coefficient * size**exponent) * FITTED_SEQUENCE
+    sequences: int = round(coefficient * size**exponent)
+    return sequences * FITTED_SEQUENCE
 
 
 def tokens(config: ModelConfig) -> int:

@@ -123,7 +123,8 @@ class Product(torch.autograd.Function):
         weight8, weight_used = compress(weight, torch.float8_e4m3fn, weight_scale)
         ctx.save_for_backward(x8, weight8, *(scale for scale in (x_used, weight_used) if isinstance(scale, Tensor)))
         ctx.factor, ctx.scales, ctx.gradient_scale = factor, (x_scale, weight_scale), gradient_scale
-        return multiply(x8, weight8.T, factor * x_used * weight_used, dtype).unflatten(0, x.shape[:-1])
+        y: Tensor = multiply(x8, weight8.T, factor * x_used * weight_used, dtype).unflatten(0, x.shape[:-1])
+        return y
 
     @staticmethod
     @once_differentiable

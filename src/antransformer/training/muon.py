@@ -135,7 +135,8 @@ def normalize_rows(update: Tensor, second_moment: Tensor) -> Tensor:
     """Divide rows of an update (fan_out, fan_in) by the root of their moments (fan_out, 1); keep its Frobenius norm."""
     normalized = update / second_moment.sqrt().clamp_min(TINY)
     # The moments are biased towards zero in the first steps. A common factor cancels here.
-    return normalized * (update.norm() / normalized.norm().clamp_min(TINY))
+    rescaled: Tensor = normalized * (update.norm() / normalized.norm().clamp_min(TINY))
+    return rescaled
 
 
 def map_parts(function: Callable[..., Tensor], head_dim: int | None, *matrices: Tensor) -> Tensor:

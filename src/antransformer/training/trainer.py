@@ -389,7 +389,7 @@ class Trainer:
         line: MetricsLine = {
             "step": self.done,
             "tokens": self.done * self.config.batch_tokens,
-            **measured,
+            **measured,  # type: ignore[typeddict-item]  # it has no keys beyond its own
             "lr": self.config.lr_at(self.done, peak_rates(self.config).vectors),
             "tokens_per_second": round(tokens_per_second, 1),
             "mfu": steps_per_second * self.flops_per_step / self.peak if self.peak else None,

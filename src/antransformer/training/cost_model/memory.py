@@ -87,7 +87,8 @@ class Memory:
     @property
     def total(self) -> float:
         """Sum of all fields."""
-        return sum(vars(self).values())
+        total: float = sum(vars(self).values())
+        return total
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,8 @@ class SplitBlock(nn.Module):
         """Run the block's own forward pass with local weights."""
         # Every rank computes the same here, so the gradients of these weights are already complete.
         with _local_weights(self, Replicate(), exclude=("attention", "mlp")):
-            return super().forward(*args)
+            y: Tensor = super().forward(*args)
+            return y
 
 
 class SplitEmbedding(nn.Embedding):
@@ -117,7 +118,8 @@ class SplitDecoder(Decoder):
         exp_sums = (logits - maximum.unsqueeze(-1)).exp().sum(-1)
         # Stacked, so that one collective serves both.
         sums = _reduce_from_ranks(self.mesh, torch.stack([exp_sums, target_logits]))
-        return (sums[0].log() + maximum - sums[1]).mean()
+        loss: Tensor = (sums[0].log() + maximum - sums[1]).mean()
+        return loss
 
 
 @contextlib.contextmanager
