@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from antransformer import factors, functional
 from antransformer.benchmarks.timing import peak_memory
+from antransformer.kernels import chunked_cross_entropy
 
 NO_POSITIONS = functional.AttentionContext(functional.rotary_tables(torch.arange(0), 0, 1.0))  # attention uses none
 
@@ -258,7 +259,9 @@ def test_cross_entropy_passes_the_checks_of_operators():
     hidden, weight = random(2, 70, 5).requires_grad_(), random(7, 5, seed=1).requires_grad_()
     targets = torch.randint(7, (2, 70), generator=torch.Generator().manual_seed(2))
     assert torch.autograd.gradcheck(functional.cross_entropy, (hidden, weight, targets))
-    torch.library.opcheck(functional._cross_entropy, (hidden.flatten(0, 1), weight, targets.flatten(), True))
+    torch.library.opcheck(
+        chunked_cross_entropy.loss_and_gradients, (hidden.flatten(0, 1), weight, targets.flatten(), True)
+    )
     loss = functional.cross_entropy(hidden, weight, targets)
     with pytest.raises(RuntimeError, match="create_graph") as error:
         torch.autograd.grad(loss, hidden, create_graph=True)

@@ -1,9 +1,9 @@
 """Kernels for operations that plain torch runs in more passes over memory, or more slowly, than necessary.
 
-``cpu_attention`` and ``document_attention`` are plain torch. All others are Triton kernels. The caller of each of
-these also has the same operation in plain torch, which runs on CPUs and under ``torch.compile``: the compiler fuses it
-with its neighbours, which a custom kernel would prevent. Triton comes with the CUDA builds of torch. These files import
-it, so they are imported only after ``use_triton`` returned true.
+``chunked_cross_entropy``, ``cpu_attention`` and ``document_attention`` are plain torch. All others are Triton kernels.
+The caller of each of these also has the same operation in plain torch, which runs on CPUs and under ``torch.compile``:
+the compiler fuses it with its neighbours, which a custom kernel would prevent. Triton comes with the CUDA builds of
+torch. The Triton files import it, so they are imported only after ``use_triton`` returned true.
 """
 
 from functools import cache

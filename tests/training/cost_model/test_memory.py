@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from antransformer.functional import CHUNK, LARGE_CHUNK
+from antransformer.kernels.chunked_cross_entropy import CHUNK, LARGE_CHUNK
 from antransformer.models import ModelConfig
 from antransformer.training.cost_model.memory import Layout, block_parameters, estimate_memory, saved_activations
 from antransformer.training.defaults import parameter_count

@@ -15,7 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 
-from antransformer.functional import LARGE_CHUNK, AttentionContext, cross_entropy, rotary_tables
+from antransformer.functional import AttentionContext, cross_entropy, rotary_tables
+from antransformer.kernels.chunked_cross_entropy import LARGE_CHUNK
 from antransformer.models import Decoder, ModelConfig, build
 from antransformer.training.device import autocast
 
