@@ -88,8 +88,8 @@ def test_each_file_is_verified_once_and_a_damaged_one_is_refused_by_all_ranks(co
         done = fork_ranks(2, tmp_path, main, [*words, "--out", str(tmp_path / "run")])
     assert done.returncode == 0, done.stderr
     read = sorted((tmp_path / "reads").read_text().split())
-    assert read == ["model.safetensors", "optimizer.safetensors", "train-00000.bin", "val-00000.bin"]
-    file = tmp_path / "first/checkpoints/step-00000020/optimizer.safetensors"  # verified by rank 1
+    assert read == ["model.safetensors", "train-00000.bin", "val-00000.bin"]
+    file = tmp_path / "first/checkpoints/step-00000020/model.safetensors"  # verified by rank 0
     content = file.read_bytes()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     failed = fork_ranks(2, tmp_path, main, [*words, "--out", str(tmp_path / "again")])
