@@ -13,34 +13,48 @@ from antransformer.selftest.checks import Setup
 from antransformer.training.lock import lock
 from helpers.commands import refused
 
+SHORT_PARTS = ("kernels", "checkpoints", "speed-0.5b", "generation")  # the others compile, or train for long
 
-@pytest.fixture(scope="module")
-def complete(tmp_path_factory):
-    """Folder of a self-test with all parts, its JSON file and its exit status."""
-    folder = tmp_path_factory.mktemp("selftest")
+
+def run_parts(folder, parts):
+    """Folder of a self-test with these parts, its JSON file and its exit status."""
     file = folder / "all.json"
-    status = main(["selftest", "--device", "cpu", "--out", str(folder / "out"), "--json", str(file)])
+    words = ["selftest", "--device", "cpu", "--parts", *parts, "--out", str(folder / "out"), "--json", str(file)]
+    status = main(words)
     return folder / "out", json.loads(file.read_text()), status
 
 
-def test_all_parts_pass_on_a_cpu(complete):
-    folder, content, status = complete
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory):
+    return run_parts(tmp_path_factory.mktemp("selftest"), SHORT_PARTS)
+
+
+def check_outcomes(result, parts, passed):
+    folder, content, status = result
     assert status == 0
-    assert [part["part"] for part in content["parts"]] == list(PARTS) == list(program.CHECKS)
+    assert [part["part"] for part in content["parts"]] == list(parts)
     assert not (folder / program.ERRORS).exists()
     outcomes = [check["passed"] for part in content["parts"] for check in part["checks"]]
-    assert outcomes.count(True) >= 30
+    assert outcomes.count(True) >= passed
     assert all(part["checks"] for part in content["parts"])
     assert content["machine"]["device"] == "cpu"
+
+
+def test_short_parts_pass_on_a_cpu(complete):
+    assert list(PARTS) == list(program.CHECKS)
+    check_outcomes(complete, SHORT_PARTS, passed=17)
 
 
 def test_the_report_has_a_row_for_every_figure(complete):
     folder, content, _ = complete
     rows = [line for line in (folder / program.REPORT).read_text().splitlines() if line.startswith("| ")]
-    assert len(rows) == len(PARTS) + sum(len(part["checks"]) for part in content["parts"])
+    assert len(rows) == len(SHORT_PARTS) + sum(len(part["checks"]) for part in content["parts"])
 
 
-def test_the_comparison_of_a_finished_self_test_has_its_losses(complete):
+@pytest.mark.slow
+def test_all_parts_pass_on_a_cpu_and_the_comparison_has_its_losses(tmp_path):
+    complete = run_parts(tmp_path, PARTS)
+    check_outcomes(complete, PARTS, passed=30)
     results = json.loads((complete[0] / "compare" / "results.json").read_text())
     losses = [run["loss"] for variant in results["variants"] for run in variant["runs"]]
     assert len(losses) == 6
@@ -51,7 +65,7 @@ def test_the_comparison_of_a_finished_self_test_has_its_losses(complete):
 def test_finished_parts_are_not_run_again(complete, monkeypatch, capsys):
     folder, content, _ = complete
     monkeypatch.setattr(program, "CHECKS", {})
-    assert main(["selftest", "--device", "cpu", "--out", str(folder)]) == 0
+    assert main(["selftest", "--device", "cpu", "--parts", *SHORT_PARTS, "--out", str(folder)]) == 0
     assert str(sum(len(part["checks"]) for part in content["parts"])) in capsys.readouterr().out
 
 
