@@ -14,6 +14,7 @@ from antransformer.data import Dataset
 from antransformer.errors import CheckpointError, RunStoppedError
 from antransformer.training import run_folder
 from antransformer.training.run_folder import saved_config
+from antransformer.training.stop_signals import StopSignals
 from antransformer.training.trainer import Trainer
 from helpers.messages import mentions
 from helpers.small import SMALL_OPTIONS, Notes
@@ -82,6 +83,7 @@ def test_signal_saves_a_checkpoint_and_prints_the_command_to_resume(corpus, tmp_
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # ignored where tests run under nohup
     )
     wait_for_step(tmp_path / "run", 7, process)
     process.send_signal(number)
@@ -95,6 +97,18 @@ def test_signal_saves_a_checkpoint_and_prints_the_command_to_resume(corpus, tmp_
     assert f" train --out {tmp_path}/run --resume" in complaint
     trainer, _ = resume(corpus, tmp_path / "run")
     assert trainer.done == step
+
+
+def test_hangup_stays_ignored_under_nohup():
+    received = []
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as signals:
+            signal.raise_signal(signal.SIGHUP)
+            received.append(signals.received)
+        assert received == [None] and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, previous)
 
 
 @pytest.mark.parametrize("saved", [0, 5])
