@@ -39,7 +39,7 @@ def add_arguments(parser: Parser) -> None:
         "--budgets", nargs="+", default=(), metavar="TOKENS", help="budgets to run, instead of --tokens"
     )
     parser.add_argument(
-        "--quick", action="store_true", help="small size and budgets, recipe paper: half an hour on two CPU cores"
+        "--quick", action="store_true", help="small size and budgets, recipe paper: about half an hour on two cores"
     )
     parser.add_argument(
         "--tuning-trials",
