@@ -23,6 +23,7 @@ from antransformer.errors import MachineError
 from antransformer.inference import fold
 from antransformer.inference.sampling import next_logits, window
 from antransformer.models import ModelConfig, build
+from helpers.exported import make_run
 from helpers.messages import mentions
 
 SIZES = {"vocab_size": 50, "width": 64, "layers": 2, "head_dim": 32, "context": 24}
@@ -427,6 +428,35 @@ def test_decoding_is_compiled_once_for_all_tokens(name, prompts):
     assert counter.frame_count <= 3  # the prompt, the first token, tokens after a prefix of any length
 
 
+def test_engines_continue_one_prompt_of_a_checkpoint(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("xllamacpp")
+    monkeypatch.setitem(sys.modules, "mlx", None)
+    monkeypatch.setitem(sys.modules, "mlx.core", None)
+    make_run(tmp_path / "run")
+    words = ["bench", "engines", "--checkpoint", str(tmp_path / "run"), "--rounds", "2", "--prompt-tokens", "8"]
+    file = tmp_path / "speed.json"
+    assert main([*words, "--max-new-tokens", "39", "--dtype", "float32", "--json", str(file)]) == 0
+    assert mentions(capsys.readouterr().err, "mlx")
+    rows = json.loads(file.read_text())["rows"]
+    names = ["antransformer", "llama.cpp", "llama.cpp q8_0"]
+    assert [(row["task"]["part"], row["variant"]) for row in rows] == [
+        (part, name) for part in ("prefill", "decode") for name in names
+    ]
+    for row, tokens in zip(rows, [8] * 3 + [39] * 3, strict=True):
+        speeds = [tokens / seconds for seconds in row["seconds"]]
+        assert row["problem"] is None and row["speed"]["median"] == pytest.approx(sum(speeds) / 2)
+
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)  # the other engines are optional
+    assert main([*words, "--max-new-tokens", "40"]) == 2
+    assert mentions(capsys.readouterr().err, 8, 41, 48)
+    assert main([*words, "--max-new-tokens", "39", "--json", str(file)]) == 0
+    assert {row["variant"] for row in json.loads(file.read_text())["rows"]} == {"antransformer"}
+    make_run(tmp_path / "ngpt", "ngpt")
+    words[3] = str(tmp_path / "ngpt")
+    assert main(words) == 2
+    assert mentions(capsys.readouterr().err, "ngpt", "gguf")
+
+
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
@@ -449,11 +479,15 @@ def test_decoding_is_compiled_once_for_all_tokens(name, prompts):
         ([*STEP, "--variants", "angpt", "gpt+", "angpt"], ("variants", "angpt")),
         ([*GENERATE, "--batch", "2", "2"], ("batch", 2)),
         (["bench", "data", "--tokenizer", "byte", "byte"], ("tokenizer", "byte")),
-        (["bench", "optimizer", "--batch", "2"], ("--batch", *DEFAULTS)),
+        (["bench", "optimizer", "--batch", "2"], ("--batch", "optimizer", "generate")),
         (["bench", "loss", "--rounds", "0"], ("rounds", 0)),
         (["bench", "loss", "--batch", "0"], ("batch", 0)),
         ([*STEP, "--profile", "/dev/null"], ("--profile", "/dev/null")),
         ([*STEP, "--sweep", "/dev/null"], ("--sweep", "/dev/null")),
+        (["bench", "engines"], ("engines", "--checkpoint")),
+        (["bench", "engines", "--checkpoint", "none"], ("none",)),
+        (["bench", "engines", "--checkpoint", "none", "--model.width", "64"], ("--checkpoint", "--model")),
+        (["bench", "step", "--checkpoint", "run"], ("--checkpoint", "engines", "step")),
         ([*GENERATE, "--sweep", "growth"], ("--sweep", "step", "generate")),
         ([*STEP, "--text", "book.txt"], ("--text", "data", "step")),
         (["bench", "data", "--text", "none.txt"], ("none.txt",)),

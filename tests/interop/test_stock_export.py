@@ -22,7 +22,7 @@ from antransformer.inference import fold, generate
 from antransformer.interop import exaone4, gguf_writer, stock_export, verification
 from antransformer.interop.export import export
 from antransformer.interop.gguf_tokenizer import LLAMA3_PATTERN, gguf_tokenizer
-from antransformer.interop.llama_cpp import start_server, tokenize
+from antransformer.interop.llama_cpp import complete, start_server, tokenize
 from antransformer.interop.stock_weights import StockModel
 from antransformer.models import ModelConfig, build
 from antransformer.training import run_folder as runs
@@ -186,12 +186,8 @@ def test_greedy_text_in_llama_cpp_is_equal(trained, tmp_path, llama_cpp, archite
     server = start_server(tmp_path / "model.gguf", exact=True)
     for prompt in ("def ", "import ", "x = ", "class A", "    return", "# ", "é", "for i in"):
         ids = [*prompt.encode()]
-        answer = server.handle_completions({"prompt": ids, "max_tokens": 24, "temperature": 0, "ignore_eos": True})
-        expected = greedy(run, ids, 24)
-        assert (
-            answer["choices"][0]["text"].encode()
-            == bytes(token for token in expected if token != END).decode(errors="ignore").encode()
-        ), prompt
+        expected = bytes(token for token in greedy(run, ids, 24) if token != END).decode(errors="ignore")
+        assert complete(server, ids, 24) == expected, prompt
 
 
 @torch.no_grad()

@@ -17,6 +17,9 @@ adapted. With --rounds 3 it takes about five minutes.
 
 generate: prefill and decode of our architectures and of Qwen3 (transformers) in the same shape, with random weights.
 
+engines: prefill and decode of the model in --checkpoint by this package, llama.cpp (xllamacpp) and MLX (mlx-lm), where
+they are installed, on the CPU and with one sequence.
+
 The ratio is the speed divided by the speed of the first variant in the same round (generate: the folded anGPT).
 
 With --sweep, time and memory are measured at several sizes. An exponent p means growth as size^p. "expected" is the
@@ -27,6 +30,7 @@ examples:
   antransformer bench step --preset 32m --model.context 256 --variants gpt+ angpt --profile traces
   antransformer bench data --text 'corpus/*.jsonl' --tokenizer path/to/tokenizer.json
   antransformer bench generate --preset 125m --mode both --dtype bfloat16 --json speed.json
+  antransformer bench engines --checkpoint runs/angpt-nano --threads 1
 """
 
 import argparse
@@ -63,6 +67,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "data": {"batch": [8], "text": [], "tokenizer": []},
     "busy": {"batch": [8], "processes": 1},
     "generate": {"batch": [1, 16], "prompt_tokens": 512, "max_new_tokens": 128, "mode": "eager"},
+    "engines": {"checkpoint": None, "prompt_tokens": 128, "max_new_tokens": 64},
 }
 
 
@@ -94,8 +99,15 @@ def add_arguments(parser: Parser) -> None:
         "--tokenizer", nargs="+", metavar="NAME", help="data: tokenizers (default: byte and a BPE of 4,096 ids)"
     )
     parser.add_argument("--processes", type=int, metavar="N", help="busy: number of other processes (default 1)")
-    parser.add_argument("--prompt-tokens", type=int, metavar="N", help="generate: length of a prompt (default 512)")
-    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="generate: tokens to generate (default 128)")
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="RUN", help="engines: run folder, or one checkpoint in RUN/checkpoints"
+    )
+    parser.add_argument(
+        "--prompt-tokens", type=int, metavar="N", help="generate, engines: length of a prompt (default 512; 128)"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="generate, engines: tokens to generate (default 128; 64)"
+    )
     parser.add_argument("--mode", choices=(*MODES, "both"), help="step, generate: with torch.compile (default eager)")
     parser.add_argument("--rounds", type=int, default=15, metavar="N", help="timings of each variant (default 15)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: chosen by torch)")
@@ -246,6 +258,23 @@ def bench_generate(parsed: argparse.Namespace, shared: dict[str, Any]) -> "Bench
     return time_generation(settings, log)
 
 
+def bench_engines(parsed: argparse.Namespace, shared: dict[str, Any]) -> "Benchmark":
+    """Run ``bench engines``."""
+    from antransformer.benchmarks.engines import EngineSettings
+    from antransformer.benchmarks.engines import bench_engines as time_engines
+    from antransformer.training.run_folder import open_checkpoint
+
+    if parsed.checkpoint is None:
+        raise ConfigError("bench engines needs --checkpoint RUN, the model to measure")
+    if shared["device"].type != "cpu":
+        raise ConfigError(f"bench engines measures CPUs: give --device cpu, not {shared['device']}")
+    if "model" in settings_of(parsed):
+        raise ConfigError("bench engines measures the model of --checkpoint: leave out --model options")
+    sizes = {"prompt_tokens": parsed.prompt_tokens, "max_new_tokens": parsed.max_new_tokens}
+    settings = EngineSettings(dtype=shared["dtype"], rounds=parsed.rounds, **sizes)
+    return time_engines(*open_checkpoint(parsed.checkpoint, log), settings, log)
+
+
 def bench_busy(parsed: argparse.Namespace, shared: dict[str, Any]) -> "Benchmark":
     """Run ``bench busy``."""
     from antransformer.benchmarks.busy import bench_busy as time_busy
@@ -262,6 +291,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace, dict[str, Any]], "Benchmark"
     "data": bench_data,
     "busy": bench_busy,
     "generate": bench_generate,
+    "engines": bench_engines,
 }
 
 

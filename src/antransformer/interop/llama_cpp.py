@@ -16,13 +16,14 @@ HOST = "127.0.0.1"
 MOST_CANDIDATES = 1000  # log-probabilities in one answer
 
 
-def start_server(file: Path, port: int = 0, exact: bool = False) -> Any:
+def start_server(file: Path, port: int = 0, exact: bool = False, threads: int | None = None) -> Any:
     """Load a GGUF file and serve it on 127.0.0.1.
 
     Args:
         file: GGUF file.
         port: port; 0 chooses a free one.
         exact: compute attention in float32, with keys and values in float32, on one CPU thread.
+        threads: number of CPU threads; with None and not ``exact``, llama.cpp chooses.
 
     Raises:
         MissingExtraError: xllamacpp is not installed.
@@ -37,7 +38,9 @@ def start_server(file: Path, port: int = 0, exact: bool = False) -> Any:
         # Flash attention computes in float16 on CPUs.
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-        params.n_gpu_layers, params.cpuparams.n_threads, params.cpuparams_batch.n_threads = 0, 1, 1
+        params.n_gpu_layers, threads = 0, 1
+    if threads:
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     try:
         return xllamacpp.Server(params)
     except RuntimeError as error:
@@ -60,6 +63,20 @@ def next_token_log_probabilities(
     candidates = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
     ids, values = zip(*((item["id"], item["logprob"]) for item in candidates), strict=True)
     return torch.tensor(ids), torch.tensor(values, dtype=torch.float64)
+
+
+def complete(server: Any, prompt: Sequence[int], count: int) -> str:
+    """Return the text of ``count`` tokens after a prompt, chosen greedily and continued past any end of text.
+
+    Raises:
+        MachineError: llama.cpp does not generate that many tokens.
+    """
+    request = {"prompt": list(prompt), "max_tokens": count, "temperature": -1.0, "cache_prompt": False}
+    answer = server.handle_completions({**request, "ignore_eos": True})
+    if answer.get("usage", {}).get("completion_tokens") != count:
+        raise MachineError(f"llama.cpp cannot continue a prompt by {count} tokens: {answer.get('message', answer)}")
+    text: str = answer["choices"][0]["text"]
+    return text
 
 
 def tokenize(server: Any, text: str) -> list[int]:

@@ -44,7 +44,7 @@ RATES = {
     "lr": "learning rate",
     "embed_lr": "learning rate of the embedding",
     "head_lr": "learning rate of the head",
-    **{spec.lr_setting: f"learning rate of {spec.label}" for spec in OPTIMIZERS.values() if spec.lr_setting},
+    **{spec.lr_setting: f"learning rate of {spec.label}" for spec in reversed(OPTIMIZERS.values()) if spec.lr_setting},
 }
 
 
