@@ -99,7 +99,8 @@ class Corpus:
             if not readable and skipped.keys() != {"empty"}:
                 raise DataError(f"{name}: {_explain_no_text(Path(name), skipped)}")
             # By resolved path, so that links and overlapping inputs do not count a file twice.
-            added = {path.resolve(): path for path in readable if path.resolve() not in files}
+            resolved = {path.resolve(): path for path in readable}
+            added = {target: path for target, path in resolved.items() if target not in files}
             files |= added
             with data_errors(Path(name)):
                 size = sum(path.stat().st_size for path in added)
