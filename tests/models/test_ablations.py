@@ -23,8 +23,9 @@ TIMES = {
     "all-x2": 2,
 }
 REMOVED = ["constant-none", "all-none"]
-TRAINING = ("strict", "model-axis")  # ablations that do not change the function
+TRAINING = ("strict", "model-axis", "no-bounds")  # ablations that do not change the function
 FORWARD = [name for name in ABLATIONS if name not in TRAINING]
+BOUNDED = [name for name in ABLATIONS if name != "no-bounds"]
 
 
 def small(ablation="none", seed=0, **overrides):
@@ -199,7 +200,7 @@ def test_scalar_alpha_is_the_same_function_until_alphas_differ():
 # Bounds after training steps.
 
 
-@pytest.mark.parametrize("ablation", ABLATIONS)
+@pytest.mark.parametrize("ablation", BOUNDED)
 def test_bounds_hold_from_the_start_and_after_real_steps(ablation):
     model = small(ablation)
     for bound in model.bounds():
@@ -215,7 +216,7 @@ def test_bounds_hold_from_the_start_and_after_real_steps(ablation):
         assert min(length.min() for length in lengths) >= 1 - 1e-6
 
 
-@pytest.mark.parametrize("ablation", ABLATIONS)
+@pytest.mark.parametrize("ablation", BOUNDED)
 def test_only_strict_forbids_short_vectors(ablation):
     model = small(ablation)
     with torch.no_grad():
@@ -230,6 +231,16 @@ def test_bounds_along_the_model_axis_leave_rows_of_output_projections_free():
     train(model)
     down = model.blocks[0].mlp.down_proj.weight
     assert down.norm(dim=0).max() <= 1 + 1e-6 < 1.5 < down.norm(dim=1).max()
+
+
+def test_without_bounds_rows_grow_from_norm_1():
+    model, bounds = small("no-bounds"), small().bounds()
+    assert model.bounds() == []
+    rows = [model.get_parameter(bound.name) for bound in bounds]
+    for row in rows:
+        torch.testing.assert_close(row.norm(dim=1), torch.ones(len(row)))
+    train(model)
+    assert min(row.norm(dim=1).max() for row in rows) > 1.05
 
 
 # Properties of every ablation.

@@ -35,6 +35,7 @@ def suite(width: int) -> dict[str, dict[str, Any]]:
         "warm-up": {"warmup_fraction": 0.1},
         "weight-decay": {"weight_decay": 0.1},
         "warm-up-and-decay": {"warmup_fraction": 0.1, "weight_decay": 0.1},
+        "no-bounds-decay": {"weight_decay": 0.1, "model": {"ablation": "no-bounds"}},
     }
     parts = {name: {"model": {"ablation": name}} for name in ABLATIONS if name != "none"}
     return {DEFAULT: {}, **parts, **{name: {"model": option} for name, option in options.items()}, **recipe}
@@ -54,6 +55,7 @@ DESCRIPTIONS = {
     "scalar-alpha": "one alpha for all coordinates of a sublayer",
     "strict": "norms of weight rows exactly 1",
     "model-axis": "bounds along the model axis, as in nGPT",
+    "no-bounds": "norms of weight rows not bounded",
     "gate-none": "no factor before the gate's SiLU",
     "gate-sqrt-mlp": "factor sqrt(MLP width) before the gate's SiLU",
     "s-scale-0.01": "learned scales reparametrized at 0.01",
@@ -64,6 +66,7 @@ DESCRIPTIONS = {
     "warm-up": "learning-rate warm-up over 10% of the run",
     "weight-decay": "weight decay 0.1",
     "warm-up-and-decay": "both",
+    "no-bounds-decay": "weight decay 0.1 in place of the bounds",
 }
 
 

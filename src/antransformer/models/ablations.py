@@ -3,7 +3,7 @@
 Ablations replace factors, residual updates or bounds of a finished model, so that angpt.py contains only the method.
 Of the constant factors only nu_uz of the gate changes the function; exact normalization cancels the others. At the
 usual MLP ratio of 4, nu_uz is 1/2, so constant-x2 and constant-none are the same function. Bounds do not change the
-function: strict and model-axis change only training.
+function: strict, model-axis and no-bounds change only training.
 """
 
 from collections.abc import Callable
@@ -96,6 +96,14 @@ class ModelAxisAnGPT(AnGPT):
         project_(replace(bound, strict=True) for bound in self.bounds())
 
 
+class UnboundedAnGPT(AnGPT):
+    """anGPT whose weight rows start at norm 1 and are not bounded in training."""
+
+    def bounds(self) -> list[Bound]:
+        """No bounds."""
+        return []
+
+
 def change_constants(block: nn.Module, config: ModelConfig, change: Change) -> None:
     """Replace every constant factor nu of an anGPT block by ``change(nu)``."""
     assert isinstance(block, Block)  # for mypy: ModuleList holds modules of any type
@@ -142,4 +150,5 @@ ABLATIONS: dict[str, Callable[[ModelConfig], AnGPT]] = {
     "scalar-alpha": partial(ChangedAnGPT, residual=scalar_alpha),
     "strict": StrictAnGPT,
     "model-axis": ModelAxisAnGPT,
+    "no-bounds": UnboundedAnGPT,
 }

@@ -25,6 +25,7 @@ Ablation = Literal[
     "scalar-alpha",
     "strict",
     "model-axis",
+    "no-bounds",
 ]
 
 # arXiv:2505.22014, table of model sizes; pico and nano are ours, for a laptop CPU.
