@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 
 from antransformer.cli import main
+from antransformer.errors import DataError
 from antransformer.results.comparison import ChosenSettings, Results, Run, Trial, Variant
-from antransformer.results.observations import Observation, Observations, read_observations
+from antransformer.results.observations import BestSettings, Observation, Observations, read_observations
 from antransformer.scaling.charts import charts
-from antransformer.scaling.fits import LAWS, fit
+from antransformer.scaling.fits import LAWS, fit, fit_optima
+from helpers.messages import mentions
 
 HEADER = "architecture,parameters,tokens,batch,lr,loss"
 OPTIMA = """architecture,parameters,batch,lr
@@ -182,6 +184,25 @@ def test_a_variant_counts_under_its_architecture_with_its_own_batch(tmp_path):
     replace(results, variants=tuple(renamed)).save(tmp_path)
     rows = read_observations([tmp_path]).runs
     assert {(row.architecture, row.batch) for row in rows} == {("gpt+", 65_536), ("angpt", 65_536)}
+
+
+def test_laws_are_of_one_optimizer(tmp_path):
+    def folder(size, **optimizers):
+        path = tmp_path / "-".join([str(size), *optimizers.values()])
+        path.mkdir()
+        results = experiment(size, 4e-3)
+        replace(results, setup={**results.setup, "optimizers": optimizers}).save(path)
+        return path
+
+    mixed = [folder(size, **{"angpt": "muon", "gpt+": "adam"}) for size in (2_000_000, 8_000_000)]
+    observed = read_observations(mixed)
+    assert observed.optimizers == {"angpt": "muon", "gpt+": "adam"}
+    fits = {fitted.name: fitted for fitted in fit(observed)}
+    assert fits["angpt"].optimizer == fits["angpt"].content()["optimizer"] == "muon"
+    with pytest.raises(DataError) as raised:
+        read_observations([*mixed, folder(4_000_000, **{"angpt": "muon", "gpt+": "muon"})])
+    assert mentions(raised.value, "gpt+", "muon", "adam", "4000000-muon-muon")
+    assert "optimizer" not in fit_optima([BestSettings("angpt", n, 8192, 1e-3) for n in (1e6, 4e6)])[0].content()
 
 
 def test_an_optimum_at_an_edge_is_left_out_with_a_note():

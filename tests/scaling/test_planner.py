@@ -145,7 +145,11 @@ def test_a_default_rate_has_a_width_and_the_rate_of_a_law_has_none(fits, capsys)
     content["angpt"]["lr"] = {**content["angpt"]["loss"], "coefficient": 2e-3, "exponent": -0.1}
     fits.with_name("with-lr.json").write_text(json.dumps(content))
     by_law = config_of(plan_output(capsys, *options, "--fits", fits.with_name("with-lr.json")))
-    assert (by_law.lr_width, by_law.lr_horizon) == (0, 0)
+    assert (by_law.lr_width, by_law.lr_horizon, by_law.optimizer) == (0, 0, "adam")
+    content["angpt"]["optimizer"] = "muon"
+    fits.with_name("with-lr.json").write_text(json.dumps(content))
+    with_muon = config_of(plan_output(capsys, *options, "--fits", fits.with_name("with-lr.json")))
+    assert (with_muon.optimizer, with_muon.lr) == ("muon", by_law.lr) and with_muon.muon_lr
     assert config_of(plan_output(capsys, "--tokens", "1B", "--size", "62m")).lr_width == 0
 
 
@@ -274,6 +278,10 @@ def test_an_exponent_may_be_0_but_loss_must_fall_with_size(fits, tmp_path):
     content["angpt"]["surface"]["alpha"] = -0.3
     (tmp_path / "laws.json").write_text(json.dumps(content))
     with pytest.raises(DataError, match=r"-0\.3\b"):
+        read_laws(tmp_path / "laws.json")
+    content = {"angpt": {"optimizer": "sgd"}}
+    (tmp_path / "laws.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"adam\b.*\bsgd\b"):
         read_laws(tmp_path / "laws.json")
 
 

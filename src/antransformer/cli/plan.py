@@ -28,6 +28,7 @@ from antransformer.files import check_file_target, quoted, replace_text
 from antransformer.models import registry
 from antransformer.models.config import PAPER_VOCABULARY, PRESETS
 from antransformer.reporting.labels import style_of
+from antransformer.training.optimizer_registry import OPTIMIZERS
 
 if TYPE_CHECKING:
     from antransformer.scaling.law_files import LawFile
@@ -127,6 +128,7 @@ def run_table(plan: "Plan") -> Table:
         "compute": f"{plan.compute:.3g} FLOPs (6 N D)",
         "batch": f"{plan.batch:,} sequences of {context:,} = {format_quantity(plan.batch * context)} tokens",
         "steps": f"{plan.steps:,}",
+        "optimizer": OPTIMIZERS[plan.optimizer].label,
         "learning rate": format_rate(plan),
         "devices": f"{plan.cluster.devices:,} {plan.cluster.gpu_name}",
         "parallelism": parallelism(plan),

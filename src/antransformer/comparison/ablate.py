@@ -31,7 +31,7 @@ def suite(width: int) -> dict[str, dict[str, Any]]:
         "alpha-init-0.02": {"alpha_init": 0.02},
         "alpha-init-0.15": {"alpha_init": 0.15},
     }
-    recipe = {
+    recipe: dict[str, dict[str, Any]] = {
         "warm-up": {"warmup_fraction": 0.1},
         "weight-decay": {"weight_decay": 0.1},
         "warm-up-and-decay": {"warmup_fraction": 0.1, "weight_decay": 0.1},

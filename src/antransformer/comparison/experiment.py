@@ -318,6 +318,10 @@ class Experiment:
             "layers": config.model.layers,
             "context": config.model.context,
             "batch_tokens": config.batch_tokens,
+            "optimizers": {
+                state.spec.name: self.config(state, self.plan.budgets[-1], TRIAL_SEED).optimizer
+                for state in self.states
+            },
             "validation_tokens": int(config.eval_tokens),
             "lr_trials": self.plan.lr_trials,
             "tuning_trials": self.plan.tuning_trials,

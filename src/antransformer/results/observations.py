@@ -5,7 +5,7 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TypeVar
 
@@ -66,22 +66,25 @@ class Observations:
         searches: runs that differ in learning rate and batch size only; the best settings are interpolated from them.
         runs: runs whose losses are fitted. For a sweep or a table these are the searches; for a comparison they are
             the measured runs, which have other seeds than its trials.
+        optimizers: optimizer of each architecture's runs, where the results record it.
     """
 
     searches: tuple[Observation, ...]
     runs: tuple[Observation, ...]
+    optimizers: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_observations(paths: Sequence[Path]) -> Observations:
     """Read sweep folders, comparison folders and CSV tables into one set of observations.
 
     Raises:
-        DataError: a path cannot be read, is given twice, is an ablation, or was measured on other data than another
-            path.
+        DataError: a path cannot be read, is given twice, is an ablation, or was measured on other data or with another
+            optimizer than another path.
     """
     searches: list[Observation] = []
     runs: list[Observation] = []
     folders: dict[Path, Sweep | Results] = {}
+    optimizers: dict[str, str] = {}
     seen: set[str] = set()
     for path in paths:
         place = os.path.realpath(path)  # Path.resolve raises on a loop of links
@@ -93,6 +96,8 @@ def read_observations(paths: Sequence[Path]) -> Observations:
             rows = sweep_observations(sweep)
             searches += rows
             runs += rows
+            optimizer = sweep.setup.get("optimizer")
+            _add_optimizers(optimizers, {run.architecture: optimizer for run in sweep.runs}.items(), path)
         elif path.is_dir():
             if not (path / comparison_results.FILE).is_file():
                 raise DataError(f"{path} has no {sweep_results.FILE} and no {comparison_results.FILE}")
@@ -102,6 +107,9 @@ def read_observations(paths: Sequence[Path]) -> Observations:
             try:
                 searches += _trial_observations(comparison)
                 runs += _run_observations(comparison)
+                by_variant = comparison.setup.get("optimizers", {})
+                used = ((_architecture(item), by_variant.get(item.name)) for item in comparison.variants)
+                _add_optimizers(optimizers, used, path)
             except (KeyError, TypeError, ValueError) as error:
                 raise DataError(f"{path / comparison_results.FILE} lacks a value that a fit needs ({error})") from None
         else:
@@ -109,7 +117,17 @@ def read_observations(paths: Sequence[Path]) -> Observations:
             searches += rows
             runs += rows
     _check_shared(folders)
-    return Observations(tuple(searches), tuple(runs))
+    return Observations(tuple(searches), tuple(runs), optimizers)
+
+
+def _add_optimizers(known: dict[str, str], used: Iterable[tuple[str, str | None]], path: Path) -> None:
+    """Add the optimizers of one folder; an architecture must have the same one everywhere, since rates depend on it."""
+    for architecture, optimizer in used:
+        if optimizer and known.setdefault(architecture, optimizer) != optimizer:
+            raise DataError(
+                f"{path} trains {architecture} with {optimizer}, other results with {known[architecture]}: fit them "
+                "separately"
+            )
 
 
 def sweep_observations(sweep: Sweep) -> list[Observation]:
@@ -137,8 +155,12 @@ def _run_observations(results: Results) -> list[Observation]:
 
 def _observation(variant: Variant, results: Results, tokens: int, lr: float, loss: float) -> Observation:
     batch = variant.settings.get("batch_tokens", results.setup["batch_tokens"])
-    name = variant.settings.get("architecture", variant.name)
-    return Observation(name, *map(float, (variant.parameters, tokens, batch, lr, loss)))
+    return Observation(_architecture(variant), *map(float, (variant.parameters, tokens, batch, lr, loss)))
+
+
+def _architecture(variant: Variant) -> str:
+    name: str = variant.settings.get("architecture", variant.name)
+    return name
 
 
 def _check_shared(folders: Mapping[Path, Sweep | Results]) -> None:

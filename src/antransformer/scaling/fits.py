@@ -61,6 +61,7 @@ class Fit:
         surface: L(N, D); None if there are too few runs.
         notes: warnings about missing laws and laws from few points.
         searches: runs among which the best settings were searched, of all architectures, for the figures.
+        optimizer: optimizer of the runs, which the law of the learning rate is for; None if it is not recorded.
     """
 
     name: str
@@ -72,10 +73,13 @@ class Fit:
     surface: Surface | None
     notes: tuple[str, ...]
     searches: tuple[Observation, ...] = ()
+    optimizer: str | None = None
 
     def content(self) -> dict[str, Any]:
         """Values for JSON: the laws by name, then optima, frontier, surface and notes; NaN and infinity become null."""
         values: dict[str, Any] = {name: asdict(law) for name, law in self.laws.items()}
+        if self.optimizer:
+            values["optimizer"] = self.optimizer
         values["optima"] = [asdict(optimum) for optimum in self.optima]
         if self.frontier:
             columns = {name: column.tolist() for name, column in asdict(self.frontier).items()}
@@ -120,7 +124,14 @@ def fit(observed: Observations, bins: int | None = None) -> list[Fit]:
     rows = (*observed.searches, *observed.runs)
     _require_two_points(rows)
     names = dict.fromkeys(row.architecture for row in rows)
-    return [replace(_fit_architecture(name, observed, bins), searches=observed.searches) for name in names]
+    return [
+        replace(
+            _fit_architecture(name, observed, bins),
+            searches=observed.searches,
+            optimizer=observed.optimizers.get(name),
+        )
+        for name in names
+    ]
 
 
 def _require_two_points(rows: Sequence[Observation | BestSettings]) -> None:

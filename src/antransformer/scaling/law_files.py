@@ -15,6 +15,7 @@ from antransformer.files import read_json
 from antransformer.reporting.labels import format_count
 from antransformer.scaling.fitting import FLOPS_PER_PARAMETER, PowerLaw, Surface
 from antransformer.scaling.intervals import Interval, Matrix
+from antransformer.training.optimizer_registry import OPTIMIZERS
 
 SHIPPED = Path(__file__).parent.parent / "laws"
 POWER_LAWS = ("size", "loss", "batch", "lr")  # read by a plan; a file may hold others
@@ -32,12 +33,14 @@ class Laws:
         surface: L(N, D).
         horizon: exponent of the best learning rate over steps, and the tokens per parameter at which its law over N
             holds; None if unknown.
+        optimizer: optimizer that the law of the learning rate was measured with; None if unknown.
     """
 
     powers: dict[str, PowerLaw]
     rounding: tuple[float, float] | None
     surface: Surface | None
     horizon: tuple[float, float] | None = None
+    optimizer: str | None = None
 
     @property
     def compute(self) -> Interval | None:
@@ -169,7 +172,14 @@ def _laws(content: Mapping[str, Any]) -> Laws:
         _rounding(*rounding) if rounding else None,
         surface,
         (_exponent(horizon["exponent"]), _positive(horizon["tokens_per_parameter"])) if horizon else None,
+        _optimizer(content["optimizer"]) if content.get("optimizer") else None,
     )
+
+
+def _optimizer(name: Any) -> str:
+    if name not in OPTIMIZERS:
+        raise ValueError(f"expected an optimizer of {', '.join(OPTIMIZERS)}, got {str(name)[:20]}")
+    return str(name)
 
 
 def _rounding(coefficient: Any, exponent: Any) -> Interval:

@@ -91,6 +91,7 @@ class Plan:
         sources: origins of batch size and learning rate, one line each.
         notes: warnings, one line each.
         laws: file of scaling laws that was used; None without a file for the architecture.
+        optimizer: optimizer that ``lr`` is for.
     """
 
     config: ModelConfig
@@ -109,6 +110,7 @@ class Plan:
     sources: tuple[str, ...]
     notes: tuple[str, ...]
     laws: LawFile | None = None
+    optimizer: str = "adam"
 
     @property
     def compute(self) -> float:
@@ -134,7 +136,8 @@ class Plan:
         size = {"preset": self.preset} if self.preset else {}
         tensor_parallel = self.layout.tensor_parallel
         return {
-            "recipe": "paper",  # all laws and defaults of the learning rate here are those of AdamW
+            "recipe": "paper",  # the paper's laws and the defaults of the learning rate are those of AdamW
+            **({} if self.optimizer == "adam" else {"optimizer": self.optimizer}),
             "architecture": self.config.architecture,
             **size,
             "model": model,
@@ -264,6 +267,7 @@ def plan_run(config: ModelConfig, tokens: float, cluster: Cluster, laws: Laws | 
         hours=seconds / 3600,
         sources=(batch_source, lr_source),
         notes=tuple(notes),
+        optimizer=(laws.optimizer if laws and "lr" in laws.powers else None) or "adam",
     )
 
 

@@ -263,6 +263,7 @@ class Sweeper:
             "settings": dict(self.plan.shared),
             "context": config.model.context,
             "head_dim": config.model.head_dim,
+            "optimizer": config.optimizer,
             "validation_tokens": int(config.eval_tokens),
             "seeds": self.plan.seeds,
             "lr_width": sorted(
