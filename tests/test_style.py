@@ -91,6 +91,32 @@ def test_sentences_of_docstrings_are_short():
     assert sum(lengths) / len(lengths) < 16
 
 
+def paragraphs(page):
+    """Prose of a Markdown page by line number: no tables, headings or code blocks; a code span counts as one word."""
+    text = re.sub(r"(?ms)^ *```.*?^ *```$", lambda block: "\n" * block[0].count("\n"), page.read_text(encoding="utf-8"))
+    number, lines = 1, []
+    for at, line in enumerate([*text.splitlines(), ""], start=1):
+        bare = line.strip()
+        ends = not bare or bare[0] in "|#<!" or (line.startswith("    ") and not lines)
+        if lines and (ends or re.match(r"([-*]|\d+\.) ", bare)):
+            yield number, re.sub(r"`[^`]*`", "code", re.sub(r"\]\([^)]*\)", "]", " ".join(lines)))
+            lines = []
+        if not ends:
+            number, lines = (number if lines else at), [*lines, bare]
+
+
+def test_sentences_of_pages_are_short():
+    """At most 30 words in a sentence of README and docs, where a colon or semicolon ends no sentence."""
+    found = [
+        f"{page.relative_to(ROOT)}:{number}: {words} words: {sentence}"
+        for page in DOCS
+        for number, paragraph in paragraphs(page)
+        for sentence in re.split(r"(?<=[.?!])\s+|(?<=[.?!]\*\*)\s+", paragraph)
+        if (words := len(re.findall(r"[A-Za-z']{2,}", sentence))) > 30
+    ]
+    assert not found, "\n".join(found)
+
+
 def literals(node):
     return [item.value for item in ast.walk(node) if isinstance(item, ast.Constant) and isinstance(item.value, str)]
 
