@@ -26,9 +26,10 @@ gpu:
 	PYTHONPATH=src $(PYTHON) -m antransformer selftest --device cuda $(ARGS); \
 		status=$$?; cat runs/selftest-cuda/report.md; exit $$status
 
-# The site is build/site/index.html.
+# Pages open from the file system too, but the search needs a web server.
 docs: $(VENV)/.ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "view the site at http://localhost:8000: $(BIN)/python -m http.server -d build/site"
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

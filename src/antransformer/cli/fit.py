@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 USAGE = "antransformer fit RESULTS... [options]\n       antransformer fit --optima FILE.csv [options]"
 SURFACE = ("E", "A", "B", "alpha", "beta")
+VARIABLES = {"N": "N: parameters", "C": "C: training compute in FLOPs, 6 x parameters x tokens"}
 
 
 def add_arguments(parser: Parser) -> None:
@@ -116,7 +117,7 @@ def laws_table(fit: "Fit") -> Table:
     """Return a table of the power laws, with two intervals of each exponent."""
     from antransformer.scaling.fits import LAWS
 
-    table = new_table("law, C = 6 N D FLOPs", "exponent, 95% (t)", "bootstrap", "R2", "points")
+    table = new_table("power law", "exponent, 95% (t)", "bootstrap", "R2", "points")
     for name, (_, variable) in LAWS.items():
         if law := fit.laws.get(name):
             table.add_row(
@@ -126,6 +127,9 @@ def laws_table(fit: "Fit") -> Table:
                 "" if math.isnan(law.r2) else f"{law.r2:.3f}",
                 str(law.points),
             )
+    used = {LAWS[name][1] for name in fit.laws}
+    table.caption = "\n".join(text for variable, text in VARIABLES.items() if variable in used)
+    table.caption_justify = "left"
     return table
 
 

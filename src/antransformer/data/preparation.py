@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from antransformer.data.dataset import Dataset
-from antransformer.data.holdout import Document, Inputs, TrainValSplit
+from antransformer.data.holdout import MIN_VAL_DOCUMENTS, Document, Inputs, TrainValSplit
 from antransformer.data.readers import MAX_CHARACTERS, TEXT_FIELD
 from antransformer.data.shards import SHARD_TOKENS, ShardWriter, dtype_for, new_folder, require_unused, write_meta
 from antransformer.data.tokenizers import (
@@ -132,7 +132,9 @@ def log_left_out(split: TrainValSplit) -> None:
             )
     if split.val_tail:
         LOG.warning(
-            "too few documents to hold some out: the last %.3g%% of each is for validation", 100 * split.val_tail
+            "validation text: the last %.3g%% of every document, since fewer than %s whole documents would be held out",
+            100 * split.val_tail,
+            MIN_VAL_DOCUMENTS,
         )
 
 

@@ -172,7 +172,7 @@ def _log_axes(axes: Any) -> None:
 def _compute_axis(axes: Any) -> None:
     log_ticks(axes.xaxis)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}".replace("e+", "e"))
-    axes.set(xlabel="compute 6ND (FLOPs)")
+    axes.set(xlabel="training compute (FLOPs)")
 
 
 def _count_ticks(axes: Any) -> None:

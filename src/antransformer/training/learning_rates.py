@@ -63,7 +63,7 @@ def horizon_factor(config: TrainConfig) -> float:
 
 
 def format_rates(config: TrainConfig) -> str:
-    """Peak learning rates as text: one rate, or one for each role with the width and steps that ``lr`` was tuned at."""
+    """Peak learning rates as text: one, or one for each role with the width and steps from which ``lr`` is scaled."""
     spec, rates = OPTIMIZERS[config.optimizer], peak_rates(config)
     if set(rates) == {config.lr}:
         return f"{config.lr:g}"
@@ -71,10 +71,10 @@ def format_rates(config: TrainConfig) -> str:
     roles: dict[str, list[str]] = {}
     for role, rate in zip(("embedding", "head", "vectors", matrices), rates, strict=True):
         roles.setdefault(f"{rate:.3g}", []).append(role)
-    text = ", ".join(f"{_joined(names)} {rate}" for rate, names in roles.items())
+    text = ", ".join(f"{rate} for {_joined(names)}" for rate, names in roles.items())
     tuned = [f"width {config.lr_width:,}"] if width_ratio(config) != 1 else []
     tuned += [f"{config.lr_horizon:,} steps"] if horizon_factor(config) != 1 else []
-    return f"{text} ({config.lr:g} at {_joined(tuned)})" if tuned else text
+    return f"{text} (lr {config.lr:g} scaled from {_joined(tuned)})" if tuned else text
 
 
 def _joined(names: list[str]) -> str:
