@@ -1,10 +1,10 @@
 """Compare architectures with equal tuning effort, several seeds and confidence intervals.
 
-At every budget, each architecture first searches its learning rate (--lr-trials) and one setting of its own
-(--tuning-trials). The grid has the same number of values and the same factors for all. It begins around the default,
-at a longer budget around the best value of the next shorter one. Then every budget is run with every seed. The first
-architecture is the baseline. If interrupted, run the same command again to continue; more --seeds or a longer budget in
---budgets add the missing runs.
+At every budget, each architecture first searches its learning rates (--lr-trials), those of embedding and head
+included, and one hyperparameter of its own (--tuning-trials). All grids have the same number of values, spaced by the
+same factor. The grid of the shortest budget is centered on the default, and each longer one on the best value before
+it. Then every budget is run with every seed. The first architecture is the baseline. If interrupted, run the same
+command again to continue; more --seeds or a longer budget in --budgets add the missing runs.
 
 examples:
   antransformer compare --quick

@@ -1,8 +1,8 @@
 """Fit scaling laws: best learning rate and batch, compute frontier, and L(N, D), with 95% intervals.
 
 RESULTS are folders of sweeps and comparisons measured on the same data, or CSV files with a header and one finished run
-per row. Columns of a CSV file: architecture; parameters (all of them); tokens (of the run); batch (in tokens); lr (the
-peak); loss (validation loss in nats per token; inf for a diverged run). Other columns are ignored.
+per row. Columns of a CSV file: architecture; parameters (their number); tokens (length of the run); batch (in
+tokens); lr (the peak); loss (validation loss in nats per token; inf for a diverged run). Other columns are ignored.
 
 Runs that differ only in learning rate and batch give the best values of both for their size and tokens. The best values
 over sizes, and the lowest loss over compute, follow power laws. docs/scaling-laws.md has the formulas.

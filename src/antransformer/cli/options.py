@@ -4,9 +4,10 @@ import argparse
 import dataclasses
 import textwrap
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from antransformer import renamed
@@ -104,15 +105,25 @@ class Parser(argparse.ArgumentParser):
         return [option for action in self._actions for option in action.option_strings]
 
 
-def add_config(group: Any, config: type, prefix: str = "", only: Sequence[str] = ()) -> None:
-    """Add an option for each field of a dataclass that has a help text; values stay text until they are checked."""
+def add_config(
+    group: Any,
+    config: type,
+    prefix: str = "",
+    only: Sequence[str] = (),
+    defaults: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    """Add an option for each field of a dataclass that has a help text; values stay text until they are checked.
+
+    ``defaults`` replaces defaults of the dataclass in the help text.
+    """
     hints = typing.get_type_hints(config)
     for item in dataclasses.fields(config):
         if "help" not in item.metadata or item.metadata["recorded"] or (only and item.name not in only):
             continue
         text = item.metadata["help"].replace("%", "%%")
-        if item.default is not None and item.default is not False and "(default" not in text:
-            text += f" (default {item.default})"
+        default = defaults.get(item.name, item.default)
+        if default is not None and default is not False and "(default" not in text:
+            text += f" (default {default})"
         flag = f"--{prefix}{item.name.replace('_', '-')}"
         dest = f"{SETTING}{prefix}{item.name}"
         if hints[item.name] in (bool, bool | None):

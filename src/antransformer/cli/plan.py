@@ -41,7 +41,7 @@ COMPARED = ("angpt", "gpt+")
 def add_arguments(parser: Parser) -> None:
     """Add the options of ``plan``: budget, cluster, model and laws."""
     group = parser.add_argument_group("budget, one of")
-    group.add_argument("--flops", metavar="X", help="compute, such as 1e20, counted as in scaling laws: 6 N D")
+    group.add_argument("--flops", metavar="X", help="compute in FLOPs, such as 1e20: 6 times parameters times tokens")
     group.add_argument("--hours", metavar="X", help="time on --gpus")
     group.add_argument("--tokens", metavar="TOKENS", help="tokens to train on, such as 100B, with --size")
     group.add_argument("--size", metavar="SIZE", help=f"{', '.join(PRESETS)}, or a number of parameters such as 7B")
