@@ -1,5 +1,6 @@
 """GGUF files that cannot be served: each is one line and status 2, before llama.cpp sees the file."""
 
+import os
 import struct
 
 import pytest
@@ -66,9 +67,10 @@ def test_a_file_of_another_kind_is_refused(header, tmp_path):
         check_gguf(tmp_path / "model.gguf")
 
 
-@pytest.mark.parametrize("name", ["missing.gguf", "folder.gguf"])
+@pytest.mark.parametrize("name", ["missing.gguf", "folder.gguf", "pipe.gguf"])
 def test_a_path_without_a_file_is_refused(name, tmp_path):
     (tmp_path / "folder.gguf").mkdir()
+    os.mkfifo(tmp_path / "pipe.gguf")  # reading it would wait forever
     with pytest.raises(ConfigError) as error:
         check_gguf(tmp_path / name)
     assert name in str(error.value)
