@@ -451,8 +451,11 @@ def test_serve_answers_and_removes_its_file(trained, llama_cpp, monkeypatch, tmp
         assert address.startswith("http://127.0.0.1:") and list(tmp_path.rglob("*.gguf"))
         body = json.dumps({"prompt": "def ", "max_tokens": 4, "temperature": 0}).encode()
         request = urllib.request.Request(f"{address}/v1/completions", body, {"Content-Type": "application/json"})
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request) as answer:
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(request) as answer:
             assert json.load(answer)["usage"]["completion_tokens"] == 4
+        with opener.open(f"{address}/v1/models") as answer:
+            assert [model["id"] for model in json.load(answer)["data"]] == [trained("angpt").name]
         port = int(address.rpartition(":")[2])
         with pytest.raises(ConfigError, match=str(port)), antransformer.serve(trained("angpt"), port=port):
             pass
