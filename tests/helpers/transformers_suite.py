@@ -1,6 +1,6 @@
 """Test class for transformers' own model tests, run by ``tests/interop/test_transformers_suite.py`` in another process.
 
-Needs transformers' source folder on the path. Its sdist has the common tests; the tests of exporters and of generation
+Needs transformers' source folder on the path. Its sdist has the common tests. The tests of exporters and of generation
 are only in its repository.
 """
 
@@ -49,7 +49,7 @@ class ModelTester:
 
     def prepare_config_and_inputs_for_common(self):
         ids = torch.randint(3, self.vocab_size, (self.batch_size, self.seq_length))
-        return self.get_config(), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        return self.get_config(), {"input_ids": ids, "attention_mask": torch.ones_like(ids).tril()}
 
 
 class Suite(ModelTesterMixin, GenerationTesterMixin, unittest.TestCase):

@@ -415,6 +415,10 @@ def test_wrong_exports_are_refused(tmp_path, capsys, monkeypatch):
         assert mentions(refused([*words[:4], taken], capsys), str(taken), "--out")
     reason = os.strerror(errno.ENOTDIR)
     assert mentions(refused([*words[:4], file / "hf"], capsys), str(file / "hf"), reason, "--out")
+    checkpoints = tmp_path / "run" / runs.CHECKPOINTS
+    for inside in ("step-00000099", "step-00000020/model.gguf"):
+        form = "gguf" if inside.endswith(".gguf") else "native"
+        assert mentions(refused([*words[:4], checkpoints / inside, "--format", form], capsys), inside, "--out")
     make_run(tmp_path / "ablated", ablation="no-lerp")
     ablated = ["export", "--checkpoint", tmp_path / "ablated", *words[3:]]
     assert mentions(refused(ablated, capsys), str(tmp_path / "ablated"), "no-lerp")

@@ -60,6 +60,17 @@ def relative_error(logits, expected):
 # The modules
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_packed_documents_do_not_see_each_other(pair, attention):
+    model = load(pair[1], attn_implementation=attention)
+    first, second = some_tokens(batch=2, length=24)[:, None]
+    positions = torch.cat([torch.arange(24), torch.arange(24)])[None]
+    packed = model(torch.cat([first, second], dim=1), position_ids=positions, use_cache=False).logits
+    apart = torch.cat([model(first).logits, model(second).logits], dim=1)
+    assert relative_error(packed, apart) < 1e-5
+
+
 @pytest.mark.parametrize("architecture", BUILT_IN)
 def test_all_matrices_are_those_of_plain_linear_modules_and_of_the_embedding(tmp_path, architecture):
     model = load(exported(tmp_path, architecture)[1])

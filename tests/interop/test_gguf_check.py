@@ -1,9 +1,12 @@
 """GGUF files that cannot be served: each is one line and status 2, before llama.cpp sees the file."""
 
+import os
+import shlex
 import struct
 
 import pytest
 
+from antransformer.cli import main
 from antransformer.errors import ConfigError
 from antransformer.interop.export import export
 from antransformer.interop.gguf_check import check_gguf
@@ -27,6 +30,13 @@ def content(tmp_path_factory):
 def test_a_complete_file_passes(content, tmp_path):
     (tmp_path / "model.gguf").write_bytes(content)
     check_gguf(tmp_path / "model.gguf")
+
+
+def test_the_command_printed_after_an_export_serves_the_file(tmp_path, capsys):
+    make_run(tmp_path / "run", layers=1)
+    file = str(tmp_path / "two words.gguf")
+    assert main(["export", "--checkpoint", str(tmp_path / "run"), "--format", "gguf", "--out", file]) == 0
+    assert shlex.split(capsys.readouterr().out.splitlines()[-1])[1:] == ["antransformer", "serve", "--gguf", file]
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.001, 0.01, 0.1, 0.5, 0.9, 0.9999])
@@ -66,9 +76,10 @@ def test_a_file_of_another_kind_is_refused(header, tmp_path):
         check_gguf(tmp_path / "model.gguf")
 
 
-@pytest.mark.parametrize("name", ["missing.gguf", "folder.gguf"])
+@pytest.mark.parametrize("name", ["missing.gguf", "folder.gguf", "pipe.gguf"])
 def test_a_path_without_a_file_is_refused(name, tmp_path):
     (tmp_path / "folder.gguf").mkdir()
+    os.mkfifo(tmp_path / "pipe.gguf")  # reading it would wait forever
     with pytest.raises(ConfigError) as error:
         check_gguf(tmp_path / name)
     assert name in str(error.value)

@@ -383,12 +383,22 @@ def test_sizes_that_llama_cpp_does_not_run_are_refused(layout, sizes, dtype):
     gguf_writer.check_sizes(ModelConfig(**{**SMALL, "layers": 63, "rotary_fraction": 1.0}), layout, dtype, "run")
 
 
-def test_an_alpha_of_one_is_refused(tmp_path, capsys):
-    model = make_run(tmp_path / "run", alpha_init=0.5, s_scale=0.5)
+def make_run_with_alpha(folder, alpha):
+    model = make_run(folder, alpha_init=0.5, s_scale=0.5)
     with torch.no_grad():
-        model.blocks[1].mlp_residual.alpha.value[3] = 1.0
-    folder = tmp_path / "run" / runs.CHECKPOINTS
-    checkpoint.save(folder, 30, model, torch.optim.Adam(model.parameters()), {}, keep=1)
+        model.blocks[1].mlp_residual.alpha.value[3] = alpha
+    checkpoint.save(folder / runs.CHECKPOINTS, 30, model, torch.optim.Adam(model.parameters()), {}, keep=1)
+
+
+def test_an_alpha_that_rounds_to_one_is_folded(tmp_path):
+    make_run_with_alpha(tmp_path / "run", 1 - 1e-6)
+    for dtype, bound in {"float32": 1e-4, "bfloat16": 5e-2}.items():
+        check = export(*runs.open_checkpoint(tmp_path / "run"), tmp_path / dtype, dtype, format="exaone4")
+        assert check.error < bound
+
+
+def test_an_alpha_of_one_is_refused(tmp_path, capsys):
+    make_run_with_alpha(tmp_path / "run", 1.0)
     for form, out in (("exaone4", "hf"), ("gguf", "model.gguf")):
         words = ["export", "--checkpoint", tmp_path / "run", "--format", form, "--out", tmp_path / out]
         assert mentions(refused(words, capsys), str(tmp_path / "run"), "--format native")
@@ -451,8 +461,11 @@ def test_serve_answers_and_removes_its_file(trained, llama_cpp, monkeypatch, tmp
         assert address.startswith("http://127.0.0.1:") and list(tmp_path.rglob("*.gguf"))
         body = json.dumps({"prompt": "def ", "max_tokens": 4, "temperature": 0}).encode()
         request = urllib.request.Request(f"{address}/v1/completions", body, {"Content-Type": "application/json"})
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request) as answer:
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(request) as answer:
             assert json.load(answer)["usage"]["completion_tokens"] == 4
+        with opener.open(f"{address}/v1/models") as answer:
+            assert [model["id"] for model in json.load(answer)["data"]] == [trained("angpt").name]
         port = int(address.rpartition(":")[2])
         with pytest.raises(ConfigError, match=str(port)), antransformer.serve(trained("angpt"), port=port):
             pass

@@ -1,7 +1,7 @@
 """transformers' own model tests on the exported classes.
 
-They are in transformers' source and not in its wheel. To run them, unpack the sdist of the installed version, or clone
-the repository at its tag, which has the tests of generation too:
+They are in transformers' source and not in its wheel. To run them, unpack the sdist of the installed version, which has
+only the files directly in ``tests``. The repository at the tag of the version has the tests of generation too.
 
     pip install parameterized
     pip download --no-binary :all: --no-deps transformers==VERSION
@@ -19,8 +19,12 @@ import pytest
 import antransformer
 
 TESTS = Path(__file__).parent.parent
-# past_key_values is the name of the cache before transformers 5.24, so both names are accepted without a warning.
-NOT_OURS = {"test_bc_cache_name_forward"}
+NOT_OURS = {
+    # past_key_values is the name of the cache before transformers 5.24, so both names are accepted without a warning.
+    "test_bc_cache_name_forward",
+    # Compares logits in bfloat16 to 2^-7, and ours are larger than 1. test_fine_tuning.py compares them in float32.
+    "test_sdpa_padding_matches_padding_free_with_position_ids",
+}
 
 
 @pytest.mark.slow

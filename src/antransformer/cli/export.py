@@ -17,6 +17,7 @@ from pathlib import Path
 
 import antransformer
 from antransformer.cli.options import Parser, add_checkpoint_argument
+from antransformer.files import quoted
 
 USAGE = "antransformer export --checkpoint RUN --out PATH [options]"
 
@@ -49,6 +50,12 @@ def run(parsed: argparse.Namespace) -> None:
     )
     dtype = parsed.dtype or ("f32" if parsed.format == "gguf" else "float32")
     print(f"{parsed.out}: {checkpoint.model.architecture}, step {checkpoint.step:,}, {dtype}")
-    load = f'transformers.AutoModelForCausalLM.from_pretrained("{parsed.out}")'
-    native = f"{load}, after import antransformer"
-    print("next:", {"native": native, "gguf": f"llama-server -m {parsed.out}"}.get(parsed.format, load))
+    print("next:", next_step(parsed.out, parsed.format))
+
+
+def next_step(out: Path, format: str) -> str:
+    """Return the command, or the line of Python, that loads an export."""
+    if format == "gguf":
+        return f"antransformer serve --gguf {quoted(out)}"
+    load = f"transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})"
+    return f"{load}, after import antransformer" if format == "native" else load

@@ -28,6 +28,7 @@ from antransformer.interop.stock_export import check_form, export_gguf, write_st
 from antransformer.interop.verification import Verification, reference, verify_folder
 from antransformer.models.registry import get
 from antransformer.training.checkpointing.checkpoint import Checkpoint, restore
+from antransformer.training.run_folder import CHECKPOINTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -69,7 +70,8 @@ def export(
         MissingExtraError: transformers or gguf is not installed.
         UsageError: transformers is too old.
         CheckpointError: the model is an ablation, or has no such form.
-        ConfigError: the target exists or cannot be created, or the format, dtype or size is unknown.
+        ConfigError: the target exists, cannot be created or is among the checkpoints, or the format, dtype or size is
+            unknown.
         MachineError: the files cannot be written, or the exported model differs from the checkpoint.
     """
     if format not in FORMATS:
@@ -82,6 +84,7 @@ def export(
     max_shard_size = max_shard_size or SHARD_SIZE
     if not re.fullmatch(r"[1-9]\d*[KMGT]B", max_shard_size):
         raise ConfigError(f"max-shard-size must be a size such as 5GB or 200MB, got {max_shard_size!r}")
+    check_outside_checkpoints(checkpoint, target)
     if format == "gguf":
         return export_gguf(checkpoint, tokenizer, target, dtype)
     if format == "native":
@@ -107,6 +110,13 @@ def export(
             shutil.copyfile(figure, folder / figure.name)
         (folder / "README.md").write_text(page, encoding="utf-8")
     return verification
+
+
+def check_outside_checkpoints(checkpoint: Checkpoint, target: Path) -> None:
+    """Raise ConfigError if a target is among the checkpoints of a run, since training lists and deletes these."""
+    folder = checkpoint.path.resolve().parent
+    if folder.name == CHECKPOINTS and folder in Path(os.path.realpath(target)).parents:
+        raise ConfigError(f"--out {quoted(target)} is among the checkpoints of a run: choose a path outside {folder}")
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from antransformer.errors import ConfigError
 from antransformer.extras import require
+from antransformer.files import require_file
 
 MAGIC = b"GGUF"
 # What the reader of the gguf package raises on damaged headers.
@@ -19,6 +20,7 @@ def check_gguf(file: Path) -> None:
     """
     gguf = require("gguf", "serve")
     try:
+        require_file(file)
         with file.open("rb") as stream:
             magic = stream.read(len(MAGIC))
     except OSError as error:

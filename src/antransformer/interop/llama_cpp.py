@@ -16,7 +16,9 @@ HOST = "127.0.0.1"
 MOST_CANDIDATES = 1000  # log-probabilities in one answer
 
 
-def start_server(file: Path, port: int = 0, exact: bool = False, threads: int | None = None) -> Any:
+def start_server(
+    file: Path, port: int = 0, exact: bool = False, threads: int | None = None, name: str | None = None
+) -> Any:
     """Load a GGUF file and serve it on 127.0.0.1.
 
     Args:
@@ -24,6 +26,7 @@ def start_server(file: Path, port: int = 0, exact: bool = False, threads: int | 
         port: port; 0 chooses a free one.
         exact: compute attention in float32, with keys and values in float32, on one CPU thread.
         threads: number of CPU threads; with None and not ``exact``, llama.cpp chooses.
+        name: id of the model in requests and answers; None for the name of the file without its ending.
 
     Raises:
         MissingExtraError: xllamacpp is not installed.
@@ -32,6 +35,7 @@ def start_server(file: Path, port: int = 0, exact: bool = False, threads: int | 
     xllamacpp = require("xllamacpp", "serve")
     params = xllamacpp.CommonParams()
     params.model.path = str(file)
+    params.model_alias = {name or file.stem}  # without it, the id is the whole path
     params.hostnames = [HOST]
     params.port, params.verbosity, params.warmup = port, -1, False
     if exact:

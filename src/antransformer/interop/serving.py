@@ -13,6 +13,7 @@ from antransformer.interop.export import export
 from antransformer.interop.gguf_check import check_gguf
 from antransformer.interop.llama_cpp import HOST, start_server
 from antransformer.training.checkpointing.checkpoint import Checkpoint
+from antransformer.training.run_folder import run_folder_of
 
 
 def check_port(port: int) -> None:
@@ -39,13 +40,13 @@ def serve_checkpoint(checkpoint: Checkpoint, tokenizer: Tokenizer, dtype: str, p
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.gguf"
         export(checkpoint, tokenizer, file, dtype, format="gguf")
-        with serve_file(file, port) as address:
+        with serve_file(file, port, run_folder_of(checkpoint).name) as address:
             yield address
 
 
 @contextlib.contextmanager
-def serve_file(file: Path, port: int) -> Iterator[str]:
-    """Serve a GGUF file; yields the address. The server ends with the context.
+def serve_file(file: Path, port: int, name: str | None = None) -> Iterator[str]:
+    """Serve a GGUF file under a name, by default its own; yields the address. The server ends with the context.
 
     Raises:
         MissingExtraError: xllamacpp is not installed.
@@ -55,7 +56,7 @@ def serve_file(file: Path, port: int) -> Iterator[str]:
     require("xllamacpp", "serve")
     check_port(port)
     check_gguf(file)
-    server = start_server(file, port)
+    server = start_server(file, port, name=name)
     try:
         yield server.listening_address
     finally:

@@ -91,7 +91,8 @@ def export_gguf(checkpoint: Checkpoint, tokenizer: Tokenizer, file: Path, dtype:
         verification.require_accurate(dtype == "f32")
         partial.replace(file)
     except OSError as error:
-        raise MachineError(f"{file} cannot be written: {error.strerror or error}") from error
+        # Of a full disk numpy reports only the numbers of bytes.
+        raise MachineError(f"{file} cannot be written: {error.strerror or f'is the disk full? {error}'}") from error
     finally:
         partial.unlink(missing_ok=True)
     return verification
