@@ -387,7 +387,12 @@ def test_wrong_options_and_files_are_refused(run, tmp_path, capsys, monkeypatch)
     assert mentions(wrong(capsys, *words, "--task-data=nowhere", "--tasks=piqa"), "--task-data", "nowhere")
     write(tmp_path, {"piqa_val.jsonl": PIQA, "piqa/valid.jsonl": PIQA})
     assert mentions(wrong(capsys, *local, "--tasks=piqa"), str(tmp_path), "piqa", "piqa_val.jsonl", "piqa/valid.jsonl")
-    for content, reason in ((b"\n", []), (b"ab\xff", ["UTF-8"]), (None, [os.strerror(errno.ENOENT)])):
+    for content, reason in (
+        (b"\n", []),
+        (b"ab\xff", ["UTF-8"]),
+        (b"%PDF-1.7", ["PDF"]),
+        (None, [os.strerror(errno.ENOENT)]),
+    ):
         text = tmp_path / "text"
         text.unlink(missing_ok=True)
         if content is not None:
