@@ -57,6 +57,19 @@ def test_the_time_left_excludes_what_an_earlier_session_did(clock):
     assert mentions(lines[0], 91, 100, 2)  # minutes, for nine steps of ten seconds
 
 
+def test_a_restart_forgets_the_speed_before_it(clock):
+    lines = []
+    work = pace.Pace("training", "steps", lines.append)
+    for second, done in ((0, 0), (2, 1)):  # a busy machine, on which 100 steps would take 200 seconds
+        clock[0] = second
+        work(done, 100)
+    work.restart()
+    for second in range(3, 8):
+        clock[0] = second
+        work((second - 2) * 10, 100)
+    assert len(lines) == 1 and mentions(lines[0], 40, 100, 6)
+
+
 @pytest.mark.parametrize(
     ("seconds", "number"), [(0, 1), (12.1, 13), (89, 89), (91, 2), (5399, 90), (5400, 1.5), (36_000, 10.0)]
 )

@@ -12,6 +12,7 @@ PACKAGE = Path(antransformer.__file__).parent
 # From the bottom to the top: a file imports only from its own floor and from floors before it.
 FLOORS = [
     "version",
+    "wording",
     "errors",
     "settings",
     "extras",

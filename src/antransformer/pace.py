@@ -6,6 +6,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+from antransformer.wording import counted
+
 ESTIMATE_SECONDS = 3.0  # of work before the first estimate
 LINE_SECONDS = 30.0  # between two lines
 
@@ -38,6 +40,12 @@ class Pace:
         left = format_duration(elapsed * (total - done) / advanced)
         self.log(f"{self.name}: {done:,.0f}/{total:,.0f} {self.unit}, {left} left")
 
+    def restart(self) -> None:
+        """Measure the speed from the next call on."""
+        if self.start is not None:
+            self.next_line = max(ESTIMATE_SECONDS, self.next_line - (time.monotonic() - self.start[0]))
+            self.start = None
+
     def defer(self) -> None:
         """Count a line that was printed elsewhere: the next one is due half a minute after it."""
         if self.start is not None:
@@ -67,5 +75,5 @@ def heartbeat(text: str, log: Callable[[str], None]) -> Iterator[None]:
 def format_duration(seconds: float) -> str:
     """Return a rounded duration in words, such as ``about 3 minutes``."""
     if seconds < 90:
-        return f"about {max(1, math.ceil(seconds))} seconds"
+        return f"about {counted(max(1, math.ceil(seconds)), 'second')}"
     return f"about {math.ceil(seconds / 60)} minutes" if seconds < 5400 else f"about {seconds / 3600:.1f} hours"

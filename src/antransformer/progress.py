@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from antransformer.data.dataset import Dataset
 from antransformer.data.stdlib import is_prepared, open_data
 from antransformer.pace import Pace
+from antransformer.wording import counted
 
 if TYPE_CHECKING:
     from antransformer.runs.queue import RunResult
@@ -110,8 +111,9 @@ class TrainingProgress(LiveDisplay):
             self.pace.defer()
 
     def log(self, text: str) -> None:
-        """Print a message of the trainer on a line of its own."""
+        """Print a message of the trainer, which may announce another speed, on a line of its own."""
         self.print_line(text)
+        self.pace.restart()
 
 
 class ExperimentProgress(LiveDisplay):
@@ -136,12 +138,12 @@ class ExperimentProgress(LiveDisplay):
         self.tokens += tokens
         self.runs += runs
         self.bar.update(self.task, total=self.tokens)
-        self.print_line(f"{self.name}: {self.runs} runs, {self.tokens / 1e6:,.1f}M tokens", self._elapsed())
+        self.print_line(f"{self.name}: {counted(self.runs, 'run')}, {self.tokens / 1e6:,.1f}M tokens", self._elapsed())
 
     def advance(self, tokens: int) -> None:
         """Add tokens that were trained on."""
         self.trained += tokens
-        self.bar.update(self.task, completed=self.trained, numbers=f"{self.ended}/{self.runs} runs")
+        self.bar.update(self.task, completed=self.trained, numbers=f"{self.ended}/{counted(self.runs, 'run')}")
         if not self.console.is_terminal:
             self.pace(self.trained, self.tokens)
 
@@ -151,7 +153,7 @@ class ExperimentProgress(LiveDisplay):
         loss = "diverged" if math.isinf(result.loss) else f"loss {result.loss:.4f}"
         mark = "  (done before)" if cached else ""
         self.print_line(f"{self.ended}/{self.runs}  {result.name}  {loss}{mark}", self._elapsed())
-        self.bar.update(self.task, numbers=f"{self.ended}/{self.runs} runs")
+        self.bar.update(self.task, numbers=f"{self.ended}/{counted(self.runs, 'run')}")
 
     def _print_pace(self, text: str) -> None:
         self.print_line(text, self._elapsed())
@@ -161,7 +163,10 @@ class ExperimentProgress(LiveDisplay):
 
 
 class EvaluationProgress(LiveDisplay):
-    """Display of an evaluation on standard error: a bar over the texts of a task, or plain lines."""
+    """Display of an evaluation on standard error: a bar over the sequences that the model reads, or plain lines.
+
+    An item of a task is several sequences: its answers, or the windows of a document.
+    """
 
     def __init__(self, enabled: bool = True) -> None:
         self.enabled = enabled
@@ -170,19 +175,19 @@ class EvaluationProgress(LiveDisplay):
         self.bar = new_bar("{task.description}", self.console, enabled, transient=True)
         self.task = self.bar.add_task("", total=None, numbers="")
         self.start_time = time.monotonic()
-        self.pace = Pace("", "texts", self._print)
+        self.pace = Pace("", "sequences", self._print)
 
     def __call__(self, name: str, done: int, total: int) -> None:
-        """Show how many of a task's texts are scored; a total of 0 means that the task is loading."""
-        numbers = f"{done:,}/{total:,} texts" if total else "loading"
+        """Show how many of a task's sequences are scored; a total of 0 means that the task is loading."""
+        numbers = f"{done:,}/{counted(total, 'sequence')}" if total else "loading"
         self.bar.update(self.task, description=name, completed=done, total=total or None, numbers=numbers)
         if not self.enabled or not total:
             return
         if self.pace.name != name:
-            self.pace = Pace(name, "texts", self._print, repeat=self.bar.disable)
+            self.pace = Pace(name, "sequences", self._print, repeat=self.bar.disable)
         self.pace(done, total)
         if self.bar.disable and done >= total:
-            self._print(f"{name}  {total:,} texts")
+            self._print(f"{name}  scored")
 
     def _print(self, text: str) -> None:
         line = f"[{_duration(time.monotonic() - self.start_time)}] {text}"
@@ -216,7 +221,7 @@ class PrepareProgress(DataProgress):
 
     def __call__(self, done_bytes: int, total_bytes: int, documents: int, tokens: int) -> None:
         """Show the totals after a batch of documents."""
-        numbers = f"{done_bytes / 1e6:,.0f} MB  {documents:,} documents  {tokens / 1e6:,.1f}M tokens"
+        numbers = f"{done_bytes / 1e6:,.0f} MB  {counted(documents, 'document')}  {tokens / 1e6:,.1f}M tokens"
         self.show(done_bytes, total_bytes, numbers)
 
 

@@ -43,6 +43,7 @@ def test_bash_completes_verbs_options_and_values(complete, tmp_path):
     assert complete("train", "--architecture", "") >= set(BUILT_IN)
     assert complete("train", "--tokens", "1M", "--recipe", "p") == {"paper"}
     assert complete("bench", "st") == {"step"}
+    assert complete("export", "--format", "g") == {"gguf"} and complete("serve", "--dtype", "q") == {"q4_0", "q8_0"}
     (tmp_path / "runs").mkdir()
     (tmp_path / "a file.yaml").touch()
     assert complete("generate", "--checkpoint", "r", folder=tmp_path) == {"runs"}

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from antransformer.cli import main
 from antransformer.training.config import resolve_config
 from antransformer.training.launch import law_note
 from antransformer.training.lock import lock
+from antransformer.training.metrics import read_metrics
 from antransformer.training.profiling import report
 from helpers.commands import TEN_STEPS, refused, write_documents
 from helpers.messages import mentions
@@ -50,6 +52,20 @@ def test_profile_writes_a_trace_and_prints_the_ten_most_expensive_operations(tmp
     assert main([*words[:4], str(tmp_path / "short"), *TEN_STEPS, "--tokens=1024", "--profile"]) == 2
     assert mentions(capsys.readouterr().err, *["--profile", "5", "8", "4"])
     assert not (tmp_path / "short").exists()
+
+
+def test_a_finished_run_tells_how_to_train_longer(corpus, tmp_path, capsys):
+    folder = tmp_path / "run"
+    words = ["train", "--data", str(corpus), "--out", str(folder), *TEN_STEPS, "--schedule=wsd", "--decay-fraction=0.2"]
+    assert main(words) == 0
+    result = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("validation loss"))
+    assert main(["train", "--out", str(folder), "--resume"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("validation loss")] == [result]
+    [advice] = [line for line in lines if "--rewarm" in line]
+    command = shlex.split(advice[advice.index("antransformer train") :])[1:]
+    assert mentions(advice, folder, 10) and main([*command, "--log-every=10"]) == 0
+    assert read_metrics(folder / "metrics.jsonl")[-1]["step"] == 20
 
 
 def test_default_run_folders_are_numbered(corpus, tmp_path, monkeypatch):
@@ -205,7 +221,7 @@ def test_out_of_memory_is_status_1(corpus, tmp_path, capsys):
         *TEN_STEPS,
         "--model.vocab-size=2000000000",
     ]
-    assert main([*words, "--model.width=64000", "--lr=1e-3", "--muon-lr=1e-2"]) == 1
+    assert main([*words, "--model.width=64000", "--lr=1e-3", "--muon-lr=1e-2", "--micro-batch-size=1"]) == 1
     assert mentions(capsys.readouterr().err, "--micro-batch-size", "--batch-tokens")
     assert not (tmp_path / "run").exists()
 

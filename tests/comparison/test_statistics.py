@@ -82,6 +82,15 @@ def test_one_seed_has_no_interval_and_no_test():
     assert difference.mean == pytest.approx(-0.1) and math.isnan(difference.p) and not difference.significant
 
 
+def test_two_seeds_of_one_variant_are_too_few_for_a_test():
+    baseline, variant = np.array([3.1, 3.0]), np.array([2.9, 2.85])
+    (pooled,) = pooled_differences(baseline, [variant])
+    for difference in (paired_difference(baseline, variant), pooled):
+        assert difference.mean == pytest.approx(-0.175) and np.isnan([difference.low, difference.p]).all()
+    several = pooled_differences(baseline, [variant, variant + np.array([0.1, 0.08])])
+    assert all(0 < difference.p < 1 for difference in several)
+
+
 def test_paired_difference_is_the_paired_t_test():
     baseline, variant = np.array([3.10, 3.00, 3.25]), np.array([2.95, 2.90, 3.05])
     difference = paired_difference(baseline, variant)

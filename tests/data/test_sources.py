@@ -277,6 +277,8 @@ def test_inputs_that_are_not_text_are_refused(tmp_path: Path) -> None:
     assert refusal() != refusal("")  # no input, and an empty name
     for binary in (write(tmp_path / "model.bin", bytes(range(256))), write(tmp_path / "nul.txt", "a\0b")):
         assert mentions(refusal(binary), *f"{binary} UTF-8".split())
+    ascii_pdf = write(tmp_path / "paper.pdf", "%PDF-1.7\n1 0 obj\n")
+    assert mentions(refusal(ascii_pdf), ascii_pdf, "PDF")
     folder = write(tmp_path / "folder" / "latin.txt", "é".encode("latin-1")).parent
     assert mentions(refusal(folder), *f"{folder} 1 UTF-8 latin.txt".split())
     assert mentions(refusal("/dev/null"), "/dev/null")

@@ -68,10 +68,11 @@ def blocks(page: Path) -> list[Block]:
 
 
 def command_lines(text: str) -> list[list[str]]:
-    """Words of each command of a shell block, without comments and variables in front."""
+    """Words of each command of a shell block, without comments, variables in front, and redirections."""
     lines = re.sub(r"\\\n", " ", text).splitlines()
     found = [shlex.split(line, comments=True) for line in lines]
-    return [without_variables(words) for words in found if words]
+    commands = [without_variables(words) for words in found if words]
+    return [words[: words.index(">")] if ">" in words else words for words in commands]
 
 
 def without_variables(words: list[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """Perplexity on plain text: against single windows of the unfolded model, and against lm_eval."""
 
+import gzip
 import json
 import math
 import re
@@ -19,6 +20,7 @@ from antransformer.interop import evaluate as with_lm_eval
 from antransformer.training.run_folder import open_checkpoint
 from helpers.commands import refused
 from helpers.exported import make_run
+from helpers.messages import mentions
 
 END, CONTEXT = 256, 48
 # Longer than a window, shorter, exactly one window, of one token, and one long word of equal windows.
@@ -104,6 +106,23 @@ def test_text_is_scored_without_lm_eval(tmp_path, book, options):
     assert values["byte_perplexity"] == pytest.approx(math.exp(loss / size))
     assert values["word_perplexity"] == pytest.approx(math.exp(loss / words))
     assert [score["items"] for score in result["scores"]] == [2, 2, 2]
+
+
+def test_documents_are_read_as_by_prepare(run, book, tmp_path, capsys):
+    lines = "".join(json.dumps({"body": text}) + "\n" for text in DOCUMENTS)
+    (tmp_path / "lines.jsonl").write_text(lines)
+    (tmp_path / "lines.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "book.txt.gz").write_bytes(gzip.compress(book.read_bytes()))
+    files = [book, *sorted(tmp_path.iterdir())]
+    words = ["evaluate", "--checkpoint", run, "--device=cpu", "--out", tmp_path / "scores.json", "--text", *files]
+    assert mentions(refused(words, capsys), "lines.jsonl", "body", "--text-field")
+    assert main([*map(str, words), "--text-field=body"]) == 0
+    results = json.loads((tmp_path / "scores.json").read_text())["results"]
+    scores = [[(score["value"], score["items"]) for score in result["scores"]] for result in results]
+    assert len(scores) == 4 and all(score == scores[0] for score in scores)
+    captured = capsys.readouterr()
+    assert "items" in captured.out and "error" not in captured.out  # a perplexity has no standard error
+    assert str(results[0]["texts"]) not in captured.err.split()  # windows, which the table does not count
 
 
 def test_a_word_perplexity_that_overflows_has_no_value(run, tmp_path):

@@ -406,7 +406,7 @@ def test_an_outdated_transformers_can_still_be_imported(tmp_path):
 def test_wrong_exports_are_refused(tmp_path, capsys, monkeypatch):
     make_run(tmp_path / "run")
     words = ["export", "--checkpoint", tmp_path / "run", "--out", tmp_path / "hf"]
-    assert mentions(refused([*words, "--max-shard-size", "big"], capsys), "max-shard-size", "big", "5GB")
+    assert mentions(refused([*words, "--max-shard-size", "big"], capsys), "max_shard_size", "big", "5GB")
     assert mentions(refused([*words, "--dtype", "int8"], capsys), "--dtype", "int8", "bfloat16")
     assert mentions(refused(["export", "--checkpoint", "nowhere", *words[3:]], capsys), "nowhere")
     file = tmp_path / "run/config.yaml"

@@ -83,7 +83,8 @@ def test_export_import_and_training_from_it(corpus, tmp_path, monkeypatch, capsy
         assert main(["export", "--checkpoint", f"runs/{name}", "--out", out]) == 0
         pages.append((tmp_path / out / "README.md").read_text())
     imported, trained = pages
-    assert has_row(trained, "runs/back") and has_row(trained, str(corpus)) and has_row(trained, "5,120", "20", "256")
+    assert has_row(trained, "back") and has_row(trained, corpus.name) and has_row(trained, "5,120", "20", "256")
+    assert str(tmp_path) not in trained and str(corpus) not in trained
     assert not has_row(imported, "runs/back") and not has_row(imported, str(corpus))
     assert len(rows(imported)) < len(rows(trained)) - 5  # the training settings are unknown
 
@@ -121,6 +122,8 @@ def test_broken_folders_are_not_imported(folder, tmp_path, capsys):
     assert mentions(other_shape, source)
     for name in ("model.safetensors", "tokenizer.json"):
         assert mentions(error_after(name, lambda text: "{}"), f"{source}/{name}")
+    (tmp_path / "hf/tokenizer.json").unlink()
+    assert mentions(refused(words, capsys), source, "tokenizer.json") and "save_pretrained" in refused(words, capsys)
     assert not (tmp_path / "run").exists()
     (tmp_path / "run").mkdir()
     (tmp_path / "run/notes").touch()

@@ -27,7 +27,7 @@ def test_the_card_describes_the_training(tmp_path):
     for parts in (
         ("2505.22014",),  # the paper of the architecture
         ("64", "3", "4", "16", "48"),
-        ("data/mine",),
+        ("mine",),
         ("3,840", "20", "192"),
         ("0.012", "0.017", "0.024", "1%", "9,600"),
         ("2.7500",),

@@ -21,6 +21,7 @@ from antransformer.errors import CheckpointError, ConfigError, MachineError, Mis
 from antransformer.inference import fold, generate
 from antransformer.interop import exaone4, gguf_writer, stock_export, verification
 from antransformer.interop.export import export
+from antransformer.interop.formats import GGUF_DTYPES
 from antransformer.interop.gguf_tokenizer import LLAMA3_PATTERN, gguf_tokenizer
 from antransformer.interop.llama_cpp import complete, start_server, tokenize
 from antransformer.interop.stock_weights import StockModel
@@ -167,7 +168,7 @@ def llama_cpp():
 def test_llama_cpp_computes_the_same_function(trained, tmp_path, llama_cpp, architecture, rotary_fraction):
     run = trained(architecture, rotary_fraction)
     checks = {}
-    for dtype in gguf_writer.DTYPES:
+    for dtype in GGUF_DTYPES:
         file = tmp_path / f"{dtype}.gguf"
         antransformer.export(
             run, file, format="gguf", dtype=dtype, on_check=lambda check, dtype=dtype: checks.update({dtype: check})
@@ -355,7 +356,7 @@ def test_wrong_exports_are_refused(tmp_path, capsys, monkeypatch):
     assert mentions(line("angpt", *gguf, out="missing/out.gguf"), "missing")
     assert mentions(line("angpt", *gguf, "--dtype", "float32", out="out.gguf"), "float32", "f32", "q8_0")
     assert mentions(line("angpt", "--format", "exaone4", "--dtype", "q8_0"), "q8_0", "bfloat16")
-    assert mentions(line("angpt", *gguf, "--max-shard-size", "5GB", out="out.gguf"), "--max-shard-size")
+    assert mentions(line("angpt", *gguf, "--max-shard-size", "5GB", out="out.gguf"), "max_shard_size")
     (tmp_path / "taken.gguf").touch()
     assert mentions(line("angpt", *gguf, out="taken.gguf"), "taken.gguf", "--out")
     (tmp_path / "taken.gguf").unlink()
@@ -475,7 +476,7 @@ def test_serve_answers_and_removes_its_file(trained, llama_cpp, monkeypatch, tmp
 def test_wrong_servers_are_refused(tmp_path, capsys, monkeypatch, llama_cpp):
     make_run(tmp_path / "run", "ngpt")
     (tmp_path / "text.gguf").write_text("no")
-    assert mentions(refused(["serve"], capsys), "--checkpoint", "--gguf")
+    assert mentions(refused(["serve"], capsys), "checkpoint", "gguf")
     assert mentions(refused(["serve", "--gguf", tmp_path / "text.gguf", "--port", 0], capsys), "text.gguf")
     assert mentions(refused(["serve", "--checkpoint", tmp_path / "run", "--port", 0], capsys), "ngpt", "native")
     assert mentions(refused(["serve", "--checkpoint", tmp_path / "run", "--port", 99999], capsys), "--port", 99999)

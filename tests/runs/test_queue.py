@@ -17,6 +17,7 @@ import torch
 from antransformer.cli import main
 from antransformer.data import Dataset
 from antransformer.errors import ConfigError, DataError, MachineError
+from antransformer.runs import queue
 from antransformer.runs.queue import Job, RunQueue, available_cores, default_devices
 from antransformer.training.checkpointing import checkpoint
 from antransformer.training.config import resolve_config
@@ -214,6 +215,13 @@ def test_the_error_of_a_killed_worker_names_the_run_which_then_resumes(corpus, t
         assert main(comparison(corpus, tmp_path, "40K")) == 0
     steps = [line["step"] for line in read_metrics(folder / "metrics.jsonl")]
     assert steps == sorted(set(steps)) and steps[-1] == 40_000 // 256
+
+
+def test_workers_share_the_cores_up_to_the_number_that_the_user_chose(monkeypatch):
+    monkeypatch.setattr(queue, "available_cores", lambda: 8)
+    for variable, threads in (("", [8, 2, 1]), ("3", [3, 2, 1]), ("16", [8, 2, 1])):
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+        assert [queue.threads_per_worker(workers) for workers in (1, 4, 9)] == threads
 
 
 def test_default_devices_are_one_per_core_or_the_requested_number():

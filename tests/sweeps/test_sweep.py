@@ -332,16 +332,16 @@ def test_a_long_sweep_needs_yes(corpus, tmp_path, capsys, monkeypatch):
     [
         (["--architectures", "angtp"], ["'angtp'", "angpt"]),
         (["--sizes", "tiny"], ["'tiny'"]),
-        (["--widths", "64", "64"], ["--widths", "64 64"]),
-        (["--widths", "64", "--sizes", "pico", "nano"], ["--widths", "--sizes"]),
+        (["--widths", "64", "64"], ["widths", "64 64"]),
+        (["--widths", "64", "--sizes", "pico", "nano"], ["widths", "sizes"]),
         (["--widths", "40"], ["width", "40", "head_dim", "16"]),
-        (["--widths", "wide"], ["--widths", "'wide'"]),
-        (["--batch-tokens", "0"], ["--batch-tokens", " 0"]),
-        (["--batch-tokens", "1M", "--tokens", "1K"], ["nano", "1,000", "--batch-tokens"]),
+        (["--widths", "wide"], ["widths", "'wide'"]),
+        (["--batch-tokens", "0"], ["batch_tokens", " 0"]),
+        (["--batch-tokens", "1M", "--tokens", "1K"], ["nano", "1,000", "batch_tokens"]),
         (["--tokens", "1K", "1010", "--batch-tokens", "256"], ["nano", "256"]),
-        (["--tokens", "1K", "--tokens-per-param", "5"], ["--tokens ", "--tokens-per-param"]),
-        (["--lrs", "fast"], ["--lrs", "'fast'"]),
-        (["--lrs", "1e-3", "--lr-trials", "3"], ["--lr-trials", "--lrs"]),
+        (["--tokens", "1K", "--tokens-per-param", "5"], ["tokens ", "tokens_per_param"]),
+        (["--lrs", "fast"], ["lrs", "'fast'"]),
+        (["--lrs", "1e-3", "--lr-trials", "3"], ["lr_trials", "lrs"]),
         (["--data", "nowhere"], ["nowhere"]),
         (["--devices", "tpu"], ["'tpu'"]),
         (["--lr", "1"], ["--lr"]),
@@ -364,7 +364,7 @@ def test_the_folder_of_a_comparison_is_refused(corpus, tmp_path, capsys):
 
 def test_the_plan_refuses_values_that_round_to_the_same(corpus):
     assert set(sweeper(corpus, lrs=[1.0003e-3, 1.0004e-3]).plan.grids.values()) == {(1.0003e-3, 1.0004e-3)}
-    with pytest.raises(ConfigError, match=r"--lrs .*0\.0010000003 0\.0010000004"):
+    with pytest.raises(ConfigError, match=r"lrs .*0\.0010000003 0\.0010000004"):
         sweeper(corpus, lrs=[1.0000003e-3, 1.0000004e-3])
-    with pytest.raises(ConfigError, match=r"--batch-tokens .*512 513"):
+    with pytest.raises(ConfigError, match=r"batch_tokens .*512 513"):
         sweeper(corpus, batches=[512, 513])

@@ -122,7 +122,7 @@ def test_run_without_a_checkpoint_is_extended_but_not_rewarmed(corpus, tmp_path)
     run_until(start(corpus, tmp_path / "run", tokens=STEP * 10), 3)
     with pytest.raises(CheckpointError) as error:
         extend(tmp_path / "run", 12, rewarm=0.5)
-    assert mentions(error.value, tmp_path / "run", "--rewarm")
+    assert mentions(error.value, tmp_path / "run", "rewarm")
     start(corpus, tmp_path / "long", tokens=STEP * 12).run()
     extend(tmp_path / "run", 12)
     assert weights(tmp_path / "run", 12) == weights(tmp_path / "long", 12)
@@ -221,17 +221,17 @@ def test_lengthened_config_without_an_extension_is_refused(corpus, tmp_path):
 @pytest.mark.parametrize(
     ("steps", "options", "facts"),
     [
-        (20, {}, ["--rewarm", "--out", 10]),
-        (9, {}, ["--tokens", "--out", 2304, 2560]),
-        (10.5, {}, ["--tokens", 2688, 2816]),
-        (20, {"rewarm": 0}, ["--rewarm", 0]),
-        (20, {"rewarm": 1}, ["--rewarm", 1]),
-        (20, {"rewarm": math.nan}, ["--rewarm", "nan"]),
-        (20, {"rewarm": "much"}, ["--rewarm", "much"]),
-        (20, {"rewarm": 0.8}, ["--rewarm", "decay_fraction", 0.8, 0.5]),
+        (20, {}, ["rewarm", "--out", 10]),
+        (9, {}, ["tokens", "--out", 2304, 2560]),
+        (10.5, {}, ["tokens", 2688, 2816]),
+        (20, {"rewarm": 0}, ["rewarm", 0]),
+        (20, {"rewarm": 1}, ["rewarm", 1]),
+        (20, {"rewarm": math.nan}, ["rewarm", "nan"]),
+        (20, {"rewarm": "much"}, ["rewarm", "much"]),
+        (20, {"rewarm": 0.8}, ["rewarm", "decay_fraction", 0.8, 0.5]),
         (20, {"rewarm": 0.2, "lr": 1}, ["lr", 0.01, "1.0"]),
-        (10, {"rewarm": 0.2}, ["--rewarm", "--tokens", 2560]),
-        (20, {"rewarm": 0.2, "resume": False}, ["--rewarm", "--resume"]),
+        (10, {"rewarm": 0.2}, ["rewarm", "tokens", 2560]),
+        (20, {"rewarm": 0.2, "resume": False}, ["rewarm", "--resume"]),
     ],
 )
 def test_wrong_extension_is_refused_and_changes_nothing(finished, steps, options, facts):

@@ -100,7 +100,7 @@ def test_nan_loss_stops_the_run(corpus, tmp_path, monkeypatch):
     with pytest.raises(DivergedError) as error:
         trainer.run()
     good = f"{tmp_path}/run/checkpoints/step-00000010"
-    assert mentions(error.value, "loss", "nan", 14, good, "--lr", "--seed")
+    assert mentions(error.value, "loss", "nan", 14, good, "lr", "seed")
     assert checkpoint.read(tmp_path / "run/checkpoints/step-00000010").step == 10
     assert max(losses(tmp_path / "run")) <= 12
 

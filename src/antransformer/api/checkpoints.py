@@ -10,6 +10,7 @@ from pathlib import Path
 
 from antransformer.comparison.summary import summary
 from antransformer.data import Tokenizer
+from antransformer.data.readers import TEXT_FIELD
 from antransformer.errors import ConfigError
 from antransformer.files import check_json_target, replace_text
 from antransformer.inference.folding import folded_where_possible
@@ -148,14 +149,14 @@ def serve(
         CheckpointError, MachineError, MissingExtraError: as in ``export``.
     """
     if gguf and dtype:
-        raise ConfigError(f"--dtype {dtype} belongs to --checkpoint: the weights in {gguf} have a data type already")
+        raise ConfigError(f"dtype {dtype} belongs to a checkpoint: the weights in {gguf} have a data type already")
     if gguf and not checkpoint:
         server = serving.serve_file(Path(gguf), port)
     elif checkpoint and not gguf:
         source, tokenizer = open_checkpoint(Path(checkpoint), LOG.warning)
         server = serving.serve_checkpoint(source, tokenizer, dtype or "f32", port)
     else:
-        raise ConfigError("give either --checkpoint or --gguf")
+        raise ConfigError("give either checkpoint or gguf")
     with server as address:
         yield address
 
@@ -186,6 +187,7 @@ def evaluate(
     tasks: Sequence[str] = (),
     task_data: str | Path | None = None,
     texts: Sequence[str | Path] = (),
+    text_field: str = TEXT_FIELD,
     batch_size: int = lm_eval.BATCH_SIZE,
     limit: int | None = None,
     device: str = "auto",
@@ -198,7 +200,8 @@ def evaluate(
         checkpoint: run folder, or one checkpoint.
         tasks: names of lm_eval tasks.
         task_data: folder with the files of the tasks; None downloads them from the Hugging Face hub.
-        texts: UTF-8 text files.
+        texts: files of UTF-8 text, JSON lines or parquet, as ``prepare`` reads them.
+        text_field: field of JSON lines or column of parquet that holds the text.
         batch_size: texts per forward pass; fewer where a text file is scored on a CPU, which is faster.
         limit: maximum number of items per task, and of documents per file.
         device: device of the model.
@@ -214,14 +217,14 @@ def evaluate(
     path = Path(out) if out else run_folder_of(source) / EVALUATION_FILE
     check_json_target("--out", path, lambda content: "results" in content)
     if not tasks and not texts:
-        raise ConfigError("nothing to evaluate: give --tasks or --text")
+        raise ConfigError("nothing to evaluate: give tasks or texts (--tasks, --text)")
     for name, number in (("batch_size", batch_size), ("limit", limit)):
         if number is not None and number < 1:
             raise ConfigError(f"{name} must be at least 1, got {number}")
     if task_data is not None and not tasks:
-        raise ConfigError(f"--task-data {task_data} belongs to --tasks, and none is given: omit it, or name the tasks")
+        raise ConfigError(f"task_data {task_data} belongs to tasks, and none is given: omit it, or name the tasks")
     # All files are read before anything is scored: a missing one must not surface after hours.
-    read = {str(name): [row["text"] for row in documents(Path(name))][:limit] for name in texts}
+    read = {str(name): [row["text"] for row in documents(Path(name), text_field)][:limit] for name in texts}
     place, results = choose_device(device), []
     with EvaluationProgress(enabled=progress) as display:
         if tasks:

@@ -69,19 +69,19 @@ def compare(
     """
     shared = _shared_settings(settings, quick)
     if tokens is not None and budgets:
-        raise ConfigError("--tokens and --budgets exclude each other: give one of them")
+        raise ConfigError("tokens and budgets exclude each other: give one of them")
     if quick and tokens is None and not budgets:
         budgets = comparisons.QUICK_BUDGETS
     tuning_trials = tuning_trials or 3
     planned = comparisons.plan(
         shared,
         architectures,
-        comparisons.budgets_of(convert(tokens or "8M", Count, "--tokens"), budgets),
+        comparisons.budgets_of(convert(tokens or "8M", Count, "tokens"), budgets),
         tuning_trials > 1 if separate_rates is None else separate_rates,
         seeds=seeds,
         lr_trials=lr_trials,
         tuning_trials=tuning_trials,
-        trial_tokens=convert(trial_tokens, Count, "--trial-tokens"),
+        trial_tokens=convert(trial_tokens, Count, "trial_tokens"),
     )
     return _run_experiment(planned, Path(out), devices, workers, progress)
 
@@ -118,14 +118,14 @@ def ablate(
     Raises:
         ConfigError, DataError, RunStoppedError, MachineError: as in ``compare``.
     """
-    length = convert(tokens or ("500K" if quick else "1M"), Count, "--tokens")
+    length = convert(tokens or ("500K" if quick else "1M"), Count, "tokens")
     planned = ablations.plan(
         _shared_settings(settings, quick),
         only,
         comparisons.budgets_of(length, [length]),
         seeds=seeds,
         lr_trials=lr_trials,
-        trial_tokens=convert(trial_tokens, Count, "--trial-tokens"),
+        trial_tokens=convert(trial_tokens, Count, "trial_tokens"),
     )
     return _run_experiment(planned, Path(out), devices, workers, progress)
 

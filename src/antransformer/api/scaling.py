@@ -95,7 +95,7 @@ def sweep(
         if max_hours is not None and expected.hours[1] > max_hours:
             raise ConfigError(
                 f"this takes up to {expected.hours[1]:.1f} hours on this machine, more than {max_hours:g}: "
-                "add --yes, or raise max_hours, to start it"
+                "raise max_hours to start it (--yes)"
             )
     with lock(folder):
         with display:

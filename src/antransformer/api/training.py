@@ -48,7 +48,7 @@ def prepare(
     with PrepareProgress(Path(out).name, enabled=progress) as display:
         if tokenized:
             if bpe_vocab_size is not None or text_field != TEXT_FIELD:
-                raise ConfigError("--bpe-vocab-size and --text-field are for text, not with --tokenized: omit them")
+                raise ConfigError("bpe_vocab_size and text_field are for text, not with tokenized: omit them")
             return prepare_tokenized(
                 [inputs] if isinstance(inputs, str | Path) else tuple(inputs),
                 out,

@@ -12,6 +12,7 @@ from antransformer.benchmarks.timing import Benchmark, alternate, make_rows
 from antransformer.benchmarks.train_step import StepSettings, make_step
 from antransformer.errors import ConfigError
 from antransformer.training.threads import ThreadWatch
+from antransformer.wording import counted
 
 FIXED, ADAPTED = "fixed threads", "adapted threads"
 BUSY = "while True: pass"
@@ -38,7 +39,10 @@ def bench_busy(settings: StepSettings, processes: int, log: Callable[[str], None
     step()
     steps = max(1, round(SECONDS / (time.perf_counter() - started)))
     tokens = steps * settings.batch * settings.model.context
-    log(f"{settings.rounds} rounds of {steps:,} steps for each variant, alone and next to {processes} busy processes")
+    log(
+        f"{counted(settings.rounds, 'round')} of {counted(steps, 'step')} for each variant, alone and next to "
+        f"{counted(processes, 'busy process', 'busy processes')}"
+    )
 
     def run(adapted: bool, others: int) -> dict[str, float]:
         with busy_processes(others), ThreadWatch(settings.device, log) if adapted else nullcontext() as watch:

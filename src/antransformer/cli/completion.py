@@ -1,6 +1,7 @@
 """Print a script with which a shell completes verbs, options and values.
 
-The script is static, so Tab starts no Python. Print it again after an update of the package.
+The script is static, so Tab starts no Python. Print it again after an update of the package. Create its folder first
+(mkdir -p).
 
 examples:
   antransformer completion bash > ~/.local/share/bash-completion/completions/antransformer

@@ -32,6 +32,7 @@ from rich.console import Console
 import antransformer
 from antransformer.cli.options import Parser, add_checkpoint_argument, add_device_argument, number
 from antransformer.cli.tables import new_table
+from antransformer.wording import counted
 
 if TYPE_CHECKING:
     from antransformer.api.checkpoints import Evaluation
@@ -46,7 +47,18 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--tasks", default="", metavar="NAMES", help="lm_eval tasks, separated by commas")
     parser.add_argument("--task-data", type=Path, metavar="DIR", help="folder with the files of the tasks")
     parser.add_argument(
-        "--text", type=Path, nargs="+", default=(), metavar="FILE", help="UTF-8 text, <|endoftext|> between documents"
+        "--text",
+        type=Path,
+        nargs="+",
+        default=(),
+        metavar="FILE",
+        help="text with <|endoftext|> between documents, JSON lines or .parquet, as for antransformer prepare",
+    )
+    parser.add_argument(
+        "--text-field",
+        default="text",
+        metavar="NAME",
+        help="field of JSON lines or column of .parquet that holds the text (default text)",
     )
     parser.add_argument("--batch-size", metavar="N", help=f"texts per forward pass (default {BATCH_SIZE})")
     parser.add_argument("--limit", metavar="N", help="only the first N items of a task, or documents of a file")
@@ -63,6 +75,7 @@ def run(parsed: argparse.Namespace) -> None:
         tasks=[name.strip() for name in parsed.tasks.split(",") if name.strip()],
         task_data=parsed.task_data,
         texts=parsed.text,
+        text_field=parsed.text_field,
         batch_size=number(parsed, "batch_size", BATCH_SIZE),
         limit=number(parsed, "limit", None),
         device=parsed.device,
@@ -78,10 +91,11 @@ def run(parsed: argparse.Namespace) -> None:
 
 def print_scores(evaluation: "Evaluation") -> None:
     """Print the table of scores, the tasks without scores, and how many texts were truncated."""
-    table = new_table("task", "metric", "value", "error", "items")
+    errors = any(score.stderr is not None for score in evaluation.scores)
+    table = new_table("task", "metric", "value", *["error"] * errors, "items")
     for score in evaluation.scores:
         error = "" if score.stderr is None else f"± {format_score(score.stderr)}"
-        table.add_row(score.task, score.metric, format_score(score.value), error, f"{score.items:,}")
+        table.add_row(score.task, score.metric, format_score(score.value), *[error] * errors, f"{score.items:,}")
     Console(highlight=False).print(table)
     context = evaluation.checkpoint.model.context
     for result in evaluation.results:
@@ -89,8 +103,8 @@ def print_scores(evaluation: "Evaluation") -> None:
             print(f"{result.name} cannot be scored: {result.problem}")
         elif result.cut:
             print(
-                f"{result.name}: {result.cut:,} of {result.texts:,} texts exceed the context of {context:,} tokens; "
-                "their beginning was cut off"
+                f"{result.name}: of {counted(result.texts, 'sequence')}, {result.cut:,} exceeded the context of "
+                f"{context:,} tokens, and the beginning was cut off"
             )
 
 

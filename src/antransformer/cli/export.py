@@ -18,6 +18,7 @@ from pathlib import Path
 import antransformer
 from antransformer.cli.options import Parser, add_checkpoint_argument
 from antransformer.files import quoted
+from antransformer.interop.formats import DTYPES, FORMATS, GGUF_DTYPES
 
 USAGE = "antransformer export --checkpoint RUN --out PATH [options]"
 
@@ -27,10 +28,15 @@ def add_arguments(parser: Parser) -> None:
     add_checkpoint_argument(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="PATH", help="folder or GGUF file to create")
     parser.add_argument(
-        "--format", default="native", help="native, exaone4 (anGPT), qwen3 (GPT+) or gguf (default native)"
+        "--format",
+        default="native",
+        choices=tuple(FORMATS),
+        metavar="NAME",
+        help="native, exaone4 (anGPT), qwen3 (GPT+) or gguf (default native)",
     )
     parser.add_argument(
         "--dtype",
+        choices=(*DTYPES, *GGUF_DTYPES),
         metavar="NAME",
         help="data type of the weights: float32, bfloat16 or float16; with gguf f32, f16, bf16, q8_0 or q4_0 "
         "(default: the first)",

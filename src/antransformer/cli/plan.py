@@ -29,6 +29,7 @@ from antransformer.models import registry
 from antransformer.models.config import PAPER_VOCABULARY, PRESETS
 from antransformer.reporting.labels import style_of
 from antransformer.training.optimizer_registry import OPTIMIZERS
+from antransformer.wording import counted
 
 if TYPE_CHECKING:
     from antransformer.scaling.law_files import LawFile
@@ -123,16 +124,16 @@ def run_table(plan: "Plan") -> Table:
     table = new_table("run", "")
     rows = {
         "architecture": style_of(config.architecture).label,
-        "parameters": f"{format_quantity(plan.parameters)} (width {config.width:,}, {config.layers} layers)",
+        "parameters": f"{format_quantity(plan.parameters)} (width {config.width:,}, {counted(config.layers, 'layer')})",
         "tokens": f"{format_quantity(plan.tokens)} ({plan.tokens / plan.parameters:.3g} per parameter)",
         "compute": f"{plan.compute:.3g} FLOPs (6 N D)",
-        "batch": f"{plan.batch:,} sequences of {context:,} = {format_quantity(plan.batch * context)} tokens",
+        "batch": f"{counted(plan.batch, 'sequence')} of {context:,} = {format_quantity(plan.batch * context)} tokens",
         "steps": f"{plan.steps:,}",
         "optimizer": OPTIMIZERS[plan.optimizer].label,
         "learning rate": format_rate(plan),
         "devices": f"{plan.cluster.devices:,} {plan.cluster.gpu_name}",
         "parallelism": parallelism(plan),
-        "micro batch": f"{layout.micro_batch_size} sequences, {layout.grad_accum_steps} per step",
+        "micro batch": f"{counted(layout.micro_batch_size, 'sequence')}, {layout.grad_accum_steps} per step",
         "expected MFU": f"{plan.mfu:.1%}",
         "expected time": f"{plan.hours:,.3g} hours",
     }
@@ -144,7 +145,7 @@ def run_table(plan: "Plan") -> Table:
 def format_rate(plan: "Plan") -> str:
     """Return the learning rate, with the width and the steps at which it was tuned."""
     tuned = [f"width {plan.lr_width:,}"] if plan.lr_width else []
-    tuned += [f"{plan.lr_horizon:,} steps"] if plan.lr_horizon else []
+    tuned += [counted(plan.lr_horizon, "step")] if plan.lr_horizon else []
     return f"{plan.lr:g}" + (f" (at {' and '.join(tuned)})" if tuned else "")
 
 

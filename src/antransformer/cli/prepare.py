@@ -23,6 +23,7 @@ import antransformer
 from antransformer.cli.options import Parser
 from antransformer.errors import ConfigError
 from antransformer.files import quoted
+from antransformer.wording import counted
 
 if TYPE_CHECKING:
     from antransformer.data import Dataset
@@ -112,7 +113,7 @@ def _print_size(out: Path, dataset: "Dataset") -> None:
     print(f"{out}: {dataset.tokenizer_name} tokenizer, vocabulary size {dataset.vocab_size:,}")
     for split in dataset.splits.values():
         print(
-            f"  {split.name:5} {split.documents:,} documents, {split.tokens:,} tokens, {split.bytes:,} bytes, "
-            f"{len(split.shards)} shards"
+            f"  {split.name:5} {counted(split.documents, 'document')}, {split.tokens:,} tokens, {split.bytes:,} bytes, "
+            f"{counted(len(split.shards), 'shard')}"
         )
     print(f"next: antransformer train --data {quoted(out)}")

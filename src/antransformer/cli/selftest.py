@@ -25,6 +25,7 @@ from antransformer.cli.tables import new_table
 from antransformer.errors import ConfigError, MachineError
 from antransformer.files import check_json_target
 from antransformer.selftest import PARTS
+from antransformer.wording import counted
 
 USAGE = "antransformer selftest [options]"
 TABLE_WIDTH = 200  # columns, if the output is not a terminal
@@ -93,6 +94,6 @@ def run(parsed: argparse.Namespace) -> None:
         parsed.json.write_text(json.dumps(program.content(setup, results), indent=2) + "\n", encoding="utf-8")
     checks = [check for result in results.values() for check in result.checks]
     failures = [check.name for check in checks if check.passed is False]
-    print(f"{len(results)} of {len(PARTS)} parts, {len(checks)} figures; tables: {folder / program.REPORT}")
+    print(f"{len(results)} of {len(PARTS)} parts, {counted(len(checks), 'figure')}; tables: {folder / program.REPORT}")
     if failures:
-        raise MachineError(f"{len(failures)} checks failed: {'; '.join(failures)}")
+        raise MachineError(f"{counted(len(failures), 'check')} failed: {'; '.join(failures)}")

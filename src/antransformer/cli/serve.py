@@ -17,6 +17,7 @@ from pathlib import Path
 
 import antransformer
 from antransformer.cli.options import Parser
+from antransformer.interop.formats import GGUF_DTYPES
 
 USAGE = "antransformer serve (--checkpoint RUN | --gguf FILE) [options]"
 
@@ -26,7 +27,12 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--checkpoint", type=Path, metavar="RUN", help="run folder or checkpoint")
     parser.add_argument("--gguf", type=Path, metavar="FILE", help="file of antransformer export --format gguf")
     parser.add_argument("--port", type=int, default=8080, metavar="N", help="port; 0 for a free one (default 8080)")
-    parser.add_argument("--dtype", metavar="NAME", help="data type of the weights, with --checkpoint (default f32)")
+    parser.add_argument(
+        "--dtype",
+        choices=GGUF_DTYPES,
+        metavar="NAME",
+        help=f"data type of the weights, with --checkpoint: {', '.join(GGUF_DTYPES)} (default f32)",
+    )
 
 
 def run(parsed: argparse.Namespace) -> None:

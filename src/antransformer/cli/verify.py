@@ -13,6 +13,7 @@ from pathlib import Path
 
 import antransformer
 from antransformer.cli.options import Parser
+from antransformer.wording import counted
 
 USAGE = "antransformer verify DATA [options]"
 
@@ -33,4 +34,4 @@ def run(parsed: argparse.Namespace) -> None:
     """Check the data, and print its size."""
     dataset = antransformer.verify(parsed.data, jobs=parsed.jobs, progress=True)
     tokens = sum(split.tokens for split in dataset.splits.values())
-    print(f"{parsed.data}: {len(dataset.shards):,} shards with {tokens:,} tokens are as prepared")
+    print(f"{parsed.data}: {counted(len(dataset.shards), 'shard')}, {tokens:,} tokens: as prepared")

@@ -18,6 +18,7 @@ from antransformer.reporting.html import Section, method_section, save, table
 from antransformer.reporting.labels import display_name, format_count, format_value, style_of
 from antransformer.results.comparison import Results, Variant
 from antransformer.training.metrics import read_lines
+from antransformer.wording import counted
 
 PROBE_KEYS = {"tokens", "residual_norm", "row_norm", "alpha", "moment_variance"}
 
@@ -328,7 +329,7 @@ def _search_rules(results: Results, searched: Iterable[str]) -> Iterable[str]:
 
 def _facts(results: Results) -> Iterable[str]:
     compared = results.variants if results.kind == "compare" else results.variants[1:]
-    yield f"{len(compared)} variants"
+    yield counted(len(compared), "variant")
     yield format_seeds(results)
     yield f"{', '.join(map(format_count, results.budgets))} tokens"
     yield f"{format_count(main_variant(results).parameters)} parameters"

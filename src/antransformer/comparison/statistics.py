@@ -16,6 +16,7 @@ from antransformer.extras import require
 
 SENSITIVITY_FACTOR = 3.0
 CURVE_POINTS = 512
+MIN_SEEDS = 3  # of a test: two differences have one degree of freedom, which hardly measures the noise
 ROUNDING = 1e-9  # slack in the logarithm of a setting: values are rounded to three digits
 
 Array = NDArray[np.float64]
@@ -45,7 +46,7 @@ class Difference:
 
     Attributes:
         mean: difference in nats per token; NaN where a run diverged.
-        low: lower end of the 95% interval of the t-test; NaN with one seed or a diverged run.
+        low: lower end of the 95% interval of the t-test; NaN with fewer than ``MIN_SEEDS`` seeds or a diverged run.
         high: upper end.
         p: two-sided p value, NaN like the interval.
     """
@@ -122,12 +123,12 @@ def speedups(budgets: Sequence[int], baseline: Array, variant: Array, seed: int 
 
 
 def paired_difference(baseline: Array, variant: Array) -> Difference:
-    """Difference ``variant - baseline`` with the paired t-test over seeds; losses of both have shape (seeds,)."""
+    """Difference ``variant - baseline`` of losses of shape (seeds,), with the paired t-test from 3 seeds on."""
     if not np.isfinite([variant, baseline]).all():
         return Difference(math.nan, math.nan, math.nan, math.nan)
     differences = variant - baseline
     mean = float(differences.mean())
-    if len(differences) < 2 or not differences.any():
+    if len(differences) < MIN_SEEDS or not differences.any():
         return Difference(mean, math.nan, math.nan, math.nan)
     require("scipy", "analysis")
     from scipy.stats import ttest_1samp
@@ -152,7 +153,7 @@ def pooled_differences(baseline: Array, variants: Sequence[Array]) -> list[Diffe
     table = np.array([baseline, *finished])
     rows, seeds = table.shape
     degrees_of_freedom = (rows - 1) * (seeds - 1)
-    if not np.isfinite(baseline).all() or not degrees_of_freedom:
+    if not np.isfinite(baseline).all() or degrees_of_freedom < MIN_SEEDS - 1:
         return [paired_difference(baseline, losses) for losses in variants]
     require("scipy", "analysis")
     from scipy.stats import t

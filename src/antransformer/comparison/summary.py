@@ -11,9 +11,9 @@ from antransformer.comparison.statistics import Speedup
 from antransformer.comparison.tuning import tuning_scope
 from antransformer.reporting.labels import format_count, style_of
 from antransformer.results.comparison import Results, Run, Trial, Variant
+from antransformer.wording import counted
 
 METHOD = "angpt"
-TEST_SEEDS = 3  # a t-test of two pairs has one degree of freedom: it says nothing about noise of another size
 
 
 def summary(results: Results) -> str:
@@ -104,8 +104,6 @@ def _loss_sentence(results: Results, variant: Variant) -> str:
         return f"{start} the losses are equal."
     distance = f"{abs(difference.mean):.3f} nats {'lower' if difference.mean < 0 else 'higher'}"
     if math.isnan(difference.p):
-        return f"{start} the loss of {name} is {distance} (one seed: no interval and no test)."
-    if len(results.seeds) < TEST_SEEDS:
         return f"{start} the loss of {name} is {distance} ({format_seeds(results)}, too few for a test)."
     if difference.significant:
         return f"{start} the loss of {name} is {distance}, a significant difference ({format_p(difference.p)})."
@@ -144,7 +142,7 @@ def _ablation_summary(results: Results) -> str:
             f"better, {same} without a significant difference"
         )
         test = "t-tests with the pooled noise of all variants and Holm's correction"
-    sentence = f"Of {len(variants)} variants {counts}, and {diverged} diverged ({scope}; {test})."
+    sentence = f"Of {counted(len(variants), 'variant')} {counts}, and {diverged} diverged ({scope}; {test})."
     if diverged == len(variants):
         return sentence
     worst = int(np.nanargmax(means))
@@ -157,7 +155,7 @@ def _ablation_summary(results: Results) -> str:
 
 def format_seeds(results: Results) -> str:
     """Return the number of seeds with its noun, such as 3 seeds."""
-    return f"{len(results.seeds)} seed{'s' if len(results.seeds) > 1 else ''}"
+    return counted(len(results.seeds), "seed")
 
 
 def format_p(p: float) -> str:

@@ -14,6 +14,7 @@ from antransformer.data.checks import PREPARE_AGAIN
 from antransformer.data.dataset import Split
 from antransformer.data.shuffle import FeistelPermutation, permutation
 from antransformer.errors import ConfigError, DataError
+from antransformer.wording import counted
 
 Batch = tuple[Tensor, Tensor]
 
@@ -113,7 +114,7 @@ def require_share(step: int, global_batch: int, rank: int, world_size: int) -> N
     if world_size < 1 or not 0 <= rank < world_size:
         raise ConfigError(f"rank {rank} of {world_size}: ranks count from 0 to world_size - 1")
     if global_batch < 1 or global_batch % world_size:
-        raise ConfigError(f"a batch of {global_batch} windows cannot be divided evenly among {world_size} ranks")
+        raise ConfigError(f"a batch of {counted(global_batch, 'window')} cannot be divided among {world_size} ranks")
     if step < 0:
         raise ConfigError(f"step is {step}: it must not be negative")
 

@@ -23,6 +23,7 @@ from antransformer.data.shards import META_FILE, SHARD_TOKENS, ShardWriter, new_
 from antransformer.data.tokenizers import load_tokenizer
 from antransformer.errors import DataError
 from antransformer.files import read_json
+from antransformer.wording import counted
 
 PART = re.compile(r"part-([0-9]{5})-of-([0-9]{5})")
 SHARED = ("dtype", "vocab_size", "end_of_text", "tokenizer", "val_fraction", "val_tail", "sources", "tokenizer_sha256")
@@ -59,7 +60,9 @@ def prepare_part(
     if split.corpus.hub or (split.val_corpus and split.val_corpus.hub):
         raise DataError(f"--part {part}: a dataset of the hub cannot be divided; download its files and prepare them")
     if count > len(split.corpus.files):
-        raise DataError(f"--part {part}: there are only {len(split.corpus.files)} files, and a part is of whole files")
+        raise DataError(
+            f"--part {part}: the input has {counted(len(split.corpus.files), 'file')}, and a part is of whole files"
+        )
     log_left_out(split)
     with new_folder(folder) as partial:
         meta = write_tokens(partial, encoder, split.part(number, count), SHARD_TOKENS, progress)

@@ -73,7 +73,8 @@ def read(path: Path, text_field: str = TEXT_FIELD, start: float = 0.0) -> Docume
 def unreadable(path: Path, text_field: str = TEXT_FIELD) -> str | None:
     """Return why ``read`` would find no text in a file, in a few words; None if it is expected to.
 
-    Of plain text only some blocks are read. They must be UTF-8, and the first one must not have a NUL.
+    Of plain text only some blocks are read. They must be UTF-8, and the first one must not have a NUL
+    or the signature of a PDF.
 
     Raises:
         DataError: the file cannot be opened.
@@ -89,8 +90,8 @@ def unreadable(path: Path, text_field: str = TEXT_FIELD) -> str | None:
             require("pyarrow.parquet", "data")
         elif ending == ".json":
             return None if _is_json_lines(path, text_field) else f"JSON, but not JSON lines with a {text_field!r} field"
-        elif ending not in JSON_LINES and not _is_text(path):
-            return "not UTF-8 text"
+        elif ending not in JSON_LINES:
+            return _binary_format(path)
     return None
 
 
@@ -108,16 +109,19 @@ def _is_json_lines(path: Path, text_field: str) -> bool:
     return True
 
 
-def _is_text(path: Path) -> bool:
+def _binary_format(path: Path) -> str | None:
+    """Return what a file is if it is not plain text, otherwise None."""
     try:
         for number, (block, at_end) in enumerate(_checked_blocks(path)):
+            if not number and block.startswith(b"%PDF-"):  # all bytes of a PDF may be ASCII
+                return "a PDF, not text"
             codecs.getincrementaldecoder("utf-8")().decode(block, at_end)
             # NUL is valid UTF-8, but in practice a sign of a binary file or of UTF-16.
             if not number and b"\0" in block:
-                return False
+                return "not UTF-8 text"
     except UnicodeDecodeError:
-        return False
-    return True
+        return "not UTF-8 text"
+    return None
 
 
 def _checked_blocks(path: Path) -> Iterator[tuple[bytes, bool]]:

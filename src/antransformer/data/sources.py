@@ -20,6 +20,7 @@ from antransformer.data.readers import (
     unreadable,
 )
 from antransformer.errors import DataError
+from antransformer.wording import counted
 
 # Endings searched for in folders. Files given by name or matched by a glob may have any ending.
 _ENDINGS = """
@@ -224,6 +225,6 @@ def _empty(sources: Sequence[Source]) -> DataError:
 def _explain_no_text(path: Path, skipped: Skipped) -> str:
     if path.is_file():
         return f"{next(iter(skipped))}; convert it, or exclude it"
-    reasons = ", ".join(f"{entry['files']} files: {reason}" for reason, entry in skipped.items())
+    reasons = ", ".join(f"{counted(entry['files'], 'file')}: {reason}" for reason, entry in skipped.items())
     found = f" (it has {reasons}, the first is {next(iter(skipped.values()))['first'][0]})" if skipped else ""
     return f"contains no text file (.txt, .md, .py, .jsonl, .parquet and similar endings){found}"

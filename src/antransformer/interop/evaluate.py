@@ -94,7 +94,7 @@ def evaluate(
         CheckpointError: the model is an ablation, or its weights are broken.
     """
     if not tasks and not texts:
-        raise ConfigError("nothing to evaluate: give --tasks or --text")
+        raise ConfigError("nothing to evaluate: give tasks or texts")
     for module in ("lm_eval", "datasets", "transformers"):
         require(module, "eval")
     try:

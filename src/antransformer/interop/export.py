@@ -19,7 +19,7 @@ from antransformer.data.pad_token import PAD_TOKEN, with_pad_token
 from antransformer.errors import CheckpointError, ConfigError, MachineError, UsageError
 from antransformer.extras import require
 from antransformer.files import quoted
-from antransformer.interop import gguf_writer
+from antransformer.interop.formats import FORMATS
 from antransformer.interop.import_hf import exported_name
 from antransformer.interop.model_card import card
 from antransformer.interop.progress_bars import progress_bars_disabled
@@ -35,9 +35,6 @@ if TYPE_CHECKING:
 
     from antransformer.interop.modeling_antransformer import AntransformerForCausalLM
 
-DTYPES = ("float32", "bfloat16", "float16")
-# Format -> dtypes of its weights; the first is the default.
-FORMATS = {"native": DTYPES, "exaone4": DTYPES, "qwen3": DTYPES, "gguf": gguf_writer.DTYPES}
 SHARD_SIZE = "5GB"
 
 
@@ -78,12 +75,12 @@ def export(
         raise ConfigError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     dtype = FORMATS[format][0] if dtype is None else dtype
     if dtype not in FORMATS[format]:
-        raise ConfigError(f"--dtype of format {format} must be one of {', '.join(FORMATS[format])}, got {dtype!r}")
+        raise ConfigError(f"dtype of format {format} must be one of {', '.join(FORMATS[format])}, got {dtype!r}")
     if format == "gguf" and max_shard_size is not None:
-        raise ConfigError("--max-shard-size is not an option of format gguf, which is one file: leave it out")
+        raise ConfigError("max_shard_size is not an option of format gguf, which is one file: leave it out")
     max_shard_size = max_shard_size or SHARD_SIZE
     if not re.fullmatch(r"[1-9]\d*[KMGT]B", max_shard_size):
-        raise ConfigError(f"max-shard-size must be a size such as 5GB or 200MB, got {max_shard_size!r}")
+        raise ConfigError(f"max_shard_size must be a size such as 5GB or 200MB, got {max_shard_size!r}")
     check_outside_checkpoints(checkpoint, target)
     if format == "gguf":
         return export_gguf(checkpoint, tokenizer, target, dtype)

@@ -13,7 +13,6 @@ from antransformer.interop.gguf_tokenizer import GGUFTokenizer
 from antransformer.interop.stock_weights import StockModel
 from antransformer.models.config import ModelConfig
 
-DTYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
 FLOAT16_DTYPES = ("f16", "q8_0", "q4_0")  # on GPUs llama.cpp multiplies these in float16
 BLOCK = 32  # coordinates that share a scale in q8_0 and q4_0
 WINDOW_LAYERS = 64  # number of layers for which llama.cpp gives EXAONE-4 a sliding window
@@ -70,7 +69,7 @@ def write_gguf(
         end_of_text: id of the token that ends a document.
         file: file to create.
         name: display name of the model.
-        dtype: dtype of the matrices, one of ``DTYPES``. Vectors are float32.
+        dtype: dtype of the matrices, one of ``GGUF_DTYPES``. Vectors are float32.
     """
     gguf, config = require("gguf", "gguf"), stock.config
     writer = gguf.GGUFWriter(file, stock.layout)

@@ -11,7 +11,7 @@ import torch
 
 from antransformer.bounds import norms
 from antransformer.data import Tokenizer
-from antransformer.errors import CheckpointError, ConfigError
+from antransformer.errors import CheckpointError, ConfigError, DataError
 from antransformer.files import read_json as read_json_file
 from antransformer.models import ModelConfig, build
 from antransformer.models.config import OPTION_NAMES
@@ -52,7 +52,13 @@ def import_folder(source: Path, target: Path) -> Path:
         DataError: its tokenizer cannot be read.
         ConfigError: the target is not empty.
     """
-    config, tokenizer = read_config(source), Tokenizer.load(source)
+    config = read_config(source)
+    if not (source / "tokenizer.json").is_file():
+        raise DataError(
+            f"{source}: no tokenizer.json: save the tokenizer next to the model, with "
+            f"tokenizer.save_pretrained({str(source)!r})"
+        )
+    tokenizer = Tokenizer.load(source)
     # On the meta device until the shapes are checked: a wrong config must not allocate huge tensors.
     with torch.device("meta"):
         model = build(config)

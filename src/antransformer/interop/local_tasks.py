@@ -10,9 +10,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from antransformer.data.readers import SEPARATOR, data_errors
+from antransformer.data.readers import (
+    COMPRESSED,
+    JSON_LINES,
+    PARQUET,
+    SEPARATOR,
+    TEXT_FIELD,
+    data_errors,
+    read,
+    unreadable,
+)
 from antransformer.errors import DataError
 from antransformer.files import require_file
+from antransformer.wording import counted
 
 Row = dict[str, Any]
 
@@ -40,7 +50,7 @@ def arc(line: Row) -> Row:
         columns = {name: [option[name] for option in options] for name in ("text", "label")} if nested else options
         choices, labels, key = text_list(columns, "text"), text_list(columns, "label"), text_field(line, "answerKey")
         if len(labels) != len(choices) or key not in labels:
-            raise ValueError(f"answerKey {key!r} is not one of the {len(labels)} labels")
+            raise ValueError(f"answerKey {key!r} is not among {counted(len(labels), 'label')}")
         line = {"question": line["question"]["stem"]} if nested else line
     return {"question": text_field(line, "question"), "choices": {"text": choices, "label": labels}, "answerKey": key}
 
@@ -93,7 +103,7 @@ def choice_index(line: Row, name: str, count: int) -> int:
     """Return a field that must be an index below ``count`` (number or digits); raises the errors of ``text_field``."""
     value = str(line[name])
     if not value.isdecimal() or int(value) >= count:
-        raise ValueError(f"{name} {value!r} is not the index of one of {count} answers")
+        raise ValueError(f"{name} {value!r} is not an index into {counted(count, 'answer')}")
     return int(value)
 
 
@@ -173,7 +183,9 @@ def json_rows(path: Path, row: Callable[[Row], Row]) -> Iterator[Row]:
     label_file = path.with_name(f"{path.stem}-labels.lst")
     labels = read_utf8(label_file).split() if label_file.is_file() else None
     if labels is not None and len(labels) != len(lines):
-        raise DataError(f"{label_file}: {len(labels)} labels for {len(lines)} lines of {path.name}")
+        raise DataError(
+            f"{label_file}: {counted(len(labels), 'label')} for {counted(len(lines), 'line')} of {path.name}"
+        )
     for index, (number, line) in enumerate(lines):
         try:
             content = json.loads(line)
@@ -198,16 +210,28 @@ def split_articles(content: str) -> list[str]:
     return [article for article in articles if article.strip()]
 
 
-def documents(path: Path) -> list[Row]:
-    """Return the documents of a text file, separated by the literal ``<|endoftext|>`` as in ``prepare``.
+def documents(path: Path, field: str = TEXT_FIELD) -> list[Row]:
+    """Return the documents of a file that ``prepare`` reads: plain text, JSON lines or parquet.
+
+    Args:
+        path: the file. In plain text the literal ``<|endoftext|>`` separates documents.
+        field: field of JSON lines or column of parquet that holds the text.
 
     Raises:
         DataError: the file cannot be read, is not UTF-8, or is empty.
+        MissingExtraError: the file needs pyarrow or zstandard, which is not installed.
     """
-    texts = [{"text": document} for document in read_utf8(path).split(SEPARATOR) if document.strip()]
-    if not texts:
+    with data_errors(path):
+        require_file(path)
+    if reason := unreadable(path, field):
+        raise DataError(f"{path}: {reason}; give a file of text, JSON lines or parquet")
+    plain = path.suffix.lower() not in (*COMPRESSED, *JSON_LINES, PARQUET)
+    # read cuts long documents into sections, and lm_eval scores whole ones.
+    texts = read_utf8(path).split(SEPARATOR) if plain else [text for text, _ in read(path, field)]
+    rows = [{"text": text} for text in texts if text.strip()]
+    if not rows:
         raise DataError(f"{path}: contains no text")
-    return texts
+    return rows
 
 
 def read_utf8(path: Path) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from antransformer.data import Tokenizer
+from antransformer.data.mixture_spec import Part, format_mixture, parse_mixture, parse_stage
 from antransformer.errors import CheckpointError
 from antransformer.models import ModelConfig, build
 from antransformer.models.registry import get
@@ -17,6 +18,7 @@ from antransformer.training.learning_rates import format_rates
 from antransformer.training.metrics import MetricsLine, read_metrics
 from antransformer.training.optimizer_registry import OPTIMIZERS
 from antransformer.training.run_folder import run_folder_of, saved_config, saved_settings
+from antransformer.wording import counted
 
 Fact = tuple[str, str]
 
@@ -181,8 +183,8 @@ def model_facts(config: ModelConfig, tokenizer: Tokenizer, dtype: str) -> Iterat
     architecture = get(config.architecture)
     source = f" (arXiv:{architecture.arxiv})" if architecture.arxiv else ""
     yield "architecture", architecture.description + source
-    heads = f"{config.heads} heads of dimension {config.head_dim}"
-    yield "size", f"width {config.width}, {config.layers} layers, {heads}, context {config.context:,}"
+    heads = f"{counted(config.heads, 'head')} of dimension {config.head_dim}"
+    yield "size", f"width {config.width}, {counted(config.layers, 'layer')}, {heads}, context {config.context:,}"
     yield "weights", dtype
     yield "tokenizer", f"{tokenizer.vocab_size:,} ids"
 
@@ -193,13 +195,14 @@ def training_facts(checkpoint: Checkpoint, folder: Path) -> Iterator[Fact]:
         yield "training", "unknown, since the weights were imported"
         return
     config = saved_config(folder)
-    yield "data", config.data
+    yield "data", _named(parse_mixture(config.data))
     if config.data_from:
-        yield "data from a fraction of training on", config.data_from
+        share, parts = parse_stage(config.data_from)
+        yield "data from a fraction of training on", f"{share:g} {_named(parts)}"
     if config.init:
-        yield "initial weights", config.init
+        yield "initial weights", Path(config.init).name
     step = checkpoint.step
-    yield "tokens", f"{step * config.batch_tokens:,}, in {step:,} steps of {config.batch_tokens:,}"
+    yield "tokens", f"{step * config.batch_tokens:,}, in {counted(step, 'step')} of {config.batch_tokens:,}"
     yield "learning rate", learning_rate(config)
     optimizer, blocks = OPTIMIZERS[config.optimizer], ""
     if optimizer.lr_setting:
@@ -222,12 +225,17 @@ def training_facts(checkpoint: Checkpoint, folder: Path) -> Iterator[Fact]:
         yield validation_fact(evaluated[-1], step)
 
 
+def _named(parts: Sequence[Part]) -> str:
+    """Return a mixture with the names of its folders; their paths are private."""
+    return format_mixture([Part(Path(part.source).name, part.weight) for part in parts])
+
+
 def learning_rate(config: TrainConfig) -> str:
     """Return the peak learning rates and the schedule."""
     span = f"{config.initial_tokens:,} tokens" if config.initial_tokens else "the run"
     warmup = f"warm-up over {config.warmup_fraction:.0%} of {span}" if config.warmup_fraction else "no warm-up"
     if config.rewarm_steps:
-        warmup += f" and again over {config.rewarm_steps:,} steps from step {config.rewarm_from:,}"
+        warmup += f" and again over {counted(config.rewarm_steps, 'step')} from step {config.rewarm_from:,}"
     decayed = (config.steps - config.decay_start) * config.batch_tokens
     last = f"the last {decayed:,} of " if config.decay_start else ""
     decay = f"{config.schedule} decay to {config.min_lr_ratio:.0%} of the peak over {last}{config.tokens:,} tokens"

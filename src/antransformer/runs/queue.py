@@ -30,6 +30,7 @@ from antransformer.training import run_folder
 from antransformer.training.config import MUTABLE_ON_RESUME, TrainConfig, to_mapping
 from antransformer.training.device import choose_device, choose_precision, resolve_auto
 from antransformer.training.stop_signals import StopSignals
+from antransformer.wording import counted
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ class RunQueue:
             raise failures[0]
         if stop.received:
             raise RunStoppedError(
-                f"stopped by {stop.received.name} after {len(results)} of {len(jobs)} runs of this stage; "
+                f"stopped by {stop.received.name} after {len(results)} of {counted(len(jobs), 'run')} of this stage; "
                 "run the same command again to continue",
                 stop.received,
             )
@@ -223,7 +224,7 @@ class RunQueue:
         with self.lock:
             if self.stopping:
                 return None
-            threads = str(max(1, available_cores() // len(self.devices)))
+            threads = str(threads_per_worker(len(self.devices)))
             process = subprocess.Popen(
                 # -P: a user's file in the current folder must not shadow a library of the same name
                 [sys.executable, "-P", "-m", worker.__name__, str(folder), self.dataset.name, device, threads],
@@ -231,7 +232,7 @@ class RunQueue:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
-                # A number of the user's is for this process, and would stop the worker from adapting its own.
+                # Its number of threads is an argument; the variable would stop the worker from adapting it.
                 env={name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"},
                 start_new_session=True,  # Ctrl-C in the terminal reaches this process only, which then stops workers
             )
@@ -288,13 +289,19 @@ def available_devices(devices: Sequence[str], workers: int | None = None) -> lis
     for device in chosen:
         choose_device(device)
     if devices and workers:
-        raise ConfigError("--devices and --workers exclude each other: each of the --devices has one worker")
+        raise ConfigError("devices and workers exclude each other: each of the devices has one worker")
     return chosen
 
 
 def available_cores() -> int:
     """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def threads_per_worker(workers: int) -> int:
+    """Number of CPU threads of each worker: its share of the cores, and at most ``OMP_NUM_THREADS``."""
+    share, limit = max(1, available_cores() // workers), os.environ.get("OMP_NUM_THREADS", "")
+    return min(share, int(limit)) if limit.isdecimal() and int(limit) else share
 
 
 def _worker_error(folder: Path, status: int, message: str) -> AntransformerError:

@@ -1,24 +1,20 @@
 """Estimates of the runs, tokens and hours that an experiment needs, from a few timed steps."""
 
-import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 
-from antransformer.benchmarks.timing import now
 from antransformer.data import Dataset
 from antransformer.diagnostics.probes import PROBE_TOKENS
 from antransformer.pace import format_duration
-from antransformer.runs.queue import RunQueue, available_cores, tokens_of
+from antransformer.runs.queue import RunQueue, threads_per_worker, tokens_of
 from antransformer.runs.settings import METRICS_LINES
-from antransformer.settings import Count
 from antransformer.training.config import TrainConfig
-from antransformer.training.dry_run import dry_run_trainer
+from antransformer.training.dry_run import STEPS, seconds_per_token
+from antransformer.wording import counted
 
-STEPS = 3  # timed steps, after one that warms up
-CPU_TOKENS = 8192  # largest batch of a timed step on a CPU, where larger batches are hardly faster per token
 FORWARD = 1 / 3  # share of a training step that is its forward pass, which is all that validation and probes run
 START_SECONDS = 5.0  # to start a process and import torch; measured on a CPU
 
@@ -37,7 +33,7 @@ class Estimate:
 
     def __str__(self) -> str:
         low, high = (
-            f"{runs:,} runs, {tokens / 1e6:,.1f}M tokens, {format_duration(3600 * hours)}"
+            f"{counted(runs, 'run')}, {tokens / 1e6:,.1f}M tokens, {format_duration(3600 * hours)}"
             for runs, tokens, hours in zip(self.runs, self.tokens, self.hours, strict=True)
         )
         return low if low == high else f"{low}; up to {high} if the best values are at the edges"
@@ -61,7 +57,7 @@ class Timer:
         if name not in self.speeds:
             self.log(f"timing {STEPS} steps: {name}")
             with worker_threads(len(self.queue.devices)):
-                self.speeds[name] = seconds_per_token(config, self.dataset, self.queue.devices[0])
+                self.speeds[name] = seconds_per_token(replace(config, device=self.queue.devices[0]), self.dataset)
         evaluated = FORWARD * (config.eval_tokens + METRICS_LINES * PROBE_TOKENS)
         return START_SECONDS + (tokens_of(config) + evaluated) * self.speeds[name]
 
@@ -70,25 +66,11 @@ class Timer:
         return max(seconds / len(self.queue.devices), longest) / 3600
 
 
-def seconds_per_token(config: TrainConfig, dataset: Dataset, device: str) -> float:
-    """Median seconds per token of a few training steps; on a CPU with a batch of at most ``CPU_TOKENS``."""
-    batch: int = config.batch_tokens
-    if torch.device(device).type == "cpu":
-        batch = min(batch, max(1, CPU_TOKENS // config.model.context) * config.model.context)
-    trainer = dry_run_trainer(replace(config, device=device, batch_tokens=Count(batch)), dataset)
-    seconds = []
-    for step in range(STEPS + 1):
-        started = now(trainer.device)
-        trainer.update(step + 1)
-        seconds.append(now(trainer.device) - started)
-    return statistics.median(seconds[1:]) / batch
-
-
 @contextmanager
 def worker_threads(workers: int) -> Iterator[None]:
     """Limit this process to the threads that each of ``workers`` processes gets, for a fair timing."""
     before = torch.get_num_threads()
-    torch.set_num_threads(max(1, available_cores() // workers))
+    torch.set_num_threads(threads_per_worker(workers))
     try:
         yield
     finally:

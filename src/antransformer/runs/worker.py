@@ -27,6 +27,7 @@ from antransformer.training import run_folder
 from antransformer.training.device import is_out_of_memory
 from antransformer.training.metrics import MetricsLine, MetricsLog, read_metrics
 from antransformer.training.trainer import Trainer
+from antransformer.wording import counted
 
 RESULT_FILE = "result.json"
 PROBES_FILE = "probes.jsonl"
@@ -106,7 +107,7 @@ def describe_machine(trainer: Trainer) -> str:
     device = trainer.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu_name()} ({device.type})"
     compiled = ", compiled" if trainer.config.compile else ""
-    threads = f"{torch.get_num_threads()} threads"
+    threads = counted(torch.get_num_threads(), "thread")
     return f"{name}, {str(trainer.precision).removeprefix('torch.')}{compiled}, {threads}, torch {torch.__version__}"
 
 

@@ -13,6 +13,7 @@ from antransformer.results.observations import BestSettings, Observation, Observ
 from antransformer.scaling import fitting as scaling
 from antransformer.scaling.fitting import Frontier, Horizon, Optimum, PowerLaw, Surface, power_law
 from antransformer.scaling.intervals import Array
+from antransformer.wording import counted
 
 MIN_POINTS = 2  # of a power law
 FEW_POINTS = 5  # below which a note warns of a wide interval
@@ -256,7 +257,7 @@ def _add_law(laws: dict[str, PowerLaw], notes: list[str], name: str, x: Array, y
     if len(x) == MIN_POINTS:
         notes.append(f"{title}: a line through two points, so without an interval")
     elif len(x) < FEW_POINTS:
-        notes.append(f"{title}: only {len(x)} points, so a wide interval")
+        notes.append(f"{title}: only {counted(len(x), 'point')}, so a wide interval")
 
 
 def _surface(n: Array, d: Array, losses: Array) -> tuple[Surface | None, list[str]]:

@@ -24,6 +24,7 @@ from antransformer.training import defaults
 from antransformer.training.cost_model import throughput
 from antransformer.training.cost_model.memory import Layout, Memory, estimate_memory
 from antransformer.training.optimizer_registry import OPTIMIZERS
+from antransformer.wording import counted
 
 HEAD_DIM = 64
 MAX_WIDTH = 16_384
@@ -238,8 +239,8 @@ def plan_run(config: ModelConfig, tokens: float, cluster: Cluster, laws: Laws | 
     notes = []
     if not _about_equal(batch, best_batch):
         notes.append(
-            f"the batch is {batch:,} sequences instead of {best_batch:,}, because all {layout.data_parallel_size:,} "
-            "devices or groups process the same number"
+            f"the batch is {counted(batch, 'sequence')} instead of {best_batch:,}, because all "
+            f"{layout.data_parallel_size:,} devices or groups process the same number"
         )
     steps = max(1, round(tokens / (batch * config.context)))
     run_tokens = steps * batch * config.context

@@ -31,18 +31,18 @@ def grid_options(
     """
     for name in sizes:  # an unknown size is refused before the default data is prepared, which takes minutes
         preset_sizes(name)
-    rates = [] if list(lrs) == ["auto"] else positive("--lrs", lrs, float)
-    run_tokens = positive("--tokens", tokens, Count)
-    ratios = positive("--tokens-per-param", tokens_per_param, float)
+    rates = [] if list(lrs) == ["auto"] else positive("lrs", lrs, float)
+    run_tokens = positive("tokens", tokens, Count)
+    ratios = positive("tokens_per_param", tokens_per_param, float)
     if run_tokens and ratios:
-        raise ConfigError("--tokens and --tokens-per-param exclude each other: give one of them")
+        raise ConfigError("tokens and tokens_per_param exclude each other: give one of them")
     if rates and lr_trials:
-        raise ConfigError("--lr-trials needs --lrs auto: omit one of them")
+        raise ConfigError("lr_trials needs lrs auto: omit one of them")
     if not run_tokens and not ratios:
         run_tokens, ratios = ([WIDTH_TOKENS], []) if widths else ([], [TOKENS_PER_PARAMETER])
     return {
-        "widths": positive("--widths", widths, int),
-        "batches": positive("--batch-tokens", batch_tokens, Count),
+        "widths": positive("widths", widths, int),
+        "batches": positive("batch_tokens", batch_tokens, Count),
         "lrs": rates,
         "tokens": run_tokens,
         "ratios": ratios,

@@ -8,6 +8,7 @@ from antransformer.reporting.labels import format_count, style_of
 from antransformer.results.sweep import Sweep
 from antransformer.sweeps import charts as sweep_charts
 from antransformer.sweeps.charts import TokenBudget, describe_law, token_budgets
+from antransformer.wording import counted
 
 RULES = (
     "Learning rates are spaced by factors of 10^(1/3). For each size, number of tokens and batch, the grid is extended "
@@ -104,4 +105,4 @@ def _all_runs(sweep: Sweep) -> str:
         ]
         for run in sweep.runs
     ]
-    return f"<details><summary>{len(rows)} runs</summary>{table('All runs', head, rows)}</details>"
+    return f"<details><summary>{counted(len(rows), 'run')}</summary>{table('All runs', head, rows)}</details>"

@@ -117,7 +117,7 @@ def plan(
         # The configs round a batch to whole sequences.
         configs = [resolve_config({**shared, "preset": preset, "batch_tokens": batch}, vocab_size) for batch in batches]
         batch_sizes = [config.batch_tokens for config in configs or [first]]
-        _require_distinct("--batch-tokens", batches, batch_sizes)
+        _require_distinct("batch_tokens", batches, batch_sizes)
         for width in widths or [first.model.width]:
             size = preset if not widths else f"{preset}-w{width}"
             sized = merge(shared, {"preset": preset, "model": {"width": width}})
@@ -148,11 +148,11 @@ def _check_choices(
         if name not in registry.names():
             known = nearest(name, registry.names()) or f": choose from {', '.join(registry.names())}"
             raise ConfigError(f"unknown architecture {name!r}{known}")
-    for option, values in {"--architectures": architectures, "--sizes": sizes, "--widths": widths}.items():
+    for option, values in {"architectures": architectures, "sizes": sizes, "widths": widths}.items():
         _require_distinct(option, values, values)
-    _require_distinct("--lrs", lrs, [f"{lr:g}" for lr in lrs])  # the precision of run names
+    _require_distinct("lrs", lrs, [f"{lr:g}" for lr in lrs])  # the precision of run names
     if widths and len(sizes) > 1:
-        raise ConfigError(f"--widths needs one size, whose depth it keeps: choose one of --sizes {' '.join(sizes)}")
+        raise ConfigError(f"widths needs one size, whose depth it keeps: choose one of sizes {' '.join(sizes)}")
 
 
 def _require_distinct(option: str, given: Sequence[Any], values: Sequence[Any]) -> None:
@@ -165,7 +165,7 @@ def _round_to_batches(tokens: Iterable[int], batch: int, size: str) -> list[int]
     rounded = [count // batch * batch for count in tokens]
     if not all(rounded):
         raise ConfigError(
-            f"{size}: {min(tokens):,} tokens are less than one batch of {batch:,}: use a smaller --batch-tokens"
+            f"{size}: {min(tokens):,} tokens are less than one batch of {batch:,}: use a smaller batch_tokens"
         )
     if len(set(rounded)) != len(rounded):
         raise ConfigError(f"{size}: two numbers of tokens are the same number of batches of {batch:,}")

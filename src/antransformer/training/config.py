@@ -18,6 +18,7 @@ from antransformer.training import defaults
 from antransformer.training.optimizer_registry import OPTIMIZERS
 from antransformer.training.recipes import DEFAULT_RECIPE, RECIPES, with_recipe
 from antransformer.training.schedule import SHAPES, learning_rate
+from antransformer.wording import counted
 
 # Model settings that users may also give at the top level.
 ALIASES = ("architecture", "context")
@@ -213,8 +214,8 @@ class TrainConfig:
         self._check_schedule()
         if self.data_from is not None and not 0 < self.data_from_step < self.initial_steps:
             raise ConfigError(
-                f"data_from {self.data_from} leaves no step before or after it in {self.initial_steps:,} steps: choose "
-                "another fraction, or raise tokens"
+                f"data_from {self.data_from} leaves no step before or after it in "
+                f"{counted(self.initial_steps, 'step')}: choose another fraction, or raise tokens"
             )
         model, split = self.model, self.tensor_parallel
         if split > 1 and not get(model.architecture).tensor_parallel:
@@ -242,8 +243,8 @@ class TrainConfig:
         rewarm = (self.rewarm_from, self.rewarm_ratio, self.rewarm_steps)
         if len({value is None for value in rewarm}) > 1 or (rewarm[0] or 0) + (rewarm[2] or 0) > self.steps:
             raise ConfigError(
-                f"rewarm_from, rewarm_ratio and rewarm_steps must be set together and fit into {self.steps:,} steps: "
-                "restore the saved config"
+                f"rewarm_from, rewarm_ratio and rewarm_steps must be set together and fit into "
+                f"{counted(self.steps, 'step')}: restore the saved config"
             )
 
     def _check_optimizer(self) -> None:

@@ -73,7 +73,7 @@ def fitted_size(config: ModelConfig, strict: bool = True) -> int | None:
     if size > largest:
         raise ConfigError(
             f"no default learning rate or batch size is known for {size / 1e9:.1f}B parameters (the fits end at 1.1B): "
-            "give --lr and --batch-tokens, and --muon-lr with Muon"
+            "give lr and batch_tokens, and muon_lr with Muon"
         )
     return size if size >= smallest else None
 

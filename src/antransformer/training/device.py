@@ -10,6 +10,7 @@ import torch
 
 from antransformer.errors import ConfigError
 from antransformer.training.config import TrainConfig
+from antransformer.wording import counted
 
 
 def choose_device(name: str, local_rank: int = 0, local_size: int = 1) -> torch.device:
@@ -35,8 +36,8 @@ def choose_device(name: str, local_rank: int = 0, local_size: int = 1) -> torch.
         raise ConfigError(f"device {name!r} cannot be shared by {local_size} processes: use cuda, one device for each")
     if name == "cuda" and 0 < torch.cuda.device_count() < local_size:
         raise ConfigError(
-            f"{local_size} processes on this node but only {torch.cuda.device_count()} CUDA devices: lower torchrun's "
-            "--nproc-per-node, or use --device cpu"
+            f"{local_size} processes on this node but only {counted(torch.cuda.device_count(), 'CUDA device')}: "
+            "lower torchrun's --nproc-per-node, or use --device cpu"
         )
     try:
         device = torch.device(name, local_rank) if name == "cuda" else torch.device(name)

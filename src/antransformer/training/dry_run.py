@@ -1,16 +1,50 @@
 """Trainers that write no files and report to nobody, for measurements of single steps."""
 
+import time
+from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from antransformer.data import Dataset
+from antransformer.settings import Count
 from antransformer.training.config import TrainConfig
+from antransformer.training.device import choose_device
 from antransformer.training.metrics import MetricsLine
+from antransformer.training.threads import ThreadWatch
 from antransformer.training.trainer import Trainer
+
+STEPS = 3  # timed, after one that warms up
+# Seconds between readings of the load. Two readings adapt the threads, so at least one step is as in a run.
+INTERVAL = 0.1
+CPU_TOKENS = 8192  # largest batch of a timed step on a CPU, where larger batches are hardly faster per token
 
 
 def dry_run_trainer(config: TrainConfig, dataset: Dataset) -> Trainer:
     """Trainer for calls of ``update`` only, without a run folder; raises the errors of ``Trainer``."""
     return Trainer(config, dataset, Path(), NullReporter())
+
+
+def seconds_per_token(config: TrainConfig, dataset: Dataset) -> float:
+    """Seconds per token of the fastest of ``STEPS`` training steps; raises the errors of ``Trainer``.
+
+    On a CPU the steps have a batch of at most ``CPU_TOKENS``. The number of CPU threads adapts to other processes as in
+    a run. The steps before that are slow, so that a mean or a median would not be the speed of the run.
+    """
+    batch: int = config.batch_tokens
+    if choose_device(config.device).type == "cpu":
+        batch = min(batch, max(1, CPU_TOKENS // config.model.context) * config.model.context)
+    trainer = dry_run_trainer(replace(config, batch_tokens=Count(batch)), dataset)
+    seconds = []
+    with ThreadWatch(trainer.device, trainer.reporter.log, INTERVAL) as watch:
+        for step in range(1, STEPS + 2):
+            started = time.perf_counter()
+            trainer.update(step)
+            if trainer.device.type != "cpu":
+                torch.accelerator.synchronize(trainer.device)
+            seconds.append(time.perf_counter() - started)
+            watch.update()
+    return min(seconds[1:]) / batch
 
 
 class NullReporter:

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from antransformer.errors import CheckpointError, ConfigError
+from antransformer.files import quoted
 from antransformer.settings import Count, convert, shown
 from antransformer.training.config import TrainConfig
 from antransformer.training.learning_rates import peak_rates
+from antransformer.wording import counted
 
 # Settings that differ between a longer run and its checkpoints from before the extension.
 LENGTH_SETTINGS = ("tokens", "initial_tokens", "rewarm_from", "rewarm_ratio", "rewarm_steps")
@@ -24,11 +26,11 @@ def read_rewarm(value: Any, resume: bool) -> float:
     Raises:
         ConfigError: it is not a number above 0 and below 1, or is given without ``--resume``.
     """
-    rewarm: float = convert(value, float, "--rewarm")
+    rewarm: float = convert(value, float, "rewarm")
     if not 0 < rewarm < 1:
-        raise ConfigError(f"--rewarm must be above 0 and below 1, got {shown(rewarm)}")
+        raise ConfigError(f"rewarm must be above 0 and below 1, got {shown(rewarm)}")
     if not resume:
-        raise ConfigError("--rewarm continues a finished run with more tokens: add --resume, or omit --rewarm")
+        raise ConfigError("rewarm continues a finished run with more tokens: set resume (--resume), or omit rewarm")
     return rewarm
 
 
@@ -42,13 +44,13 @@ def check_length(config: TrainConfig, tokens: int, rewarm: float | None, folder:
     if tokens == config.tokens:
         if rewarm is not None:
             raise ConfigError(
-                f"--rewarm needs more tokens than the {config.tokens:,} of {folder}: raise --tokens, or omit --rewarm"
+                f"rewarm needs more tokens than the {config.tokens:,} of {folder}: raise tokens, or omit rewarm"
             )
     elif tokens // config.batch_tokens <= config.steps:
         least = (config.steps + 1) * config.batch_tokens
         raise CheckpointError(
-            f"{folder} has {config.tokens:,} tokens, and --tokens {tokens:,} adds no step: give at least {least:,} to "
-            "extend the run, omit --tokens to resume it, or start a new run with another --out"
+            f"{folder} has {config.tokens:,} tokens, and {tokens:,} tokens add no step: give at least {least:,} to "
+            "extend the run, omit tokens to resume it, or start a new run with another --out"
         )
 
 
@@ -74,15 +76,15 @@ def extend(config: TrainConfig, tokens: Count, step: int, rewarm: float | None, 
         if step > config.decay_start:
             raise CheckpointError(
                 f"{folder} is at step {step:,} of {config.steps:,}, and its learning rate decays from step "
-                f"{config.decay_start:,} on: add --rewarm 0.1 to raise the rate again, or start a new run with "
+                f"{config.decay_start:,} on: set rewarm (--rewarm 0.1) to raise it again, or start a new run with "
                 "another --out"
             )
         return longer
     if not step:
-        raise CheckpointError(f"{folder} has no checkpoint, so no learning rate to raise: omit --rewarm")
+        raise CheckpointError(f"{folder} has no checkpoint, so no learning rate to raise: omit rewarm")
     if rewarm + (config.decay_fraction or 0) > 1 + 1e-9:
         raise ConfigError(
-            f"--rewarm {rewarm:g} and decay_fraction {config.decay_fraction:g} exceed 1 together: lower --rewarm"
+            f"rewarm {rewarm:g} and decay_fraction {config.decay_fraction:g} exceed 1 together: lower rewarm"
         )
     added = tokens // config.batch_tokens - step
     rise = max(1, int(rewarm * added))
@@ -118,10 +120,19 @@ def require_rewarm_step(config: TrainConfig, step: int, folder: Path) -> None:
         )
 
 
+def describe_finished(config: TrainConfig, folder: Path) -> str:
+    """One line about a run with no steps left, and how to train longer."""
+    rewarm = " --rewarm 0.1" if config.steps > config.decay_start else ""
+    return (
+        f"{folder} is finished at step {config.steps:,}; train longer with: antransformer train --out {quoted(folder)} "
+        f"--resume --tokens {2 * config.tokens}{rewarm}"
+    )
+
+
 def describe(config: TrainConfig, step: int) -> str:
     """One line about an extended run: its steps and tokens, the next learning rate, and the beginning of the decay."""
     rising = config.warmup_steps + (config.rewarm_from or 0) - step
-    rise = f", rising over {rising:,} steps" if rising > 0 else ""
+    rise = f", rising over {counted(rising, 'step')}" if rising > 0 else ""
     rate = config.lr_at(step + 1, peak_rates(config).vectors)
     return (
         f"extending the run from step {step:,} ({step * config.batch_tokens:,} tokens) to step {config.steps:,} "

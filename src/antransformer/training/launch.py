@@ -23,9 +23,11 @@ from antransformer.training.distributed.launcher import job_number
 from antransformer.training.distributed.parallel import DistributedContext, init_distributed
 from antransformer.training.learning_rates import format_rates
 from antransformer.training.lock import lock
+from antransformer.training.micro_batch import fit_micro_batch
 from antransformer.training.profiling import FIRST, LAST, profile_steps
 from antransformer.training.trackers import check_trackers
 from antransformer.training.trainer import Reporter, Result, Trainer
+from antransformer.wording import counted
 
 LOG = logging.getLogger(__name__)
 OpenData = Callable[[str, bool], Dataset]  # name, and whether to read and verify all of its files
@@ -88,6 +90,8 @@ def train(
                 dataset, saved, folder = new_run(settings, folder, open_verified)
             if dist_ctx.rank == 0:
                 check_trackers(saved)
+        if not resume and "micro_batch_size" not in settings:
+            saved = fit_micro_batch(saved, dist_ctx)
         config = saved
         if resume and settings.get("tokens", 0) > saved.tokens:
             config = _extended(saved, settings["tokens"], rewarm, folder, dist_ctx)
@@ -103,7 +107,10 @@ def train(
                         run_folder.save_config(folder, config)
                 if config is not saved:
                     reporter.log(extension.describe(config, trainer.done))
-                reporter.log(_description(trainer, dist_ctx))
+                finished = trainer.done == config.steps
+                reporter.log(
+                    extension.describe_finished(config, folder) if finished else _description(trainer, dist_ctx)
+                )
                 traced = profile and dist_ctx.rank == 0
                 return folder, trainer.run(profile_steps(folder / "profile.json", reporter.log) if traced else None)
 
@@ -137,7 +144,7 @@ def _resumed_run(
     settings: dict[str, Any], folder: Path | None, open_data: Callable[[str], Dataset], rewarm: float | None
 ) -> tuple[Dataset, TrainConfig, Path]:
     if folder is None:
-        raise CheckpointError("--resume needs the run folder: give it with --out")
+        raise CheckpointError("a run to resume needs its folder: give it with out (--out)")
     others = {name: value for name, value in settings.items() if name != "tokens"}
     config = run_folder.resumed_config(folder, others)
     # torchrun repeats the arguments of the first start, so a restart may find its --rewarm applied.
@@ -158,7 +165,8 @@ def _extended(
 def _require_steps_to_trace(left: int) -> None:
     if left < FIRST:
         raise ConfigError(
-            f"--profile traces steps {FIRST} to {LAST}, but only {left} steps are left: omit it, or raise --tokens"
+            f"--profile traces steps {FIRST} to {LAST}, and the run has {counted(left, 'step')} left: omit it, or "
+            "raise tokens"
         )
 
 
@@ -166,12 +174,14 @@ def _description(trainer: Trainer, dist_ctx: DistributedContext) -> str:
     """Architecture, size, length, learning rates, devices and folder of a run, in one line."""
     config = trainer.config
     tensor_parallel = f", tensor parallel {config.tensor_parallel}" if config.tensor_parallel > 1 else ""
-    others = dist_ctx.world_size - 1
+    others, size = dist_ctx.world_size - 1, config.micro_batch_size
+    accumulated = size < config.batch_size // trainer.dist_ctx.data_parallel_size
+    micro_batches = f" in micro-batches of {counted(size, 'sequence')}" if accumulated else ""
     parallelism = f" and {others} more, {config.parallel}{tensor_parallel}" if others else ""
     return (
         f"{config.model.architecture}, {trainer.model.parameter_count() / 1e6:.2f}M parameters, "
-        f"{config.steps:,} steps of {config.batch_tokens:,} tokens, learning rate {format_rates(config)}, "
-        f"on {trainer.device}{parallelism}{law_note(config)}; run folder {trainer.folder}"
+        f"{counted(config.steps, 'step')} of {config.batch_tokens:,} tokens{micro_batches}, learning rate "
+        f"{format_rates(config)}, on {trainer.device}{parallelism}{law_note(config)}; run folder {trainer.folder}"
     )
 
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from antransformer.training import defaults
 from antransformer.training.config import TrainConfig
 from antransformer.training.optimizer_registry import OPTIMIZERS
+from antransformer.wording import counted
 
 
 class PeakRates(NamedTuple):
@@ -73,7 +74,7 @@ def format_rates(config: TrainConfig) -> str:
         roles.setdefault(f"{rate:.3g}", []).append(role)
     text = ", ".join(f"{rate} for {_joined(names)}" for rate, names in roles.items())
     tuned = [f"width {config.lr_width:,}"] if width_ratio(config) != 1 else []
-    tuned += [f"{config.lr_horizon:,} steps"] if horizon_factor(config) != 1 else []
+    tuned += [counted(config.lr_horizon, "step")] if horizon_factor(config) != 1 else []
     return f"{text} (lr {config.lr:g} scaled from {_joined(tuned)})" if tuned else text
 
 

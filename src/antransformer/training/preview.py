@@ -1,11 +1,7 @@
 """Preview of a run: its settings with their origins, its parameters, memory and time; nothing is written."""
 
-import math
-import statistics
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,14 +12,13 @@ from antransformer.models import build
 from antransformer.models.config import ModelConfig, preset_sizes
 from antransformer.training import defaults
 from antransformer.training.config import TrainConfig, to_mapping
-from antransformer.training.cost_model.memory import Layout, estimate_memory
-from antransformer.training.device import choose_device, choose_precision
-from antransformer.training.dry_run import dry_run_trainer
+from antransformer.training.device import choose_device
+from antransformer.training.dry_run import STEPS, seconds_per_token
+from antransformer.training.micro_batch import fitting_micro_batch, free_memory, step_memory
 from antransformer.training.recipes import RECIPES
 
-STEPS = 3  # timed, after one that warms up
 LAWS = ("batch_tokens", "lr", "tokens")  # settings that the paper's laws give from 32m upwards
-DEVICE = ("precision", "compile")  # settings that the device decides
+DEVICE = ("precision", "compile", "micro_batch_size")  # settings that the device decides
 
 
 @dataclass(frozen=True)
@@ -49,7 +44,7 @@ class Preview:
         settings: all settings.
         parameters: number of learnable parameters.
         memory: expected bytes at the peak of a step.
-        seconds_per_step: median over a few steps, in seconds; None if a step needs more than ``free`` bytes.
+        seconds_per_step: seconds of a step, from the fastest of a few; None if a step needs more than ``free`` bytes.
         seconds: expected time of all steps, in seconds; validation is not included.
         free: bytes of memory that are free on the device; infinite if unknown.
     """
@@ -79,19 +74,14 @@ def preview(
         DataError: the data does not fit the model.
     """
     if config.steps <= STEPS:
-        raise ConfigError(f"a dry run times {STEPS + 1} steps, but the run has {config.steps}: raise --tokens")
-    accumulated = -(-config.batch_size // config.micro_batch_size)
-    layout = Layout(
-        micro_batch_size=config.micro_batch_size,
-        grad_accum_steps=accumulated,
-        checkpointing=config.activation_checkpointing,
-    )
+        raise ConfigError(f"a dry run times {STEPS + 1} steps, but the run has {config.steps}: raise tokens")
+    if "micro_batch_size" not in {**options, **file}:
+        config = replace(config, micro_batch_size=fitting_micro_batch(config) or 1)
     device = choose_device(config.device)
-    memory = estimate_memory(config.model, layout, choose_precision(config.precision, device)).total
-    free = free_memory(device)
+    memory, free = step_memory(config, device), free_memory(device)
     with torch.device("meta"):
         parameters = build(config.model).parameter_count()
-    seconds = time_step(config, dataset) if memory < free else None
+    seconds = seconds_per_token(config, dataset) * config.batch_tokens if memory < free else None
     return Preview(
         settings=settings_with_origins(config, options, file, file_name),
         parameters=parameters,
@@ -100,30 +90,6 @@ def preview(
         seconds=None if seconds is None else seconds * config.steps,
         free=free,
     )
-
-
-def time_step(config: TrainConfig, dataset: Dataset) -> float:
-    """Median seconds of a few steps; raises the errors of ``Trainer``."""
-    trainer = dry_run_trainer(config, dataset)
-    times = []
-    for step in range(1, STEPS + 2):
-        started = time.perf_counter()
-        trainer.update(step)
-        if trainer.device.type != "cpu":
-            torch.accelerator.synchronize(trainer.device)
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[1:])
-
-
-def free_memory(device: torch.device) -> float:
-    """Bytes of memory that are free on a device; infinite if unknown."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return math.inf
 
 
 def settings_with_origins(

@@ -37,10 +37,11 @@ class ThreadWatch:
     Args:
         device: device of the run; nothing is done unless it is a CPU.
         log: receives a message whenever the number of threads changes.
+        interval: smallest number of seconds between two readings.
     """
 
-    def __init__(self, device: torch.device, log: Callable[[str], None]) -> None:
-        self.most, self.log = torch.get_num_threads(), log
+    def __init__(self, device: torch.device, log: Callable[[str], None], interval: float = INTERVAL) -> None:
+        self.most, self.log, self.interval = torch.get_num_threads(), log, interval
         enabled = device.type == "cpu" and self.most > 1 and "OMP_NUM_THREADS" not in os.environ
         self.last = read() if enabled else None
         self.others = 0.0  # cores that other processes used in the previous interval
@@ -53,7 +54,7 @@ class ThreadWatch:
 
     def update(self) -> None:
         """Adapt the number of threads to the time since the last reading, if that is long enough."""
-        if self.last is None or time.perf_counter() - self.last.wall < INTERVAL:
+        if self.last is None or time.perf_counter() - self.last.wall < self.interval:
             return
         now = read()
         if now is None:

@@ -227,8 +227,8 @@ class Trainer:
                 while self.done < config.steps:
                     pending += self.update(self.done + 1)
                     self.done += 1
+                    watch.update()  # first, since a change of the threads changes the time left
                     self.reporter.step(self.done)
-                    watch.update()
                     if profiler is not None:
                         profiler.step()
                     stopping = self._agree_to_stop(signals)
@@ -429,7 +429,7 @@ class Trainer:
             self.writer.wait()
         good = checkpoint.newest(self.folder / CHECKPOINTS, self.reporter.log, self.dist_ctx)
         return DivergedError(
-            f"{problem}; last good checkpoint: {good.path if good else 'none'}; try a lower --lr, or another --seed"
+            f"{problem}; last good checkpoint: {good.path if good else 'none'}; try a lower lr, or another seed"
         )
 
     def _fixed_settings(self) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from antransformer.training.config import TrainConfig
 from antransformer.training.distributed.launcher import job_number
 from antransformer.training.distributed.liveness import RankMonitor, fresh_store
 from antransformer.training.distributed.tensor_parallel import apply_tensor_parallel
+from antransformer.wording import counted
 
 T = TypeVar("T")
 
@@ -238,8 +239,8 @@ def check_divisibility(config: TrainConfig, dist_ctx: DistributedContext) -> Non
         shares = f"{dist_ctx.data_parallel_size} "
         shares += f"groups of {tensor_parallel} processes" if tensor_parallel > 1 else "processes"
         raise ConfigError(
-            f"a batch of {config.batch_size} sequences cannot be divided evenly among {shares}: change batch_tokens or "
-            "the number of processes"
+            f"a batch of {counted(config.batch_size, 'sequence')} cannot be divided evenly among {shares}: "
+            "change batch_tokens or the number of processes"
         )
 
 

@@ -1,0 +1,85 @@
+"""The micro-batch size that fits into memory."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from antransformer.cli import main
+from antransformer.errors import ConfigError
+from antransformer.training import micro_batch
+from antransformer.training.config import resolve_config
+from antransformer.training.defaults import parameter_count
+from antransformer.training.distributed.parallel import DistributedContext
+from antransformer.training.micro_batch import fit_micro_batch, fitting_micro_batch, free_memory, step_memory
+from antransformer.training.run_folder import saved_config
+from helpers.commands import TEN_STEPS, refused
+from helpers.messages import mentions
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def free(monkeypatch):
+    """Function that sets the free memory."""
+    return lambda size: monkeypatch.setattr(micro_batch, "free_memory", lambda device: size / micro_batch.USABLE_MEMORY)
+
+
+@pytest.fixture
+def config():
+    """A run of 125m with a byte tokenizer, whose logits are small and whose activations are not."""
+    return resolve_config({"preset": "125m", "device": "cpu", "precision": "float32"}, 257)
+
+
+def test_the_default_fits_into_the_memory_of_a_small_machine(config, free):
+    assert step_memory(config, CPU) > 100 * 2**30
+    free(20 * 2**30)
+    fitted = fit_micro_batch(config)
+    assert 1 <= fitted.micro_batch_size < config.micro_batch_size
+    assert step_memory(fitted, CPU) <= 20 * 2**30
+    assert replace(fitted, micro_batch_size=config.micro_batch_size) == config
+    free(2**50)
+    assert fit_micro_batch(config) == config
+
+
+def test_a_model_that_does_not_fit_is_refused(config, free):
+    free(2**30)
+    assert fitting_micro_batch(config) == 0
+    with pytest.raises(ConfigError) as error:
+        fit_micro_batch(config)
+    assert mentions(error.value, "preset", "micro_batch_size", "--micro-batch-size")
+
+
+def test_ranks_share_the_memory_of_a_cpu_and_agree_on_the_smallest(config, free, monkeypatch):
+    ranks = DistributedContext(0, 4, 0, 4)
+    free(60 * 2**30)
+    alone = fit_micro_batch(config).micro_batch_size
+    others = []
+
+    def all_reduce_max(self, value):
+        others.append(-value)
+        return max(value, -2)
+
+    monkeypatch.setattr(DistributedContext, "all_reduce_max", all_reduce_max)
+    assert fitting_micro_batch(config, ranks) == min(2, others[0]) and others[0] < alone
+
+
+def test_the_moving_average_needs_memory_too(config):
+    extra = step_memory(replace(config, ema=0.1), CPU) - step_memory(replace(config, ema=0.0), CPU)
+    assert extra == 4 * parameter_count(config.model)
+
+
+def test_the_command_records_the_size_and_leaves_a_given_one(corpus, tmp_path, free, capsys):
+    words = ["train", "--data", str(corpus), *TEN_STEPS, "--out"]
+    free(1.0)
+    assert mentions(refused([*words, tmp_path / "none"], capsys), "micro_batch_size")
+    assert not (tmp_path / "none").exists()
+    assert main([*words, str(tmp_path / "given"), "--micro-batch-size=8"]) == 0
+    given = saved_config(tmp_path / "given")
+    free(step_memory(replace(given, micro_batch_size=4), CPU))
+    assert main([*words, str(tmp_path / "fitted")]) == 0
+    assert (given.micro_batch_size, saved_config(tmp_path / "fitted").micro_batch_size) == (8, 4)
+
+
+def test_free_memory_of_this_machine():
+    assert 2**28 < free_memory(CPU) <= float("inf")
