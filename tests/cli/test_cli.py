@@ -64,7 +64,7 @@ assert antransformer.cli.main(["train", "--tokens", "1K"]) == 2
         (["train", "--config", ""], "--config"),
         (["train", "stray"], "stray"),
         (["train", "--data", "nowhere"], "nowhere"),
-        (["train", "--resume"], "--resume --out"),
+        (["train", "--resume"], "resume --out"),
         (["train", "--resume", "--out", "nowhere"], "nowhere config.yaml"),
         (["generate", "--checkpoint", "nowhere"], "nowhere"),
         (["generate"], "--checkpoint"),
