@@ -13,7 +13,7 @@ but does not print the projection. Strict bounds are those of nGPT (arXiv:2410.0
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ from torch.utils.hooks import RemovableHandle
 
 from antransformer import kernels
 from antransformer.nn import Embedding, Linear
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,7 @@ class Scale(nn.Module):
         return weight / self.factor
 
 
-def normalize_(module: nn.Module) -> nn.Module:
+def normalize_(module: Module) -> Module:
     """Give bounded rows to every ``nn.Linear`` and ``nn.Embedding`` of a model without changing its function.
 
     Each weight becomes a constant factor times a parameter whose rows have norm at most 1; ``bind`` then keeps them

@@ -499,6 +499,9 @@ def test_summary_of_an_ablation():
     one_seed = summary(ablation(*variants, seeds=(1,)))
     assert {"3", "2", "1", "0", "500K", "2.1M", "+0.200"} <= set(numbers_of(one_seed))
 
+    better = summary(ablation(ablated("a", -0.1, (1,)), seeds=(1,)))
+    assert not [number for number in numbers_of(better) if number.startswith(("+", "-"))]
+
     diverged = ablated("default", math.inf), ablated("a", 0.1)
     diverged_baseline = summary(experiment(*diverged, kind="ablate", budgets=(500_000,)))
     assert set(numbers_of(diverged_baseline)) == {"3", "500K", "2.1M"}

@@ -128,6 +128,8 @@ def test_sensitivity_is_the_regret_of_settings_three_times_too_small_and_too_lar
     )  # diverged between the best and three times the best
     assert all(math.isnan(side) for side in sensitivity(rates[1:4], losses[1:4]))  # trials reach only twice the best
     assert all(math.isnan(side) for side in sensitivity([1.0, 2.0], [math.inf, math.inf]))
+    # A third and three times the best, each rounded to three digits.
+    assert sensitivity([0.00357, 0.0107, 0.0321], [2.3, 2.0, 2.1]) == pytest.approx((0.3, 0.1))
 
 
 def test_pooled_differences_detect_what_one_pair_of_three_seeds_cannot():

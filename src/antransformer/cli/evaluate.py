@@ -52,7 +52,7 @@ def add_arguments(parser: Parser) -> None:
         nargs="+",
         default=(),
         metavar="FILE",
-        help="text with <|endoftext|> between documents, JSON lines or .parquet, as for antransformer prepare",
+        help="files of text with <|endoftext|> between documents, of JSON lines, or .parquet",
     )
     parser.add_argument(
         "--text-field",
@@ -64,7 +64,10 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--limit", metavar="N", help="only the first N items of a task, or documents of a file")
     add_device_argument(parser)
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="JSON file of all scores (default evaluation.json in the run folder)"
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="JSON file of all scores, overwritten (default evaluation.json in the run folder)",
     )
 
 

@@ -263,7 +263,15 @@ def _ablation_table(results: Results, differences: Sequence[Difference], is_sign
     table_rows = zip(results.variants[1:], differences, corrected, is_significant, strict=True)
     for variant, difference, p, clear in table_rows:
         direction = "worse" if difference.mean > 0 else "better"
-        outcome = direction if clear else "diverged" if math.isnan(difference.mean) else "not significant"
+        outcome = (
+            direction
+            if clear
+            else "diverged"
+            if math.isnan(difference.mean)
+            else "no test"
+            if math.isnan(difference.p)
+            else "not significant"
+        )
         rows.append(
             [
                 style_of(variant.name).label,

@@ -17,7 +17,7 @@ from antransformer.extras import require
 SENSITIVITY_FACTOR = 3.0
 CURVE_POINTS = 512
 MIN_SEEDS = 3  # of a test: two differences have one degree of freedom, which hardly measures the noise
-ROUNDING = 1e-9  # slack in the logarithm of a setting: values are rounded to three digits
+ROUNDING = 6e-3  # slack in the logarithm of a setting: values are rounded to three digits
 
 Array = NDArray[np.float64]
 
@@ -205,9 +205,10 @@ def sensitivity(values: Sequence[float], losses: Sequence[float]) -> tuple[float
         distances = (x[~finished] - best) * sign
         if ((distances > 0) & (distances <= distance + ROUNDING)).any():
             return math.inf
-        target = best + sign * distance
-        if not x[finished][0] - ROUNDING <= target <= x[finished][-1] + ROUNDING:
+        target, low, high = best + sign * distance, x[finished][0], x[finished][-1]
+        if not low - ROUNDING <= target <= high + ROUNDING:
             return math.nan
+        target = min(max(target, low), high)
         return float(_pchip(x[finished], y[finished])(target) - y.min())
 
     return regret(-1), regret(1)

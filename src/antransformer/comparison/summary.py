@@ -53,7 +53,7 @@ def _speedup_clause(results: Results, pair: PairwiseSpeedup) -> str:
     if f"{point.ratio:.2f}" == "1.00":
         return f"{name} needs as many tokens as {baseline} for the same loss {scope}"
     if point.ratio > 1:
-        return f"{name} reaches the loss of {baseline} with {point.ratio:.2f}x fewer tokens {scope}"
+        return f"{name} reaches the loss of {baseline} with fewer tokens: the speedup is {point.ratio:.2f}x {scope}"
     return f"{name} needs more tokens than {baseline} for the same loss: the speedup is {point.ratio:.2f}x {scope}"
 
 
@@ -131,7 +131,7 @@ def _ablation_summary(results: Results) -> str:
     differences = variant_differences(results)
     means, is_significant = np.array([item.mean for item in differences]), np.array(significant(differences))
     diverged = int(np.isnan(means).sum())
-    if len(results.seeds) == 1:
+    if all(math.isnan(item.p) for item in differences):
         counts = f"{(means > 0).sum()} have a higher loss than the {baseline}, {(means < 0).sum()} a lower loss"
         test = "no test"
     else:
@@ -146,8 +146,10 @@ def _ablation_summary(results: Results) -> str:
     if diverged == len(variants):
         return sentence
     worst = int(np.nanargmax(means))
+    if means[worst] <= 0:
+        return sentence
     label = style_of(variants[worst].name).label
-    return f"{sentence} The highest loss without divergence is that of {label}: {means[worst]:+.3f} nats."
+    return f"{sentence} The largest increase in loss is {means[worst]:+.3f} nats, for {label}."
 
 
 # Parts of sentences
