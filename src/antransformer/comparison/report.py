@@ -262,16 +262,12 @@ def _ablation_table(results: Results, differences: Sequence[Difference], is_sign
     corrected = holm([difference.p for difference in differences])
     table_rows = zip(results.variants[1:], differences, corrected, is_significant, strict=True)
     for variant, difference, p, clear in table_rows:
-        direction = "worse" if difference.mean > 0 else "better"
-        outcome = (
-            direction
-            if clear
-            else "diverged"
-            if math.isnan(difference.mean)
-            else "no test"
-            if math.isnan(difference.p)
-            else "not significant"
-        )
+        if clear:
+            outcome = "worse" if difference.mean > 0 else "better"
+        elif math.isnan(difference.mean):
+            outcome = "diverged"
+        else:
+            outcome = "no test" if math.isnan(difference.p) else "not significant"
         rows.append(
             [
                 style_of(variant.name).label,
