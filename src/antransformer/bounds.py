@@ -104,17 +104,20 @@ def project_(bounds: Iterable[Bound]) -> None:
 
     A vector inside its bound is left bit-for-bit unchanged. A zero vector stays zero, even under a strict bound.
     """
+    fused: dict[tuple[Any, ...], list[Tensor]] = {}  # matrices that a kernel projects together
     for bound in bounds:
         rows = local_rows(bound)
         if rows is not None and kernels.use_triton(rows):
-            from antransformer.kernels.bound import project_rows_
-
-            project_rows_(rows, bound.strict)
+            fused.setdefault((bound.strict, rows.device, rows.dtype, rows.shape[1]), []).append(rows)
             continue
         length = norms(bound)
         # A zero vector has no direction, so it is divided by 1.
         length = length.masked_fill(length == 0, 1) if bound.strict else length.clamp_min(1)
         bound.parameter.div_(length)
+    for (strict, *_), matrices in fused.items():
+        from antransformer.kernels.bound import project_rows_
+
+        project_rows_(matrices, strict)
 
 
 def bind(model: nn.Module, optimizer: Optimizer) -> RemovableHandle:

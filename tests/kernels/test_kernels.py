@@ -11,9 +11,12 @@ import torch.nn.functional as F
 
 from antransformer import functional, kernels
 from antransformer.bounds import Bound, project_
+from antransformer.kernels import chunked_cross_entropy as chunked
 
 pytest.importorskip("triton", reason="Triton is not installed: it comes with the extra [dev] on Linux")
-kernel, bound = (importlib.import_module(f"antransformer.kernels.{name}") for name in ("interpolate_norm", "bound"))
+kernel, bound, cross_entropy = (
+    importlib.import_module(f"antransformer.kernels.{name}") for name in ("interpolate_norm", "bound", "cross_entropy")
+)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)]
 
@@ -23,9 +26,13 @@ def nan_in_empty_tensors(monkeypatch):
     """Fills new empty tensors with NaN, to detect kernels that read them or leave elements unwritten."""
     for name in ("empty", "empty_like"):
         make = getattr(torch, name)
-        monkeypatch.setattr(torch, name, lambda *args, make=make, **kw: make(*args, **kw).fill_(torch.nan))
+        monkeypatch.setattr(torch, name, lambda *args, make=make, **kw: fill_with_nan(make(*args, **kw)))
     new = torch.Tensor.new_empty
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kw: new(*args, **kw).fill_(torch.nan))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kw: fill_with_nan(new(*args, **kw)))
+
+
+def fill_with_nan(tensor):
+    return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
 
 
 def random(*shape, seed):
@@ -56,6 +63,7 @@ def test_interpolate_norm_agrees_with_plain_torch(shape, dtype, tolerance, per_c
     assert_near((z, inverse), (plain, plain_inverse), tolerance)
     grads = kernel.backward(gradient, x, y, alpha, inverse)
     assert [part.dtype for part in grads] == [dtype] * 3
+    assert all(map(torch.equal, kernel.gradients_of_y_and_alpha(gradient, x, y, alpha, inverse), grads[1:]))
     assert_near(grads, functional.interpolate_norm_backward(gradient.double().cpu(), *exact, plain_inverse), tolerance)
 
 
@@ -91,7 +99,9 @@ def test_projection_agrees_with_plain_torch_and_keeps_every_bit_inside(shape, dt
     before = (F.normalize(random(*shape, seed=0), dim=-1) * random(shape[0], 1, seed=1).exp()).to(dtype)
     before[shape[0] // 2 :][:1] = 0
     weight, plain = before.clone(), before.double().cpu()
-    bound.project_rows_(weight, strict)
+    second = torch.cat([weight, weight])[1:].contiguous()
+    bound.project_rows_([weight, second], strict)
+    assert torch.equal(second, torch.cat([weight, weight])[1:])
     project_([Bound("weight", plain, strict=strict)])
     torch.testing.assert_close(weight.double().cpu(), plain, rtol=tolerance, atol=0)
     inside = before.double().norm(dim=1) <= (0 if strict else 1 - tolerance)
@@ -100,7 +110,7 @@ def test_projection_agrees_with_plain_torch_and_keeps_every_bit_inside(shape, dt
 
 def test_project_uses_the_kernel_for_contiguous_rows_only(monkeypatch):
     monkeypatch.setattr(kernels, "use_triton", lambda x: True)
-    monkeypatch.setattr(bound, "project_rows_", lambda weight, strict: weight.fill_(7))
+    monkeypatch.setattr(bound, "project_rows_", lambda matrices, strict: [each.fill_(7) for each in matrices])
     rows, columns, vector = (torch.ones(3, 4), torch.ones(3, 4), torch.ones(4))
     project_([Bound("rows", rows), Bound("columns", columns, axis=0), Bound("vector", vector, axis=0)])
     assert (rows == 7).all()
@@ -111,16 +121,61 @@ def test_project_uses_the_kernel_for_contiguous_rows_only(monkeypatch):
     torch.testing.assert_close(transposed, torch.full((3, 4), 0.5))
 
 
+def test_project_starts_one_kernel_for_matrices_of_one_width_dtype_and_bound(monkeypatch):
+    launches = []
+    monkeypatch.setattr(kernels, "use_triton", lambda x: True)
+    monkeypatch.setattr(bound, "project_rows_", lambda matrices, strict: launches.append((len(matrices), strict)))
+    free, wide, half = torch.ones(3, 4), torch.ones(3, 8), torch.ones(3, 4).half()
+    project_([Bound("", each) for each in (free, wide, free.clone(), half)] + [Bound("", free.clone(), strict=True)])
+    assert sorted(launches) == [(1, False), (1, False), (1, True), (2, False)]
+
+
+@pytest.mark.parametrize(("rotary_dim", "head_dim"), [(8, 8), (8, 16), (4, 12), (2, 8)])
+def test_rotation_of_pairs_agrees_with_rotation_of_parts(rotary_dim, head_dim):
+    tables = functional.rotary_tables(torch.arange(5), rotary_dim, 1e4)
+    x = torch.randn(2, 5, 3, head_dim, dtype=torch.float64)
+    torch.testing.assert_close(functional._rotate_pairs(x, tables), functional.rotate(x, tables))
+    assert functional._rotate_pairs(x.bfloat16(), tables).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("vocab", [1, 5, 257, 4100])
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+def test_cross_entropy_agrees_with_plain_torch(vocab, dtype, tolerance):
+    logits = (10 * random(6, vocab, seed=0)).to(dtype)
+    targets = (torch.arange(6, device=DEVICE) * (vocab - 1)) // 5
+    exact = logits.double().cpu().requires_grad_()
+    plain = F.cross_entropy(exact, targets.cpu(), reduction="none")
+    plain.sum().backward()
+    before = logits.clone()
+    losses = cross_entropy.losses_and_gradients_(logits, targets, False)
+    assert torch.equal(logits, before)
+    assert losses.dtype == torch.promote_types(dtype, torch.float32)
+    assert_near([losses], [plain.detach()], min(tolerance, 1e-5))
+    assert torch.equal(cross_entropy.losses_and_gradients_(logits, targets, True), losses)
+    assert_near([logits], [exact.grad], tolerance)
+
+
+def test_chunked_cross_entropy_with_the_kernel_gives_the_same_loss_and_gradients(monkeypatch):
+    monkeypatch.setitem(chunked.CHUNK, "cpu", 4)
+    hidden, weight, targets = random(10, 8, seed=0), random(7, 8, seed=1), torch.arange(10, device=DEVICE) % 7
+    monkeypatch.setattr(chunked, "use_triton", lambda x: False)
+    plain = chunked.loss_and_gradients(hidden, weight, targets, True)
+    monkeypatch.setattr(chunked, "use_triton", lambda x: True)
+    assert_near(chunked.loss_and_gradients(hidden, weight, targets, True), [each.cpu() for each in plain], 1e-12)
+
+
 COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from antransformer.kernels import bound, interpolate_norm
+from antransformer.kernels import bound, cross_entropy, interpolate_norm
 
-for kernel in (interpolate_norm._forward, interpolate_norm._backward, bound._project):
-    constants = {"BLOCK": 1024, "MIN_LENGTH": 1.0, "PRECISION": triton.language.float32}
-    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+float32 = triton.language.float32
+for kernel in (interpolate_norm._forward, interpolate_norm._backward, bound._project, cross_entropy._losses):
+    constants = {"BLOCK": 1024, "MIN_LENGTH": 1.0, "PRECISION": float32, "KIND": float32, "ROWS": 4, "VOCAB": 1500}
+    constants = {name: value for name, value in {**constants, "TRAIN": True}.items() if name in kernel.arg_names}
     numbers = dict.fromkeys(("rows", "width", "programs"), "i32") | dict.fromkeys(constants, "constexpr")
+    numbers |= {"targets": "*i64", "tiles": "*i64"}
     signature = {name: numbers.get(name, "*fp32") for name in kernel.arg_names}
     source = ASTSource(kernel, signature, constexprs=constants)
     print(len(triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]))
@@ -131,7 +186,7 @@ def test_kernels_compile_without_a_gpu():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert len(result.stdout.split()) == 3
+    assert len(result.stdout.split()) == 4
 
 
 def test_kernels_are_used_on_gpus_and_not_by_the_compiler():

@@ -10,6 +10,7 @@ import torch
 from antransformer.cli import main
 from antransformer.errors import ConfigError
 from antransformer.training import run_folder
+from antransformer.training.compilation import use_cuda_graphs
 from antransformer.training.config import resolve_config
 from antransformer.training.device import choose_device, choose_precision, resolve_auto
 from helpers.commands import TEN_STEPS
@@ -28,6 +29,21 @@ def test_bfloat16_products_are_right_under_a_thread_limit():
     environment = {**os.environ, "OMP_NUM_THREADS": "2", "OMP_THREAD_LIMIT": "1"}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert result.stdout.split("\n")[0] == "[256.0] 1"
+
+
+@pytest.mark.parametrize(
+    ("device", "settings", "expected"),
+    [
+        ("cuda", {}, True),
+        ("cpu", {}, False),
+        ("cuda", {"micro_batch_size": 1}, False),  # the next micro-batch would overwrite the gradients
+        ("cuda", {"document_mask": True}, False),
+        ("cuda", {"precision": "fp8", "model": {"head_dim": 16}}, False),
+        ("cuda", {"preset": "0.5b"}, False),  # kernels are longer than their launch
+    ],
+)
+def test_cuda_graphs_replay_short_steps_on_one_gpu(device, settings, expected):
+    assert use_cuda_graphs(resolve_config(settings, 257), torch.device(device)) == expected
 
 
 def test_missing_device_is_refused():

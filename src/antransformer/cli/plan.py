@@ -112,7 +112,7 @@ def print_plan(plan: "Plan") -> None:
         caveats = [no_law(plan.config.architecture)]
     for note in (*plan.sources, *plan.notes, *caveats):
         console.print(f"- {note}", soft_wrap=True)
-    console.print("- hours, memory and MFU are estimates, not measured on a GPU: docs/planning.md", soft_wrap=True)
+    console.print("- hours, memory and MFU are estimates: docs/planning.md", soft_wrap=True)
     print()
 
 

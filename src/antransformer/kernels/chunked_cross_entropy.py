@@ -5,10 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from antransformer.kernels import use_triton
+
 # Tokens in a chunk. 128 was the fastest size tried on CPUs, where logits then stay in cache; accelerators need larger
 # products to be busy.
 CHUNK = {"cpu": 128}
-LARGE_CHUNK = 2048
+LARGE_CHUNK = 4096
 
 
 # A custom operator, since torch.compile would unroll the loop over chunks.
@@ -24,20 +26,35 @@ def loss_and_gradients(hidden: Tensor, weight: Tensor, targets: Tensor, train: b
     grad_weight = torch.zeros_like(weight if train else weight[:0], dtype=precision)
     rows = CHUNK.get(hidden.device.type, LARGE_CHUNK)
     for start in range(0, len(hidden), rows):
-        chunk, target = hidden[start : start + rows], targets[start : start + rows, None]
-        scores = torch.log_softmax(chunk @ weight.T, -1, dtype=precision)
-        total -= scores.gather(1, target).sum()
+        chunk, target = hidden[start : start + rows], targets[start : start + rows]
+        losses, grad_logits = _chunk(chunk @ weight.T, target, train)
+        total += losses.sum()
         if train:
-            # The gradient of the logits is softmax minus one-hot, made in place of the log-probabilities.
-            scores.exp_()
-            scores.scatter_add_(1, target, scores.new_full(target.shape, -1.0))
-            grad_logits = scores.to(hidden.dtype)
             torch.mm(grad_logits, weight, out=grad_hidden[start : start + rows])
             if precision == weight.dtype:
                 grad_weight.addmm_(grad_logits.T, chunk)
+            elif hidden.is_cuda:
+                torch.addmm(grad_weight, grad_logits.T, chunk, out_dtype=precision, out=grad_weight)
             else:  # products of half precision are summed over chunks in float32
                 grad_weight.add_(grad_logits.T @ chunk)
     return total / len(hidden), grad_hidden, grad_weight
+
+
+def _chunk(logits: Tensor, targets: Tensor, train: bool) -> tuple[Tensor, Tensor]:
+    """Losses of the tokens in float32 or float64, and, if ``train``, the gradients (tokens, V) of their sum."""
+    if use_triton(logits):
+        from antransformer.kernels.cross_entropy import losses_and_gradients_
+
+        return losses_and_gradients_(logits, targets, train), logits
+    scores = torch.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    targets = targets.unsqueeze(1)
+    losses = -scores.gather(1, targets)
+    if train:
+        # The gradient of the logits is softmax minus one-hot, made in place of the log-probabilities.
+        scores.exp_()
+        scores.scatter_add_(1, targets, scores.new_full(targets.shape, -1.0))
+        scores = scores.to(logits.dtype)
+    return losses, scores
 
 
 @loss_and_gradients.register_fake

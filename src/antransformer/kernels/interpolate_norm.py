@@ -29,15 +29,23 @@ def backward(
     grad_output: Tensor, x: Tensor, y: Tensor, alpha: Tensor, inverse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, y and alpha, each in the dtype of its tensor."""
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return grad_x, *gradients_of_y_and_alpha(grad_output, x, y, alpha, inverse, grad_x)
+
+
+def gradients_of_y_and_alpha(
+    grad_output: Tensor, x: Tensor, y: Tensor, alpha: Tensor, inverse: Tensor, grad_x: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of y and alpha, each in the dtype of its tensor; writes the gradient of x to ``grad_x``, if given."""
     grad_output, x, y, width = grad_output.contiguous(), x.contiguous(), y.contiguous(), x.shape[-1]
-    grad_x, grad_y = torch.empty_like(x), torch.empty_like(y)
+    grad_y = torch.empty_like(y)
     rows = inverse.numel()
     programs = min(rows, PROGRAMS)
     partial_sums = inverse.new_empty((programs, width))  # of the gradient of alpha, one row for each program
     if rows:
         tensors = grad_output, x, y, _expand(alpha, width), inverse, grad_x, grad_y, partial_sums
         _backward[(programs,)](*tensors, rows, width, programs, **row_sizes(width))
-    return grad_x, grad_y, partial_sums.sum(0).sum_to_size(alpha.shape).to(alpha.dtype)
+    return grad_y, partial_sums.sum(0).sum_to_size(alpha.shape).to(alpha.dtype)
 
 
 def _expand(alpha: Tensor, width: int) -> Tensor:
@@ -80,7 +88,8 @@ def _backward(
         inverse_row = tl.load(inverse + row)
         unit = tl.load(y + offset, mask=inside, other=0.0).to(precision) * inverse_row
         product = grad * unit
-        tl.store(grad_x + offset, (grad * x_weight).to(grad_x.dtype.element_ty), mask=inside)
+        if grad_x is not None:
+            tl.store(grad_x + offset, (grad * x_weight).to(grad_x.dtype.element_ty), mask=inside)
         # The gradient through y / ||y|| has no component along y.
         grad_y_row = (grad * y_weight - unit * tl.sum(product * y_weight, 0)) * inverse_row
         tl.store(grad_y + offset, grad_y_row.to(grad_y.dtype.element_ty), mask=inside)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
@@ -20,7 +21,10 @@ from antransformer.training.config import TrainConfig
 from antransformer.training.dry_run import NullReporter
 from antransformer.training.trainer import Trainer
 
-RECIPES = ("best", "paper")
+RUNS: dict[str, dict[str, Any]] = {
+    "recipe best, averaged": {"recipe": "best", "ema": 0.2},
+    "recipe paper": {"recipe": "paper"},
+}
 
 
 class StopAt(NullReporter):
@@ -38,15 +42,29 @@ class StopAt(NullReporter):
 def resume(setup: Setup) -> Iterator[Check]:
     """Weights and optimizer state of a run that was stopped and resumed, against a run without interruption."""
     dataset = corpus(setup)
-    for recipe in RECIPES:
-        config = run_config(setup, dataset, recipe=recipe)
+    for name, settings in RUNS.items():
+        config = run_config(setup, dataset, **settings)
         with TemporaryDirectory(dir=setup.folder) as scratch, _deterministic():
             whole, stopped = Path(scratch, "whole"), Path(scratch, "stopped")
             _train(config, dataset, whole)
             with contextlib.suppress(RunStoppedError):
                 _train(config, dataset, stopped, StopAt(STEPS // 2))
             _train(config, dataset, stopped, resuming=True)
-            yield equal(f"resumed run, recipe {recipe}: weights and optimizer", _digests(whole) == _digests(stopped))
+            yield equal(f"resumed run, {name}: weights and optimizer", _digests(whole) == _digests(stopped))
+
+
+def compiled(setup: Setup) -> Iterator[Check]:
+    """Losses of a compiled run, which replays CUDA graphs, against those of an eager run."""
+    if setup.miniature:
+        yield Check("compiled run", "only on a CUDA device")
+        return
+    dataset = corpus(setup)
+    with TemporaryDirectory(dir=setup.folder) as scratch:
+        folders = Path(scratch, "eager"), Path(scratch, "compiled")
+        for folder, compile in zip(folders, (False, True), strict=True):
+            _train(run_config(setup, dataset, compile=compile, **RUNS["recipe best, averaged"]), dataset, folder)
+        pairs = zip(*map(losses, folders), strict=True)
+        yield at_most("compiled run: largest difference of the losses", max(abs(a - b) for a, b in pairs), 1e-3)
 
 
 def on_cpu(setup: Setup) -> Iterator[Check]:

@@ -18,6 +18,7 @@ from antransformer.training import float8
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 SHAPES = ((1, 2), (3, 7), (2, 5, 64), (13, 3), (2, 3, 2, 130))
 LARGE_SHAPES = ((4, 256, 768), (3, 100, 1000), (2, 64, 4096))
+VOCABULARIES = (5, 257, 4100, 50_304)
 
 
 def interpolate_norm(setup: Setup) -> Iterator[Check]:
@@ -58,7 +59,7 @@ def projection(setup: Setup) -> Iterator[Check]:
                 lengths = _random(setup, (shape[0], *[1] * (len(shape) - 1)), 1).exp()
                 before = (F.normalize(_random(setup, shape, 0), dim=-1) * lengths).flatten(0, -2).to(dtype)
                 weight, plain = before.clone(), before.double().cpu()
-                kernel.project_rows_(weight, strict)
+                kernel.project_rows_([weight], strict)
                 project_([Bound("weight", plain, strict=strict)])
                 errors.append(relative_error(weight, plain))
                 inside = before.double().norm(dim=1) <= (0 if strict else 1 - tolerance)
@@ -67,6 +68,28 @@ def projection(setup: Setup) -> Iterator[Check]:
             yield at_most(f"{name}: error", max(errors), tolerance)
             if not strict:
                 yield equal(f"{name}: rows inside", untouched)
+
+
+def cross_entropy(setup: Setup) -> Iterator[Check]:
+    """Losses of logits, and their gradients in place."""
+    kernel = _module(setup, "cross_entropy")
+    if kernel is None:
+        yield Check("cross_entropy", "Triton is not installed")
+        return
+    for dtype, tolerance in TOLERANCES.items():
+        losses, gradients = [0.0], [0.0]
+        for vocab in VOCABULARIES[:-1] if setup.miniature else VOCABULARIES:
+            logits = (10 * _random(setup, (5, vocab), 0)).to(dtype)
+            targets = torch.arange(5, device=setup.device) * (vocab - 1) // 4
+            exact = logits.double().cpu().requires_grad_()
+            plain = F.cross_entropy(exact, targets.cpu(), reduction="none")
+            plain.sum().backward()
+            losses.append(relative_error(kernel.losses_and_gradients_(logits, targets, True), plain))
+            assert exact.grad is not None
+            gradients.append(relative_error(logits, exact.grad))
+        kind = str(dtype).removeprefix("torch.")
+        yield at_most(f"cross-entropy, {kind}: error of the loss", max(losses), TOLERANCES[torch.float32])
+        yield at_most(f"cross-entropy, {kind}: error of the gradient", max(gradients), tolerance)
 
 
 def fp8(setup: Setup) -> Iterator[Check]:

@@ -25,9 +25,9 @@ MINUTES = 9  # of a part, at most
 
 # Functions of each part.
 CHECKS: dict[str, tuple[Checks, ...]] = {
-    "kernels": (kernels.interpolate_norm, kernels.projection, kernels.fp8),
+    "kernels": (kernels.interpolate_norm, kernels.projection, kernels.cross_entropy, kernels.fp8),
     "models": (models.architectures, models.documents, models.bounds, models.drift, models.folded),
-    "checkpoints": (checkpoints.resume, checkpoints.on_cpu),
+    "checkpoints": (checkpoints.resume, checkpoints.compiled, checkpoints.on_cpu),
     "processes": (processes.replicated, processes.sharded),
     "speed-125m": (speed.steps_125m,),
     "speed-0.5b": (speed.steps_half_billion,),

@@ -7,9 +7,23 @@ from torch import Tensor
 
 from antransformer.models import Decoder
 from antransformer.training.config import TrainConfig
+from antransformer.training.cost_model.throughput import flops_per_token
 from antransformer.training.device import autocast, is_out_of_memory
 
+LAUNCH_FLOPS = 5e11  # of a layer, below which a GPU waits for launches
+
 Loss = Callable[[Tensor, Tensor], Tensor]  # token ids and targets (B, T) -> mean loss
+
+
+def use_cuda_graphs(config: TrainConfig, device: torch.device) -> bool:
+    """Whether the steps of a run are replayed as CUDA graphs: on one GPU, where kernels are shorter than their launch.
+
+    Graphs keep gradients in memory of their own, which the next micro-batch would overwrite.
+    """
+    tokens = config.micro_batch_size * config.model.context
+    is_short = flops_per_token(config.model) * tokens < LAUNCH_FLOPS * config.model.layers
+    single = config.batch_size == config.micro_batch_size
+    return device.type == "cuda" and single and is_short and not config.document_mask and config.precision != "fp8"
 
 
 def compiled_loss(
@@ -24,7 +38,8 @@ def compiled_loss(
         RuntimeError: the device has no memory left.
     """
     by_block = any(block._compiled_call_impl is not None for block in model.blocks)
-    loss: Loss = model.loss if by_block else torch.compile(model.loss)
+    mode = "reduce-overhead" if not by_block and use_cuda_graphs(config, device) else None
+    loss: Loss = model.loss if by_block else torch.compile(model.loss, mode=mode)
     tokens = torch.zeros(config.micro_batch_size, config.model.context, dtype=torch.int64, device=device)
     try:
         with autocast(device, precision):

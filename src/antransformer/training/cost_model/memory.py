@@ -172,8 +172,8 @@ def loss_workspace(config: ModelConfig, tokens: int, precision: torch.dtype, ten
     if tensor_parallel > 1:
         # Not chunked: logits of all tokens, for this device's part of the vocabulary.
         return tokens * LOGIT_BYTES * config.vocab_size / tensor_parallel
-    # A chunk of logits in the products' precision with float32 log-probabilities, or the scaled gradient of the head.
-    chunk = min(tokens, LARGE_CHUNK) * (precision.itemsize + FLOAT32_BYTES) * config.vocab_size
+    # A chunk of logits, which a GPU's kernel replaces by their gradients, or the scaled gradient of the head.
+    chunk = min(tokens, LARGE_CHUNK) * precision.itemsize * config.vocab_size
     return max(chunk, FLOAT32_BYTES * config.vocab_size * config.width)
 
 
