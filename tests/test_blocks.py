@@ -303,9 +303,29 @@ def test_constructors_initialise_and_draw_nothing_on_meta():
         (lambda: Attention(64, 4, window=0), ("window", 1, 0)),
         (lambda: Attention(64, 4, rotary=1.5), ("rotary", 16, 1.5)),
         (lambda: Attention(64, 4, rotary=0.3), ("rotary", 16, 0.3)),
+        (lambda: EncoderBlock(Attention(64, 4), MLP(32)), ("MLP", 64, 32)),
+        (lambda: DecoderBlock(Attention(64, 4), Attention(32, 4), MLP(64)), ("Attention", 64, 32)),
     ],
 )
 def test_bad_arguments_are_named_with_their_values(make, parts):
     with pytest.raises(errors.ConfigError) as error:
         make()
     assert mentions(error.value, *parts)
+
+
+@pytest.mark.parametrize(
+    ("make", "part"),
+    [
+        (lambda: EncoderBlock(MLP(64), Attention(64, 4)), "Attention"),
+        (lambda: MLP(64, activation="gelu"), "gelu"),
+        (lambda: antransformer.build("angpt"), "ModelConfig"),
+        (lambda: antransformer.normalize_(torch.nn.Linear), "Linear"),
+        (lambda: antransformer.bind(torch.optim.SGD(MLP(8).parameters()), MLP(8)), "SGD, MLP"),
+        (lambda: antransformer.generate((MLP(64), None)), "MLP"),
+        (lambda: antransformer.evaluate((MLP(64), None)), "tuple"),
+        (lambda: antransformer.export(MLP(64), "folder"), "MLP"),
+    ],
+)
+def test_arguments_of_the_wrong_type_are_named(make, part):
+    with pytest.raises(TypeError, match=part):
+        make()

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from antransformer.nn import Attention, Residual
+from antransformer.errors import ConfigError
+from antransformer.nn import MLP, Attention, Residual
 
 
 class EncoderBlock(nn.Module):
@@ -17,6 +18,10 @@ class EncoderBlock(nn.Module):
     Args:
         attention: self-attention of width d. Causal attention makes this the block of a language model.
         mlp: any module that maps (B, T, d) to (B, T, d).
+
+    Raises:
+        TypeError: the first argument is no ``antransformer.nn.Attention``.
+        ConfigError: attention and MLP have different widths.
 
     >>> import torch
     >>> from antransformer.functional import normalize
@@ -28,6 +33,10 @@ class EncoderBlock(nn.Module):
 
     def __init__(self, attention: Attention, mlp: nn.Module) -> None:
         super().__init__()
+        if not isinstance(attention, Attention):
+            raise TypeError(f"a block begins with antransformer.nn.Attention, got {type(attention).__name__}")
+        if isinstance(mlp, MLP):
+            _require_width(mlp, attention.width)
         self.attention, self.mlp = attention, mlp
         self.attention_residual = Residual(attention.width)
         self.mlp_residual = Residual(attention.width)
@@ -58,6 +67,7 @@ class DecoderBlock(EncoderBlock):
 
     def __init__(self, attention: Attention, cross: Attention, mlp: nn.Module) -> None:
         super().__init__(attention, mlp)
+        _require_width(cross, attention.width)
         self.cross = cross
         self.cross_residual = Residual(attention.width)
 
@@ -69,6 +79,11 @@ class DecoderBlock(EncoderBlock):
         x = self.cross_residual(x, self.cross(x, memory, memory_mask))
         x = self.mlp_residual(x, self.mlp(x))
         return x
+
+
+def _require_width(module: Attention | MLP, width: int) -> None:
+    if module.width != width:
+        raise ConfigError(f"the attention has width {width}, and {type(module).__name__} has {module.width}")
 
 
 class EncoderDecoder(nn.Module):

@@ -129,9 +129,14 @@ def bind(model: nn.Module, optimizer: Optimizer) -> RemovableHandle:
         Handle; ``handle.remove()`` stops the projection.
 
     Raises:
-        TypeError: the model has no bounds.
+        TypeError: the arguments are no module and optimizer, or the model has no bounds.
         ValueError: none of its bounded parameters is in the optimizer.
     """
+    if not isinstance(model, nn.Module) or not hasattr(optimizer, "register_step_post_hook"):
+        kinds = f"({type(model).__name__}, {type(optimizer).__name__})"
+        raise TypeError(
+            f"bind takes a module and one optimizer, got {kinds}: call it once for each of several optimizers"
+        )
     declared = collect_bounds(model)
     if not declared and not hasattr(model, "bounds"):
         raise TypeError(
@@ -193,13 +198,15 @@ def normalize_(module: Module) -> Module:
         The same module, changed in place.
 
     Raises:
-        TypeError: the module declares its own bounds, or has no such weight.
+        TypeError: the argument is no module, declares its own bounds, or has no such weight.
         ValueError: a weight is not finite. Nothing is changed then.
 
     >>> model = nn.Sequential(nn.Embedding(50, 64), nn.LayerNorm(64), nn.Linear(64, 2))
     >>> [bound.name for bound in collect_bounds(normalize_(model))]
     ['0.parametrizations.weight.original', '2.parametrizations.weight.original']
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"normalize_ takes a module, got {module!r}")
     if hasattr(module, "bounds"):
         raise TypeError(f"{type(module).__name__} declares its own bounds: normalize_ is for models without bounds")
     owners: dict[nn.Parameter, list[nn.Module]] = {}  # by weight, since tied weights share a factor

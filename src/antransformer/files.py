@@ -17,6 +17,14 @@ def quoted(path: str | Path) -> str:
     return shlex.quote(str(path))
 
 
+def as_path(name: str, value: str | Path, kind: str) -> Path:
+    """Path of an argument; raises TypeError for what is no path."""
+    try:
+        return Path(value)
+    except TypeError:
+        raise TypeError(f"{name} must be the path of {kind}, got {type(value).__name__}") from None
+
+
 def require_file(path: Path) -> None:
     """Raise OSError if the path does not exist, or is a pipe or a device, which may block a reader or never end."""
     mode = path.stat().st_mode

@@ -207,6 +207,9 @@ class MLP(nn.Module):
         activation: elementwise function, or a module without parameters.
         std: standard deviation of the pre-activations. A larger one makes the activation less linear.
 
+    Raises:
+        TypeError: the activation is no function.
+
     >>> y = MLP(256, gated=False, activation=F.gelu)(functional.normalize(torch.randn(100, 256)))
     >>> round(y.norm(dim=-1).mean().item(), 1)
     1.0
@@ -221,6 +224,8 @@ class MLP(nn.Module):
         std: float = 0.5,
     ) -> None:
         super().__init__()
+        if not callable(activation):
+            raise TypeError(f"activation must be a function of tensors, such as F.gelu, got {activation!r}")
         hidden = hidden or 4 * width
         nu = functional.mlp_factors(width, hidden, gated, activation, std)
         self.width, self.activation = width, activation

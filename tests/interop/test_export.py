@@ -411,7 +411,8 @@ def test_wrong_exports_are_refused(tmp_path, capsys, monkeypatch):
     assert mentions(refused(["export", "--checkpoint", "nowhere", *words[3:]], capsys), "nowhere")
     file = tmp_path / "run/config.yaml"
     (tmp_path / "loop").symlink_to("loop")
-    for taken in (tmp_path / "run", file, tmp_path / "loop"):
+    (tmp_path / "dangling").symlink_to("nothing")
+    for taken in (tmp_path / "run", file, tmp_path / "loop", tmp_path / "dangling"):
         assert mentions(refused([*words[:4], taken], capsys), str(taken), "--out")
     reason = os.strerror(errno.ENOTDIR)
     assert mentions(refused([*words[:4], file / "hf"], capsys), str(file / "hf"), reason, "--out")
@@ -419,6 +420,13 @@ def test_wrong_exports_are_refused(tmp_path, capsys, monkeypatch):
     for inside in ("step-00000099", "step-00000020/model.gguf"):
         form = "gguf" if inside.endswith(".gguf") else "native"
         assert mentions(refused([*words[:4], checkpoints / inside, "--format", form], capsys), inside, "--out")
+    (tmp_path / ".partial-a.gguf").mkdir()
+    long = "a" * 245 + ".gguf"  # its hidden name is too long
+    for name, fact in (("a.gguf", ".partial-a.gguf"), (long, os.strerror(errno.ENAMETOOLONG))):
+        assert mentions(refused([*words[:4], tmp_path / name, "--format", "gguf"], capsys), fact)
+    (tmp_path / ".partial-a.gguf").rmdir()
+    for name in ("\udcff", "\0"):
+        assert mentions(refused([*words[:4], name], capsys), ascii(name), "UTF-8")
     make_run(tmp_path / "ablated", ablation="no-lerp")
     ablated = ["export", "--checkpoint", tmp_path / "ablated", *words[3:]]
     assert mentions(refused(ablated, capsys), str(tmp_path / "ablated"), "no-lerp")

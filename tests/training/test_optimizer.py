@@ -86,6 +86,13 @@ def test_muon_equals_torchs_with_separate_q_k_and_v():
         torch.testing.assert_close(our_weight.detach(), their_weight.detach())
 
 
+def test_muon_refuses_what_it_cannot_train():
+    with pytest.raises(ValueError, match=r"\(3,\)"):
+        Muon([torch.ones(2, 2), torch.ones(3)], lr=0.02)
+    with pytest.raises(ValueError, match="-1"):
+        Muon([torch.ones(2, 2)], lr=-1)
+
+
 def test_muon_rotates_rows_of_unit_norm_by_the_learning_rate(corpus, tmp_path):
     for name, angles in rotations(start(corpus, tmp_path / "run", optimizer="muon", muon_lr=0.05)).items():
         assert angles.square().mean().sqrt().item() == pytest.approx(0.05, rel=0.3), name

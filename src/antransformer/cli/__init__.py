@@ -68,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.getLogger("antransformer").addHandler(logging.lastResort)
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        _require_text(words)
         # Before the verb there are only options without values, so the first other word is the verb.
         chosen = next((word for word in words if not word.startswith("-")), None)
         parsed = make_parser(chosen).parse(words)
@@ -92,11 +93,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         advice = "lower --micro-batch-size or --batch-tokens (evaluate: --batch-size), or choose a smaller model"
         return _complain(f"error: out of memory: {advice}", 1)
     except (AntransformerError, OSError, MemoryError) as error:
-        too_long = isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG
-        return _complain(f"error: {error or type(error).__name__}", 2 if too_long else 1)
+        if isinstance(error, OSError) and error.filename is not None:
+            status = 2 if error.errno == errno.ENAMETOOLONG else 1
+            return _complain(f"error: {error.filename}: {error.strerror}", status)
+        return _complain(f"error: {error or type(error).__name__}", 1)
     except KeyboardInterrupt:
         return _complain("stopped by SIGINT", 130)
     return 0
+
+
+def _require_text(words: Sequence[str]) -> None:
+    """Raise UsageError for a word that no file name or text can hold."""
+    for word in words:
+        if "\0" in word or (not word.isascii() and word != word.encode(errors="ignore").decode()):
+            raise UsageError(f"the argument {word!a} is not UTF-8 text")
 
 
 def _complain(message: object, status: int) -> int:

@@ -124,6 +124,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
         ConfigError: the folder is not empty or cannot be created.
         MachineError: files cannot be written.
     """
+    if folder.is_symlink() and not folder.exists():
+        raise ConfigError(f"{folder} is a link to nothing: choose another --out")
     folder = Path(os.path.realpath(folder))  # Path.resolve raises on a loop of links
     if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} is not an empty folder: choose another --out")

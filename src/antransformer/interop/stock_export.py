@@ -76,6 +76,9 @@ def export_gguf(checkpoint: Checkpoint, tokenizer: Tokenizer, file: Path, dtype:
     check_file_target("--out", file)
     if os.path.lexists(file):
         raise ConfigError(f"{file} exists: choose another --out")
+    partial = file.with_name(f".partial-{file.name}")
+    if partial.is_dir():
+        raise ConfigError(f"{partial} is a folder: remove it, or choose another --out")
     require("gguf", "gguf")
     where = str(checkpoint.path)
     gguf_writer.check_sizes(checkpoint.model, FORMS[checkpoint.model.architecture], dtype, where)
@@ -84,7 +87,6 @@ def export_gguf(checkpoint: Checkpoint, tokenizer: Tokenizer, file: Path, dtype:
         LOG.warning("the tokenizer normalizes text to NFC, and llama.cpp does not: normalize prompts before")
     stock, expected = stock_model(checkpoint, dtype in gguf_writer.FLOAT16_DTYPES)
     name = run_folder_of(checkpoint).name
-    partial = file.with_name(f".partial-{file.name}")
     try:
         gguf_writer.write_gguf(stock, vocabulary, tokenizer.end_of_text, partial, name, dtype)
         verification = verify_gguf(partial, stock, tokenizer, expected)

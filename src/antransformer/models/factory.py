@@ -16,8 +16,11 @@ def build(config: ModelConfig) -> Decoder:
     ``model.reset_parameters()`` then give the same weights as a direct build.
 
     Raises:
+        TypeError: the config is no ``ModelConfig``.
         ConfigError: the class of a registered architecture is not a subclass of ``Decoder``.
     """
+    if not isinstance(config, ModelConfig):
+        raise TypeError(f"build needs a ModelConfig, such as ModelConfig(architecture='angpt'), got {config!r}")
     device = torch.get_default_device()
     make = ABLATIONS.get(config.ablation) or get(config.architecture).cls
     # Built on meta first: torch's modules would draw weights that reset_parameters draws again.

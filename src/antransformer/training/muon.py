@@ -67,6 +67,9 @@ class Muon(Optimizer):
         momentum: coefficient of the Nesterov momentum.
         cautious: whether to decay only coordinates that the update moves towards zero (``decay_cautiously_``).
         beta2: coefficient of the running mean square of each row for NorMuon; None for Muon.
+
+    Raises:
+        ValueError: the learning rate is negative, or a parameter is not a matrix.
     """
 
     def __init__(
@@ -79,7 +82,13 @@ class Muon(Optimizer):
         beta2: float | None = None,
     ) -> None:
         options = {"weight_decay": weight_decay, "momentum": momentum, "cautious": cautious, "beta2": beta2}
+        if lr < 0:
+            raise ValueError(f"the learning rate must be at least 0, got {lr}")
         super().__init__(params, {"lr": lr, **options, "head_dim": None})
+        shapes = [tuple(weight.shape) for group in self.param_groups for weight in group["params"]]
+        other = next((shape for shape in shapes if len(shape) != 2), None)
+        if other is not None:
+            raise ValueError(f"Muon trains matrices, and one parameter has shape {other}: give it to another optimizer")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -96,7 +96,7 @@ def saved_settings(folder: Path) -> dict[str, Any]:
         ConfigError: its config cannot be read.
     """
     if not (folder / CONFIG_FILE).is_file():
-        raise CheckpointError(f"{folder} has no run to resume ({CONFIG_FILE} is missing)")
+        raise CheckpointError(f"{folder} has no {CONFIG_FILE}, the settings of a run")
     return read_settings(folder / CONFIG_FILE, default_version=1)
 
 
@@ -184,7 +184,12 @@ def open_checkpoint(
                 "ablate, the longest of the first seed keep theirs"
             )
     else:
-        raise CheckpointError(f"{path}: no such run or checkpoint folder")
+        reason = (
+            "a file, not the folder of a run or of a checkpoint"
+            if path.exists()
+            else "no such run or checkpoint folder"
+        )
+        raise CheckpointError(f"{path}: {reason}")
     tokenizer = Tokenizer.load(run_folder_of(opened) / TOKENIZER_FILE)
     if tokenizer.vocab_size > opened.model.vocab_size:
         raise DataError(
