@@ -140,6 +140,16 @@ def page(written):
 # The summary of a comparison
 
 
+def test_summary_names_best_values_at_an_edge_and_losses_that_rise():
+    trials = trials_of("gpt+")
+    text = summary(experiment(variant("gpt+", 1.0, trials=trials), variant("angpt", 1.6)))
+    edge = summary(experiment(variant("gpt+", 1.0, trials=trials[2:]), variant("angpt", 1.6)))
+    assert edge.startswith(text) and "500K" in edge.removeprefix(text)
+    rising = with_losses("gpt+", (4.0, 4.1, 4.2), (4.3, 4.4, 4.5))
+    results = experiment(rising, with_losses("angpt", (3.0, 3.1, 3.2), (2.9, 3.0, 3.1)), budgets=BUDGETS[:2])
+    assert "GPT+" in summary(results).split(": ")[-1]
+
+
 def test_summary_of_a_faster_method():
     results = pair(1.6)
     text, (baseline, method) = summary(results), results.variants

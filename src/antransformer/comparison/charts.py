@@ -173,7 +173,7 @@ def search(results: Results, setting: str) -> Chart:
     """Loss of the trials of the longest search against the values of one setting."""
     figure, axes = new_figure()
     tokens = max(trial.tokens for item in results.variants for trial in item.trials if trial.setting == setting)
-    searched = [(item, trials) for item in results.variants if (trials := trials_of(item, setting, tokens))]
+    searched = [(item, trials) for item in results.variants if (trials := item.trials_of(setting, tokens))]
     for index, (variant, trials) in enumerate(searched):
         _trials(axes, style_of(variant.name), trials, index)
     if all(trial.value > 0 for _, trials in searched for trial in trials):
@@ -227,12 +227,6 @@ def best_by_budget(results: Results, setting: str) -> Chart:
         f"Best {name}: {'; '.join(texts)}.",
         figure,
     )
-
-
-def trials_of(variant: Variant, setting: str, tokens: int) -> list[Trial]:
-    """Return the trials of one setting at one search budget, in the order of their values."""
-    trials = [trial for trial in variant.trials if (trial.setting, trial.tokens) == (setting, tokens)]
-    return sorted(trials, key=lambda trial: trial.value)
 
 
 def _trials(axes: Any, style: SeriesStyle, trials: Sequence[Trial], index: int) -> None:

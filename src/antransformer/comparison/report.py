@@ -133,7 +133,7 @@ def _search_several(results: Results, setting: str) -> bool:
 
 def _sensitivity_row(variant: Variant, setting: str, tokens: int) -> list[str]:
     """Return the best value and the regrets of a variant at one search budget."""
-    trials = charts.trials_of(variant, setting, tokens)
+    trials = variant.trials_of(setting, tokens)
     best = min(trials, key=lambda trial: trial.loss)
     regrets = sensitivity([trial.value for trial in trials], [trial.loss for trial in trials])
     cells = [

@@ -1,7 +1,8 @@
-"""Summary of an experiment in one to three sentences, for the terminal, the report and the model card."""
+"""Summary of an experiment in one to four sentences, for the terminal, the report and the model card."""
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -9,7 +10,7 @@ from antransformer.bootstrap import CONFIDENCE
 from antransformer.comparison.findings import PairwiseSpeedup, final_difference, significant, variant_differences
 from antransformer.comparison.statistics import Speedup
 from antransformer.comparison.tuning import tuning_scope
-from antransformer.reporting.labels import format_count, style_of
+from antransformer.reporting.labels import display_name, format_count, style_of
 from antransformer.results.comparison import Results, Run, Trial, Variant
 from antransformer.wording import counted
 
@@ -32,7 +33,8 @@ def main_variant(results: Results) -> Variant:
 def _comparison_summary(results: Results) -> str:
     variant = main_variant(results)
     speedup = _speedup_clause(results, PairwiseSpeedup.measure(results, variant, results.baseline))
-    return f"{speedup}. {_loss_sentence(results, variant)} {_diverged_sentence(results)}".rstrip()
+    sentences = [f"{speedup}.", _loss_sentence(results, variant), _diverged_sentence(results), _doubt(results, variant)]
+    return " ".join(filter(None, sentences))
 
 
 def _speedup_clause(results: Results, pair: PairwiseSpeedup) -> str:
@@ -117,6 +119,23 @@ def _diverged_sentence(results: Results) -> str:
         if count_diverged(item.runs)
     ]
     return f"Diverged runs: {', '.join(counts)}." if counts else ""
+
+
+def _doubt(results: Results, variant: Variant) -> str:
+    """Return what speaks against the tuning of the two variants compared: best values at an edge, and rising losses."""
+    doubts = []
+    for item in (results.baseline, variant):
+        label = style_of(item.name).label
+        for setting, tokens in dict.fromkeys((trial.setting, trial.tokens) for trial in item.trials):
+            trials = item.trials_of(setting, tokens)
+            best = min(trials, key=lambda trial: trial.loss).value
+            if len(trials) > 1 and best in (trials[0].value, trials[-1].value):
+                where = f"at {format_count(tokens)} tokens is at the edge of its grid"
+                doubts.append(f"{label}'s best {display_name(setting)} {where}")
+        means = item.losses(results.budgets, results.seeds).mean(axis=1)
+        if any(low < high < math.inf for low, high in pairwise(means)):
+            doubts.append(f"{label}'s loss rises with more tokens")
+    return f"Not fully tuned: {'; '.join(doubts)}." if doubts else ""
 
 
 # Ablation

@@ -103,6 +103,11 @@ class Variant:
         table = {(run.tokens, run.seed): run.loss for run in self.runs}
         return np.array([[table[budget, seed] for seed in seeds] for budget in budgets])
 
+    def trials_of(self, setting: str, tokens: int) -> list[Trial]:
+        """Return the trials of one setting at one search budget, in the order of their values."""
+        trials = [trial for trial in self.trials if (trial.setting, trial.tokens) == (setting, tokens)]
+        return sorted(trials, key=lambda trial: trial.value)
+
     def settings_at(self, tokens: int) -> dict[str, Any]:
         """Return the settings of the runs at one budget by dotted name."""
         return self.settings | self._chosen_at(tokens).settings
