@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from antransformer.cli import main
 from antransformer.data import Dataset
 from antransformer.training.checkpointing import checkpoint, sharded_safetensors
+from antransformer.training.distributed import launcher
 from helpers.commands import TEN_STEPS
 from helpers.exported import make_run
 from helpers.messages import mentions
@@ -30,6 +32,19 @@ def test_a_mistake_of_several_processes_is_one_line(tmp_path):
     assert done.stderr.startswith("antransformer: error: ") and done.stderr.count("\n") == 1
     assert mentions(done.stderr, "lr", -1.0)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_rank_that_the_agent_ended_after_its_message_does_not_set_the_status(tmp_path):
+    told, ended = tmp_path / "a.json", tmp_path / "b.json"
+    for file in (told, ended):
+        file.touch()
+    failures = {
+        rank: SimpleNamespace(timestamp=0, error_file=str(file), exitcode=code, message=f"{rank}", signal_name=str)
+        for rank, (file, code) in enumerate([(ended, -15), (told, 2)])
+    }
+    assert launcher._first_failure(SimpleNamespace(failures=failures)) == ("1", 2)
+    del failures[1]
+    assert launcher._first_failure(SimpleNamespace(failures=failures)) == ("0", 143)
 
 
 def test_torchruns_own_summary_has_the_message_of_the_rank(tmp_path):

@@ -94,12 +94,12 @@ def _first_failure(error: object) -> tuple[str, int]:
     """Message and exit status of the first rank that left a message, or else of the first that failed."""
     failures = sorted(error.failures.items(), key=lambda item: item[1].timestamp)  # type: ignore[attr-defined]
     told = [(rank, failure) for rank, failure in failures if Path(failure.error_file).is_file()]
-    rank, failure = (told or failures)[0]
-    if told:
-        return str(failure.message), failure.exitcode
+    # The agent ends the other ranks after a failure, also one that has left its message and is about to exit.
+    rank, failure = min(told, key=lambda item: item[1].exitcode < 0) if told else failures[0]
     status = failure.exitcode
     reason = f"was killed by {failure.signal_name()}" if status < 0 else f"exited with status {status}"
-    return f"antransformer: rank {rank} {reason}", 128 - status if status < 0 else status
+    message = str(failure.message) if told else f"antransformer: rank {rank} {reason}"
+    return message, 128 - status if status < 0 else status
 
 
 def _stopped(folder: Path, received: signal.Signals) -> tuple[str, int]:
