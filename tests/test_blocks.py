@@ -313,6 +313,14 @@ def test_bad_arguments_are_named_with_their_values(make, parts):
     assert mentions(error.value, *parts)
 
 
+def test_an_exported_program_has_no_operator_of_this_package():
+    model = nn.Sequential(
+        Embedding(50, 64), EncoderBlock(Attention(64, 4, causal=True, rotary=0.5), MLP(64)), Head(64, 50)
+    )
+    program = torch.export.export(model, (torch.arange(20).reshape(2, 10),))
+    assert "antransformer." not in program.graph_module.code
+
+
 @pytest.mark.parametrize(
     ("make", "part"),
     [

@@ -18,6 +18,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from antransformer import factors, kernels
 from antransformer.kernels import chunked_cross_entropy, cpu_attention, document_attention
+from antransformer.kernels import rotary as rotary_kernels
 
 NORM_EPS = 1e-12  # keeps a zero vector from becoming NaN; norms of activations are never this small
 
@@ -223,7 +224,7 @@ def interpolate_norm_backward(
         return kernel.backward(grad_output, x, y, alpha, inverse)
     a = alpha.to(inverse.dtype)
     x_weight, y_weight, nu_cubed = _interpolation_weights(a)
-    if x.is_cuda and torch.compiler.is_compiling():  # the gradient of x is fused with its neighbours
+    if kernels.is_compiled_for_gpu(x):  # the gradient of x is fused with its neighbours
         return (grad_output * x_weight).to(x.dtype), *_gradients_of_y_and_alpha(grad_output, x, y, alpha, inverse)
     unit, tokens = y * inverse, tuple(range(x.ndim - 1))
     product = grad_output * unit
@@ -277,21 +278,8 @@ def rotary_tables(positions: Tensor, rotary_dim: int, base: float) -> Rotary:
         rotary_dim: number of leading coordinates of each head that are rotated, even.
         base: wavelength base, usually 10,000.
     """
-    return Rotary(*_rotary_tables(positions, rotary_dim, base))
-
-
-# A custom operator, since the compiler would compute the tables again in every kernel that rotates queries or keys.
-@torch.library.custom_op("antransformer::rotary_tables", mutates_args=())
-def _rotary_tables(positions: Tensor, rotary_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    exponent = torch.arange(0, rotary_dim, 2, device=positions.device, dtype=torch.float32) / rotary_dim
-    angles = positions.to(torch.float32).unsqueeze(-1) * base**-exponent
-    return angles.cos(), angles.sin()
-
-
-@_rotary_tables.register_fake
-def _(positions: Tensor, rotary_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    table = positions.new_empty(*positions.shape, len(range(0, rotary_dim, 2)), dtype=torch.float32)
-    return table, torch.empty_like(table)
+    make = rotary_kernels.compiled_tables if kernels.is_compiled_for_gpu(positions) else rotary_kernels.tables
+    return Rotary(*make(positions, rotary_dim, base))
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
@@ -303,35 +291,13 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
         x: queries or keys (B, T, n, h).
         rotary: tables for T positions. Coordinates from rotary_dim on are unchanged.
     """
+    if kernels.is_compiled_for_gpu(x) and rotary_kernels.has_pairs(x, rotary.cos):
+        return rotary_kernels.rotate_pairs(x, *rotary)
     half = rotary.cos.shape[-1]
-    if x.is_cuda and torch.compiler.is_compiling() and half and x.shape[-1] % (2 * half) == 0:
-        return _rotate_pairs(x, rotary)
     cos, sin = (table.unsqueeze(-2).to(x.dtype) for table in rotary)
     first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
     rotated = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
     return torch.cat([*rotated, rest], dim=-1)
-
-
-def _rotate_pairs(x: Tensor, rotary: Rotary) -> Tensor:
-    """``rotate`` without a concatenation, of which the compiler evaluates all parts for every coordinate."""
-    half = rotary.cos.shape[-1]
-    own, other = (table.unsqueeze(-2) for table in _pair_weights(*rotary, x.shape[-1]))
-    swapped = x.unflatten(-1, (-1, 2, half)).flip(-2).flatten(-3)
-    rotated: Tensor = x * own + swapped * other
-    return rotated.to(x.dtype)
-
-
-@torch.library.custom_op("antransformer::rotary_pair_weights", mutates_args=())
-def _pair_weights(cos: Tensor, sin: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Weights (..., T, h) of each coordinate and of its partner: 1 and 0 from rotary_dim on."""
-    rest = head_dim - 2 * cos.shape[-1]
-    return F.pad(torch.cat([cos, cos], dim=-1), (0, rest), value=1.0), F.pad(torch.cat([-sin, sin], dim=-1), (0, rest))
-
-
-@_pair_weights.register_fake
-def _(cos: Tensor, sin: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    table = cos.new_empty(*cos.shape[:-1], head_dim)
-    return table, torch.empty_like(table)
 
 
 def split_heads(qkv: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:

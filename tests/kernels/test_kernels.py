@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from antransformer import functional, kernels
 from antransformer.bounds import Bound, project_
 from antransformer.kernels import chunked_cross_entropy as chunked
+from antransformer.kernels import rotary
 
 pytest.importorskip("triton", reason="Triton is not installed: it comes with the extra [dev] on Linux")
 kernel, bound, cross_entropy = (
@@ -134,8 +135,9 @@ def test_project_starts_one_kernel_for_matrices_of_one_width_dtype_and_bound(mon
 def test_rotation_of_pairs_agrees_with_rotation_of_parts(rotary_dim, head_dim):
     tables = functional.rotary_tables(torch.arange(5), rotary_dim, 1e4)
     x = torch.randn(2, 5, 3, head_dim, dtype=torch.float64)
-    torch.testing.assert_close(functional._rotate_pairs(x, tables), functional.rotate(x, tables))
-    assert functional._rotate_pairs(x.bfloat16(), tables).dtype == torch.bfloat16
+    assert rotary.has_pairs(x, tables.cos)
+    torch.testing.assert_close(rotary.rotate_pairs(x, *tables), functional.rotate(x, tables))
+    assert rotary.rotate_pairs(x.bfloat16(), *tables).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("vocab", [1, 5, 257, 4100])

@@ -1,9 +1,10 @@
 """Kernels for operations that plain torch runs in more passes over memory, or more slowly, than necessary.
 
-``chunked_cross_entropy``, ``cpu_attention`` and ``document_attention`` are plain torch. All others are Triton kernels.
-The caller of each of these also has the same operation in plain torch, which runs on CPUs and under ``torch.compile``:
-the compiler fuses it with its neighbours, which a custom kernel would prevent. Triton comes with the CUDA builds of
-torch. The Triton files import it, so they are imported only after ``use_triton`` returned true.
+``chunked_cross_entropy``, ``cpu_attention``, ``document_attention`` and ``rotary`` are plain torch, all others Triton
+kernels. The caller of each of these also has the same operation in plain torch, which runs on CPUs. Most are plain
+torch under ``torch.compile`` too, since the compiler fuses an operation with its neighbours. A kernel that is faster
+than that is part of a custom operator. Triton comes with the CUDA builds of torch. The Triton files import it, so
+they are imported only on a GPU.
 """
 
 from functools import cache
@@ -16,6 +17,11 @@ from torch import Tensor
 def use_triton(x: Tensor) -> bool:
     """Whether to run a Triton kernel on this tensor: it is on a GPU, not being compiled, and Triton is installed."""
     return x.is_cuda and not torch.compiler.is_compiling() and has_triton()
+
+
+def is_compiled_for_gpu(x: Tensor) -> bool:
+    """Whether ``torch.compile`` traces for a GPU; an exported program must not have operators of this package."""
+    return x.is_cuda and torch.compiler.is_compiling() and not torch.compiler.is_exporting()
 
 
 def row_sizes(width: int) -> dict[str, int]:
