@@ -487,6 +487,7 @@ def test_engines_continue_one_prompt_of_a_checkpoint(tmp_path, capsys, monkeypat
         (["bench", "engines"], ("engines", "--checkpoint")),
         (["bench", "engines", "--checkpoint", "none"], ("none",)),
         (["bench", "engines", "--checkpoint", "none", "--model.width", "64"], ("--checkpoint", "--model")),
+        (["bench", "engines", "--checkpoint", "none", "--preset", "pico"], ("--preset", "engines", "step")),
         (["bench", "step", "--checkpoint", "run"], ("--checkpoint", "engines", "step")),
         ([*GENERATE, "--sweep", "growth"], ("--sweep", "step", "generate")),
         ([*STEP, "--text", "book.txt"], ("--text", "data", "step")),

@@ -61,12 +61,18 @@ LOSS_VOCABULARIES = (512, PAPER_VOCABULARY)
 GROWTH_VARIANTS = ("gpt+", "angpt")
 # Options that not every benchmark has, with their defaults for those that have them.
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "step": {"batch": [8], "variants": None, "mode": "eager", "profile": None, "sweep": None},
-    "loss": {"batch": [8]},
-    "optimizer": {},
-    "data": {"batch": [8], "text": [], "tokenizer": []},
-    "busy": {"batch": [8], "processes": 1},
-    "generate": {"batch": [1, 16], "prompt_tokens": 512, "max_new_tokens": 128, "mode": "eager"},
+    "step": {"preset": "nano", "batch": [8], "variants": None, "mode": "eager", "profile": None, "sweep": None},
+    "loss": {"preset": "nano", "batch": [8]},
+    "optimizer": {"preset": "nano"},
+    "data": {"preset": "nano", "batch": [8], "text": [], "tokenizer": []},
+    "busy": {"preset": "nano", "batch": [8], "processes": 1},
+    "generate": {
+        "preset": "nano",
+        "batch": [1, 16],
+        "prompt_tokens": 512,
+        "max_new_tokens": 128,
+        "mode": "eager",
+    },
     "engines": {"checkpoint": None, "prompt_tokens": 128, "max_new_tokens": 64},
 }
 
@@ -83,7 +89,7 @@ def add_arguments(parser: Parser) -> None:
     """Add the options of ``antransformer bench``."""
     parser.add_argument("benchmark", choices=tuple(DEFAULTS), metavar="BENCHMARK", help=", ".join(DEFAULTS))
     parser.add_argument("--what", nargs="?", action=RefuseWhat, help=argparse.SUPPRESS)
-    parser.add_argument("--preset", default="nano", metavar="NAME", help="size of the models (default nano)")
+    parser.add_argument("--preset", metavar="NAME", help="size of the models (default nano)")
     parser.add_argument("--batch", type=int, nargs="+", metavar="N", help="batch size (default 8; generate: 1 16)")
     parser.add_argument(
         "--variants",
