@@ -159,7 +159,7 @@ def serve(
         source, tokenizer = open_checkpoint(as_path("checkpoint", checkpoint, RUN), LOG.warning)
         server = serving.serve_checkpoint(source, tokenizer, dtype or "f32", port)
     else:
-        raise ConfigError("give a checkpoint or a GGUF file, and not both")
+        raise ConfigError("give one of the two: checkpoint or gguf")
     with server as address:
         yield address
 
