@@ -92,9 +92,17 @@ def test_auto_takes_bfloat16_where_the_processor_multiplies_it(monkeypatch, capa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert resolved("auto").precision == resolved("cpu").precision == expected
-    assert resolved("mps").precision == "float32" and resolved("cuda:1").precision == "bfloat16"
+    assert resolved("mps").precision == "float32"
     for name in ("float32", "bfloat16", "fp8"):
         assert resolved("cpu", precision=name).precision == name
+
+
+@pytest.mark.parametrize(("has_instructions", "expected"), [(True, "bfloat16"), (False, "float32")])
+def test_auto_takes_bfloat16_where_the_gpu_multiplies_it(monkeypatch, has_instructions, expected):
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_instructions or including_emulation
+    )
+    assert resolved("cuda:1").precision == resolved("cuda").precision == expected
 
 
 def test_a_run_is_compiled_on_cuda_devices_unless_the_user_decides():
@@ -107,7 +115,7 @@ def test_a_run_is_compiled_on_cuda_devices_unless_the_user_decides():
 
 
 def test_a_new_run_records_its_precision_and_an_old_one_keeps_its_own(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr("antransformer.training.device.cpu_multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr("antransformer.training.device.multiplies_bfloat16", lambda device: True)
     options = ["train", "--data", str(corpus), *TEN_STEPS[1:], "--device=cpu", "--out", str(tmp_path / "run")]
     assert main(options) == 0
     config = run_folder.saved_config(tmp_path / "run")

@@ -64,7 +64,9 @@ def test_muon_trains_the_matrices_inside_the_blocks(corpus, tmp_path):
     assert rates == pytest.approx([peak * share for peak in (*peaks, peaks.blocks)])
 
 
-def test_muon_equals_torchs_with_separate_q_k_and_v():
+def test_muon_equals_torchs_with_separate_q_k_and_v(monkeypatch):
+    # torch's is in bfloat16 everywhere.
+    monkeypatch.setattr("antransformer.training.muon.multiplies_bfloat16", lambda device: True)
     torch.manual_seed(0)
     heads, width, shapes = 3, 8, [(24, 40), (40, 24), (72, 24)]
     ours = [nn.Parameter(torch.randn(shape)) for shape in shapes]
@@ -86,6 +88,19 @@ def test_muon_equals_torchs_with_separate_q_k_and_v():
         torch.testing.assert_close(our_weight.detach(), their_weight.detach())
 
 
+def test_muon_orthogonalizes_in_float32_on_a_processor_without_bfloat16(monkeypatch):
+    matrix = torch.randn(24, 40, generator=torch.Generator().manual_seed(0))
+    exact = matrix.double() / matrix.double().norm()
+    for _ in range(5):
+        square = exact @ exact.T
+        exact = 3.4445 * exact + (-4.7750 * square + 2.0315 * square @ square) @ exact
+    errors = []
+    for has_instructions in (False, True):
+        monkeypatch.setattr("antransformer.training.muon.multiplies_bfloat16", lambda device, has=has_instructions: has)
+        errors.append(float((newton_schulz(matrix) - exact).abs().max()))
+    assert errors[0] < 1e-5 < errors[1] < 0.05
+
+
 def test_muon_refuses_what_it_cannot_train():
     with pytest.raises(ValueError, match=r"\(3,\)"):
         Muon([torch.ones(2, 2), torch.ones(3)], lr=0.02)
@@ -95,7 +110,7 @@ def test_muon_refuses_what_it_cannot_train():
 
 def test_muon_rotates_rows_of_unit_norm_by_the_learning_rate(corpus, tmp_path):
     for name, angles in rotations(start(corpus, tmp_path / "run", optimizer="muon", muon_lr=0.05)).items():
-        assert angles.square().mean().sqrt().item() == pytest.approx(0.05, rel=0.3), name
+        assert angles.square().mean().sqrt().item() == pytest.approx(0.05, rel=0.35), name
 
 
 def rotations(trainer):

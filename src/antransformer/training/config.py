@@ -149,7 +149,7 @@ class TrainConfig:
     )
     device: str = setting("auto, cpu, cuda, cuda:1, mps", "auto")
     precision: str = setting(
-        "auto: bfloat16 on a CUDA GPU and on a CPU with instructions for it; otherwise float32. fp8: bfloat16 with FP8 "
+        "auto: bfloat16 on a CUDA GPU or CPU with instructions for it, otherwise float32. fp8: bfloat16 with FP8 "
         "linear layers in the blocks",
         "auto",
         choices=("auto", "float32", "bfloat16", "fp8"),

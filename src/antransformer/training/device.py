@@ -72,14 +72,22 @@ def resolve_auto(config: TrainConfig, device: str) -> TrainConfig:
     on_mps = device == "mps" or (device == "auto" and not on_cuda and torch.backends.mps.is_available())
     precision, compiled = config.precision, config.compile
     if precision == "auto":
-        precision = "bfloat16" if on_cuda or (not on_mps and cpu_multiplies_bfloat16()) else "float32"
+        precision = "bfloat16" if multiplies_bfloat16("cuda" if on_cuda else "mps" if on_mps else "cpu") else "float32"
     return replace(config, precision=precision, compile=on_cuda if compiled is None else compiled)
 
 
-def cpu_multiplies_bfloat16() -> bool:
-    """Whether the processor has instructions for products of bfloat16. Without them these are slower than float32."""
+def multiplies_bfloat16(device_type: str) -> bool:
+    """Whether a device has instructions for products of bfloat16. Without them these are slower than float32.
+
+    Args:
+        device_type: ``cuda`` (the current GPU), ``cpu`` or ``mps``. Of Apple's GPUs only the newer ones have them, and
+            torch does not tell which.
+    """
+    if device_type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.12
-    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
+    names = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+    return device_type == "cpu" and any(capabilities.get(name) for name in names)
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
