@@ -1,6 +1,7 @@
 import io
 import json
 import math
+import statistics
 import sys
 from dataclasses import replace
 from functools import partial
@@ -248,11 +249,13 @@ def test_sweep_reports_measured_and_expected_exponents_and_a_figure(tmp_path, ca
     assert set(growth) == {(axis, name) for axis in bases for name in ("gpt+", "angpt")}
     for (axis, variant), item in growth.items():
         expected = item["time_expected"]
-        assert 0 < item["time"] < expected + 1 and 0 < item["memory"] < 2.1
+        assert 0 < item["memory"] < 2.1
         assert expected == pytest.approx(1) if axis == "batch" else 0.5 < expected < 2
-        *_, half, full = [row for row in rows if (row["task"]["axis"], row["variant"]) == (axis, variant)]
-        slope = math.log2(min(full["seconds"]) / min(half["seconds"]))
-        assert item["last_time"] == pytest.approx(slope, abs=1)
+        group = [row for row in rows if (row["task"]["axis"], row["variant"]) == (axis, variant)]
+        seconds = [statistics.median(row["seconds"]) for row in group]
+        slope = statistics.linear_regression(range(4), [math.log2(each) for each in seconds]).slope
+        assert item["time"] == pytest.approx(slope)
+        assert item["last_time"] == pytest.approx(math.log2(seconds[-1] / seconds[-2]))
     assert (tmp_path / "growth/growth-eager.png").stat().st_size > 10_000
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     for item in content["growth"]:

@@ -25,6 +25,7 @@ from antransformer.training.profiling import silence_profiler
 
 Times = dict[str, dict[str, list[float]]]  # part of the work -> variant -> seconds of each round
 PACKAGES = ("torch", "transformers", "x-transformers", "nGPT-pytorch", "tokenizers")
+GPU_REPEATS = 3  # calls in a row
 
 
 @dataclass(frozen=True)
@@ -183,8 +184,12 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def time_call(call: Callable[[], object], device: torch.device, repeats: int = 1) -> dict[str, float]:
-    """Mean seconds of ``repeats`` calls in a row, under the key ``total``; the device is waited for only at the end."""
+def time_call(call: Callable[[], object], device: torch.device) -> dict[str, float]:
+    """Seconds of a call, under the key ``total``.
+
+    On a GPU it is the mean of a few calls in a row, as training does not wait for the device after each step.
+    """
+    repeats = 1 if device.type == "cpu" else GPU_REPEATS
     started = now(device)
     for _ in range(repeats):
         call()

@@ -29,8 +29,6 @@ from antransformer.training import profiling
 from antransformer.training.cost_model.throughput import flops_per_token, peak_flops
 from antransformer.training.device import autocast
 
-REPEATS = {"cpu": 1}
-GPU_REPEATS = 3  # steps in a row: training does not wait for a GPU after each step
 MATMUL_SIZE = 1024  # rows and columns of the matrices whose product estimates the attainable FLOP/s
 
 
@@ -90,8 +88,7 @@ def _time_mode(
     steps = {name: make_step(setup, settings) for name, setup in setups.items()}
     # The matrix product takes part in the alternation, so that utilization refers to the same clock rate.
     calls = {**steps, "matmul": _matmul(settings)}
-    repeats = REPEATS.get(settings.device.type, GPU_REPEATS)
-    timers = {name: partial(time_call, call, settings.device, repeats) for name, call in calls.items()}
+    timers = {name: partial(time_call, call, settings.device) for name, call in calls.items()}
     parts, failed = alternate(timers, settings.rounds, log)
     times = parts["total"]
     peaks = _attainable_flops(times.pop("matmul"), settings)

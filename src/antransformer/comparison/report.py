@@ -139,7 +139,7 @@ def _sensitivity_row(variant: Variant, setting: str, tokens: int) -> list[str]:
     cells = [
         "not tried" if math.isnan(loss) else "diverged" if math.isinf(loss) else f"{loss:+.3f}" for loss in regrets
     ]
-    edge = " (at the edge)" if best.value in (trials[0].value, trials[-1].value) else ""
+    edge = " (at the edge)" if variant.best_at_edge(setting, tokens) else ""
     best_value = f"{best.value:g}{edge}" if math.isfinite(best.loss) else "all diverged"
     name, budget = style_of(variant.name).label, format_count(tokens)
     return [name, display_name(setting), budget, str(len(trials)), best_value, *cells]

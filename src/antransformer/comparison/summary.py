@@ -127,9 +127,7 @@ def _doubt(results: Results, variant: Variant) -> str:
     for item in (results.baseline, variant):
         label = style_of(item.name).label
         for setting, tokens in dict.fromkeys((trial.setting, trial.tokens) for trial in item.trials):
-            trials = item.trials_of(setting, tokens)
-            best = min(trials, key=lambda trial: trial.loss).value
-            if len(trials) > 1 and best in (trials[0].value, trials[-1].value):
+            if item.best_at_edge(setting, tokens):
                 where = f"at {format_count(tokens)} tokens is at the edge of its grid"
                 doubts.append(f"{label}'s best {display_name(setting)} {where}")
         means = item.losses(results.budgets, results.seeds).mean(axis=1)

@@ -108,6 +108,12 @@ class Variant:
         trials = [trial for trial in self.trials if (trial.setting, trial.tokens) == (setting, tokens)]
         return sorted(trials, key=lambda trial: trial.value)
 
+    def best_at_edge(self, setting: str, tokens: int) -> bool:
+        """Whether the best of several values of a setting at a search budget is the lowest or highest that ran."""
+        trials = self.trials_of(setting, tokens)
+        best = min(trials, key=lambda trial: trial.loss).value
+        return len(trials) > 1 and best in (trials[0].value, trials[-1].value)
+
     def settings_at(self, tokens: int) -> dict[str, Any]:
         """Return the settings of the runs at one budget by dotted name."""
         return self.settings | self._chosen_at(tokens).settings

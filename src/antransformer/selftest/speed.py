@@ -16,7 +16,7 @@ from antransformer.benchmarks.loss_and_optimizer import WITH_BOUNDS, bench_optim
 from antransformer.benchmarks.models import TrainingSetup, our_setup
 from antransformer.benchmarks.settings import MODES, Settings, replace_architecture
 from antransformer.benchmarks.timing import Row, alternate, make_rows, time_call
-from antransformer.benchmarks.train_step import GPU_REPEATS, REPEATS, StepSettings, bench_step, make_step
+from antransformer.benchmarks.train_step import StepSettings, bench_step, make_step
 from antransformer.errors import MachineError
 from antransformer.models import ModelConfig
 from antransformer.selftest.checks import Check, Setup, triton_kernels
@@ -156,8 +156,7 @@ def _ratio(setup: Setup, setups: dict[str, TrainingSetup], preset: str, model: M
     settings = replace(settings, model=model or settings.model)
     torch.compiler.reset()
     steps: dict[str, Callable[[], None]] = {name: make_step(each, settings) for name, each in setups.items()}
-    repeats = REPEATS.get(setup.device.type, GPU_REPEATS)
-    timers = {name: partial(time_call, step, setup.device, repeats) for name, step in steps.items()}
+    timers = {name: partial(time_call, step, setup.device) for name, step in steps.items()}
     times, problems = alternate(timers, settings.rounds, setup.log)
     for name, problem in problems.items():
         raise MachineError(f"{name} failed: {problem}")
