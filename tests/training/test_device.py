@@ -12,7 +12,7 @@ from antransformer.errors import ConfigError
 from antransformer.training import run_folder
 from antransformer.training.compilation import use_cuda_graphs
 from antransformer.training.config import resolve_config
-from antransformer.training.device import choose_device, choose_precision, resolve_auto
+from antransformer.training.device import choose_device, choose_precision, precision_note, resolve_auto
 from helpers.commands import TEN_STEPS
 from helpers.messages import mentions
 
@@ -103,6 +103,15 @@ def test_auto_takes_bfloat16_where_the_gpu_multiplies_it(monkeypatch, has_instru
         torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_instructions or including_emulation
     )
     assert resolved("cuda:1").precision == resolved("cuda").precision == expected
+
+
+def test_a_slow_precision_has_a_note(monkeypatch):
+    cpu = torch.device("cpu")
+    for has_instructions in (True, False):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has_instructions: {"avx512_bf16": has})
+        assert precision_note("float32", cpu) == precision_note("auto", cpu) == ""
+        assert ("bfloat16" in precision_note("bfloat16", cpu)) is not has_instructions
+        assert "fp8" in precision_note("fp8", cpu)
 
 
 def test_a_run_is_compiled_on_cuda_devices_unless_the_user_decides():

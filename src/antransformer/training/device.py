@@ -100,6 +100,16 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     return torch.float32 if name == "float32" else torch.bfloat16
 
 
+def precision_note(name: str, device: torch.device) -> str:
+    """Note for the user about a precision that is slow on a device; empty where it is fast."""
+    if name == "fp8" and device.type == "cpu":
+        return "fp8 is simulated on a CPU, with the rounding of a GPU but not its speed"
+    if choose_precision(name, device) == torch.bfloat16 and not multiplies_bfloat16(device.type):
+        name = "CPU" if device.type == "cpu" else "GPU"
+        return f"warning: this {name} has no instructions for bfloat16, so precision float32 is faster"
+    return ""
+
+
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether the error means that a device or the CPU has no memory left."""
     # On a CPU torch raises a plain RuntimeError with this text.

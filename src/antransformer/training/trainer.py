@@ -25,7 +25,7 @@ from antransformer.training.compilation import Loss, compiled_loss
 from antransformer.training.config import LEGACY_DEFAULTS, MUTABLE_ON_RESUME, TrainConfig, to_mapping
 from antransformer.training.cost_model import throughput
 from antransformer.training.data import check_data, training_windows
-from antransformer.training.device import autocast, choose_device, choose_precision
+from antransformer.training.device import autocast, choose_device, choose_precision, precision_note
 from antransformer.training.distributed.parallel import (
     SINGLE_PROCESS,
     DistributedContext,
@@ -125,8 +125,8 @@ class Trainer:
         self.model = make_model(config, dist_ctx, self.device, self.precision)
         if config.document_mask:
             self.model.end_of_text = dataset.end_of_text
-        if config.precision == "fp8" and self.device.type == "cpu":
-            reporter.log("fp8 is simulated on a CPU, with the rounding of a GPU but not its speed")
+        if note := precision_note(config.precision, self.device):
+            reporter.log(note)
         self.optimizer = make_optimizer(self.model, config)
         bind(self.model, self.optimizer)
         self.loss: Loss = self.model.loss
