@@ -111,7 +111,7 @@ def test_default_rates_are_not_called_tuned(corpus):
     """A searched hyperparameter does not make the learning rates tuned."""
     results = experiment(corpus, bowl({"gpt+": 8e-3, "angpt": 1.2e-2}), tuning_trials=3, seeds=1).run()
     assert results.baseline.search_budget("lr", BUDGETS[0]) == 0
-    assert results.baseline.search_budget("weight_decay", BUDGETS[0]) == BUDGETS[0]
+    assert results.baseline.search_budget("model.init_std", BUDGETS[0]) == BUDGETS[0]
     assert {tuning_label(results, tokens) for tokens in BUDGETS}.isdisjoint({"tuned"})
     assert not set(map(str, BUDGETS)) & set(tuning_scope(results).split())
 
@@ -151,7 +151,7 @@ def test_all_variants_have_the_same_number_of_trials_and_the_plan_counts_them(co
     best = {"gpt+": 8e-3, "angpt": 1.2e-2, "ngpt": 6e-3}
 
     def loss(config):
-        own = config.weight_decay / 0.1 if config.model.architecture == "gpt+" else config.model.s_scale / 0.03
+        own = config.model.init_std / 0.125 if config.model.architecture == "gpt+" else config.model.s_scale / 0.03
         return bowl(best)(config) + math.log(own) ** 2
 
     made = experiment(corpus, loss, architectures=tuple(best), lr_trials=3, tuning_trials=3, seeds=2)
@@ -222,24 +222,24 @@ def test_a_diverged_trial_is_never_the_best(corpus):
 
 def test_the_hyperparameter_is_searched_at_the_best_learning_rate(corpus):
     def loss(config):
-        decay, scale = config.weight_decay or 0.3, config.model.s_scale or 0.01
+        std, scale = config.model.init_std or 0.0417, config.model.s_scale or 0.01
         return (
-            bowl({"gpt+": 1.6e-2, "angpt": 1.2e-2})(config) + math.log(decay / 0.3) ** 2 + math.log(scale / 0.01) ** 2
+            bowl({"gpt+": 1.6e-2, "angpt": 1.2e-2})(config) + math.log(std / 0.0417) ** 2 + math.log(scale / 0.01) ** 2
         )
 
     made = experiment(corpus, loss, lr_trials=3, tuning_trials=3)
     results = made.run()
     plus, angpt = results.variants
-    assert (plus.settings["lr"], plus.settings["weight_decay"]) == (1.6e-2, 0.3)
+    assert (plus.settings["lr"], plus.settings["model.init_std"]) == (1.6e-2, 0.0417)
     assert (angpt.settings["lr"], angpt.settings["model.s_scale"]) == (1.2e-2, 0.01)
-    assert {trial.setting for trial in plus.trials} == {"lr", "weight_decay"}
+    assert {trial.setting for trial in plus.trials} == {"lr", "model.init_std"}
     names = {name for call in made.queue.calls for name in call}
-    assert "gpt+-10240-lr0.016-weight_decay0.3-seed1" in names
+    assert "gpt+-10240-lr0.016-init_std0.0417-seed1" in names
     # The middle of the hyperparameter's grid is the run at the best learning rate: the queue skips it the second time.
     center = "gpt+-2560-lr0.016-seed0"
     assert sum(center in call for call in made.queue.calls) == 2 and center in {trial.folder for trial in plus.trials}
     # A longer budget starts from both choices of the shorter one.
-    assert "gpt+-5120-lr0.016-weight_decay0.3-seed0" in {trial.folder for trial in plus.trials if trial.setting == "lr"}
+    assert "gpt+-5120-lr0.016-init_std0.0417-seed0" in {trial.folder for trial in plus.trials if trial.setting == "lr"}
 
 
 def test_the_learning_rate_of_muon_is_searched_after_that_of_adam_with_the_same_number_of_trials(corpus):
@@ -278,7 +278,7 @@ def test_a_comparison_with_muon_for_all_variants(corpus):
     assert tuned == [{"lr", "muon_lr", "model.init_std"}, {"lr", "muon_lr", "model.s_scale"}]
     specs = compare.variant_specs(("gpt+-paper", "gpt+"))
     assert [spec.rates for spec in specs] == [("lr",), ("lr", "muon_lr")]
-    assert [spec.hyperparameters for spec in specs] == [("weight_decay",), ("model.init_std",)]
+    assert [spec.hyperparameters for spec in specs] == [("model.init_std",)] * 2
 
 
 def test_each_variant_may_have_a_recipe_of_its_own(corpus):
@@ -410,7 +410,7 @@ def test_separate_rates_are_searched_around_what_they_are_derived_from(corpus):
 
     def loss(config):
         lr, embed, head = config.lr, config.embed_lr or config.lr, config.head_lr or config.lr
-        own = config.weight_decay / 0.1 if config.model.architecture == "gpt+" else config.model.s_scale / 0.03
+        own = config.model.init_std / 0.125 if config.model.architecture == "gpt+" else config.model.s_scale / 0.03
         target = best[config.model.architecture]
         distances = (lr / target, embed / (3 * target), head / (target / 3), own)
         return 3 + sum(math.log(distance) ** 2 for distance in distances)
@@ -419,7 +419,7 @@ def test_separate_rates_are_searched_around_what_they_are_derived_from(corpus):
     made = experiment(corpus, loss, architectures=("gpt+", "angpt-muon"), **effort)
     results = made.run()
     order = [list(dict.fromkeys(trial.setting for trial in item.trials)) for item in results.variants]
-    assert order[0] == ["lr", "embed_lr", "head_lr", "weight_decay"]
+    assert order[0] == ["lr", "embed_lr", "head_lr", "model.init_std"]
     assert order[1] == ["lr", "muon_lr", "embed_lr", "head_lr", "model.s_scale"]
     for item in results.variants:
         lr = best[item.name.removesuffix("-muon")]

@@ -17,7 +17,6 @@ from antransformer.models.registry import BUILT_IN, Architecture
 from antransformer.reporting.labels import style_of
 from antransformer.results.comparison import Results
 from antransformer.training import defaults
-from antransformer.training.optimizer_registry import OPTIMIZERS
 from helpers.messages import mentions
 from helpers.small import SMALL_OPTIONS
 
@@ -98,14 +97,13 @@ def test_labels_of_other_names():
 
 
 def test_hyperparameters_that_compare_tunes():
-    tuned = {name: [registry.get(name).hyperparameter(optimizer) for optimizer in OPTIMIZERS] for name in BUILT_IN}
-    assert tuned == {
-        "angpt": ["model.s_scale"] * 3,
-        "ngpt": ["model.s_scale"] * 3,
-        "gpt+": ["weight_decay", "model.init_std", "model.init_std"],
-        "gpt": ["weight_decay", "model.init_std", "model.init_std"],
-        "ln-scaling": ["weight_decay", "model.init_std", "model.init_std"],
-        "dyt": ["model.dyt_alpha_init"] * 3,
+    assert {name: registry.get(name).tuned_hyperparameter for name in BUILT_IN} == {
+        "angpt": "model.s_scale",
+        "ngpt": "model.s_scale",
+        "gpt+": "model.init_std",
+        "gpt": "model.init_std",
+        "ln-scaling": "model.init_std",
+        "dyt": "model.dyt_alpha_init",
     }
 
 

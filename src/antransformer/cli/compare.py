@@ -44,9 +44,8 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--tuning-trials",
         metavar="N",
-        help="number of values to try of each architecture's own hyperparameter, spaced by factors of 3: weight decay "
-        "of gpt+, gpt and ln-scaling (with Muon, init_std), s_scale of angpt and ngpt, dyt_alpha_init of dyt (default "
-        "3); 1 keeps the defaults",
+        help="number of values to try of each architecture's own hyperparameter, spaced by factors of 3: init_std of "
+        "gpt+, gpt and ln-scaling, s_scale of angpt and ngpt, dyt_alpha_init of dyt (default 3); 1 keeps the defaults",
     )
     parser.add_argument(
         "--separate-rates",

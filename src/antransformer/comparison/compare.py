@@ -41,7 +41,7 @@ def variant_specs(
     for name in names:
         settings = variant_settings(name)
         optimizer = with_recipe({**(common or {}), **settings})["optimizer"]
-        own = registry.get(settings["architecture"]).hyperparameter(optimizer)
+        own = registry.get(settings["architecture"]).tuned_hyperparameter
         hyperparameters = (*(SEPARATE_RATES if separate_rates else ()), own)
         specs.append(VariantSpec(name, settings, learning_rates(optimizer), hyperparameters))
     return specs

@@ -44,7 +44,7 @@ ARCHITECTURE = Architecture(
     description="GPT+ without QK norm",
     cls=GPT,
     options=OPTIONS,
-    muon_tuned_hyperparameter="model.init_std",
+    tuned_hyperparameter="model.init_std",
     hf_export=True,
     document_mask=True,
 )

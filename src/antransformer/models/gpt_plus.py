@@ -112,8 +112,8 @@ ARCHITECTURE = Architecture(
     description="GPT+: pre-norm RMSNorm, rotary embedding, gated MLP, QK norm",
     cls=GPTPlus,
     options=OPTIONS,
-    # Muon's update has the same size whatever the weights', so their initial size matters more than their decay.
-    muon_tuned_hyperparameter="model.init_std",
+    # It matters more than weight decay: docs/results.md, "Initial weights of GPT+".
+    tuned_hyperparameter="model.init_std",
     tensor_parallel=TENSOR_PARALLEL,
     hf_export=True,
     document_mask=True,

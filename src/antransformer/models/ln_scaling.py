@@ -49,7 +49,7 @@ ARCHITECTURE = Architecture(
     arxiv="2502.05795",
     cls=LNScaling,
     options=OPTIONS,
-    muon_tuned_hyperparameter="model.init_std",
+    tuned_hyperparameter="model.init_std",
     hf_export=True,
     document_mask=True,
 )

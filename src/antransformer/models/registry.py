@@ -43,7 +43,6 @@ class Architecture:
         defaults_like: architecture whose default learning rate, batch, warm-up and weight decay it uses, as far as
             ``training.defaults`` has none of its own.
         tuned_hyperparameter: setting that ``compare`` tunes in addition to the learning rate.
-        muon_tuned_hyperparameter: the setting tuned under Muon and NorMuon; None for the same one.
         tensor_parallel: axis along which the weights of each module, by its name, are split over the ranks; empty where
             tensor parallelism is not supported.
         hf_export: whether ``interop.modeling_antransformer`` implements it for transformers.
@@ -59,15 +58,9 @@ class Architecture:
     arxiv: str | None = None
     defaults_like: str = "gpt+"
     tuned_hyperparameter: str = "weight_decay"
-    muon_tuned_hyperparameter: str | None = None
     tensor_parallel: Mapping[str, int] = field(default_factory=dict)
     hf_export: bool = False
     document_mask: bool = False
-
-    def hyperparameter(self, optimizer: str) -> str:
-        """Setting that ``compare`` tunes in addition to the learning rate of ``adam``, ``muon`` or ``normuon``."""
-        muon = self.muon_tuned_hyperparameter if optimizer in ("muon", "normuon") else None
-        return muon or self.tuned_hyperparameter
 
 
 _loaded: dict[str, Architecture] = {}
