@@ -44,6 +44,13 @@ def bowl(best):
     return lambda config: 3 + math.log(config.lr / best[config.model.architecture]) ** 2 - 1e-6 * config.tokens
 
 
+def own_bowl(config):
+    """A loss with its minimum at the defaults of the architecture's own hyperparameters."""
+    if config.model.architecture == "gpt+":
+        return math.log(config.model.init_std / 0.125) ** 2 + math.log(config.weight_decay / 0.1) ** 2
+    return math.log(config.model.s_scale / 0.03) ** 2
+
+
 def moving_bowl(best):
     """A loss whose best learning rate changes with the budget: ``best`` by architecture and then by tokens."""
     return lambda config: 3 + math.log(config.lr / best[config.model.architecture][config.tokens]) ** 2
@@ -147,20 +154,22 @@ def test_a_best_value_at_the_edge_extends_the_grid_until_it_is_inside(corpus):
     assert len(values_of(results.variants[1])[BUDGETS[0]]) == 5  # the other grid is not extended
 
 
-def test_all_variants_have_the_same_number_of_trials_and_the_plan_counts_them(corpus):
+def test_each_setting_has_the_same_number_of_trials_and_the_plan_counts_them(corpus):
     best = {"gpt+": 8e-3, "angpt": 1.2e-2, "ngpt": 6e-3}
 
     def loss(config):
-        own = config.model.init_std / 0.125 if config.model.architecture == "gpt+" else config.model.s_scale / 0.03
-        return bowl(best)(config) + math.log(own) ** 2
+        return bowl(best)(config) + own_bowl(config)
 
     made = experiment(corpus, loss, architectures=tuple(best), lr_trials=3, tuning_trials=3, seeds=2)
     results = made.run()
-    assert {len(item.trials) for item in results.variants} == {3 * (5 + 3)}
+    own = {"gpt+": 2, "angpt": 1, "ngpt": 1}  # GPT+ has weight decay, too
+    assert {item.name: len(item.trials) for item in results.variants} == {
+        name: 3 * (5 + 3 * count) for name, count in own.items()
+    }
     names = {name for call in made.queue.calls for name in call}
     tokens = sum(int(name.removesuffix(name[name.index("-lr") :]).rpartition("-")[2]) for name in names)
     planned = [made.plan.runs_of(name) for name in best]
-    assert planned == [dict.fromkeys(BUDGETS, 5 + 2 + 2)] * 3
+    assert planned == [dict.fromkeys(BUDGETS, 5 + 2 * own[name] + 2) for name in best]
     assert sum(sum(counts.values()) for counts in planned) == len(names)
     assert sum(budget * count for counts in planned for budget, count in counts.items()) == tokens
 
@@ -170,7 +179,8 @@ def test_the_estimate_counts_what_is_left(corpus, tmp_path):
     made = Experiment(plan, Dataset.open(corpus), RunQueue(tmp_path, Dataset.open(corpus), ["cpu"], None), print)
     lines = []
     first = estimate(made, lines.append)
-    assert first.runs == (2 * 3 * (5 + 2 + 2), 2 * 3 * (5 + 2 + 2 + 2 * EXTENSIONS))
+    planned = 3 * (2 * (5 + 2 + 2) + 2)  # GPT+ searches one setting more than anGPT
+    assert first.runs == (planned, planned + 3 * 5 * EXTENSIONS)
     assert first.tokens == tuple(count // 3 * sum(BUDGETS) for count in first.runs)
     assert 0 < first.hours[0] < first.hours[1]
     assert [mentions(line, name) for line, name in zip(lines, ("gpt+", "angpt"), strict=True)] == [True, True]
@@ -222,17 +232,19 @@ def test_a_diverged_trial_is_never_the_best(corpus):
 
 def test_the_hyperparameter_is_searched_at_the_best_learning_rate(corpus):
     def loss(config):
-        std, scale = config.model.init_std or 0.0417, config.model.s_scale or 0.01
-        return (
-            bowl({"gpt+": 1.6e-2, "angpt": 1.2e-2})(config) + math.log(std / 0.0417) ** 2 + math.log(scale / 0.01) ** 2
+        own = (
+            (config.model.init_std or 0.0417) / 0.0417,
+            (config.model.s_scale or 0.01) / 0.01,
+            (config.weight_decay or 0.1) / 0.1,
         )
+        return bowl({"gpt+": 1.6e-2, "angpt": 1.2e-2})(config) + sum(math.log(ratio) ** 2 for ratio in own)
 
     made = experiment(corpus, loss, lr_trials=3, tuning_trials=3)
     results = made.run()
     plus, angpt = results.variants
     assert (plus.settings["lr"], plus.settings["model.init_std"]) == (1.6e-2, 0.0417)
     assert (angpt.settings["lr"], angpt.settings["model.s_scale"]) == (1.2e-2, 0.01)
-    assert {trial.setting for trial in plus.trials} == {"lr", "model.init_std"}
+    assert {trial.setting for trial in plus.trials} == {"lr", "model.init_std", "weight_decay"}
     names = {name for call in made.queue.calls for name in call}
     assert "gpt+-10240-lr0.016-init_std0.0417-seed1" in names
     # The middle of the hyperparameter's grid is the run at the best learning rate: the queue skips it the second time.
@@ -275,10 +287,10 @@ def test_a_comparison_with_muon_for_all_variants(corpus):
     plan = compare.plan({**COMMON, "optimizer": "muon"}, ("gpt+", "angpt"), BUDGETS, lr_trials=2, tuning_trials=2)
     results = Experiment(plan, Dataset.open(corpus), FakeQueue(bowl({"gpt+": 8e-3, "angpt": 1.2e-2})), print).run()
     tuned = [{trial.setting for trial in item.trials} for item in results.variants]
-    assert tuned == [{"lr", "muon_lr", "model.init_std"}, {"lr", "muon_lr", "model.s_scale"}]
+    assert tuned == [{"lr", "muon_lr", "model.init_std", "weight_decay"}, {"lr", "muon_lr", "model.s_scale"}]
     specs = compare.variant_specs(("gpt+-paper", "gpt+"))
     assert [spec.rates for spec in specs] == [("lr",), ("lr", "muon_lr")]
-    assert [spec.hyperparameters for spec in specs] == [("model.init_std",)] * 2
+    assert [spec.hyperparameters for spec in specs] == [("model.init_std", "weight_decay")] * 2
 
 
 def test_each_variant_may_have_a_recipe_of_its_own(corpus):
@@ -410,16 +422,15 @@ def test_separate_rates_are_searched_around_what_they_are_derived_from(corpus):
 
     def loss(config):
         lr, embed, head = config.lr, config.embed_lr or config.lr, config.head_lr or config.lr
-        own = config.model.init_std / 0.125 if config.model.architecture == "gpt+" else config.model.s_scale / 0.03
         target = best[config.model.architecture]
-        distances = (lr / target, embed / (3 * target), head / (target / 3), own)
-        return 3 + sum(math.log(distance) ** 2 for distance in distances)
+        distances = (lr / target, embed / (3 * target), head / (target / 3))
+        return 3 + own_bowl(config) + sum(math.log(distance) ** 2 for distance in distances)
 
     effort = {"separate_rates": True, "lr_trials": 3, "tuning_trials": 3, "seeds": 1}
     made = experiment(corpus, loss, architectures=("gpt+", "angpt-muon"), **effort)
     results = made.run()
     order = [list(dict.fromkeys(trial.setting for trial in item.trials)) for item in results.variants]
-    assert order[0] == ["lr", "embed_lr", "head_lr", "model.init_std"]
+    assert order[0] == ["lr", "embed_lr", "head_lr", "model.init_std", "weight_decay"]
     assert order[1] == ["lr", "muon_lr", "embed_lr", "head_lr", "model.s_scale"]
     for item in results.variants:
         lr = best[item.name.removesuffix("-muon")]
@@ -454,9 +465,9 @@ def test_a_searched_setting_cannot_be_given_for_all_runs():
         assert mentions(error.value, name)
 
 
-def test_the_quick_comparison_needs_no_more_tokens_than_half_an_hour_allows():
-    """Two CPU cores train about 0.73 million tokens per minute at this size; extended grids add to the plan."""
+def test_the_quick_comparison_needs_no_more_tokens_than_an_hour_allows():
+    """Two CPU cores train 0.5M to 0.73M tokens per minute at this size; extended grids add to the plan."""
     plan = compare.plan(compare.QUICK, ("gpt+", "angpt"), compare.QUICK_BUDGETS, True, lr_trials=3, tuning_trials=3)
     planned = [plan.runs_of(spec.name) for spec in plan.specs]
-    assert planned == [dict.fromkeys(plan.budgets, 3 + 5 + 3 * 2)] * 2
-    assert sum(budget * count for counts in planned for budget, count in counts.items()) < 20e6
+    assert planned == [dict.fromkeys(plan.budgets, 3 + 5 + 2 * searched) for searched in (4, 3)]
+    assert sum(budget * count for counts in planned for budget, count in counts.items()) < 22e6

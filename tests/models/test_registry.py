@@ -97,13 +97,13 @@ def test_labels_of_other_names():
 
 
 def test_hyperparameters_that_compare_tunes():
-    assert {name: registry.get(name).tuned_hyperparameter for name in BUILT_IN} == {
-        "angpt": "model.s_scale",
-        "ngpt": "model.s_scale",
-        "gpt+": "model.init_std",
-        "gpt": "model.init_std",
-        "ln-scaling": "model.init_std",
-        "dyt": "model.dyt_alpha_init",
+    assert {name: registry.get(name).tuned_hyperparameters for name in BUILT_IN} == {
+        "angpt": ("model.s_scale",),
+        "ngpt": ("model.s_scale",),
+        "gpt+": ("model.init_std", "weight_decay"),
+        "gpt": ("model.init_std", "weight_decay"),
+        "ln-scaling": ("model.init_std", "weight_decay"),
+        "dyt": ("model.dyt_alpha_init", "weight_decay"),
     }
 
 

@@ -51,10 +51,10 @@ def compare(
         out: folder of the runs and the report.
         tokens: largest budget (default 8M); a quarter and a half of it are run too.
         budgets: budgets in tokens, instead of ``tokens``.
-        quick: use a small size, small budgets and recipe paper, about half an hour on two cores.
+        quick: use a small size, small budgets and recipe paper, half an hour to an hour on two cores.
         seeds: measured seeds per budget.
         lr_trials: learning rates to try at each budget; 1 keeps the default.
-        tuning_trials: values to try of each architecture's own hyperparameter (default 3); 1 keeps the default.
+        tuning_trials: values to try of each architecture's own hyperparameters (default 3); 1 keeps the defaults.
         separate_rates: whether to try this number of values also for the learning rates of the embedding and of the
             head (default: unless ``tuning_trials`` is 1).
         trial_tokens: search at this budget only and use the result at every budget; 0 searches at every budget.

@@ -1,10 +1,11 @@
 """Compare architectures with equal tuning effort, several seeds and confidence intervals.
 
 At every budget, each architecture first searches its learning rates (--lr-trials), those of embedding and head
-included, and one hyperparameter of its own (--tuning-trials). All grids have the same number of values, spaced by the
-same factor. The grid of the shortest budget is centered on the default, and each longer one on the best value before
-it. Then every budget is run with every seed. The first architecture is the baseline. If interrupted, run the same
-command again to continue; more --seeds or a longer budget in --budgets add the missing runs.
+included, and hyperparameters of its own (--tuning-trials). Grids of a setting have the same number of values and the
+same factor between them for all architectures. The grid of the shortest budget is centered on the default, and each
+longer one on the best value before it. Then every budget is run with every seed. The first architecture is the
+baseline. If interrupted, run the same command again to continue; more --seeds or a longer budget in --budgets add the
+missing runs.
 
 examples:
   antransformer compare --quick
@@ -39,19 +40,20 @@ def add_arguments(parser: Parser) -> None:
         "--budgets", nargs="+", default=(), metavar="TOKENS", help="budgets to run, instead of --tokens"
     )
     parser.add_argument(
-        "--quick", action="store_true", help="small size and budgets, recipe paper: about half an hour on two cores"
+        "--quick", action="store_true", help="small size and budgets, recipe paper: up to an hour on two cores"
     )
     parser.add_argument(
         "--tuning-trials",
         metavar="N",
-        help="number of values to try of each architecture's own hyperparameter, spaced by factors of 3: init_std of "
-        "gpt+, gpt and ln-scaling, s_scale of angpt and ngpt, dyt_alpha_init of dyt (default 3); 1 keeps the defaults",
+        help="number of values to try of each architecture's own hyperparameters, spaced by factors of 3: s_scale of "
+        "angpt and ngpt, init_std of gpt+, gpt and ln-scaling, dyt_alpha_init of dyt, weight_decay of all that have it "
+        "(default 3); 1 keeps the defaults",
     )
     parser.add_argument(
         "--separate-rates",
         action=argparse.BooleanOptionalAction,
-        help="also search embed_lr and head_lr, the learning rates of the embedding and the head, before that "
-        "hyperparameter and with the same number of values (default: unless --tuning-trials is 1)",
+        help="also search embed_lr and head_lr, the learning rates of the embedding and the head, before these "
+        "hyperparameters and with the same number of values (default: unless --tuning-trials is 1)",
     )
     add_experiment_arguments(parser, lr_trials=3, out="runs/compare-PRESET")
 

@@ -85,7 +85,7 @@ def variant_specs(width: int, only: Sequence[str], optimizer: str) -> list[Varia
     chosen = [name for name in variants if not only or any(fnmatch.fnmatch(name, pattern) for pattern in only)]
     if set(chosen) == {DEFAULT}:
         raise ConfigError(f"--only {' '.join(only)} selects no variant to compare with the default")
-    rates, hyperparameters = learning_rates(optimizer), (get("angpt").tuned_hyperparameter,)
+    rates, hyperparameters = learning_rates(optimizer), get("angpt").tuned_hyperparameters
     return [
         VariantSpec(name, {"architecture": "angpt", **variants[name]}, rates, hyperparameters)
         for name in dict.fromkeys([DEFAULT, *chosen])

@@ -11,8 +11,8 @@ from antransformer.settings import nearest, read_count
 from antransformer.training.config import resolve_config
 from antransformer.training.recipes import variant_settings, with_recipe
 
-# Settings of --quick: a comparison of two architectures, trained as published, takes about half an hour on two
-# cores: 20M tokens by plan, at the 0.73M tokens a minute that were measured.
+# Settings of --quick: a comparison of two architectures, trained as published, takes half an hour to an hour on
+# two cores: 21M tokens by plan, more if a best value is at an edge, at 0.5M to 0.73M tokens a minute.
 QUICK: dict[str, Any] = {"recipe": "paper", "preset": "pico", "batch_tokens": 1024, "eval_tokens": 65_536}
 QUICK_BUDGETS = (100_000, 200_000, 400_000)
 
@@ -41,8 +41,8 @@ def variant_specs(
     for name in names:
         settings = variant_settings(name)
         optimizer = with_recipe({**(common or {}), **settings})["optimizer"]
-        own = registry.get(settings["architecture"]).tuned_hyperparameter
-        hyperparameters = (*(SEPARATE_RATES if separate_rates else ()), own)
+        own = registry.get(settings["architecture"]).tuned_hyperparameters
+        hyperparameters = (*(SEPARATE_RATES if separate_rates else ()), *own)
         specs.append(VariantSpec(name, settings, learning_rates(optimizer), hyperparameters))
     return specs
 

@@ -128,7 +128,7 @@ ARCHITECTURE = Architecture(
     # How the defaults were chosen: docs/log.md, "Defaults of the first models".
     options={"alpha_init": 0.05, "s_scale": 0.03, "gate_scale": "sqrt_width", "ablation": "none"},
     defaults_like="angpt",
-    tuned_hyperparameter="model.s_scale",
+    tuned_hyperparameters=("model.s_scale",),
     tensor_parallel={**TENSOR_PARALLEL, "logit_scale": 0},
     hf_export=True,
     document_mask=True,

@@ -65,7 +65,7 @@ ARCHITECTURE = Architecture(
     arxiv="2503.10622",
     cls=DyT,
     options={**OPTIONS, "dyt_alpha_init": 1.0},
-    tuned_hyperparameter="model.dyt_alpha_init",
+    tuned_hyperparameters=("model.dyt_alpha_init", "weight_decay"),
     hf_export=True,
     document_mask=True,
 )

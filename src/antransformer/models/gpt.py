@@ -44,7 +44,7 @@ ARCHITECTURE = Architecture(
     description="GPT+ without QK norm",
     cls=GPT,
     options=OPTIONS,
-    tuned_hyperparameter="model.init_std",
+    tuned_hyperparameters=("model.init_std", "weight_decay"),
     hf_export=True,
     document_mask=True,
 )

@@ -49,7 +49,7 @@ ARCHITECTURE = Architecture(
     arxiv="2502.05795",
     cls=LNScaling,
     options=OPTIONS,
-    tuned_hyperparameter="model.init_std",
+    tuned_hyperparameters=("model.init_std", "weight_decay"),
     hf_export=True,
     document_mask=True,
 )

@@ -117,7 +117,7 @@ ARCHITECTURE = Architecture(
     cls=NGPT,
     options={"alpha_init": 0.05, "s_scale": 0.03},
     defaults_like="angpt",
-    tuned_hyperparameter="model.s_scale",
+    tuned_hyperparameters=("model.s_scale",),
     hf_export=True,
     document_mask=True,
 )

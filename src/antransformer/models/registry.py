@@ -42,7 +42,7 @@ class Architecture:
         arxiv: number of the paper.
         defaults_like: architecture whose default learning rate, batch, warm-up and weight decay it uses, as far as
             ``training.defaults`` has none of its own.
-        tuned_hyperparameter: setting that ``compare`` tunes in addition to the learning rate.
+        tuned_hyperparameters: settings that ``compare`` tunes after the learning rates, in this order.
         tensor_parallel: axis along which the weights of each module, by its name, are split over the ranks; empty where
             tensor parallelism is not supported.
         hf_export: whether ``interop.modeling_antransformer`` implements it for transformers.
@@ -57,7 +57,7 @@ class Architecture:
     options: Mapping[str, Any] = field(default_factory=dict)
     arxiv: str | None = None
     defaults_like: str = "gpt+"
-    tuned_hyperparameter: str = "weight_decay"
+    tuned_hyperparameters: tuple[str, ...] = ("weight_decay",)
     tensor_parallel: Mapping[str, int] = field(default_factory=dict)
     hf_export: bool = False
     document_mask: bool = False
