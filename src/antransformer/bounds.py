@@ -123,7 +123,8 @@ def project_(bounds: Iterable[Bound]) -> None:
 def bind(model: nn.Module, optimizer: Optimizer) -> RemovableHandle:
     """Project the bounds of a model (``collect_bounds``) after every ``optimizer.step()`` of any torch optimizer.
 
-    The bounds are collected now. So wrap, shard or cast the model first, as before building the optimizer.
+    Wrap, shard and cast the model before you build the optimizer and call ``bind``. Parameters that
+    ``optimizer.add_param_group`` adds later are bounded too.
 
     Returns:
         Handle; ``handle.remove()`` stops the projection.
@@ -143,9 +144,7 @@ def bind(model: nn.Module, optimizer: Optimizer) -> RemovableHandle:
             f"{type(model).__name__} has no bounds: call antransformer.normalize_(model) first, build it from "
             "antransformer.nn, or give it a method bounds() -> list[Bound]"
         )
-    # By identity: an optimizer may have only some of the parameters, and knows no names.
-    optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    bounds = [bound for bound in declared if id(bound.parameter) in optimized]
+    bounds, groups = _bounds_of(optimizer, declared), len(optimizer.param_groups)
     if declared and not bounds:
         raise ValueError(
             "the optimizer has none of the model's bounded parameters: build it from model.parameters() of this model "
@@ -153,10 +152,19 @@ def bind(model: nn.Module, optimizer: Optimizer) -> RemovableHandle:
         )
 
     def project(_optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
+        nonlocal bounds, groups
+        if len(optimizer.param_groups) != groups:
+            bounds, groups = _bounds_of(optimizer, declared), len(optimizer.param_groups)
         project_(bounds)
 
     # A hook of the optimizer works in any training loop, including the Hugging Face Trainer.
     return optimizer.register_step_post_hook(project)
+
+
+def _bounds_of(optimizer: Optimizer, declared: Iterable[Bound]) -> list[Bound]:
+    # By identity: an optimizer may have only some of the parameters, and knows no names.
+    optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    return [bound for bound in declared if id(bound.parameter) in optimized]
 
 
 class Scale(nn.Module):
