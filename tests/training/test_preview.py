@@ -6,6 +6,7 @@ from antransformer.cli import main
 from antransformer.data import Dataset
 from antransformer.models import build
 from antransformer.training.config import normalize_settings, resolve_config
+from antransformer.training.data import epochs_note
 from antransformer.training.preview import preview, settings_with_origins
 from helpers.commands import refused
 from helpers.messages import mentions
@@ -35,7 +36,9 @@ def test_laws_are_the_origin_only_in_their_range():
 def test_numbers_of_a_preview(corpus):
     dataset = Dataset.open(corpus)
     config = resolve_config({"data": str(corpus), "model": SMALL, "batch_tokens": 256, "tokens": 256 * 50}, 257)
-    shown = preview(config, dataset, {}, {}, None)
+    lines = []
+    shown = preview(config, dataset, {}, {}, None, lines.append)
+    assert len(lines) == 1 and shown.epochs == ""
     assert shown.parameters == build(config.model).parameter_count()
     assert shown.seconds == pytest.approx(50 * shown.seconds_per_step) and shown.seconds > 0
     assert shown.memory > 16 * shown.parameters  # parameters, gradients and two moments in float32
@@ -56,7 +59,7 @@ def test_a_dry_run_prints_and_writes_nothing(corpus, tmp_path, capsys, monkeypat
     lines = capsys.readouterr().out.splitlines()
     rows = {line.split()[0]: line.split()[-1] for line in lines if len(line.split()) > 2}
     assert rows["batch_tokens"] == "option" and rows["beta1"] == "default" and rows["ema"] == "best"
-    assert mentions(lines[-1], "GiB", "hours")
+    assert mentions(lines[-1], "GiB", "seconds")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -66,3 +69,12 @@ def test_what_a_dry_run_cannot_do_is_refused(corpus, tmp_path, capsys, monkeypat
     assert mentions(refused([*words, "--resume", "--out", str(tmp_path)], capsys), "--resume")
     monkeypatch.setenv("RANK", "0")
     assert mentions(refused(words, capsys), "torchrun")
+
+
+def test_a_run_longer_than_its_text_says_how_often_it_reads_it(corpus):
+    dataset = Dataset.open(corpus)
+    tokens = dataset.split("train").tokens
+    settings = {"data": str(corpus), "model": SMALL, "batch_tokens": 256}
+    longer = resolve_config({**settings, "tokens": 256 * (5 * tokens // 2 // 256)}, 257)
+    assert mentions(epochs_note(longer, dataset), 2.5, f"{tokens:,}")
+    assert epochs_note(resolve_config({**settings, "tokens": 256 * (tokens // 256)}, 257), dataset) == ""

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -78,7 +79,7 @@ def preview(*, config: str | Path | None = None, progress: bool = False, **setti
     Args:
         config: as in ``train``.
         settings: as in ``train``.
-        progress: whether to show progress where data is prepared.
+        progress: whether to show progress where data is prepared and steps are timed.
 
     Raises:
         ConfigError, DataError: wrong settings, or unusable data.
@@ -87,7 +88,8 @@ def preview(*, config: str | Path | None = None, progress: bool = False, **setti
     file = normalize_settings(config_files.read_config(str(config)), str(config)) if config is not None else {}
     settings = run_folder.with_initial_model(merge(file, options), LOG.warning)
     dataset, complete, _ = launch.new_run(settings, None, partial(open_dataset, progress=progress))
-    return preview_run(complete, dataset, options, file, None if config is None else str(config))
+    log = partial(print, file=sys.stderr) if progress else LOG.info
+    return preview_run(complete, dataset, options, file, None if config is None else str(config), log)
 
 
 def prepare_part(

@@ -34,6 +34,14 @@ def check_data(config: TrainConfig, dataset: Dataset) -> None:
         )
 
 
+def epochs_note(config: TrainConfig, dataset: Dataset) -> str:
+    """Say how often a run reads its text, if more than once; a mixture reads each source at its own rate."""
+    epochs = config.steps * config.batch_tokens / dataset.split("train").tokens
+    if epochs <= 1 or isinstance(dataset, Mixture):
+        return ""
+    return f", {epochs:.1f} epochs of {dataset.split('train').tokens:,} tokens"
+
+
 def training_windows(config: TrainConfig, dataset: Dataset) -> Windows:
     """Windows of every step, as a function of the seed; raises the errors of ``ShuffledWindows``."""
     windows = [

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from antransformer.data import Dataset
+from antransformer.models import build
 from antransformer.settings import Count
 from antransformer.training.config import TrainConfig
 from antransformer.training.device import choose_device
@@ -18,6 +19,8 @@ STEPS = 3  # timed, after one that warms up
 # Seconds between readings of the load. Two readings adapt the threads, so at least one step is as in a run.
 INTERVAL = 0.1
 CPU_TOKENS = 8192  # largest batch of a timed step on a CPU, where larger batches are hardly faster per token
+CPU_FLOPS = 5e11  # of a timed step on a CPU: a few seconds, or one sequence
+LONG = 10.0  # seconds after which no further step is timed
 
 
 def dry_run_trainer(config: TrainConfig, dataset: Dataset) -> Trainer:
@@ -26,14 +29,17 @@ def dry_run_trainer(config: TrainConfig, dataset: Dataset) -> Trainer:
 
 
 def seconds_per_token(config: TrainConfig, dataset: Dataset) -> float:
-    """Seconds per token of the fastest of ``STEPS`` training steps; raises the errors of ``Trainer``.
+    """Seconds per token of the fastest of ``STEPS`` training steps or fewer; raises the errors of ``Trainer``.
 
-    On a CPU the steps have a batch of at most ``CPU_TOKENS``. The number of CPU threads adapts to other processes as in
-    a run. The steps before that are slow, so that a mean or a median would not be the speed of the run.
+    On a CPU the steps have a batch of at most ``CPU_TOKENS``, and of fewer for a large model. The number of CPU threads
+    adapts to other processes as in a run. The steps before that are slow, so that a mean or a median would not be the
+    speed of the run.
     """
     batch: int = config.batch_tokens
     if choose_device(config.device).type == "cpu":
-        batch = min(batch, max(1, CPU_TOKENS // config.model.context) * config.model.context)
+        with torch.device("meta"):
+            tokens = min(CPU_TOKENS, int(CPU_FLOPS / (6 * build(config.model).parameter_count())))
+        batch = min(batch, max(1, tokens // config.model.context) * config.model.context)
     trainer = dry_run_trainer(replace(config, batch_tokens=Count(batch)), dataset)
     seconds = []
     with ThreadWatch(trainer.device, trainer.reporter.log, INTERVAL) as watch:
@@ -44,6 +50,8 @@ def seconds_per_token(config: TrainConfig, dataset: Dataset) -> float:
                 torch.accelerator.synchronize(trainer.device)
             seconds.append(time.perf_counter() - started)
             watch.update()
+            if step > 1 and sum(seconds) > LONG:
+                break
     return min(seconds[1:]) / batch
 
 

@@ -18,6 +18,7 @@ from antransformer.settings import Count, Words
 from antransformer.training import defaults, extension, run_folder
 from antransformer.training.checkpointing import checkpoint
 from antransformer.training.config import TrainConfig, resolve_config, round_to_sequences
+from antransformer.training.data import epochs_note
 from antransformer.training.device import resolve_auto
 from antransformer.training.distributed.launcher import job_number
 from antransformer.training.distributed.parallel import DistributedContext, init_distributed
@@ -109,7 +110,9 @@ def train(
                     reporter.log(extension.describe(config, trainer.done))
                 finished = trainer.done == config.steps
                 reporter.log(
-                    extension.describe_finished(config, folder) if finished else _description(trainer, dist_ctx)
+                    extension.describe_finished(config, folder)
+                    if finished
+                    else _description(trainer, dataset, dist_ctx)
                 )
                 traced = profile and dist_ctx.rank == 0
                 return folder, trainer.run(profile_steps(folder / "profile.json", reporter.log) if traced else None)
@@ -170,8 +173,8 @@ def _require_steps_to_trace(left: int) -> None:
         )
 
 
-def _description(trainer: Trainer, dist_ctx: DistributedContext) -> str:
-    """Architecture, size, length, learning rates, devices and folder of a run, in one line."""
+def _description(trainer: Trainer, dataset: Dataset, dist_ctx: DistributedContext) -> str:
+    """Architecture, size, length, epochs, learning rates, devices and folder of a run, in one line."""
     config = trainer.config
     tensor_parallel = f", tensor parallel {config.tensor_parallel}" if config.tensor_parallel > 1 else ""
     others, size = dist_ctx.world_size - 1, config.micro_batch_size
@@ -180,8 +183,9 @@ def _description(trainer: Trainer, dist_ctx: DistributedContext) -> str:
     parallelism = f" and {others} more, {config.parallel}{tensor_parallel}" if others else ""
     return (
         f"{config.model.architecture}, {trainer.model.parameter_count() / 1e6:.2f}M parameters, "
-        f"{counted(config.steps, 'step')} of {config.batch_tokens:,} tokens{micro_batches}, learning rate "
-        f"{format_rates(config)}, on {trainer.device}{parallelism}{law_note(config)}; run folder {trainer.folder}"
+        f"{counted(config.steps, 'step')} of {config.batch_tokens:,} tokens{micro_batches}"
+        f"{epochs_note(config, dataset)}, learning rate {format_rates(config)}, on {trainer.device}{parallelism}"
+        f"{law_note(config)}; run folder {trainer.folder}"
     )
 
 

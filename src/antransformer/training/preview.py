@@ -1,6 +1,6 @@
 """Preview of a run: its settings with their origins, its parameters, memory and time; nothing is written."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from antransformer.models import build
 from antransformer.models.config import ModelConfig, preset_sizes
 from antransformer.training import defaults
 from antransformer.training.config import TrainConfig, to_mapping
+from antransformer.training.data import epochs_note
 from antransformer.training.device import choose_device
 from antransformer.training.dry_run import STEPS, seconds_per_token
 from antransformer.training.micro_batch import fitting_micro_batch, free_memory, step_memory
@@ -43,6 +44,7 @@ class Preview:
     Attributes:
         settings: all settings.
         parameters: number of learnable parameters.
+        epochs: how often the run reads its text, in words; empty if less than once, or for a mixture.
         memory: expected bytes at the peak of a step.
         seconds_per_step: seconds of a step, from the fastest of a few; None if a step needs more than ``free`` bytes.
         seconds: expected time of all steps, in seconds; validation is not included.
@@ -51,6 +53,7 @@ class Preview:
 
     settings: tuple[Setting, ...]
     parameters: int
+    epochs: str
     memory: float
     seconds_per_step: float | None
     seconds: float | None
@@ -58,7 +61,12 @@ class Preview:
 
 
 def preview(
-    config: TrainConfig, dataset: Dataset, options: Mapping[str, Any], file: Mapping[str, Any], file_name: str | None
+    config: TrainConfig,
+    dataset: Dataset,
+    options: Mapping[str, Any],
+    file: Mapping[str, Any],
+    file_name: str | None,
+    log: Callable[[str], None],
 ) -> Preview:
     """Take a few steps of a run without writing anything, if they fit in memory.
 
@@ -68,6 +76,7 @@ def preview(
         options: normalized settings from the command line.
         file: normalized settings from a file.
         file_name: its name, for the origins.
+        log: called with a line before the steps, which take a minute with a large model on a CPU.
 
     Raises:
         ConfigError: this is one of several processes, or the run has fewer than ``STEPS`` + 1 steps.
@@ -81,10 +90,14 @@ def preview(
     memory, free = step_memory(config, device), free_memory(device)
     with torch.device("meta"):
         parameters = build(config.model).parameter_count()
-    seconds = seconds_per_token(config, dataset) * config.batch_tokens if memory < free else None
+    seconds = None
+    if memory < free:
+        log(f"timing up to {STEPS + 1} steps")
+        seconds = seconds_per_token(config, dataset) * config.batch_tokens
     return Preview(
         settings=settings_with_origins(config, options, file, file_name),
         parameters=parameters,
+        epochs=epochs_note(config, dataset),
         memory=memory,
         seconds_per_step=seconds,
         seconds=None if seconds is None else seconds * config.steps,
