@@ -174,8 +174,9 @@ def test_export_and_evaluate(run, tmp_path):
 
 def test_compare_and_fit(corpus, in_process, tmp_path):
     settings = {"data": str(corpus), "batch_tokens": 256, "eval_tokens": 1024, "model": SMALL}
+    search = {"lr_trials": 1, "tuning_trials": 1, "seeds": 1}
     results = antransformer.compare(
-        ["gpt+", "angpt"], budgets=[2560, 5120], seeds=1, lr_trials=1, out=tmp_path / "out", workers=2, **settings
+        ["gpt+", "angpt"], budgets=[2560, 5120], out=tmp_path / "out", workers=2, **search, **settings
     )
     assert [variant.name for variant in results.variants] == ["gpt+", "angpt"] and results.budgets == (2560, 5120)
     assert (tmp_path / "out/report.html").is_file()
