@@ -107,7 +107,9 @@ class Derivation:
             )
             for line in [head, *cells]
         ]
-        return "\n".join([*lines, "", *(self.warnings or ["All assumptions of the method hold on this model."])])
+        return "\n".join(
+            [*lines, "", *(self.warnings or ["No assumption of the method fails on these weights and this batch."])]
+        )
 
 
 @torch.no_grad()

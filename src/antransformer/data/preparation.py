@@ -26,6 +26,7 @@ from antransformer.data.tokenizers import (
 )
 from antransformer.errors import DataError
 from antransformer.pace import heartbeat
+from antransformer.wording import counted
 
 LOG = logging.getLogger(__name__)
 
@@ -123,9 +124,9 @@ def log_left_out(split: TrainValSplit) -> None:
         for reason, entry in source.skipped.items():
             more = ", ..." if entry["files"] > len(entry["first"]) else ""
             LOG.warning(
-                "%s: skipped %s files (%s): %s%s",
+                "%s: skipped %s (%s): %s%s",
                 source.input,
-                f"{entry['files']:,}",
+                counted(entry["files"], "file"),
                 reason,
                 ", ".join(entry["first"]),
                 more,

@@ -57,8 +57,8 @@ def _factors(by_map: Mapping[str, Mapping[str, list[FactorError]]]) -> list[str]
     worst_effective = max(effective, key=effective.__getitem__)
     return [
         f"On random inputs, the factors match the weights to within {random[worst_random]:.1%} (worst: {worst_random}) "
-        f"and norms vary by up to {spread[widest]:.0%} ({widest}). The assumption that norms concentrate holds for all "
-        f"maps{' except ' + ', '.join(failing) if failing else ''}.",
+        f"and norms vary by up to {spread[widest]:.0%} ({widest}). Errors above "
+        f"{MAX_FACTOR_ERROR:.0%} or spreads above {MAX_NORM_SPREAD:.0%}: {', '.join(failing) or 'none'}.",
         f"On text, the largest mean error over layers is {text[worst_text]:.0%} ({worst_text}). Among the factors that "
         f"no exact norm cancels ({', '.join(effective)}), it is {effective[worst_effective]:.0%} ({worst_effective}).",
     ]

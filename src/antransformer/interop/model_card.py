@@ -235,7 +235,7 @@ def learning_rate(config: TrainConfig) -> str:
     span = f"{config.initial_tokens:,} tokens" if config.initial_tokens else "the run"
     warmup = f"warm-up over {config.warmup_fraction:.0%} of {span}" if config.warmup_fraction else "no warm-up"
     if config.rewarm_steps:
-        warmup += f" and again over {counted(config.rewarm_steps, 'step')} from step {config.rewarm_from:,}"
+        warmup += f", rewarmed over {counted(config.rewarm_steps, 'step')} from step {config.rewarm_from:,}"
     decayed = (config.steps - config.decay_start) * config.batch_tokens
     last = f"the last {decayed:,} of " if config.decay_start else ""
     decay = f"{config.schedule} decay to {config.min_lr_ratio:.0%} of the peak over {last}{config.tokens:,} tokens"

@@ -24,7 +24,7 @@ def read_config(name: str) -> dict[str, Any]:
     if name in shipped:
         return read_settings(shipped[name])
     if not Path(name).is_file():
-        raise ConfigError(f"no config file {name}{nearest(name, shipped) or ': shipped are ' + ', '.join(shipped)}")
+        raise ConfigError(f"no config file {name}{nearest(name, shipped) or ': the package has ' + ', '.join(shipped)}")
     return read_settings(Path(name))
 
 

@@ -96,7 +96,8 @@ def saved_settings(folder: Path) -> dict[str, Any]:
         ConfigError: its config cannot be read.
     """
     if not (folder / CONFIG_FILE).is_file():
-        raise CheckpointError(f"{folder} has no {CONFIG_FILE}, the settings of a run")
+        problem = f"has no {CONFIG_FILE}, the settings of a run" if folder.exists() else "does not exist"
+        raise CheckpointError(f"{folder} {problem}")
     return read_settings(folder / CONFIG_FILE, default_version=1)
 
 
