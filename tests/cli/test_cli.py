@@ -65,7 +65,7 @@ assert antransformer.cli.main(["train", "--tokens", "1K"]) == 2
         (["train", "stray"], "stray"),
         (["train", "--data", "nowhere"], "nowhere"),
         (["train", "--resume"], "resume --out"),
-        (["train", "--resume", "--out", "nowhere"], "nowhere config.yaml"),
+        (["train", "--resume", "--out", "nowhere"], "nowhere"),
         (["generate", "--checkpoint", "nowhere"], "nowhere"),
         (["generate"], "--checkpoint"),
         (["prepare", "nowhere.txt", "--out", "x"], "nowhere.txt"),
