@@ -51,7 +51,7 @@ def compare(
         out: folder of the runs and the report.
         tokens: largest budget (default 8M); a quarter and a half of it are run too.
         budgets: budgets in tokens, instead of ``tokens``.
-        quick: use a small size, small budgets and recipe paper, half an hour to an hour on two cores.
+        quick: use a small size, small budgets and recipe paper, about an hour on two cores.
         seeds: measured seeds per budget.
         lr_trials: learning rates to try at each budget; 1 keeps the default.
         tuning_trials: values to try of each architecture's own hyperparameters (default 3); 1 keeps the defaults.

@@ -40,7 +40,7 @@ def add_arguments(parser: Parser) -> None:
         "--budgets", nargs="+", default=(), metavar="TOKENS", help="budgets to run, instead of --tokens"
     )
     parser.add_argument(
-        "--quick", action="store_true", help="small size and budgets, recipe paper: up to an hour on two cores"
+        "--quick", action="store_true", help="small size and budgets, recipe paper: about an hour on two cores"
     )
     parser.add_argument(
         "--tuning-trials",

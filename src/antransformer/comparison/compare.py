@@ -11,7 +11,7 @@ from antransformer.settings import nearest, read_count
 from antransformer.training.config import resolve_config
 from antransformer.training.recipes import variant_settings, with_recipe
 
-# Settings of --quick: a comparison of two architectures, trained as published, takes half an hour to an hour on
+# Settings of --quick: a comparison of two architectures, trained as published, takes about an hour on
 # two cores: 21M tokens by plan, more if a best value is at an edge, at 0.5M to 0.73M tokens a minute.
 QUICK: dict[str, Any] = {"recipe": "paper", "preset": "pico", "batch_tokens": 1024, "eval_tokens": 65_536}
 QUICK_BUDGETS = (100_000, 200_000, 400_000)
