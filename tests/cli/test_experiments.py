@@ -101,7 +101,8 @@ def test_compare_searches_separate_rates(corpus, tmp_path):
         assert {"embed_lr", "head_lr"} < {trial.setting for trial in item.trials}
         (run,), chosen = item.runs, item.settings_at(2560)
         saved = yaml.safe_load((tmp_path / "runs" / run.folder / "config.yaml").read_text())
-        assert {name: saved[name] for name in ("embed_lr", "head_lr")}.items() <= chosen.items()
+        rates = ("embed_lr", "head_lr", "vector_lr")
+        assert {name: saved.get(name, saved["lr"]) for name in rates}.items() <= chosen.items()
         assert item.search_budget("lr", 2560) == 0 and item.search_budget("embed_lr", 2560) == 2560
     assert "2.56K (tuned)" not in (tmp_path / "report.html").read_text()
 

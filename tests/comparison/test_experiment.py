@@ -1,5 +1,6 @@
 import math
 import sys
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -57,12 +58,9 @@ def moving_bowl(best):
 
 
 def values_of(variant, setting="lr"):
-    """Values of the trials of a setting by budget, in the order of the trials."""
-    values = {}
-    for trial in variant.trials:
-        if trial.setting == setting:
-            values.setdefault(trial.tokens, []).append(trial.value)
-    return values
+    """Values of a setting in the last pass at each budget, ascending."""
+    budgets = dict.fromkeys(trial.tokens for trial in variant.trials if trial.setting == setting)
+    return {tokens: [trial.value for trial in variant.trials_of(setting, tokens)] for tokens in budgets}
 
 
 def experiment(corpus, loss, architectures=("gpt+", "angpt"), **effort):
@@ -163,9 +161,9 @@ def test_each_setting_has_the_same_number_of_trials_and_the_plan_counts_them(cor
     made = experiment(corpus, loss, architectures=tuple(best), lr_trials=3, tuning_trials=3, seeds=2)
     results = made.run()
     own = {"gpt+": 2, "angpt": 1, "ngpt": 1}  # GPT+ has weight decay, too
-    assert {item.name: len(item.trials) for item in results.variants} == {
-        name: 3 * (5 + 3 * count) for name, count in own.items()
-    }
+    for item in results.variants:
+        last = [trial for trial in item.trials if trial in item.trials_of(trial.setting, trial.tokens)]
+        assert len(last) == 3 * (5 + 3 * own[item.name])
     names = {name for call in made.queue.calls for name in call}
     tokens = sum(int(name.removesuffix(name[name.index("-lr") :]).rpartition("-")[2]) for name in names)
     planned = [made.plan.runs_of(name) for name in best]
@@ -179,9 +177,10 @@ def test_the_estimate_counts_what_is_left(corpus, tmp_path):
     made = Experiment(plan, Dataset.open(corpus), RunQueue(tmp_path, Dataset.open(corpus), ["cpu"], None), print)
     lines = []
     first = estimate(made, lines.append)
-    planned = 3 * (2 * (5 + 2 + 2) + 2)  # GPT+ searches one setting more than anGPT
-    assert first.runs == (planned, planned + 3 * 5 * EXTENSIONS)
-    assert first.tokens == tuple(count // 3 * sum(BUDGETS) for count in first.runs)
+    planned = 2 * (5 + 2 + 2) + 2  # GPT+ searches one setting more than anGPT
+    most, second_pass = planned + 5 * EXTENSIONS, 5 * (2 + EXTENSIONS)
+    assert first.runs == (3 * planned, 3 * most + second_pass)
+    assert first.tokens == (planned * sum(BUDGETS), most * sum(BUDGETS) + second_pass * BUDGETS[0])
     assert 0 < first.hours[0] < first.hours[1]
     assert [mentions(line, name) for line, name in zip(lines, ("gpt+", "angpt"), strict=True)] == [True, True]
     assert not list(tmp_path.iterdir())
@@ -247,9 +246,9 @@ def test_the_hyperparameter_is_searched_at_the_best_learning_rate(corpus):
     assert {trial.setting for trial in plus.trials} == {"lr", "model.init_std", "weight_decay"}
     names = {name for call in made.queue.calls for name in call}
     assert "gpt+-10240-lr0.016-init_std0.0417-seed1" in names
-    # The middle of the hyperparameter's grid is the run at the best learning rate: the queue skips it the second time.
-    center = "gpt+-2560-lr0.016-seed0"
-    assert sum(center in call for call in made.queue.calls) == 2 and center in {trial.folder for trial in plus.trials}
+    # The middle of the hyperparameter's grid is the run at the best learning rate, which the queue skips.
+    center = "gpt+-5120-lr0.016-init_std0.0417-seed0"
+    assert sum(center in call for call in made.queue.calls) == 3 and center in {trial.folder for trial in plus.trials}
     # A longer budget starts from both choices of the shorter one.
     assert "gpt+-5120-lr0.016-init_std0.0417-seed0" in {trial.folder for trial in plus.trials if trial.setting == "lr"}
 
@@ -264,8 +263,9 @@ def test_the_learning_rate_of_muon_is_searched_after_that_of_adam_with_the_same_
     made = experiment(corpus, loss, architectures=("gpt+", "angpt-muon"), lr_trials=3)
     plus, muon = made.run().variants
     assert {trial.setting for trial in plus.trials} == {"lr"} and "muon_lr" not in plus.settings
-    values = [values_of(muon, name)[BUDGETS[0]] for name in ("lr", "muon_lr")]
-    assert list(map(len, values)) == [5, 6]  # a grid of 3, a third and three times the best; muon_lr: one extension
+    trials = Counter((trial.pass_number, trial.setting) for trial in muon.trials if trial.tokens == BUDGETS[0])
+    # A grid of 3, and one extension for muon_lr. The second pass adds a third and three times the best.
+    assert trials == {(1, "lr"): 3, (1, "muon_lr"): 4, (2, "lr"): 5, (2, "muon_lr"): 5}
     assert (muon.settings["optimizer"], muon.settings["lr"]) == ("muon", 1.2e-2)
     assert muon.settings["muon_lr"] == 2 * OPTIMIZERS["muon"].default_lrs["angpt"]
     assert f"angpt-muon-10240-lr0.012-muon{muon.settings['muon_lr']:g}-seed1" in made.queue.calls[-1]
@@ -421,7 +421,8 @@ def test_separate_rates_are_searched_around_what_they_are_derived_from(corpus):
     best = {"gpt+": 8e-3, "angpt": 1.2e-2}
 
     def loss(config):
-        lr, embed, head = config.lr, config.embed_lr or config.lr, config.head_lr or config.lr
+        embed, head = config.embed_lr or config.lr, config.head_lr or config.lr
+        lr = config.lr if config.muon_lr else math.sqrt(config.lr * (config.vector_lr or config.lr))
         target = best[config.model.architecture]
         distances = (lr / target, embed / (3 * target), head / (target / 3))
         return 3 + own_bowl(config) + sum(math.log(distance) ** 2 for distance in distances)
@@ -430,8 +431,8 @@ def test_separate_rates_are_searched_around_what_they_are_derived_from(corpus):
     made = experiment(corpus, loss, architectures=("gpt+", "angpt-muon"), **effort)
     results = made.run()
     order = [list(dict.fromkeys(trial.setting for trial in item.trials)) for item in results.variants]
-    assert order[0] == ["lr", "embed_lr", "head_lr", "model.init_std", "weight_decay"]
-    assert order[1] == ["lr", "muon_lr", "embed_lr", "head_lr", "model.s_scale"]
+    assert order[0] == ["lr", "embed_lr", "head_lr", "vector_lr", "model.init_std", "weight_decay"]
+    assert order[1] == ["lr", "muon_lr", "embed_lr", "head_lr"]
     for item in results.variants:
         lr = best[item.name.removesuffix("-muon")]
         for tokens in BUDGETS:
@@ -439,8 +440,8 @@ def test_separate_rates_are_searched_around_what_they_are_derived_from(corpus):
             assert [chosen[name] for name in ("lr", "embed_lr", "head_lr")] == pytest.approx(
                 [lr, 3 * lr, lr / 3], rel=0.01
             )
-        first = BUDGETS[0]
-        assert values_of(item, "embed_lr")[first][:3] == pytest.approx([lr / 3, lr, 3 * lr], rel=0.01)
+        first = [trial.value for trial in item.trials if trial.setting == "embed_lr" and trial.pass_number == 1]
+        assert first[:3] == pytest.approx([lr / 3, lr, 3 * lr], rel=0.01)
     common = experiment(corpus, loss, architectures=("gpt+", "angpt-muon"), **{**effort, "separate_rates": False}).run()
     assert set(tuning_scope(common).split()) - set(tuning_scope(results).split()) == {"common"}
     counts = {
@@ -451,6 +452,25 @@ def test_separate_rates_are_searched_around_what_they_are_derived_from(corpus):
     assert f"gpt+-{BUDGETS[0]}-lr0.008-embed_lr0.024-head_lr0.00267-seed1" in folders
     with pytest.raises(ConfigError):
         compare.plan(COMMON, ("gpt+", "angpt"), BUDGETS, separate_rates=True)
+
+
+def test_a_second_pass_at_the_shortest_budget_corrects_a_rate_that_was_found_with_others_tied_to_it(corpus):
+    def loss(config):
+        lr, embed = config.lr, config.embed_lr or config.lr
+        return math.log2(lr / 4e-3) ** 2 + math.log2(embed / 2.4e-2) ** 2
+
+    results = experiment(corpus, loss, separate_rates=True, lr_trials=3, tuning_trials=3, seeds=1).run()
+    for item in results.variants:
+        first = {
+            trial.value: trial.loss
+            for trial in item.trials
+            if (trial.setting, trial.tokens, trial.pass_number) == ("lr", BUDGETS[0], 1)
+        }
+        assert min(first, key=first.get) > 4e-3 * 1.4  # a compromise between the best rates of blocks and embedding
+        assert item.settings_at(BUDGETS[0])["lr"] == pytest.approx(4e-3, rel=0.5)
+        passes = {(trial.tokens, trial.pass_number) for trial in item.trials}
+        assert passes == {(BUDGETS[0], 1), (BUDGETS[0], 2), (BUDGETS[1], 1), (BUDGETS[2], 1)}
+        assert {trial.pass_number for trial in item.trials_of("lr", BUDGETS[0])} == {2}
 
 
 def test_a_searched_setting_cannot_be_given_for_all_runs():
@@ -469,5 +489,6 @@ def test_the_quick_comparison_needs_no_more_tokens_than_an_hour_allows():
     """Two CPU cores train 0.5M to 0.73M tokens per minute at this size; extended grids add to the plan."""
     plan = compare.plan(compare.QUICK, ("gpt+", "angpt"), compare.QUICK_BUDGETS, True, lr_trials=3, tuning_trials=3)
     planned = [plan.runs_of(spec.name) for spec in plan.specs]
-    assert planned == [dict.fromkeys(plan.budgets, 3 + 5 + 2 * searched) for searched in (4, 3)]
-    assert sum(budget * count for counts in planned for budget, count in counts.items()) < 22e6
+    assert planned == [dict.fromkeys(plan.budgets, 3 + 5 + 2 * searched) for searched in (5, 3)]
+    second_pass = sum(2 * (1 + searched) for searched in (5, 3)) * plan.budgets[0]
+    assert sum(budget * count for counts in planned for budget, count in counts.items()) + second_pass < 25e6

@@ -414,6 +414,16 @@ def test_report_has_a_search_at_every_budget(tmp_path):
     assert all(drawn.count(rate) == 2 for rate in rates)
 
 
+def test_report_shows_the_last_pass_of_a_search_and_counts_the_runs_of_both(tmp_path):
+    first = [Trial("lr", rate, loss, f"first-{rate}", BUDGETS[0]) for rate, loss in ((0.1, 2.0), (0.2, 3.0))]
+    second = [Trial("lr", rate, loss, f"second-{rate}", BUDGETS[0], 2) for rate, loss in ((0.3, 1.8), (0.4, 1.7))]
+    repeated = Trial("lr", 0.5, 1.9, "first-0.1", BUDGETS[0], 2)  # a run of the first pass, used again
+    results = experiment(variant("gpt+", 1), variant("angpt", 1.5, trials=[*first, *second, repeated]))
+    page = Page(report.write(results, tmp_path)[0].read_text(encoding="utf-8"))
+    assert "anGPT 4." in page.text and page.shows("250K", "3", "0.4")
+    assert [trial.value for trial in results.variants[1].trials_of("lr", BUDGETS[0])] == [0.3, 0.4, 0.5]
+
+
 def test_report_calls_only_the_searched_budget_tuned(tmp_path):
     files = report.write(searched_at(BUDGETS[1]), tmp_path)
     text = Page(files[0].read_text(encoding="utf-8")).text

@@ -58,7 +58,7 @@ def test_a_wrong_value_of_an_experiment_is_refused(tmp_path, comparison, key, va
 
 def test_seeds_and_tuned_values_may_be_zero(tmp_path, comparison):
     comparison["variants"][0]["trials"] = [
-        {"setting": "weight_decay", "value": 0.0, "loss": 3.0, "folder": "x", "tokens": 1}
+        {"setting": "weight_decay", "value": 0.0, "loss": 3.0, "folder": "x", "tokens": 1, "pass_number": 1}
     ]
     comparison["variants"][0]["runs"].append({**comparison["variants"][0]["runs"][0], "seed": 0})
     baseline = load_results(tmp_path, comparison).baseline
@@ -66,10 +66,10 @@ def test_seeds_and_tuned_values_may_be_zero(tmp_path, comparison):
 
 
 def test_another_format_or_a_later_version_is_refused(tmp_path, comparison):
-    for change in ({"version": 4}, {"version": "3"}, {"version": 0}, {"format": "antransformer-sweep"}):
+    for change in ({"version": 5}, {"version": "4"}, {"version": 0}, {"format": "antransformer-sweep"}):
         with pytest.raises(DataError) as error:
             load_results(tmp_path, {**comparison, **change})
-        assert mentions(error.value, tmp_path / "results.json", "antransformer-results", 3)
+        assert mentions(error.value, tmp_path / "results.json", "antransformer-results", 4)
 
 
 def test_a_comparison_of_version_1_has_variants_and_the_new_names_of_settings():
@@ -95,6 +95,7 @@ def test_a_comparison_of_version_2_has_one_search_for_all_budgets(tmp_path, comp
         ]
         assert all(part.settings == {"lr": 0.004, "muon_lr": 0.02} for part in item.chosen)
         assert item.trials[0].tokens == item.search_budget("lr", 250_000) == 500_000
+        assert item.trials[0].pass_number == 1
         assert item.search_budget("muon_lr", 250_000) == 0
     assert [tuning_label(results, tokens) == "tuned" for tokens in results.budgets] == [False, True, False]
     results.save(tmp_path)

@@ -46,6 +46,24 @@ def test_learning_rate_of_matrices_scales_with_width(corpus, tmp_path, architect
     assert read_metrics(tmp_path / "run/metrics.jsonl")[0]["lr"] == pytest.approx(rate)
 
 
+@pytest.mark.parametrize("architecture", ["angpt", "ngpt"])
+def test_the_scale_of_surrogates_only_divides_the_learning_rate_of_the_vectors(corpus, tmp_path, architecture):
+    by_scale, by_rate, neither = (
+        start(corpus, tmp_path / str(index), grad_clip=1e9, model={"architecture": architecture, **model}, **rates)
+        for index, (model, rates) in enumerate([({"s_scale": 0.01}, {}), ({}, {"vector_lr": 3e-2}), ({}, {})])
+    )
+    tokens = torch.arange(32).reshape(2, 16) % 50
+    logits = []
+    for trainer in (by_scale, by_rate, neither):
+        for step in range(1, 7):
+            trainer.update(step)
+        with torch.no_grad():
+            logits.append(trainer.model(tokens))
+    # Where a gradient is near 0, rounding decides the direction of Adam's first steps.
+    assert (logits[0] - logits[1]).norm() < 0.03 * (logits[0] - logits[2]).norm()
+    assert (logits[0] - logits[2]).abs().max() > 0.02
+
+
 def test_muon_trains_the_matrices_inside_the_blocks(corpus, tmp_path):
     trainer = start(corpus, tmp_path / "run", optimizer="muon", muon_lr=0.05, model={"architecture": "gpt+"})
     names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}

@@ -56,7 +56,7 @@ def compare(
         lr_trials: learning rates to try at each budget; 1 keeps the default.
         tuning_trials: values to try of each architecture's own hyperparameters (default 3); 1 keeps the defaults.
         separate_rates: whether to try this number of values also for the learning rates of the embedding and of the
-            head (default: unless ``tuning_trials`` is 1).
+            head, and with Adam of the vectors (default: unless ``tuning_trials`` is 1).
         trial_tokens: search at this budget only and use the result at every budget; 0 searches at every budget.
         devices: one worker for each, such as ``["cuda:0", "cuda:1"]``.
         workers: number of workers if no devices are given.

@@ -1,11 +1,11 @@
 """Compare architectures with equal tuning effort, several seeds and confidence intervals.
 
-At every budget, each architecture first searches its learning rates (--lr-trials), those of embedding and head
-included, and hyperparameters of its own (--tuning-trials). Grids of a setting have the same number of values and the
-same factor between them for all architectures. The grid of the shortest budget is centered on the default, and each
-longer one on the best value before it. Then every budget is run with every seed. The first architecture is the
-baseline. If interrupted, run the same command again to continue; more --seeds or a longer budget in --budgets add the
-missing runs.
+At every budget, each architecture first searches its learning rates (--lr-trials), those of embedding, head and
+vectors included, and hyperparameters of its own (--tuning-trials). Grids of a setting have the same number of values
+and the same factor between them for all architectures. The grid of the shortest budget is centered on the default, and
+that budget is searched twice. The grid of each longer one is centered on the best value before it. Then every budget is
+run with every seed. The first architecture is the baseline. If interrupted, run the same command again to continue;
+more --seeds or a longer budget in --budgets add the missing runs.
 
 examples:
   antransformer compare --quick
@@ -52,8 +52,9 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--separate-rates",
         action=argparse.BooleanOptionalAction,
-        help="also search embed_lr and head_lr, the learning rates of the embedding and the head, before these "
-        "hyperparameters and with the same number of values (default: unless --tuning-trials is 1)",
+        help="also search embed_lr, head_lr and, with AdamW, vector_lr, the learning rates of embedding, head and "
+        "vectors, before these hyperparameters and with the same number of values. They take the place of s_scale, "
+        "which only divides vector_lr (default: unless --tuning-trials is 1)",
     )
     add_experiment_arguments(parser, lr_trials=3, out="runs/compare-PRESET")
 

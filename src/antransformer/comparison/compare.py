@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from antransformer.comparison.experiment import SEPARATE_RATES, Plan, VariantSpec, learning_rates
+from antransformer.comparison.experiment import Plan, VariantSpec, derived_rates, learning_rates
 from antransformer.errors import ConfigError
 from antransformer.models import registry
 from antransformer.models.config import PAPER_VOCABULARY
@@ -12,9 +12,12 @@ from antransformer.training.config import resolve_config
 from antransformer.training.recipes import variant_settings, with_recipe
 
 # Settings of --quick: a comparison of two architectures, trained as published, takes about an hour on
-# two cores: 21M tokens by plan, more if a best value is at an edge, at 0.5M to 0.73M tokens a minute.
+# two cores: 22M to 25M tokens by plan, more if a best value is at an edge, at 0.5M to 0.73M tokens a minute.
 QUICK: dict[str, Any] = {"recipe": "paper", "preset": "pico", "batch_tokens": 1024, "eval_tokens": 65_536}
 QUICK_BUDGETS = (100_000, 200_000, 400_000)
+
+# Adam's steps do not depend on the gradient's scale: this setting only divides the learning rate of the vectors.
+VECTOR_SCALE = "model.s_scale"
 
 
 def variant_specs(
@@ -25,7 +28,7 @@ def variant_specs(
     Args:
         names: names; the first is the baseline.
         common: normalized settings of all runs.
-        separate_rates: whether to search the learning rates of the embedding and of the head too.
+        separate_rates: whether to search the learning rates of embedding, head and vectors too.
 
     Raises:
         ConfigError: a name is unknown or given twice, or there are fewer than two.
@@ -42,8 +45,9 @@ def variant_specs(
         settings = variant_settings(name)
         optimizer = with_recipe({**(common or {}), **settings})["optimizer"]
         own = registry.get(settings["architecture"]).tuned_hyperparameters
-        hyperparameters = (*(SEPARATE_RATES if separate_rates else ()), *own)
-        specs.append(VariantSpec(name, settings, learning_rates(optimizer), hyperparameters))
+        if separate_rates:
+            own = (*derived_rates(optimizer), *(setting for setting in own if setting != VECTOR_SCALE))
+        specs.append(VariantSpec(name, settings, learning_rates(optimizer), own))
     return specs
 
 

@@ -20,10 +20,10 @@ def estimate(experiment: Experiment, log: Callable[[str], None]) -> Estimate:
     plan, timer = experiment.plan, Timer(experiment.queue, experiment.dataset, log)
     finished = finished_runs(experiment)
     totals = []
-    for extensions in (0, plan.max_extensions()):
+    for most in (False, True):
         runs, tokens, seconds, longest = 0, 0, 0.0, 0.0
         for state in experiment.states:
-            for budget, planned in plan.runs_of(state.spec.name, extensions).items():
+            for budget, planned in plan.runs_of(state.spec.name, most).items():
                 config = experiment.config(state, budget, TRIAL_SEED)
                 count = max(0, planned - finished[state.spec.name, budget])
                 if not count:

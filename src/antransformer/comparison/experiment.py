@@ -2,11 +2,13 @@
 
 All variants share the data, the order of batches, the batch size, the budgets and the validation windows. Settings are
 searched at every budget, one after another. A search tries the same number of values for each variant, spaced by the
-same factor. At the shortest budget the values are around the variant's own default, at a longer budget around the
-choice of the next shorter one. Trials have their own seed, so that no measured run was selected for a lucky seed.
+same factor. At the shortest budget the values are around the variant's own default, and a second pass searches all
+settings again around the choice of the first. At a longer budget they are around the choice of the next shorter one.
+Trials have their own seed, so that no measured run was selected for a lucky seed.
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -27,7 +29,7 @@ from antransformer.training.optimizer_registry import OPTIMIZERS
 
 LR_RATIO = 2.0  # between neighbouring learning rates of a grid
 HYPERPARAMETER_RATIO = 3.0  # between neighbouring values of any other setting
-SEPARATE_RATES = ("embed_lr", "head_lr")  # derived from lr unless they are searched
+SEPARATE_RATES = ("embed_lr", "head_lr", "vector_lr")  # derived from lr unless they are searched
 TRIAL_SEED = 0
 
 
@@ -54,6 +56,14 @@ def learning_rates(optimizer: str) -> tuple[str, ...]:
     return ("lr", own) if own else ("lr",)
 
 
+def derived_rates(optimizer: str) -> tuple[str, ...]:
+    """Return the settings that take parameters out of ``lr``, so that each part of the model has its own rate.
+
+    ``lr`` stays the rate of the block matrices or, with an optimizer that has its own rate for these, of the vectors.
+    """
+    return tuple(rate for rate in SEPARATE_RATES if rate != "vector_lr" or not OPTIMIZERS[optimizer].lr_setting)
+
+
 @dataclass(frozen=True)
 class Round:
     """Search for one setting of each variant at one budget.
@@ -64,12 +74,14 @@ class Round:
         ratio: factor between neighbouring values.
         neighbour_factor: after the search, also try the best value divided and multiplied by this factor, which shows
             how much a badly chosen value costs.
+        pass_number: 1, or 2 in the second pass over the settings of the shortest budget.
     """
 
     settings: Mapping[str, str]
     trials: int
     ratio: float
     neighbour_factor: float | None = None
+    pass_number: int = 1
 
 
 @dataclass(frozen=True)
@@ -104,7 +116,7 @@ class Plan:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name.replace('_', ' ')} must be at least 1, got {getattr(self, name)}")
         given = flatten(self.common)
-        for setting in (name for part in self.rounds() for name in part.settings.values()):
+        for setting in (name for part in self._one_pass() for name in part.settings.values()):
             if setting in given:
                 raise ConfigError(f"{setting} is searched for each variant and cannot be set for all runs: omit it")
 
@@ -120,8 +132,18 @@ class Plan:
         """Budgets of all searches, ascending."""
         return sorted({self.search_budget(tokens) for tokens in self.budgets})
 
-    def rounds(self) -> Iterator[Round]:
-        """Searches of each search budget, in order: learning rates, then hyperparameters."""
+    def rounds(self, tokens: int) -> list[Round]:
+        """Searches at one search budget, in order: learning rates, then hyperparameters.
+
+        The shortest budget has two passes: the best value of a setting depends on those searched after it.
+        """
+        once = list(self._one_pass())
+        if len(once) < 2 or tokens != self.search_budgets()[0]:
+            return once
+        first = [replace(part, neighbour_factor=None) for part in once]
+        return first + [replace(part, pass_number=2) for part in once]
+
+    def _one_pass(self) -> Iterator[Round]:
         if self.lr_trials > 1:
             for settings in _by_position({spec.name: spec.rates for spec in self.specs}):
                 yield Round(settings, self.lr_trials, LR_RATIO, SENSITIVITY_FACTOR)
@@ -129,19 +151,23 @@ class Plan:
             for settings in _by_position({spec.name: spec.hyperparameters for spec in self.specs}):
                 yield Round(settings, self.tuning_trials, HYPERPARAMETER_RATIO)
 
-    def runs_of(self, name: str, extensions: int = 0) -> dict[int, int]:
-        """Number of runs of a variant at each budget; ``extensions`` is how many values each search adds."""
-        trials = 0
-        for index, part in enumerate(self.rounds()):
-            if name in part.settings:
-                # After the first round, the middle of a grid is the best trial of the round before.
-                trials += part.trials - (index > 0) + (2 if part.neighbour_factor else 0) + extensions
-        counts = dict.fromkeys(self.search_budgets(), trials) if trials else {}
-        return counts | {tokens: counts.get(tokens, 0) + self.seeds for tokens in self.budgets}
+    def runs_of(self, name: str, most: bool = False) -> dict[int, int]:
+        """Return the fewest runs of a variant at each budget, or the most.
 
-    def max_extensions(self) -> int:
-        """Largest number of values that a search may add."""
-        return EXTENSIONS if any(self.rounds()) else 0
+        With the fewest, the second pass confirms the values of the first, so its grids have run before. With the most,
+        no value is confirmed, and every grid is extended as far as it may be.
+        """
+        counts: Counter[int] = Counter()
+        for tokens in self.search_budgets():
+            for index, part in enumerate(self.rounds(tokens)):
+                if name not in part.settings:
+                    continue
+                if part.pass_number == 1 or most:
+                    # After the first round, the middle of a grid is the best trial of the round before.
+                    counts[tokens] += part.trials - (index > 0)
+                counts[tokens] += (2 if part.neighbour_factor else 0) + (EXTENSIONS if most else 0)
+        counts.update(dict.fromkeys(self.budgets, self.seeds))
+        return dict(counts)
 
 
 def _by_position(settings: Mapping[str, Sequence[str]]) -> Iterator[dict[str, str]]:
@@ -208,14 +234,15 @@ class Experiment:
 
     def tune(self) -> None:
         """Run all searches, from the shortest budget to the longest."""
-        rounds, shorter = list(self.plan.rounds()), 0
-        for tokens in self.plan.search_budgets() if rounds else ():
+        shorter = 0
+        for tokens in self.plan.search_budgets():
             for state in self.states:
                 state.tuned[tokens] = dict(state.tuned.get(shorter, {}))
             shorter = tokens
-            for part in rounds:
+            for part in self.plan.rounds(tokens):
                 names = dict.fromkeys(map(display_name, part.settings.values()))
-                self.stage(f"search at {tokens:,} tokens: {', '.join(names)}")
+                again = ", second pass" if part.pass_number == 2 else ""
+                self.stage(f"search at {tokens:,} tokens{again}: {', '.join(names)}")
                 self.search(tokens, part)
 
     def search(self, tokens: int, part: Round) -> None:
@@ -240,8 +267,9 @@ class Experiment:
             search.run({name: neighbours(search.losses(name), part.neighbour_factor) for name in grids})
         for name in grids:
             losses, setting = search.losses(name), settings[name]
+            folders = {value: search.results[name][value][0].name for value in losses}
             states[name].trials += [
-                Trial(setting, round_sig(value), losses[value], search.results[name][value][0].name, tokens)
+                Trial(setting, round_sig(value), losses[value], folders[value], tokens, part.pass_number)
                 for value in sorted(losses)
             ]
             states[name].tuned[tokens][setting] = round_sig(min(losses, key=lambda value: losses[value]))
@@ -263,6 +291,9 @@ class Experiment:
         for setting, value in {**tuned, **(settings or {})}.items():
             merged = merge(merged, unflatten(setting, value))
         config = fill_defaults({**merged, "tokens": tokens, "seed": seed}, self.dataset.vocab_size)
+        # A separate rate equal to lr gives the run without that rate, which must not be repeated under another name.
+        same: dict[str, Any] = {rate: None for rate in SEPARATE_RATES if value_of(config, rate) == config.lr}
+        config = replace(config, **same)
         if "lr_horizon" in merged:
             return config
         rates: dict[str, Any] = {rate: round_sig(given_rate(config, rate)) for rate in state.spec.rates}

@@ -307,12 +307,15 @@ def _rules(results: Results) -> Iterable[str]:
 
 
 def _search_rules(results: Results, searched: Iterable[str]) -> Iterable[str]:
-    counts = ", ".join(f"{style_of(item.name).label} {len(item.trials)}" for item in results.variants)
+    runs = [(style_of(item.name).label, {trial.folder for trial in item.trials}) for item in results.variants]
+    counts = ", ".join(f"{label} {len(folders)}" for label, folders in runs)
     yield (
         f"Searched settings, in this order: {', '.join(map(display_name, searched))}. Every variant has the same "
         "number of values, spaced by the same factor. A grid was extended while its best value was at an edge. "
         f"Trials: {counts}."
     )
+    if any(trial.pass_number > 1 for item in results.variants for trial in item.trials):
+        yield "The shortest search had a second pass over all settings, around the choice of the first."
     budgets = {trial.tokens for item in results.variants for trial in item.trials}
     if budgets == set(results.budgets):
         yield (

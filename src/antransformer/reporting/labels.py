@@ -44,6 +44,7 @@ RATES = {
     "lr": "learning rate",
     "embed_lr": "learning rate of the embedding",
     "head_lr": "learning rate of the head",
+    "vector_lr": "learning rate of the vectors",
     **{spec.lr_setting: f"learning rate of {spec.label}" for spec in reversed(OPTIMIZERS.values()) if spec.lr_setting},
 }
 

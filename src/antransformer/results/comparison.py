@@ -14,7 +14,7 @@ from antransformer.results.records import load_record, save_record
 
 FILE = "results.json"
 FORMAT = "antransformer-results"
-VERSION = 3
+VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Trial:
         loss: validation loss in nats per token; infinite where the run diverged.
         folder: name of the run folder inside the experiment's ``runs``.
         tokens: budget of the search.
+        pass_number: pass over all settings at this budget; each starts at the choice of the one before.
     """
 
     setting: str
@@ -34,6 +35,7 @@ class Trial:
     loss: float
     folder: str
     tokens: int
+    pass_number: int = 1
 
 
 @dataclass(frozen=True)
@@ -104,9 +106,10 @@ class Variant:
         return np.array([[table[budget, seed] for seed in seeds] for budget in budgets])
 
     def trials_of(self, setting: str, tokens: int) -> list[Trial]:
-        """Return the trials of one setting at one search budget, in the order of their values."""
+        """Return the trials of one setting in the last pass at one search budget, in the order of their values."""
         trials = [trial for trial in self.trials if (trial.setting, trial.tokens) == (setting, tokens)]
-        return sorted(trials, key=lambda trial: trial.value)
+        last = max((trial.pass_number for trial in trials), default=1)
+        return sorted((trial for trial in trials if trial.pass_number == last), key=lambda trial: trial.value)
 
     def best_at_edge(self, setting: str, tokens: int) -> bool:
         """Whether the best of several values of a setting at a search budget is the lowest or highest that ran."""
@@ -179,7 +182,7 @@ class Results:
         Raises:
             DataError: the file is missing or damaged.
         """
-        return load_record(cls, folder / FILE, FORMAT, VERSION, {1: _upgrade_1, 2: _upgrade_2})
+        return load_record(cls, folder / FILE, FORMAT, VERSION, {1: _upgrade_1, 2: _upgrade_2, 3: _upgrade_3})
 
 
 def _upgrade_1(content: dict[str, Any]) -> None:
@@ -201,3 +204,9 @@ def _upgrade_2(content: dict[str, Any]) -> None:
             for tokens in content["budgets"]
         ]
         entry["trials"] = [{**trial, "tokens": trial_tokens} for trial in trials]
+
+
+def _upgrade_3(content: dict[str, Any]) -> None:
+    """Up to version 3, every search had one pass."""
+    for entry in content["variants"]:
+        entry["trials"] = [{"pass_number": 1, **trial} for trial in entry["trials"]]

@@ -140,8 +140,8 @@ def _trial_observations(results: Results) -> list[Observation]:
     return [
         _observation(variant, results, trial.tokens, trial.value, trial.loss)
         for variant in results.variants
-        for trial in variant.trials
-        if trial.setting == "lr"
+        for tokens in dict.fromkeys(trial.tokens for trial in variant.trials)
+        for trial in variant.trials_of("lr", tokens)
     ]
 
 

@@ -36,7 +36,7 @@ class Estimate:
             f"{counted(runs, 'run')}, {tokens / 1e6:,.1f}M tokens, {format_duration(3600 * hours)}"
             for runs, tokens, hours in zip(self.runs, self.tokens, self.hours, strict=True)
         )
-        return low if low == high else f"{low}; up to {high} if the best values are at the edges"
+        return low if low == high else f"{low}; up to {high} if best values move and are at the edges"
 
 
 class Timer:
