@@ -50,6 +50,8 @@ assert antransformer.cli.main(["train", "--tokens", "1K"]) == 2
     ("arguments", "facts"),
     [
         (["fly"], "fly prepare train demo"),
+        (["--", "fly"], "fly prepare train demo"),
+        (["trian", "--lr", "0.01"], "trian train"),
         ([], "VERB"),
         (["train", "--lrr", "3"], "--lrr --lr"),
         (["train", "--model.widht=3"], "--model.widht --model.width"),

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +25,9 @@ from helpers.exported import make_run
 
 pytest.importorskip("lm_eval")
 import datasets
+import lm_eval.tasks
 from lm_eval.api.instance import Instance
+from lm_eval.tasks import TaskManager
 
 from antransformer.interop import lm_eval_adapter
 from helpers.messages import mentions
@@ -464,6 +467,9 @@ def test_errors_of_the_hub_are_reported(run, capsys, monkeypatch):
     def unreachable(**_):
         raise ConnectionError(reason)
 
+    folders = [Path(lm_eval.tasks.__path__[0]) / name for name in (*lm_eval_adapter.FOLDERS, "gsm8k")]
+    some_tasks = TaskManager(include_defaults=False, include_path=folders)  # the index of all takes 15 s
+    monkeypatch.setattr(lm_eval_adapter, "task_manager", lambda all_tasks: some_tasks)
     words = ["--checkpoint", run, "--tasks"]
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     assert mentions(wrong(capsys, *words, "hellaswag"), "hellaswag", reason.replace("\n", " "), "--task-data")
@@ -471,6 +477,12 @@ def test_errors_of_the_hub_are_reported(run, capsys, monkeypatch):
     rows = datasets.Dataset.from_list([{"question": "1 + 1?", "answer": "#### 2"}])
     monkeypatch.setattr(datasets, "load_dataset", lambda **_: {"train": rows, "test": rows})
     assert mentions(wrong(capsys, *words, "gsm8k"), "gsm8k")
+
+
+@pytest.mark.slow
+def test_the_index_of_all_tasks_has_those_of_the_small_one():
+    small, large = (lm_eval_adapter.task_manager(all_tasks).task_index for all_tasks in (False, True))
+    assert set(small) < set(large) and "gsm8k" in large
 
 
 def test_the_tokenizer_has_our_ids():

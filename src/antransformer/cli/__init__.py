@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from antransformer.cli.options import Parser
 from antransformer.errors import AntransformerError, RankFailedError, RunStoppedError, UsageError
+from antransformer.settings import nearest
 from antransformer.version import __version__
 
 # Verb -> one-line summary, which is also the first line of the docstring of its module.
@@ -71,6 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _require_text(words)
         # Before the verb there are only options without values, so the first other word is the verb.
         chosen = next((word for word in words if not word.startswith("-")), None)
+        if chosen is not None and chosen not in VERBS:
+            raise UsageError(f"unknown verb {chosen!r}{nearest(chosen, VERBS) or ': choose from ' + ', '.join(VERBS)}")
         parsed = make_parser(chosen).parse(words)
         parsed.run(parsed)
     except RankFailedError as error:
