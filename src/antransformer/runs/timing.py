@@ -21,7 +21,7 @@ START_SECONDS = 5.0  # to start a process and import torch; measured on a CPU
 
 @dataclass(frozen=True)
 class Estimate:
-    """Work that is left: without any extension of a grid, and with all of them.
+    """Work that is left: the least that a search may need, and the most.
 
     Attributes:
         runs, tokens, hours: minimum and maximum.
@@ -36,7 +36,7 @@ class Estimate:
             f"{counted(runs, 'run')}, {tokens / 1e6:,.1f}M tokens, {format_duration(3600 * hours)}"
             for runs, tokens, hours in zip(self.runs, self.tokens, self.hours, strict=True)
         )
-        return low if low == high else f"{low}; up to {high} if best values move and are at the edges"
+        return low if low == high else f"{low}; up to {high}, depending on the best values"
 
 
 class Timer:
