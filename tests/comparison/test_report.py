@@ -420,7 +420,7 @@ def test_report_shows_the_last_pass_of_a_search_and_counts_the_runs_of_both(tmp_
     repeated = Trial("lr", 0.5, 1.9, "first-0.1", BUDGETS[0], 2)  # a run of the first pass, used again
     results = experiment(variant("gpt+", 1), variant("angpt", 1.5, trials=[*first, *second, repeated]))
     page = Page(report.write(results, tmp_path)[0].read_text(encoding="utf-8"))
-    assert "anGPT 4." in page.text and page.shows("250K", "3", "0.4")
+    assert "Trials: GPT+ 0, anGPT 4." in page.text and page.shows("250K", "3", "0.4")
     assert [trial.value for trial in results.variants[1].trials_of("lr", BUDGETS[0])] == [0.3, 0.4, 0.5]
 
 
