@@ -1,6 +1,7 @@
 """What several processes print after a mistake, and how often they read what one of them has verified."""
 
 import os
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -57,11 +58,14 @@ def test_torchruns_own_summary_has_the_message_of_the_rank(tmp_path):
 
 
 def test_processes_train_one_run(corpus, tmp_path, capsys):
+    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
     words = ["train", "--processes=2", "--data", corpus, "--out", tmp_path / "run", "--device=cpu", *TEN_STEPS]
     assert main(list(map(str, words))) == 0
     newest = checkpoint.newest(tmp_path / "run/checkpoints", print)
     assert newest.step == 10 and len(newest.files) == 4  # a file of each kind from each rank
     assert "ANTRANSFORMER_QUIET_RANKS" not in os.environ
+    # Torch's agent would leave handlers that raise: a pool of processes, started later, can then wait forever.
+    assert {number: signal.getsignal(number) for number in handlers} == handlers
 
 
 @pytest.mark.parametrize("number", ["0", "-1", "two"])

@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -38,7 +38,7 @@ def launch(words: Sequence[str], processes: int) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
     os.environ[QUIET] = "1"
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, _signal_handlers_restored():
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -59,6 +59,18 @@ def launch(words: Sequence[str], processes: int) -> None:
         finally:
             logging.disable(logging.NOTSET)
             del os.environ[QUIET]
+
+
+@contextlib.contextmanager
+def _signal_handlers_restored() -> Iterator[None]:
+    """Undo the agent's own handlers, which raise an exception in whatever this process, or a fork of it, does next."""
+    before = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if signal.getsignal(number) is not handler:
+                signal.signal(number, handler)
 
 
 def job_number(name: str, default: int | None = None) -> int:
