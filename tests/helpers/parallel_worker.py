@@ -57,8 +57,13 @@ CASES |= {
     "accumulated": {"parallel": "fsdp", "micro_batch_size": 1},
     "recomputed": {"parallel": "fsdp", "activation_checkpointing": True},
     "compiled": {"parallel": "fsdp", "compile": True},
-    "muon-fsdp": {"parallel": "fsdp", "optimizer": "muon"},
-    "muon-tensor": {"parallel": "fsdp", "tensor_parallel": 2, "optimizer": "muon"},
+    "muon-fsdp": {"parallel": "fsdp", "optimizer": "muon", "model": {"logit_scale": "scalar"}},
+    "muon-tensor": {
+        "parallel": "fsdp",
+        "tensor_parallel": 2,
+        "optimizer": "muon",
+        "model": {"logit_scale": "scalar"},
+    },
     "normuon-fsdp": {"parallel": "fsdp", "optimizer": "normuon"},
     "normuon-tensor": {
         "parallel": "fsdp",

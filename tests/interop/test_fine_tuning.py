@@ -214,6 +214,17 @@ def test_quantized_models_compute_nearly_the_same(pair, quantize, bound):
 
 
 @torch.no_grad()
+def test_new_ids_share_the_one_scale_of_the_logits(tmp_path):
+    ours, folder = exported(tmp_path, model={"logit_scale": "scalar"})
+    model, tokens = load(folder), some_tokens()
+    torch.testing.assert_close(model(tokens).logits, ours(tokens), rtol=1e-5, atol=1e-5)
+    model.resize_token_embeddings(272)
+    back = imported(folder, tmp_path, model)
+    assert back.config.logit_scale == "scalar" and back.logit_scale() == ours.logit_scale()
+    torch.testing.assert_close(back(tokens)[..., :257], ours(tokens), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mean", [True, False])
 def test_new_rows_of_embedding_head_and_logit_scale(pair, tmp_path, mean, dtype):

@@ -212,6 +212,7 @@ VARIANTS = [
     ("angpt", {}),
     ("angpt", {"gate_scale": "none", "s_scale": 0.3}),
     ("angpt", {"gate_scale": "sqrt_mlp", "alpha_init": 0.2}),
+    ("angpt", {"logit_scale": "scalar"}),
 ]
 
 
@@ -471,6 +472,8 @@ def test_tokens_out_of_range_are_named(architecture):
         ({"alpha_init": -0.1}, ("alpha_init", -0.1)),
         ({"gate_scale": "sqrt"}, ("gate_scale", "sqrt", "sqrt_mlp", "sqrt_width", "none")),
         ({"architecture": "gpt+", "gate_scale": "none"}, ("gate_scale", "gpt+")),
+        ({"logit_scale": "none"}, ("logit_scale", "none", "vector", "scalar")),
+        ({"architecture": "ngpt", "logit_scale": "scalar"}, ("logit_scale", "ngpt")),
         ({"init_std": 0.1}, ("init_std", "angpt")),
         ({"architecture": "gpt", "dyt_alpha_init": 1.0}, ("dyt_alpha_init", "gpt")),
         ({"architecture": "dyt", "dyt_alpha_init": 0}, ("dyt_alpha_init", 0)),

@@ -47,6 +47,7 @@ class AntransformerConfig(PreTrainedConfig):
     alpha_init: Any = 0.05
     s_scale: Any = 0.03
     gate_scale: Any = "sqrt_width"
+    logit_scale: Any = None  # of anGPT; None, as in folders of older releases, is "vector"
     init_std: Any = None
     dyt_alpha_init: Any = None
     use_cache: bool = True

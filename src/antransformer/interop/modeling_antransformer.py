@@ -139,7 +139,8 @@ class AntransformerForCausalLM(AntransformerPreTrainedModel, GenerationMixin):
         self.model = AntransformerModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         scaled_head = PARTS[config.architecture].scaled_head
-        self.logit_scale = ScaledParameter(config.vocab_size, 1.0, config.s_scale) if scaled_head else None
+        size = 1 if config.logit_scale == "scalar" else config.vocab_size
+        self.logit_scale = ScaledParameter(size, 1.0, config.s_scale) if scaled_head else None
         self.post_init()
 
     def bounds(self) -> list[Bound]:
@@ -159,7 +160,7 @@ class AntransformerForCausalLM(AntransformerPreTrainedModel, GenerationMixin):
         as at initialization, with about unit norm. New entries of the logit scale have their initial value.
         """
         embedding = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
-        if self.logit_scale is not None:
+        if self.logit_scale is not None and self.config.logit_scale != "scalar":
             self.logit_scale.resize(len(embedding.weight))
         return embedding
 

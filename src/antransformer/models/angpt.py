@@ -89,7 +89,8 @@ class AnGPT(Decoder):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config, Block)
         self.lm_head = Linear(config.width, config.vocab_size, factor=1.0)
-        self.logit_scale = ScaledParameter(config.vocab_size, 1.0, config.s_scale)
+        size = config.vocab_size if config.logit_scale == "vector" else 1
+        self.logit_scale = ScaledParameter(size, 1.0, config.s_scale)
 
     def head(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Logits are s_Z * (W_h x); s_Z is multiplied into the weight."""
@@ -126,7 +127,13 @@ ARCHITECTURE = Architecture(
     arxiv="2505.22014",
     cls=AnGPT,
     # How the defaults were chosen: docs/log.md, "Defaults of the first models".
-    options={"alpha_init": 0.05, "s_scale": 0.03, "gate_scale": "sqrt_width", "ablation": "none"},
+    options={
+        "alpha_init": 0.05,
+        "s_scale": 0.03,
+        "gate_scale": "sqrt_width",
+        "logit_scale": "vector",
+        "ablation": "none",
+    },
     defaults_like="angpt",
     tuned_hyperparameters=("model.s_scale",),
     tensor_parallel={**TENSOR_PARALLEL, "logit_scale": 0},

@@ -78,6 +78,11 @@ class ModelConfig:
         None,
         choices=("sqrt_mlp", "sqrt_width", "none"),
     )
+    logit_scale: str = setting(
+        "angpt: vector has a learnable s_Z for each id, as published; scalar has one for all (default: the recipe's)",
+        None,
+        choices=("vector", "scalar"),
+    )
     ablation: str = setting(
         f"angpt: ablation of the method: {', '.join(get_args(Ablation))}", None, choices=get_args(Ablation)
     )

@@ -48,6 +48,8 @@ def _distribute_weights(shard_dims: Mapping[str, int], name: str, module: nn.Mod
     dim = shard_dims.get(name.rpartition(".")[2])
     if dim is not None:
         for key, weight in module.named_parameters(recurse=False):
+            if weight.shape[dim] == 1:  # one s_Z for all ids
+                continue
             module.register_parameter(key, nn.Parameter(distribute_tensor(weight, mesh, [Shard(dim)])))
 
 
