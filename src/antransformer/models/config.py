@@ -79,7 +79,8 @@ class ModelConfig:
         choices=("sqrt_mlp", "sqrt_width", "none"),
     )
     logit_scale: str = setting(
-        "angpt: vector has a learnable s_Z for each id, as published; scalar has one for all (default: the recipe's)",
+        "angpt: a learnable s_Z for each id (vector), as published, or one for all ids (scalar). Default: vector; "
+        "scalar in training with the recipe best",
         None,
         choices=("vector", "scalar"),
     )
