@@ -55,8 +55,8 @@ class TrainConfig:
         ge=1,
     )
     recipe: str = setting(
-        "defaults of optimizer, schedule, averaging, horizon and model.logit_scale: best (lowest loss measured) or paper "
-        "(as published)",
+        "defaults of optimizer, schedule, averaging, horizon and model.logit_scale: best (lowest loss measured) or "
+        "paper (as published)",
         DEFAULT_RECIPE,
         choices=RECIPES,
     )
