@@ -57,6 +57,19 @@ def test_the_time_left_excludes_what_an_earlier_session_did(clock):
     assert mentions(lines[0], 91, 100, 2)  # minutes, for nine steps of ten seconds
 
 
+def test_the_time_left_of_an_experiment_excludes_what_an_earlier_call_did(clock, capsys):
+    display = ExperimentProgress()
+    display.plan(400, 3)
+    capsys.readouterr()
+    display.advance(100, earlier=True)  # a finished run
+    clock[0] = 2.0
+    display.advance(80, earlier=True)  # a resumed one
+    clock[0] = 12.0
+    display.advance(20)
+    lines = "".join(capsys.readouterr()).splitlines()
+    assert len(lines) == 1 and mentions(lines[0], 200, 400, 2)  # minutes: 20 tokens took 12 seconds
+
+
 def test_a_restart_forgets_the_speed_before_it(clock):
     lines = []
     work = pace.Pace("training", "steps", lines.append)

@@ -40,6 +40,11 @@ class Pace:
         left = format_duration(elapsed * (total - done) / advanced)
         self.log(f"{self.name}: {done:,.0f}/{total:,.0f} {self.unit}, {left} left")
 
+    def skip(self, amount: float) -> None:
+        """Count work of an earlier call, which says nothing about the speed: the next ``done`` includes it."""
+        if self.start is not None:
+            self.start = self.start[0], self.start[1] + amount
+
     def restart(self) -> None:
         """Measure the speed from the next call on."""
         if self.start is not None:

@@ -140,10 +140,15 @@ class ExperimentProgress(LiveDisplay):
         self.bar.update(self.task, total=self.tokens)
         self.print_line(f"{self.name}: {counted(self.runs, 'run')}, {self.tokens / 1e6:,.1f}M tokens", self._elapsed())
 
-    def advance(self, tokens: int) -> None:
-        """Add tokens that were trained on."""
+    def advance(self, tokens: int, earlier: bool = False) -> None:
+        """Add tokens that were trained on; ``earlier``: by an earlier call, so they are no measure of the speed."""
         self.trained += tokens
-        self.bar.update(self.task, completed=self.trained, numbers=f"{self.ended}/{counted(self.runs, 'run')}")
+        numbers = f"{self.ended}/{counted(self.runs, 'run')}"
+        if earlier:
+            self.pace.skip(tokens)
+            self.bar.reset(self.task, completed=self.trained, numbers=numbers)
+        else:
+            self.bar.update(self.task, completed=self.trained, numbers=numbers)
         if not self.console.is_terminal:
             self.pace(self.trained, self.tokens)
 

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,13 +32,14 @@ class RecordedProgress:
     """Records the callbacks of the queue."""
 
     def __init__(self):
-        self.tokens, self.planned, self.cached = 0, 0, {}
+        self.tokens, self.earlier, self.planned, self.cached = 0, 0, 0, {}
 
     def plan(self, tokens, runs):
         self.planned += tokens
 
-    def advance(self, tokens):
+    def advance(self, tokens, earlier=False):
         self.tokens += tokens
+        self.earlier += tokens * earlier
 
     def done(self, result, cached):
         self.cached[result.name] = cached
@@ -65,6 +67,7 @@ def test_every_run_has_a_result(finished):
     lines = read_metrics(root / "kept" / "metrics.jsonl")
     assert lines[-1]["step"] == 10 and lines[-1]["val_loss"] == results["kept"].loss
     assert progress.planned == 2560 + 1280 + 2560 and progress.tokens <= progress.planned
+    assert progress.earlier == 0
 
 
 def test_probes_are_written_at_the_steps_of_the_metrics(finished):
@@ -92,8 +95,18 @@ def test_finished_runs_are_not_run_again(finished, corpus):
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
     progress = RecordedProgress()
     assert RunQueue(root, Dataset.open(corpus), ["cpu"], progress).run(jobs) == results
-    assert all(progress.cached.values()) and progress.tokens == progress.planned
+    assert all(progress.cached.values()) and progress.tokens == progress.earlier == progress.planned
     assert before == {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
+
+
+def test_the_steps_before_a_resumed_run_count_as_earlier_work(finished, corpus, tmp_path):
+    root, *_ = finished
+    shutil.copytree(root / "kept", tmp_path / "kept")
+    (tmp_path / "kept" / "result.json").unlink()
+    progress = RecordedProgress()
+    with workers_in_process():
+        RunQueue(tmp_path, Dataset.open(corpus), ["cpu"], progress).run([job("kept", keep=True)])
+    assert progress.earlier == progress.tokens == progress.planned == 2560
 
 
 def test_a_run_folder_of_other_settings_or_data_is_refused(finished, corpus, tmp_path):

@@ -66,8 +66,8 @@ class Progress(Protocol):
     def plan(self, tokens: int, runs: int) -> None:
         """Add tokens and runs to the work that is planned."""
 
-    def advance(self, tokens: int) -> None:
-        """Add tokens to those that are done, whether trained now or in an earlier call."""
+    def advance(self, tokens: int, earlier: bool = False) -> None:
+        """Add tokens to those that are done; ``earlier``: an earlier call trained on them."""
 
     def done(self, result: RunResult, cached: bool, /) -> None:
         """Report a finished run; ``cached``: an earlier call finished it."""
@@ -107,7 +107,7 @@ class RunQueue:
                 waiting.append(job)
             else:
                 results[job.name] = result
-                self.progress.advance(tokens_of(job.config))
+                self.progress.advance(tokens_of(job.config), earlier=True)
                 self.progress.done(result, True)
         return results | self._execute(waiting)
 
@@ -241,17 +241,18 @@ class RunQueue:
 
     def _forward_progress(self, process: "subprocess.Popen[str]", batch_tokens: int) -> str | None:
         """Forward a worker's steps until it exits; return the error that it reported, if any."""
-        error, last_step = None, 0
+        error, last_step = None, None  # the first step is that of the checkpoint
         for line in process.stdout or []:
             try:
                 message = dict(json.loads(line))
             except (ValueError, TypeError):  # output of a library
                 continue
             error = message.get("error", error)
-            step = message.get("step", last_step)
-            with self.lock:
-                self.progress.advance((step - last_step) * batch_tokens)
-            last_step = step
+            if "step" in message:
+                step, resumed = message["step"], last_step is None
+                with self.lock:
+                    self.progress.advance((step - (last_step or 0)) * batch_tokens, earlier=resumed)
+                last_step = step
         return error
 
     def _stop_workers(self) -> None:
