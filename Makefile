@@ -9,7 +9,7 @@ demo: $(VENV)/.ready
 	$(BIN)/antransformer demo
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -n auto --dist loadfile --durations 15 --timeout 900
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --durations 15 --timeout 900
 
 slow: $(VENV)/.ready
 	$(BIN)/python -m pytest -m slow

@@ -290,8 +290,16 @@ def test_constructors_initialise_and_draw_nothing_on_meta():
         torch.testing.assert_close(length, torch.full_like(length, bound.name != "inputs.bias"))
     torch.testing.assert_close(Residual(8).alpha(), torch.full((8,), 0.05))
     x = unit(4, 64)
-    head = Head(64, 3)
-    torch.testing.assert_close(head(x), x @ head.weight.T)
+    for head in (Head(64, 3), Head(64, 3, scalar=True)):
+        torch.testing.assert_close(head(x), x @ head.weight.T)
+
+
+def test_outputs_of_a_head_share_one_scale_on_request():
+    head, x = Head(64, 3, scalar=True), unit(4, 64)
+    assert head.output_scale.value.shape == (1,)
+    with torch.no_grad():
+        head.output_scale.value *= 5
+    torch.testing.assert_close(head(x), 5 * (x @ head.weight.T))
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def linear(x: Tensor, weight: Tensor, scale: float | Tensor = 1.0, bias: Tensor 
     Args:
         x: input (..., fan_in).
         weight: weight (fan_out, fan_in).
-        scale: constant factor, or a vector (fan_out,) with one scale for each output.
+        scale: constant factor, or a vector (fan_out,) with one scale for each output or (1,) with one for all.
         bias: bias (fan_out,), not scaled.
 
     Returns:

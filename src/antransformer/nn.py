@@ -102,7 +102,7 @@ class Linear(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        """Map (..., fan_in) to (..., fan_out); ``scale`` (fan_out,) is an additional learned scale of the outputs."""
+        """Map (..., fan_in) to (..., fan_out); ``scale`` (fan_out,) or (1,) is an additional scale of the outputs."""
         return functional.linear(x, self.weight, self.factor if scale is None else scale * self.factor, self.bias)
 
     def extra_repr(self) -> str:
@@ -131,7 +131,7 @@ class Embedding(nn.Embedding):
 
 
 class Head(Linear):
-    """Output layer s * (W x) with a learnable scale s for each output; module form of ``functional.linear``.
+    """Output layer s * (W x) with a learnable scale s; module form of ``functional.linear``.
 
     Rows of W and x have unit norm, so W x is a cosine between -1 and 1. The scale s lets logits or values leave this
     range.
@@ -140,14 +140,15 @@ class Head(Linear):
         width: model width d.
         outputs: number of classes or values.
         scale: see ``ScaledParameter``; s starts at 1.
+        scalar: whether all outputs share one s, which suits logits; otherwise each output has its own.
 
     >>> Head(256, 10)(functional.normalize(torch.randn(32, 256))).shape
     torch.Size([32, 10])
     """
 
-    def __init__(self, width: int, outputs: int, scale: float = 0.03) -> None:
+    def __init__(self, width: int, outputs: int, scale: float = 0.03, scalar: bool = False) -> None:
         super().__init__(width, outputs, factor=1.0)
-        self.output_scale = ScaledParameter(outputs, 1.0, scale)
+        self.output_scale = ScaledParameter(1 if scalar else outputs, 1.0, scale)
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # the scale is a parameter here
         """Map (..., d) to (..., outputs)."""

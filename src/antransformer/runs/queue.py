@@ -241,7 +241,7 @@ class RunQueue:
 
     def _forward_progress(self, process: "subprocess.Popen[str]", batch_tokens: int) -> str | None:
         """Forward a worker's steps until it exits; return the error that it reported, if any."""
-        error, last_step = None, None  # the first step is that of the checkpoint
+        error, last_step = None, None  # a resumed run first sends the step of its checkpoint
         for line in process.stdout or []:
             try:
                 message = dict(json.loads(line))
