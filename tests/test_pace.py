@@ -62,9 +62,10 @@ def test_the_time_left_of_an_experiment_excludes_what_an_earlier_call_did(clock,
     display.plan(400, 3)
     capsys.readouterr()
     display.advance(100, earlier=True)  # a finished run
-    clock[0] = 2.0
-    display.advance(80, earlier=True)  # a resumed one
-    clock[0] = 12.0
+    clock[0] = 20.0  # workers start
+    display.advance(1)
+    display.advance(79, earlier=True)  # a resumed run
+    clock[0] = 32.0
     display.advance(20)
     lines = "".join(capsys.readouterr()).splitlines()
     assert len(lines) == 1 and mentions(lines[0], 200, 400, 2)  # minutes: 20 tokens took 12 seconds

@@ -147,8 +147,8 @@ class ExperimentProgress(LiveDisplay):
         if earlier:
             self.pace.skip(tokens)
             self.bar.reset(self.task, completed=self.trained, numbers=numbers)
-        else:
-            self.bar.update(self.task, completed=self.trained, numbers=numbers)
+            return
+        self.bar.update(self.task, completed=self.trained, numbers=numbers)
         if not self.console.is_terminal:
             self.pace(self.trained, self.tokens)
 
