@@ -24,5 +24,5 @@ def require(module: str, extra: str) -> Any:
 
 def require_analysis() -> None:
     """Check that what the reports of experiments need is installed; raises MissingExtraError."""
-    for module in ("scipy", "matplotlib"):
+    for module in ("scipy", "matplotlib", "threadpoolctl"):
         require(module, "analysis")

@@ -1,10 +1,12 @@
 """Scaling laws as pure functions of arrays: best settings, power laws, the compute frontier and L(N, D).
 
 Every law has 95% intervals by the delta method and by a bootstrap; ``scaling.intervals`` has both. Needs the extra
-``analysis`` (scipy).
+``analysis`` (scipy, threadpoolctl).
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -315,6 +317,19 @@ def frontier(parameters: Array, tokens: Array, losses: Array, bins: int | None =
 # Loss as a function of parameters and tokens
 
 
+@contextmanager
+def _one_blas_thread() -> Iterator[None]:
+    """Limit BLAS to one thread, also as a decorator.
+
+    Products in a search with five variables are too small for more. Next to a busy process, threads that wait for each
+    other made the search six times as slow.
+    """
+    require("scipy.optimize", "analysis")  # the limit holds for libraries that are loaded
+    with require("threadpoolctl", "analysis").threadpool_limits(1, user_api="blas"):
+        yield
+
+
+@_one_blas_thread()
 def surface(parameters: Array, tokens: Array, losses: Array, resamples: int = SURFACE_RESAMPLES) -> Surface:
     """Fit E + A / N^alpha + B / D^beta by the Huber loss of log L (arXiv:2203.15556, approach 3).
 
