@@ -249,10 +249,10 @@ class RunQueue:
                 continue
             error = message.get("error", error)
             if "step" in message:
-                step, resumed = message["step"], last_step is None
+                tokens = (message["step"] - (last_step or 0)) * batch_tokens
                 with self.lock:
-                    self.progress.advance((step - (last_step or 0)) * batch_tokens, earlier=resumed)
-                last_step = step
+                    self.progress.advance(tokens, earlier=last_step is None)
+                last_step = message["step"]
         return error
 
     def _stop_workers(self) -> None:
