@@ -140,7 +140,7 @@ class Head(Linear):
         width: model width d.
         outputs: number of classes or values.
         scale: see ``ScaledParameter``; s starts at 1.
-        scalar: whether all outputs share one s, which suits logits; otherwise each output has its own.
+        scalar: whether all outputs share one s; otherwise each has its own.
 
     >>> Head(256, 10)(functional.normalize(torch.randn(32, 256))).shape
     torch.Size([32, 10])
