@@ -21,7 +21,7 @@ fuzz: $(VENV)/.ready
 compat:
 	PYTHON=$(PYTHON) .ci/compat $(ARGS)
 
-# With the torch for CUDA that $(PYTHON) has installed, since .venv holds the one for CPUs. Continues where it stopped.
+# With the torch of $(PYTHON), which must be built for CUDA; that of .venv may not be. Continues where it stopped.
 gpu:
 	PYTHONPATH=src $(PYTHON) -m antransformer selftest --device cuda $(ARGS); \
 		status=$$?; cat runs/selftest-cuda/report.md; exit $$status

@@ -75,6 +75,13 @@ def test_counts(text, count):
     assert read_count(text) == count
 
 
+@pytest.mark.parametrize("text", ["2,5B", "1,00K", ",5M", "1000,000", "5,M"])
+def test_commas_only_separate_thousands(text):
+    assert read_count("1,234,500") == read_count("1,234.5K") == 1_234_500
+    with pytest.raises(ValueError, match=text):
+        read_count(text)
+
+
 @given(st.integers(0, 2**63 - 1))
 def test_every_integer_is_a_count(number):
     assert read_count(str(number)) == read_count(number) == number

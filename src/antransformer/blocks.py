@@ -20,7 +20,7 @@ class EncoderBlock(nn.Module):
         mlp: any module that maps (B, T, d) to (B, T, d).
 
     Raises:
-        TypeError: the first argument is no ``antransformer.nn.Attention``.
+        TypeError: the first argument is not an ``antransformer.nn.Attention``.
         ConfigError: attention and MLP have different widths.
 
     >>> import torch
@@ -83,7 +83,9 @@ class DecoderBlock(EncoderBlock):
 
 def _require_width(module: Attention | MLP, width: int) -> None:
     if module.width != width:
-        raise ConfigError(f"the attention has width {width}, and {type(module).__name__} has {module.width}")
+        raise ConfigError(
+            f"attention has width {width}, and {type(module).__name__} has {module.width}: give both the same width"
+        )
 
 
 class EncoderDecoder(nn.Module):

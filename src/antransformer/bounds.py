@@ -130,7 +130,7 @@ def bind(model: nn.Module, optimizer: Optimizer) -> RemovableHandle:
         Handle; ``handle.remove()`` stops the projection.
 
     Raises:
-        TypeError: the arguments are no module and optimizer, or the model has no bounds.
+        TypeError: the arguments are not a module and an optimizer, or the model has no bounds.
         ValueError: none of its bounded parameters is in the optimizer.
     """
     if not isinstance(model, nn.Module) or not hasattr(optimizer, "register_step_post_hook"):
@@ -206,7 +206,7 @@ def normalize_(module: Module) -> Module:
         The same module, changed in place.
 
     Raises:
-        TypeError: the argument is no module, declares its own bounds, or has no such weight.
+        TypeError: the argument is not a module, declares its own bounds, or has no such weight.
         ValueError: a weight is not finite. Nothing is changed then.
 
     >>> model = nn.Sequential(nn.Embedding(50, 64), nn.LayerNorm(64), nn.Linear(64, 2))

@@ -116,12 +116,12 @@ class Derivation:
 def derive(module: nn.Module, example_input: Any, figure: Path | str | None = None) -> Derivation:
     """Compare the factors that the theory predicts for a model with those it needs, and print the table.
 
-    The module runs once in evaluation mode and is not changed. The measurement is of changes of norms, not of their
+    The module runs once in evaluation mode and is not changed. Only changes of norms are measured, not their absolute
     size: weights are scaled to unit rows (root mean square), and the sides of a residual sum to unit norm.
 
     Measured are products with a weight, elementwise activations, softmaxes over keys, and sums of two activations of
-    the same shape (at most 3 axes, the last of them the width). Convolutions are not measured. An activation written as
-    sums and a tanh appears as these.
+    the same shape (at most 3 axes, the last of them the width). Convolutions are not measured. An activation composed
+    of several operations, such as a GELU written with tanh, appears as its parts.
 
     Args:
         module: any model that is not compiled. Its tokens are on all axes but the last.

@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-from antransformer.errors import MissingExtraError
+from antransformer.errors import MissingExtraError, UsageError
 
 
 def require(module: str, extra: str) -> Any:
@@ -15,11 +15,15 @@ def require(module: str, extra: str) -> Any:
 
     Raises:
         MissingExtraError: the package is not installed.
+        UsageError: the package is installed but cannot be imported.
     """
+    package = module.partition(".")[0]
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise MissingExtraError(module.partition(".")[0], extra) from error
+        if isinstance(error, ModuleNotFoundError) and str(error.name).partition(".")[0] == package:
+            raise MissingExtraError(package, extra) from error
+        raise UsageError(f"{package} is installed but cannot be imported: {error}") from error
 
 
 def require_analysis() -> None:

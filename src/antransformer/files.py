@@ -18,7 +18,7 @@ def quoted(path: str | Path) -> str:
 
 
 def as_path(name: str, value: str | Path, kind: str) -> Path:
-    """Path of an argument; raises TypeError for what is no path."""
+    """Path of an argument; raises TypeError for a value that is not a path."""
     try:
         return Path(value)
     except TypeError:

@@ -326,12 +326,12 @@ class AttentionContext(NamedTuple):
     """Positions of the tokens of a batch, and the keys visible to each.
 
     Attributes:
-        rotary: rotary tables of the positions, which count from the first token of a document if documents are apart.
+        rotary: rotary tables of the positions, which count from the first token of a document if ``starts`` is set.
         mask: boolean (B, 1, T, S), true where a key is visible, or FlexAttention's block mask of it; None for a causal
             batch without padding.
         kv_cache: keys and values of the preceding tokens during generation.
-        starts: position (B, T) of the first token of each token's document, if documents are apart. The mask is then
-            ``document_attention.document_mask(starts)``.
+        starts: position (B, T) of the first token of each token's document, if attention must not cross documents.
+            The mask is then ``document_attention.document_mask(starts)``.
     """
 
     rotary: Rotary

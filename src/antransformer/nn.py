@@ -209,7 +209,8 @@ class MLP(nn.Module):
         std: standard deviation of the pre-activations. A larger one makes the activation less linear.
 
     Raises:
-        TypeError: the activation is no function.
+        TypeError: the activation is not a function.
+        ValueError: a width is not a positive integer, or ``std`` is not positive.
 
     >>> y = MLP(256, gated=False, activation=F.gelu)(functional.normalize(torch.randn(100, 256)))
     >>> round(y.norm(dim=-1).mean().item(), 1)
@@ -227,7 +228,7 @@ class MLP(nn.Module):
         super().__init__()
         if not callable(activation):
             raise TypeError(f"activation must be a function of tensors, such as F.gelu, got {activation!r}")
-        hidden = hidden or 4 * width
+        hidden = 4 * width if hidden is None else hidden
         nu = functional.mlp_factors(width, hidden, gated, activation, std)
         self.width, self.activation = width, activation
         self.up_proj = Linear(width, hidden, nu.up)
@@ -294,7 +295,7 @@ class Attention(nn.Module):
         self.rotary_dim = round(rotary * head_dim)
         if not 0 <= rotary <= 1 or self.rotary_dim % 2:
             raise ConfigError(
-                f"rotary must be in [0, 1] and leave an even part of the head width {head_dim}, got {rotary}"
+                f"rotary must be in [0, 1] and select an even number of a head's {head_dim} coordinates, got {rotary}"
             )
         self.width, self.head_dim, self.causal, self.window = width, head_dim, causal, window
         nu_qkv = factors.linear(width, head_dim)  # gives each head unit norm, not their concatenation

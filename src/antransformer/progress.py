@@ -141,7 +141,7 @@ class ExperimentProgress(LiveDisplay):
         self.print_line(f"{self.name}: {counted(self.runs, 'run')}, {self.tokens / 1e6:,.1f}M tokens", self._elapsed())
 
     def advance(self, tokens: int, earlier: bool = False) -> None:
-        """Add tokens that were trained on; ``earlier``: by an earlier call, so they are no measure of the speed."""
+        """Add tokens that were trained on; ``earlier``: by an earlier call, so they do not count as speed."""
         self.trained += tokens
         numbers = f"{self.ended}/{counted(self.runs, 'run')}"
         if earlier:

@@ -6,6 +6,7 @@ Command line, YAML files and Python share the conversion and the checks.
 
 import difflib
 import operator
+import re
 import reprlib
 import shlex
 import typing
@@ -212,7 +213,10 @@ def read_count(value: Any) -> Count:
     """
     if isinstance(value, bool):
         raise ValueError(value)
-    text = str(value).strip().replace("_", "").replace(",", "")
+    text = str(value).strip().replace("_", "")
+    if "," in text and not re.fullmatch(r"\d{1,3}(,\d{3})+(\.\d+)?[A-Za-z]?", text):
+        raise ValueError(value)  # a decimal comma: 2,5B must not become 25B
+    text = text.replace(",", "")
     suffix = text[-1:].upper()
     scale = COUNT_SUFFIXES.get(suffix, 1)
     try:  # decimal: 4.1M is 4,099,999.9999999995 in binary floating point

@@ -26,6 +26,7 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("text")
     (tmp_path / "twice.yaml").write_text("lr: 1e-3\nseed: 1\nlr: 2e-3\n")
     (tmp_path / "nested.yaml").write_text("model:\n  width: 64\n  width: 128\n")
+    (tmp_path / "number.json").write_text('{"angpt": 1}')
     os.mkfifo(tmp_path / "pipe")
     return tmp_path
 
@@ -41,6 +42,7 @@ def listing(folder):
         ("fit compared ./compared/../compared", ["compared"]),
         ("fit pipe", ["pipe"]),
         ("fit compared --json compared/results.json", ["--json", "compared/results.json"]),
+        ("fit compared --json number.json", ["--json", "number.json"]),
         ("fit compared --out run", ["run", "--out"]),
         ("plan --flops 1", ["--flops", 1]),
         ("plan --hours 1e-12 --gpus 8", ["--hours"]),

@@ -11,6 +11,7 @@ from antransformer.comparison.experiment import Experiment, Plan, VariantSpec
 from antransformer.comparison.tuning import tuning_label, tuning_scope
 from antransformer.data import Dataset
 from antransformer.errors import ConfigError, DataError
+from antransformer.models import registry
 from antransformer.reporting.labels import style_of
 from antransformer.results.comparison import Results
 from antransformer.runs.queue import RunQueue, RunResult
@@ -359,10 +360,10 @@ def test_budgets_are_rounded_down_to_full_batches():
 def test_default_and_given_budgets():
     assert compare.budgets_of(8_000_000) == (2_000_000, 4_000_000, 8_000_000)
     assert compare.budgets_of(0, ["20M", "5M"]) == (5_000_000, 20_000_000)
-    for wrong in (["5M", "5M"], ["five"]):
+    for wrong in (["5M", "5M"], [5000, 5000], ["five"]):
         with pytest.raises(ConfigError) as error:
             compare.budgets_of(0, wrong)
-        assert mentions(error.value, "--budgets", " ".join(wrong))
+        assert mentions(error.value, "--budgets", " ".join(map(str, wrong)))
 
 
 def test_wrong_plans_are_refused_before_any_run(corpus):
@@ -452,6 +453,14 @@ def test_separate_rates_are_searched_around_what_they_are_derived_from(corpus):
     assert f"gpt+-{BUDGETS[0]}-lr0.008-embed_lr0.024-head_lr0.00267-seed1" in folders
     with pytest.raises(ConfigError):
         compare.plan(COMMON, ("gpt+", "angpt"), BUDGETS, separate_rates=True)
+
+
+def test_a_setting_whose_default_is_0_has_no_grid_and_keeps_its_default(corpus, monkeypatch):
+    angpt = replace(registry.get("angpt"), tuned_hyperparameters=("weight_decay",))  # 0 by default
+    monkeypatch.setitem(registry._loaded, "angpt", angpt)
+    results = experiment(corpus, bowl({"gpt+": 8e-3, "angpt": 1.2e-2}), lr_trials=3, tuning_trials=3, seeds=1).run()
+    assert {trial.setting for trial in results.variants[1].trials} == {"lr"}
+    assert {trial.setting for trial in results.baseline.trials} > {"lr"}
 
 
 def test_a_second_pass_at_the_shortest_budget_corrects_a_rate_that_was_found_with_others_tied_to_it(corpus):

@@ -427,7 +427,7 @@ def test_report_shows_the_last_pass_of_a_search_and_counts_the_runs_of_both(tmp_
 def test_report_calls_only_the_searched_budget_tuned(tmp_path):
     files = report.write(searched_at(BUDGETS[1]), tmp_path)
     text = Page(files[0].read_text(encoding="utf-8")).text
-    assert "500K (tuned)" in text and "250K (rates of 500K)" in text and "1.0M (rates of 500K)" in text
+    assert "500K (tuned)" in text and "250K (rates tuned at 500K)" in text and "1.0M (rates tuned at 500K)" in text
     assert "250K (tuned)" not in text and "0.002 (found at 500K)" in text
     assert "best-learning-rate" not in {path.stem for path in files}
     for results in (searched_at(), Results.load(GOLDEN / "comparison")):

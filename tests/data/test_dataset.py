@@ -13,7 +13,16 @@ import numpy as np
 import pytest
 
 from antransformer.cli import main
-from antransformer.data import Dataset, ShuffledWindows, byte_tokenizer, checks, prepare, train_bpe, verify
+from antransformer.data import (
+    Dataset,
+    ShuffledWindows,
+    byte_tokenizer,
+    checks,
+    prepare,
+    train_bpe,
+    verification,
+    verify,
+)
 from antransformer.data.shards import ShardWriter
 from antransformer.errors import DataError
 from helpers.messages import mentions
@@ -91,6 +100,17 @@ def test_verify_adds_the_samples_that_older_folders_lack(large: Path) -> None:
     digest = Dataset.open(large).digest
     assert verify(large).digest == digest
     assert json.loads((large / "meta.json").read_text()) == before
+
+
+def test_verify_of_an_older_folder_on_a_read_only_disk(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    change(large, lambda meta: [meta["splits"][name]["shards"][0].pop("sample_sha256") for name in ("train", "val")])
+    digest = Dataset.open(large).digest
+
+    def refuse(path: Path, text: str) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
+
+    monkeypatch.setattr(verification, "replace_text", refuse)
+    assert verify(large).digest == digest
 
 
 def test_opening_reads_little_of_large_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,7 +102,9 @@ def assert_figure(path):
     assert coloured.sum() > 1000
 
 
-def test_a_checkpoint_folder_gives_the_same_output_and_out_sets_the_figure_file(runs, corpus, tmp_path, capsys):
+def test_a_checkpoint_folder_gives_the_same_output_and_out_sets_the_figure_file(
+    runs, corpus, tmp_path, capsys, monkeypatch
+):
     run = runs / "angpt"
     command = ["diagnose", *SMALL_TEXT, "--out", str(tmp_path / "figure.svg")]
     assert main([*command, "--checkpoint", str(run)]) == 0
@@ -111,6 +113,9 @@ def test_a_checkpoint_folder_gives_the_same_output_and_out_sets_the_figure_file(
     assert main([*command, "--checkpoint", str(checkpoint), "--data", str(corpus)]) == 0
     assert capsys.readouterr().out == first
     assert "<svg" in (tmp_path / "figure.svg").read_text()
+    monkeypatch.chdir(checkpoint.parent)
+    assert main([*command, "--checkpoint", checkpoint.name, "--data", str(corpus)]) == 0
+    assert capsys.readouterr().out == first
 
 
 def test_without_matplotlib_the_tables_are_printed(runs, monkeypatch, capsys, tmp_path):

@@ -13,11 +13,10 @@ import torch
 
 import antransformer
 from antransformer.cli import main
+from antransformer.data import readers
 from antransformer.errors import CheckpointError
 from antransformer.inference import perplexity as scoring
 from antransformer.inference.perplexity import perplexity, rolling_windows
-from antransformer.interop import evaluate as with_lm_eval
-from antransformer.training.run_folder import open_checkpoint
 from helpers.commands import refused
 from helpers.exported import make_run
 from helpers.messages import mentions
@@ -79,7 +78,9 @@ def test_windows_score_each_token_once_and_have_the_full_context():
 
 def test_figures_are_those_of_lm_eval(run, book, tmp_path):
     pytest.importorskip("lm_eval")
-    [theirs] = with_lm_eval.evaluate(*open_checkpoint(run), texts=[book])
+    from helpers.lm_eval_texts import score_text
+
+    theirs = score_text(run, book)
     [ours] = antransformer.evaluate(run, texts=[book], device="cpu", out=tmp_path / "scores.json").results
     assert [score.metric for score in ours.scores] == [score.metric for score in theirs.scores]
     for mine, other in zip(ours.scores, theirs.scores, strict=True):
@@ -123,6 +124,15 @@ def test_documents_are_read_as_by_prepare(run, book, tmp_path, capsys):
     captured = capsys.readouterr()
     assert "items" in captured.out and "error" not in captured.out  # a perplexity has no standard error
     assert str(results[0]["texts"]) not in captured.err.split()  # windows, which the table does not count
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz"])
+def test_a_long_document_is_scored_whole(run, tmp_path, monkeypatch, ending):
+    monkeypatch.setattr(readers, "MAX_CHARACTERS", 100)  # where prepare cuts documents
+    line = (json.dumps({"text": "to be, or not\n" * 50}) + "\n").encode()
+    (tmp_path / f"long.{ending}").write_bytes(gzip.compress(line) if ending.endswith("gz") else line)
+    [result] = antransformer.evaluate(run, texts=[tmp_path / f"long.{ending}"], out=tmp_path / "scores").results
+    assert {score.items for score in result.scores} == {1}
 
 
 def test_a_word_perplexity_that_overflows_has_no_value(run, tmp_path):

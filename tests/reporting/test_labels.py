@@ -5,7 +5,7 @@ from antransformer.reporting.labels import finite_or_diverged, format_count, for
 
 @pytest.mark.parametrize(
     ("number", "text"),
-    [(7, "7"), (999, "999"), (999.6, "1.0K"), (250_000, "250K"), (999_600, "1.0M"), (1.25e6, "1.25M"), (2e9, "2.0B")],
+    [(7, "7"), (999, "999"), (999.6, "1.0K"), (250_000, "250K"), (999_600, "1.0M"), (1.25e6, "1.25M"), (15e12, "15T")],
 )
 def test_counts(number, text):
     assert format_count(number) == text

@@ -228,13 +228,13 @@ def evaluate(
         raise ConfigError(f"task_data {task_data} belongs to tasks, and none is given: omit it, or name the tasks")
     # All files are read before anything is scored: a missing one must not surface after hours.
     read = {str(name): [row["text"] for row in documents(Path(name), text_field)][:limit] for name in texts}
-    place, results = choose_device(device), []
+    torch_device, results = choose_device(device), []
     with EvaluationProgress(enabled=progress) as display:
         if tasks:
             folder = None if task_data is None else Path(task_data)
-            results = lm_eval.evaluate(source, tokenizer, tasks, folder, (), batch_size, limit, place, display)
+            results = lm_eval.evaluate(source, tokenizer, tasks, folder, batch_size, limit, torch_device, display)
         if read:
-            model = folded_where_possible(restore(source, place))
+            model = folded_where_possible(restore(source, torch_device))
             scored = [_score_text(model, tokenizer, name, text, batch_size, display) for name, text in read.items()]
             results = [*scored, *results]
     settings = {"checkpoint": str(source.path), "step": source.step, "batch_size": batch_size, "limit": limit}

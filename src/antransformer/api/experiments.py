@@ -55,8 +55,8 @@ def compare(
         seeds: measured seeds per budget.
         lr_trials: learning rates to try at each budget; 1 keeps the default.
         tuning_trials: values to try of each architecture's own hyperparameters (default 3); 1 keeps the defaults.
-        separate_rates: whether to try this number of values also for the learning rates of the embedding and of the
-            head, and with Adam of the vectors (default: unless ``tuning_trials`` is 1).
+        separate_rates: whether to search the learning rates of embedding, head and, with Adam, vectors too, with
+            ``tuning_trials`` values each (default: unless ``tuning_trials`` is 1).
         trial_tokens: search at this budget only and use the result at every budget; 0 searches at every budget.
         devices: one worker for each, such as ``["cuda:0", "cuda:1"]``.
         workers: number of workers if no devices are given.
@@ -72,11 +72,11 @@ def compare(
         raise ConfigError("tokens and budgets exclude each other: give one of them")
     if quick and tokens is None and not budgets:
         budgets = comparisons.QUICK_BUDGETS
-    tuning_trials = tuning_trials or 3
+    tuning_trials = 3 if tuning_trials is None else tuning_trials
     planned = comparisons.plan(
         shared,
         architectures,
-        comparisons.budgets_of(convert(tokens or "8M", Count, "tokens"), budgets),
+        comparisons.budgets_of(convert("8M" if tokens is None else tokens, Count, "tokens"), budgets),
         tuning_trials > 1 if separate_rates is None else separate_rates,
         seeds=seeds,
         lr_trials=lr_trials,
@@ -118,7 +118,8 @@ def ablate(
     Raises:
         ConfigError, DataError, RunStoppedError, MachineError: as in ``compare``.
     """
-    length = convert(tokens or ("500K" if quick else "1M"), Count, "tokens")
+    default = "500K" if quick else "1M"
+    length = convert(default if tokens is None else tokens, Count, "tokens")
     planned = ablations.plan(
         _shared_settings(settings, quick),
         only,

@@ -77,6 +77,9 @@ def sweep(
         ConfigError, DataError, RunStoppedError, MachineError: as in ``compare``.
     """
     require_analysis()
+    for name, number in (("seeds", seeds), ("lr_trials", lr_trials)):
+        if number is not None and number < 1:
+            raise ConfigError(f"{name} must be at least 1, got {number}")
     folder = Path(out)
     shared = {"recipe": "paper", **normalize_settings(settings, "settings")}
     shared_settings.require_shared(shared, shared_settings.SWEEP_TRAINING, shared_settings.SWEEP_MODEL)
@@ -122,7 +125,7 @@ def fit(
         DataError: a file cannot be read, or no architecture has two sizes.
     """
     if bool(results) == bool(optima):
-        raise ConfigError("give either RESULTS, folders or CSV files with losses, or --optima FILE")
+        raise ConfigError("give either results (folders or CSV files with losses) or optima (--optima FILE)")
     require("scipy", "analysis")
     if optima:
         return laws.fit_optima(read_table(Path(optima), BestSettings))
@@ -190,5 +193,5 @@ def plan(
 def _choice(name: str, value: str, known: Sequence[str] | Mapping[str, Any]) -> str:
     value = value if value in known else value.lower()
     if value not in known:
-        raise ConfigError(f"unknown --{name} {value}{nearest(value, known)}; known are {', '.join(known)}")
+        raise ConfigError(f"unknown --{name} {value}{nearest(value, known) or ': choose from ' + ', '.join(known)}")
     return value

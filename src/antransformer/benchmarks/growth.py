@@ -55,13 +55,6 @@ class Growth:
     memory_expected: float
 
 
-@dataclass(frozen=True)
-class _Named:
-    """A variant, for the legend of a chart."""
-
-    name: str
-
-
 def bench_growth(settings: StepSettings, folder: Path, log: Callable[[str], None]) -> Benchmark:
     """Time training steps at several sizes along each axis, with all other sizes as in the settings.
 
@@ -194,7 +187,7 @@ def growth_chart(settings: StepSettings, rows: Sequence[Row]) -> Chart:
         for panel, unit in ((time_panel, "ms per step"), (memory_panel, "peak memory (MiB)")):
             _logarithmic(panel, sizes)
             panel.set(xlabel=axis, ylabel="" if column else unit)
-    legend(figure, [_Named(name) for name in names], proportional)
+    legend(figure, names, proportional)
     alt = "; ".join(
         f"{item.variant} {item.axis}: time {item.time:.2f}, expected {item.time_expected:.2f}, memory {item.memory:.2f}"
         for item in exponents(settings, rows)

@@ -6,7 +6,6 @@ rounds show its uncertainty.
 """
 
 import contextlib
-import platform
 import random
 import statistics
 import time
@@ -21,6 +20,7 @@ import torch
 
 from antransformer.errors import MachineError
 from antransformer.pace import Pace
+from antransformer.training.device import cpu_name
 from antransformer.training.profiling import silence_profiler
 
 Times = dict[str, dict[str, list[float]]]  # part of the work -> variant -> seconds of each round
@@ -217,7 +217,7 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> int:
 
 def machine_info(device: torch.device) -> dict[str, Any]:
     """Device, processor, number of threads and version of torch."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     return {"device": str(device), "name": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 

@@ -21,7 +21,7 @@ VERBS = {
     "verify": "Check all tokens of a data folder against its checksums.",
     "train": "Train a model on prepared data.",
     "generate": "Write text with a trained model.",
-    "evaluate": "Score a trained model with lm_eval, or its perplexity on a text.",
+    "evaluate": "Score a trained model with lm_eval, or by its perplexity on text.",
     "export": "Export a checkpoint to a Hugging Face folder or a GGUF file.",
     "serve": "Serve a trained model with an OpenAI-compatible interface.",
     "import": 'Import a Hugging Face folder that "antransformer export" wrote.',

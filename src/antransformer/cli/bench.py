@@ -44,7 +44,7 @@ from rich.console import Console
 from rich.table import Table
 
 from antransformer.benchmarks.settings import MASKED_VARIANTS, MODES, SHAPE, VARIANTS, Mode
-from antransformer.cli.options import Parser, add_config, settings_of
+from antransformer.cli.options import Parser, add_config, add_device_argument, settings_of
 from antransformer.cli.tables import new_table
 from antransformer.errors import ConfigError, UsageError
 from antransformer.files import check_json_target
@@ -114,10 +114,12 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--max-new-tokens", type=int, metavar="N", help="generate, engines: tokens to generate (default 128; 64)"
     )
-    parser.add_argument("--mode", choices=(*MODES, "both"), help="step, generate: with torch.compile (default eager)")
+    parser.add_argument(
+        "--mode", choices=(*MODES, "both"), help="step, generate: eager, with torch.compile, or both (default eager)"
+    )
     parser.add_argument("--rounds", type=int, default=15, metavar="N", help="timings of each variant (default 15)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: chosen by torch)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
+    add_device_argument(parser)
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16"),

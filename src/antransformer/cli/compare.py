@@ -1,10 +1,12 @@
 """Compare architectures with equal tuning effort, several seeds and confidence intervals.
 
-At every budget, each architecture first searches its learning rates (--lr-trials), those of embedding, head and
-vectors included, and hyperparameters of its own (--tuning-trials). Grids of a setting have the same number of values
-and the same factor between them for all architectures. The grid of the shortest budget is centered on the default, and
-that budget is searched twice if several settings are searched. The grid of each longer one is centered on the best
-value before it. Then every budget is run with every seed. The first architecture is the baseline. If interrupted, run
+At every budget, each architecture first searches its learning rates (--lr-trials). Then it searches the separate rates
+of embedding, head and vectors, and its own hyperparameters (--tuning-trials). A grid has the same number of values and
+the same factor between them for all architectures. At the shortest budget, grids are centered on the defaults, and if
+several settings are searched, all of them are searched twice. At a longer budget, grids are centered on the best values
+of the next shorter one.
+
+Then every budget is run with every seed. The first architecture is the baseline. If interrupted, run
 the same command again to continue; more --seeds or a longer budget in --budgets add the missing runs.
 
 examples:

@@ -18,7 +18,7 @@ from statistics import mean
 from rich.console import Console
 from rich.table import Table
 
-from antransformer.cli.options import Parser
+from antransformer.cli.options import Parser, add_checkpoint_argument, add_device_argument
 from antransformer.cli.tables import new_table
 from antransformer.diagnostics.diagnosis import LEGEND, Diagnosis, FactorError, Spread, mean_abs_error
 from antransformer.diagnostics.figure import diagnosis_figure
@@ -34,7 +34,7 @@ FIGURE_FORMATS = (".png", ".pdf", ".svg")
 
 def add_arguments(parser: Parser) -> None:
     """Add the options of ``antransformer diagnose``."""
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="RUN", help="run folder or checkpoint folder")
+    add_checkpoint_argument(parser)
     parser.add_argument(
         "--data", metavar="DIR", help="prepared data with the validation text (default: the run's data)"
     )
@@ -43,7 +43,7 @@ def add_arguments(parser: Parser) -> None:
         metavar="TOKENS",
         help=f"number of tokens of text to measure (default {TOKENS:,}, at least one sequence)",
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
+    add_device_argument(parser)
     parser.add_argument("--out", type=Path, metavar="FILE", help="figure file (default RUN/diagnose.png)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all measurements to this file")
 
@@ -57,10 +57,10 @@ def run(parsed: argparse.Namespace) -> None:
     from antransformer.progress import open_dataset
     from antransformer.training.checkpointing.checkpoint import restore
     from antransformer.training.device import choose_device
-    from antransformer.training.run_folder import CONFIG_FILE, open_checkpoint, saved_settings
+    from antransformer.training.run_folder import CONFIG_FILE, open_checkpoint, run_folder_of, saved_settings
 
     checkpoint, tokenizer = open_checkpoint(parsed.checkpoint, notify=lambda text: print(text, file=sys.stderr))
-    folder = checkpoint.path.parent.parent
+    folder = run_folder_of(checkpoint)
     figure_path = parsed.out or folder / "diagnose.png"
     check_file_target("--out", figure_path, FIGURE_FORMATS)
     if parsed.json:

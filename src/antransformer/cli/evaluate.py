@@ -1,4 +1,4 @@
-"""Score a trained model with lm_eval, or its perplexity on a text.
+"""Score a trained model with lm_eval, or by its perplexity on text.
 
 --text needs no lm_eval. It reports word perplexity, byte perplexity and bits per byte as lm_eval defines them.
 

@@ -21,7 +21,7 @@ import argparse
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -54,6 +54,10 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the figures (default runs/fit)")
 
 
+def _is_fit(content: Any) -> bool:
+    return isinstance(content, dict) and "notes" in content
+
+
 def run(parsed: argparse.Namespace) -> None:
     """Fit, print tables, write numbers and figures."""
     from antransformer.results.folder import require_own_folder
@@ -61,7 +65,7 @@ def run(parsed: argparse.Namespace) -> None:
     folder = parsed.out or Path("runs") / "fit"
     require_own_folder(folder, "fit")
     if parsed.json:
-        check_json_target("--json", parsed.json, lambda content: all("notes" in law for law in content.values()))
+        check_json_target("--json", parsed.json, lambda content: all(map(_is_fit, content.values())))
     fits = antransformer.fit(parsed.results, optima=parsed.optima, bins=number(parsed, "bins", None))
     for fit in fits:
         print_laws(fit)

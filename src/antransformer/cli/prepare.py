@@ -82,7 +82,7 @@ def run(parsed: argparse.Namespace) -> None:
 
     if parsed.join:
         if parsed.inputs or parsed.part:
-            raise ConfigError("--join joins parts that are written, and takes no INPUT and no --part: omit them")
+            raise ConfigError("--join combines finished parts and takes neither INPUT nor --part: omit them")
         _print_size(parsed.out, join_parts(parsed.out, progress=True))
         return
     if not parsed.inputs:

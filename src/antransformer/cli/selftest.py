@@ -2,8 +2,9 @@
 
 On a GPU, results are compared with the CPU, and speed with the goals of the project.
 
-Every part prints a table. Finished parts are kept in --out, and the same command continues with the rest. At the end
-report.md there has all tables. On a GPU all parts take about an hour; a CPU runs all of them in miniature.
+Every part prints a table. Results of finished parts are kept in --out, and the same command continues with the rest.
+At the end, report.md in that folder has all tables. On a GPU all parts take about an hour; a CPU runs all of them in
+miniature.
 
 Exit status 1 means that a check failed.
 

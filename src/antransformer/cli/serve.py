@@ -40,7 +40,7 @@ def run(parsed: argparse.Namespace) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the temporary file is removed
     serving = antransformer.serve(parsed.checkpoint, gguf=parsed.gguf, port=parsed.port, dtype=parsed.dtype)
     with serving as address:
-        print(f"serving at {address}/v1; Ctrl-C ends", flush=True)
+        print(f"serving at {address}/v1; press Ctrl-C to stop", flush=True)
         print(
             f'next: curl {address}/v1/completions -d \'{{"prompt": "<|endoftext|>Once", "max_tokens": 50}}\'',
             flush=True,

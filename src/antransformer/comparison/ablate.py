@@ -43,7 +43,7 @@ def suite(width: int) -> dict[str, dict[str, Any]]:
 
 # One line for each variant of ``suite``, for ``ablate --list``.
 DESCRIPTIONS = {
-    DEFAULT: "anGPT as it is",
+    DEFAULT: "anGPT with its default settings",
     "constant-x0.5": "constant factors halved",
     "constant-x2": "constant factors doubled",
     "constant-none": "no constant factors",
@@ -58,14 +58,14 @@ DESCRIPTIONS = {
     "no-bounds": "norms of weight rows not bounded",
     "gate-none": "no factor before the gate's SiLU",
     "gate-sqrt-mlp": "factor sqrt(MLP width) before the gate's SiLU",
-    "s-scale-0.01": "learned scales reparametrized at 0.01",
-    "s-scale-0.1": "learned scales reparametrized at 0.1",
-    "s-scale-sqrt-width": "learned scales reparametrized at 1/sqrt(width)",
+    "s-scale-0.01": "s_scale 0.01: alpha and s_Z learn faster than by default",
+    "s-scale-0.1": "s_scale 0.1: alpha and s_Z learn more slowly than by default",
+    "s-scale-sqrt-width": "s_scale 1/sqrt(width)",
     "alpha-init-0.02": "alpha initialized to 0.02",
     "alpha-init-0.15": "alpha initialized to 0.15",
     "warm-up": "learning-rate warm-up over 10% of the run",
     "weight-decay": "weight decay 0.1",
-    "warm-up-and-decay": "both",
+    "warm-up-and-decay": "learning-rate warm-up over 10% of the run and weight decay 0.1",
     "no-bounds-decay": "weight decay 0.1 in place of the bounds",
 }
 

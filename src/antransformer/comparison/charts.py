@@ -49,7 +49,7 @@ def loss_by_tokens(results: Results) -> Chart:
         _finished_runs(axes, variant, results, np.array(results.budgets, float))
     budget_ticks(axes, results.budgets)
     axes.set(xlabel="tokens of the run", ylabel="validation loss (nats per token)")
-    legend(figure, results.variants)
+    legend(figure, [variant.name for variant in results.variants])
     return Chart(
         "loss-tokens",
         "Loss against tokens",
@@ -71,7 +71,7 @@ def loss_by_seconds(results: Results) -> Chart:
     axes.set_xscale("log")
     log_ticks(axes.xaxis)
     axes.set(xlabel=f"{unit} of training", ylabel="validation loss (nats per token)")
-    legend(figure, results.variants)
+    legend(figure, [variant.name for variant in results.variants])
     step_times = ", ".join(
         f"{style_of(item.name).label} {finite_or_diverged(item.seconds_per_step)}" for item in results.variants
     )
@@ -125,7 +125,7 @@ def speedup(pairs: Sequence[PairwiseSpeedup], budgets: Sequence[int], seconds: b
     budget_ticks(axes, budgets)
     unit = "seconds" if seconds else "tokens"
     axes.set(xlabel="tokens of the run", ylabel=f"speedup over {baseline.label} in {unit}")
-    legend(figure, [pair.variant for pair in pairs])
+    legend(figure, [pair.variant.name for pair in pairs])
     return Chart(
         f"speedup-{unit}",
         f"Speedup in {unit}",
@@ -185,7 +185,7 @@ def search(results: Results, setting: str) -> Chart:
     axes.set_ylim(low - padding, high + padding)
     name, budget = display_name(setting), format_count(tokens)
     axes.set(xlabel=f"{name}, {budget} tokens", ylabel="validation loss (nats per token)")
-    legend(figure, [variant for variant, _ in searched])
+    legend(figure, [variant.name for variant, _ in searched])
     best = [(style_of(item.name).label, min(trials, key=lambda trial: trial.loss)) for item, trials in searched]
     values = ", ".join(f"{label} {trial.value:g} (loss {finite_or_diverged(trial.loss)})" for label, trial in best)
     return Chart(
@@ -219,7 +219,7 @@ def best_by_budget(results: Results, setting: str) -> Chart:
     budget_ticks(axes, results.budgets)
     name = display_name(setting)
     axes.set(xlabel="tokens of the search", ylabel=f"best {name}")
-    legend(figure, searched)
+    legend(figure, [variant.name for variant in searched])
     return Chart(
         f"best-{slug(name)}",
         f"Best {name} by budget",
@@ -259,7 +259,7 @@ def training_curves(results: Results, logs: Mapping[str, Lines]) -> Chart:
     axes.margins(x=0.02)
     token_axis(axes)
     axes.set(ylabel="training loss (nats per token)")
-    legend(figure, _logged(results, logs))
+    legend(figure, [variant.name for variant in _logged(results, logs)])
     return Chart(
         "training-curves",
         "Loss during training",
@@ -287,7 +287,7 @@ def residual_by_layer(results: Results, logs: Mapping[str, Lines]) -> Chart:
     log_ticks(panels[0].yaxis)
     panels[0].set(ylabel="norm of the residual stream")
     panels[1].set(xlabel="after block (0: embedding)")
-    legend(figure, _logged(results, logs))
+    legend(figure, [variant.name for variant in _logged(results, logs)])
     return Chart(
         "residual-by-layer",
         "Residual stream by depth",
@@ -380,7 +380,7 @@ def _over_time(
         log_ticks(axes.yaxis)
     token_axis(axes)
     axes.set(ylabel=label)
-    legend(figure, _logged(results, logs))
+    legend(figure, [variant.name for variant in _logged(results, logs)])
     return figure, f"{', '.join(ends)} at the end"
 
 

@@ -59,12 +59,13 @@ def budgets_of(tokens: int, budgets: Sequence[Any] = ()) -> tuple[int, ...]:
     """
     if not budgets:
         return tokens // 4, tokens // 2, tokens
+    given = " ".join(map(str, budgets))
     try:
         counts = sorted(int(read_count(value)) for value in budgets)
     except ValueError as error:
-        raise ConfigError(f"--budgets must be counts of tokens such as 5M 10M 20M, got {' '.join(budgets)}") from error
+        raise ConfigError(f"--budgets must be counts of tokens such as 5M 10M 20M, got {given}") from error
     if len(set(counts)) != len(counts):
-        raise ConfigError(f"--budgets has the same budget twice: {' '.join(budgets)}")
+        raise ConfigError(f"--budgets has the same budget twice: {given}")
     return tuple(counts)
 
 

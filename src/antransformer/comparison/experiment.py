@@ -252,10 +252,11 @@ class Experiment:
             name: self.current(self.config(states[name], tokens, TRIAL_SEED), setting)
             for name, setting in settings.items()
         }
+        # Grids are spaced by factors, so a setting whose default is 0 has no grid and keeps its default.
         grids = {
             name: [center * part.ratio**power for power in grid_powers(part.trials)]
             for name, center in centers.items()
-            if center is not None
+            if center
         }
 
         def jobs_of(name: str, value: float) -> list[Job]:

@@ -66,9 +66,9 @@ def _speedup_section(results: Results) -> Section:
     }
     baseline, *others = results.variants
     above = (
-        f"<p>Tokens, or seconds, that {_label(baseline)} needs for the loss of a variant, divided by the "
-        "variant's own. The loss is interpolated between finished runs and never extrapolated, so some ratios are only "
-        f"bounds. All speedups are based on {tuning_scope(results)}.</p>"
+        f"<p>The speedup is the number of tokens (or seconds) that {_label(baseline)} needs for a variant's loss, "
+        "divided by the number that the variant needs. The loss is interpolated between finished runs and never "
+        f"extrapolated, so some ratios are only bounds. All speedups are based on {tuning_scope(results)}.</p>"
     )
     below = "".join(
         f"<details><summary>Speedup over {_label(item)}</summary>{_speedup_tables(results, pairs[item.name])}</details>"
@@ -298,7 +298,7 @@ def _rules(results: Results) -> Iterable[str]:
     if searched:
         yield from _search_rules(results, searched)
     untuned = "No other setting" if searched else "No setting"
-    yield f"{untuned} was tuned: batch size, betas, schedule, clipping and all others are as given or the defaults."
+    yield f"{untuned} was tuned: batch size, betas, schedule, clipping and all others have given or default values."
     yield "Nothing is extrapolated: where no finished run reaches a loss, the report gives a bound."
     yield (
         "Seconds per step are medians over the runs, in which variants alternate. Other load on the machine affects "
@@ -328,7 +328,7 @@ def _search_rules(results: Results, searched: Iterable[str]) -> Iterable[str]:
             f"The only search had {tokens} tokens, with grids around each variant's own default. Its choice was used "
             "at all budgets and not tuned at the others."
         )
-    yield "Trials have one seed, which no measured run has, so that no measured run was selected for a lucky seed."
+    yield "All trials use one seed that no measured run uses, so no measured run was selected for a lucky seed."
 
 
 # Facts and numbers

@@ -159,7 +159,7 @@ def _ablation_summary(results: Results) -> str:
             f"better, {same} without a significant difference"
         )
         test = "t-tests with the pooled noise of all variants and Holm's correction"
-    sentence = f"Of {counted(len(variants), 'variant')} {counts}, and {diverged} diverged ({scope}; {test})."
+    sentence = f"Of {counted(len(variants), 'variant')}, {counts}, and {diverged} diverged ({scope}; {test})."
     if diverged == len(variants):
         return sentence
     worst = int(np.nanargmax(means))

@@ -9,7 +9,7 @@ def tuning_label(results: Results, tokens: int) -> str:
     searches = {variant.search_budget("lr", tokens) for variant in results.variants}
     if searches == {tokens}:
         return "tuned"
-    return f"rates of {_list_budgets(searches)}" if any(searches) else "default rates"
+    return f"rates tuned at {_list_budgets(searches)}" if any(searches) else "default rates"
 
 
 def tuning_scope(results: Results) -> str:

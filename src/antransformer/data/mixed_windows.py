@@ -89,7 +89,7 @@ class MixedWindows:
             Pattern([stage.weights[index] for index in used], seed + number)
             for number, (stage, used) in enumerate(zip(stages, self._used, strict=True))
         ]
-        # A source goes on in a stage where it stopped in the stage before.
+        # In each stage, a source continues where it stopped in the stage before.
         self._taken = [np.zeros(len(self._sources), dtype=np.int64)]
         for stage, following in zip(range(len(stages)), stages[1:], strict=False):
             taken = self._taken[-1].copy()

@@ -136,14 +136,13 @@ def _find(out: Path, root: Path) -> list[Path]:
         raise DataError(f"{root}: no parts to join; write them with antransformer prepare INPUT --out {out} --part I/N")
     counts = {path.name.rpartition("-")[2] for path in found}
     if len(counts) > 1:
-        raise DataError(
-            f"{root}: has parts of {' and '.join(str(int(count)) for count in sorted(counts))}; remove some"
-        )
+        divisions = " and ".join(f"I/{int(count)}" for count in sorted(counts))
+        raise DataError(f"{root}: holds parts of different divisions ({divisions}): remove all but one of them")
     count = int(counts.pop())
     expected = [root / f"part-{number:05d}-of-{count:05d}" for number in range(1, count + 1)]
     missing = [str(number) for number, path in enumerate(expected, 1) if path not in found]
     if missing:
-        raise DataError(f"{root}: parts missing of {count}: {', '.join(missing[:20])}; prepare them first")
+        raise DataError(f"{root}: missing parts of {count}: {', '.join(missing[:20])}; prepare them first")
     return expected
 
 

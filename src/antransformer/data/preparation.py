@@ -69,8 +69,8 @@ def prepare(
         text_field: field of JSON lines or column of parquet that holds the text. Dots select inside nested records.
         val_fraction: fraction of the documents for validation, by default 0.01. They are chosen by a hash of their
             content, so the choice does not depend on their order, and equal documents share a split. If the default
-            leaves less than 16 KiB it is raised to at most 0.1. If that leaves less than 20 documents, the end of every
-            document is held out instead.
+            leaves less than 16 KiB, it is raised to at most 0.1. If that leaves fewer than 20 documents, the end of
+            every document is held out instead.
         val_inputs: separate inputs for validation, instead of ``val_fraction``.
         shard_tokens: number of tokens in each of the first 64 shards. It doubles after every 64 shards.
         progress: called after every batch with (input bytes read, input bytes in total, documents, tokens).
@@ -91,7 +91,7 @@ def prepare(
         if bpe_vocab_size is None:
             encoder = load_tokenizer(tokenizer, end_of_text)
         else:
-            size = min(SAMPLE_BYTES, split.bytes) / 1e6
+            size = (SAMPLE_BYTES if split.corpus.hub else min(SAMPLE_BYTES, split.bytes)) / 1e6
             with heartbeat(f"training a BPE of {bpe_vocab_size:,} ids on up to {size:,.1f} MB of text", notify):
                 encoder = _train_bpe(split, bpe_vocab_size)
         meta = write_tokens(partial, encoder, split, shard_tokens, progress)

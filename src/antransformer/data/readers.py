@@ -44,7 +44,7 @@ def base_ending(path: Path) -> str:
     return os.path.splitext(name)[1]  # noqa: PTH122 (Path.suffix of ".txt" is empty)
 
 
-def read(path: Path, text_field: str = TEXT_FIELD, start: float = 0.0) -> Documents:
+def read(path: Path, text_field: str = TEXT_FIELD, start: float = 0.0, whole: bool = False) -> Documents:
     """Stream the documents of one file. The ending selects JSON lines or parquet; other files are plain text.
 
     In plain text the literal ``<|endoftext|>`` separates documents. A document of more than 256 Ki characters is cut
@@ -55,6 +55,7 @@ def read(path: Path, text_field: str = TEXT_FIELD, start: float = 0.0) -> Docume
         text_field: field of JSON lines or column of parquet that holds the text. Dots select inside nested records.
         start: fraction of the file to skip. The next complete document is the first one. Compressed files cannot be
             skipped into, and are read from their beginning.
+        whole: do not cut long documents of JSON lines and parquet.
 
     Raises:
         DataError: the file is broken, missing or not text.
@@ -63,9 +64,11 @@ def read(path: Path, text_field: str = TEXT_FIELD, start: float = 0.0) -> Docume
     ending = base_ending(path)
     with data_errors(path):
         if ending == PARQUET:
-            yield from split_long(parquet_texts(path, text_field, start))
+            records = parquet_texts(path, text_field, start)
+            yield from records if whole else split_long(records)
         elif ending in JSON_LINES:
-            yield from split_long(_json_lines(path, text_field, start))
+            records = _json_lines(path, text_field, start)
+            yield from records if whole else split_long(records)
         else:
             yield from _plain_text(path, start)
 

@@ -64,5 +64,5 @@ def _add_samples(dataset: Dataset) -> None:
     for name, split in dataset.splits.items():
         for item, shard in zip(meta["splits"][name]["shards"], split.shards, strict=True):
             item["sample_sha256"] = sample_digest(shard.path, shard.offset or 0, shard.tokens * itemsize, itemsize)
-    with contextlib.suppress(PermissionError):
+    with contextlib.suppress(OSError):
         replace_text(file, json.dumps(meta, indent=2))

@@ -6,7 +6,7 @@ from transformers import PreTrainedConfig
 
 
 class AntransformerConfig(PreTrainedConfig):
-    """Fields of ``antransformer.ModelConfig`` under the names that transformers uses; the own names can be read too.
+    """Fields of ``antransformer.ModelConfig`` under transformers' names; the names of ``ModelConfig`` are aliases.
 
     Attributes:
         format_version: version of the exported folder. Version 1 has the names of ``antransformer.ModelConfig`` in

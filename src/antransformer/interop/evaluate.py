@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from antransformer.data import Tokenizer
-from antransformer.errors import ConfigError, DataError, UsageError
+from antransformer.errors import DataError, UsageError
 from antransformer.extras import require
 from antransformer.interop.export import transformers_model, transformers_tokenizer
 from antransformer.training.checkpointing.checkpoint import Checkpoint
@@ -65,36 +65,32 @@ class Result:
 def evaluate(
     checkpoint: Checkpoint,
     tokenizer: Tokenizer,
-    tasks: Sequence[str] = (),
+    tasks: Sequence[str],
     task_data: Path | None = None,
-    texts: Sequence[Path] = (),
     batch_size: int = BATCH_SIZE,
     limit: int | None = None,
     device: torch.device | None = None,
     progress: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> list[Result]:
-    """Evaluate a checkpoint with lm_eval and return one result for each text file and task.
+    """Evaluate a checkpoint with lm_eval and return one result for each task.
 
     Args:
         checkpoint: verified checkpoint.
         tokenizer: tokenizer of its run.
         tasks: names of tasks in lm_eval.
         task_data: folder with the published files of the tasks; None downloads them from the Hugging Face hub.
-        texts: UTF-8 files.
         batch_size: number of texts in a batch.
-        limit: maximum number of items per task, and of documents per file.
+        limit: maximum number of items per task.
         device: device of the model, by default the CPU.
         progress: called with (name, texts scored, texts in total), and with zeros before a task is loaded.
 
     Raises:
         MissingExtraError: lm_eval is not installed.
         UsageError: lm_eval or transformers is too old.
-        ConfigError: a task is unknown, or there are neither tasks nor texts.
+        ConfigError: a task is unknown.
         DataError: a file is missing or broken, or the hub's data cannot be loaded.
         CheckpointError: the model is an ablation, or its weights are broken.
     """
-    if not tasks and not texts:
-        raise ConfigError("nothing to evaluate: give tasks or texts")
     for module in ("lm_eval", "datasets", "transformers"):
         require(module, "eval")
     try:
@@ -104,8 +100,6 @@ def evaluate(
         raise UsageError(f"this version of lm_eval or transformers does not work ({error}): {hint}") from error
 
     def load() -> Iterator[tuple[str, str, Any]]:
-        for path in texts:
-            yield str(path), str(path), lm_eval_adapter.text_tasks(path)
         for name in dict.fromkeys(tasks):
             progress(name, 0, 0)
             if task_data is None:

@@ -14,8 +14,6 @@ import lm_eval.tasks
 from datasets import Dataset
 from lm_eval.api.group import Group
 from lm_eval.api.instance import Instance
-from lm_eval.api.metrics import weighted_perplexity
-from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -31,7 +29,6 @@ from antransformer.settings import nearest
 os.environ.setdefault("DISABLE_MULTIPROC", "1")
 
 FOLDERS = ("arc", "blimp", "hellaswag", "lambada", "piqa", "wikitext", "winogrande")
-TEXT_METRICS = ("word_perplexity", "byte_perplexity", "bits_per_byte")
 BOOTSTRAP = 1000  # resamples for the standard error of a perplexity
 SEED = 1234  # lm_eval's default for the choice of few-shot examples
 LOGGERS = ("lm_eval", "huggingface_hub", "datasets", "transformers")
@@ -197,31 +194,6 @@ def with_rows(rows: dict[str, list[task_data.Row]]) -> Tasks:
     with silenced():
         tasks: Tasks = task_manager(False).load([{"group": "local", "task": members}])
     return {"tasks": tasks["tasks"]}
-
-
-def text_tasks(path: Path) -> Tasks:
-    """Return a task for the documents of a text file, scored as lm_eval's wikitext; raises DataError."""
-    aggregations = {"word_perplexity": perplexity, "byte_perplexity": perplexity, "bits_per_byte": "bits_per_byte"}
-    metrics = [{"metric": name, "aggregation": aggregations[name], "higher_is_better": False} for name in TEXT_METRICS]
-    config = {
-        "task": str(path),
-        "custom_dataset": loader(task_data.documents(path)),
-        "test_split": "local",
-        "output_type": "loglikelihood_rolling",
-        "doc_to_text": "",
-        "doc_to_target": "text",
-        "metric_list": metrics,
-    }
-    with silenced():
-        return with_defaults(task_manager(False).load([ConfigurableTask(config=config)]))
-
-
-def perplexity(items: list[tuple[float, float]]) -> float:
-    """Return lm_eval's weighted perplexity, or infinity if it overflows: text without spaces is one long word."""
-    try:
-        return float(weighted_perplexity(items))
-    except OverflowError:
-        return math.inf
 
 
 def loader(rows: list[task_data.Row]) -> Callable[..., dict[str, Dataset]]:

@@ -227,7 +227,7 @@ def documents(path: Path, field: str = TEXT_FIELD) -> list[Row]:
         raise DataError(f"{path}: {reason}; give a file of text, JSON lines or parquet")
     plain = path.suffix.lower() not in (*COMPRESSED, *JSON_LINES, PARQUET)
     # read cuts long documents into sections, and lm_eval scores whole ones.
-    texts = read_utf8(path).split(SEPARATOR) if plain else [text for text, _ in read(path, field)]
+    texts = read_utf8(path).split(SEPARATOR) if plain else [text for text, _ in read(path, field, whole=True)]
     rows = [{"text": text} for text in texts if text.strip()]
     if not rows:
         raise DataError(f"{path}: contains no text")

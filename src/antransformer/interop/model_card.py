@@ -198,7 +198,7 @@ def training_facts(checkpoint: Checkpoint, folder: Path) -> Iterator[Fact]:
     yield "data", _named(parse_mixture(config.data))
     if config.data_from:
         share, parts = parse_stage(config.data_from)
-        yield "data from a fraction of training on", f"{share:g} {_named(parts)}"
+        yield "data for the end of training", f"after {share:.0%} of the run: {_named(parts)}"
     if config.init:
         yield "initial weights", Path(config.init).name
     step = checkpoint.step

@@ -84,7 +84,7 @@ def export_gguf(checkpoint: Checkpoint, tokenizer: Tokenizer, file: Path, dtype:
     gguf_writer.check_sizes(checkpoint.model, FORMS[checkpoint.model.architecture], dtype, where)
     vocabulary = gguf_tokenizer(tokenizer, checkpoint.model.vocab_size, where)
     if vocabulary.normalizes:
-        LOG.warning("the tokenizer normalizes text to NFC, and llama.cpp does not: normalize prompts before")
+        LOG.warning("the tokenizer normalizes text to NFC, and llama.cpp does not: normalize prompts to NFC first")
     stock, expected = stock_model(checkpoint, dtype in gguf_writer.FLOAT16_DTYPES)
     name = run_folder_of(checkpoint).name
     try:

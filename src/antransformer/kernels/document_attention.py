@@ -20,8 +20,8 @@ def document_starts(tokens: Tensor, end_of_text: int) -> Tensor:
         tokens: token ids (B, T).
         end_of_text: id of the token that begins each document. It is the one that ends the document before.
     """
-    places = torch.arange(tokens.shape[1], device=tokens.device)
-    starts: Tensor = torch.where(tokens == end_of_text, places, 0).cummax(1).values
+    positions = torch.arange(tokens.shape[1], device=tokens.device)
+    starts: Tensor = torch.where(tokens == end_of_text, positions, 0).cummax(1).values
     return starts
 
 
@@ -34,8 +34,8 @@ def document_mask(starts: Tensor) -> Tensor | BlockMask | None:
 
 def dense_mask(starts: Tensor) -> Tensor:
     """Boolean mask (B, 1, T, T), true where a key is visible."""
-    places = torch.arange(starts.shape[1], device=starts.device)
-    return (starts.unsqueeze(-1) <= places).tril().unsqueeze(1)
+    positions = torch.arange(starts.shape[1], device=starts.device)
+    return (starts.unsqueeze(-1) <= positions).tril().unsqueeze(1)
 
 
 def block_mask(starts: Tensor) -> BlockMask:

@@ -16,7 +16,7 @@ def build(config: ModelConfig) -> Decoder:
     ``model.reset_parameters()`` then give the same weights as a direct build.
 
     Raises:
-        TypeError: the config is no ``ModelConfig``.
+        TypeError: the config is not a ``ModelConfig``.
         ConfigError: the class of a registered architecture is not a subclass of ``Decoder``.
     """
     if not isinstance(config, ModelConfig):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Any, ParamSpec, Protocol
+from typing import Any, ParamSpec
 
 from antransformer.figure_style import DARK, save, style
 from antransformer.reporting.labels import format_count, style_of
@@ -74,19 +74,11 @@ def styled(draw: Callable[P, Chart]) -> Callable[P, Chart]:
     return styled
 
 
-class Named(Protocol):
-    """An object with the name of a variant: the variant, or its fit."""
-
-    @property
-    def name(self) -> str:
-        """Name as ``style_of`` takes it."""
-
-
-def legend(figure: Any, variants: Sequence[Named], *lines: Any) -> None:
-    """Add a legend of the variants, and of other lines that have a label, above the axes, where it covers no data."""
+def legend(figure: Any, names: Iterable[str], *lines: Any) -> None:
+    """Add a legend of variants, by name, and of other lines that have a label, above the axes, so it covers no data."""
     from matplotlib.lines import Line2D
 
-    styles = [style_of(variant.name) for variant in variants]
+    styles = map(style_of, names)
     handles = [Line2D([], [], color=item.colour, marker=item.marker, label=item.label) for item in styles]
     handles += lines
     figure.legend(handles=handles, loc="outside upper left", ncols=min(3, len(handles)), alignment="left")

@@ -66,7 +66,7 @@ def style_of(name: str) -> SeriesStyle:
 
 def format_count(number: float) -> str:
     """Format a count with three significant digits and a unit, such as 250K, 1.0M or 1.25M."""
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
         if number >= 0.9995 * size:  # 999.5K rounds to 1.0M
             text = f"{number / size:.3g}"
             return f"{text}.0{unit}" if len(text) == 1 else text + unit

@@ -87,10 +87,10 @@ def read_observations(paths: Sequence[Path]) -> Observations:
     optimizers: dict[str, str] = {}
     seen: set[str] = set()
     for path in paths:
-        place = os.path.realpath(path)  # Path.resolve raises on a loop of links
-        if place in seen:
+        real_path = os.path.realpath(path)  # Path.resolve raises on a loop of links
+        if real_path in seen:
             raise DataError(f"{path} is given twice: its runs would count twice")
-        seen.add(place)
+        seen.add(real_path)
         if (path / sweep_results.FILE).is_file():
             folders[path] = sweep = Sweep.load(path)
             rows = sweep_observations(sweep)

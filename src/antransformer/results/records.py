@@ -22,7 +22,7 @@ Record = TypeVar("Record")
 
 def save_record(record: Any, path: Path, format_name: str, version: int) -> None:
     """Write a dataclass as JSON; infinite numbers and NaN become null."""
-    content = _nonfinite_as_null({"format": format_name, "version": version, **asdict(record)})
+    content = nonfinite_as_null({"format": format_name, "version": version, **asdict(record)})
     replace_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
@@ -98,9 +98,10 @@ def _is_valid(name: str, hint: Any, value: Any) -> bool:
     return isinstance(value, get_origin(hint) or hint)
 
 
-def _nonfinite_as_null(value: Any) -> Any:
+def nonfinite_as_null(value: Any) -> Any:
+    """Copy of a JSON value in which NaN and infinities are None."""
     if isinstance(value, dict):
-        return {key: _nonfinite_as_null(item) for key, item in value.items()}
+        return {key: nonfinite_as_null(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_nonfinite_as_null(item) for item in value]
+        return [nonfinite_as_null(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

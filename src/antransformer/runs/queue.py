@@ -164,7 +164,7 @@ class RunQueue:
                 self._stop_workers()
 
         threads = [threading.Thread(target=serve, args=(device,)) for device in self.devices]
-        with StopSignals("saving the active runs; once more stops at once") as stop:
+        with StopSignals("saving the active runs; repeat to stop at once") as stop:
             for thread in threads:
                 thread.start()
             try:
@@ -284,8 +284,10 @@ def available_devices(devices: Sequence[str], workers: int | None = None) -> lis
     """Return one device for each worker: those given, or the default ones.
 
     Raises:
-        ConfigError: a device is not available, or both devices and a number of workers are given.
+        ConfigError: a device is not available, ``workers`` is below 1, or devices and workers are both given.
     """
+    if workers is not None and workers < 1:
+        raise ConfigError(f"workers must be at least 1, got {workers}")
     chosen = list(devices) or default_devices(workers)
     for device in chosen:
         choose_device(device)

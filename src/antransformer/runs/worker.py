@@ -7,7 +7,6 @@ run folder. When its standard input closes, it saves a checkpoint and exits: no 
 import contextlib
 import json
 import os
-import platform
 import signal
 import statistics
 import sys
@@ -24,7 +23,7 @@ from antransformer.diagnostics.probes import PROBE_TOKENS, probe
 from antransformer.errors import AntransformerError, DivergedError, RunStoppedError, UsageError
 from antransformer.files import replace_text
 from antransformer.training import run_folder
-from antransformer.training.device import is_out_of_memory
+from antransformer.training.device import cpu_name, is_out_of_memory
 from antransformer.training.metrics import MetricsLine, MetricsLog, read_metrics
 from antransformer.training.trainer import Trainer
 from antransformer.wording import counted
@@ -109,15 +108,6 @@ def describe_machine(trainer: Trainer) -> str:
     compiled = ", compiled" if trainer.config.compile else ""
     threads = counted(torch.get_num_threads(), "thread")
     return f"{name}, {str(trainer.precision).removeprefix('torch.')}{compiled}, {threads}, torch {torch.__version__}"
-
-
-def cpu_name() -> str:
-    """Model name of the CPU from ``/proc/cpuinfo``, or what ``platform`` knows on other systems."""
-    try:
-        with Path("/proc/cpuinfo").open(encoding="utf-8") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def send(**message: Any) -> None:

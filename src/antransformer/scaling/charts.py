@@ -43,7 +43,7 @@ def best_setting(fits: Sequence[Fit], name: str) -> Chart:
     if name == "batch":
         _count_ticks(axes)
     axes.set(xlabel="parameters", ylabel=LAWS[name][0])
-    legend(figure, fits)
+    legend(figure, [fit.name for fit in fits])
     note = f"Hollow markers: optimum at an edge of the grid, left out of the law. {BANDS}"
     return Chart(f"best-{name}", title(name), note, _describe_laws(fits, name), figure)
 
@@ -62,7 +62,7 @@ def loss_by_compute(fits: Sequence[Fit]) -> Chart:
     _compute_axis(axes)
     log_ticks(axes.yaxis)
     axes.set(ylabel="validation loss (nats per token)")
-    legend(figure, fits)
+    legend(figure, [fit.name for fit in fits])
     note = f"Dots: runs. Markers: lowest loss in each bin of compute. {BANDS}"
     return Chart("loss-compute", "Loss over compute", note, _describe_laws(fits, "loss"), figure)
 
@@ -86,7 +86,7 @@ def best_by_compute(fits: Sequence[Fit], name: str) -> Chart:
     log_ticks(axes.yaxis)
     _count_ticks(axes)
     axes.set(ylabel={"size": "parameters", "tokens": "tokens"}[name])
-    legend(figure, fits)
+    legend(figure, [fit.name for fit in fits])
     note = f"Hollow markers: no smaller and larger size to compare with, left out of the law. Dashed: L(N, D). {BANDS}"
     return Chart(f"best-{name}", f"{title(name)} over compute", note, _describe_laws(fits, name), figure)
 

@@ -10,6 +10,7 @@ import numpy as np
 from antransformer.errors import DataError
 from antransformer.reporting.labels import format_count
 from antransformer.results.observations import BestSettings, Observation, Observations, column
+from antransformer.results.records import nonfinite_as_null
 from antransformer.scaling import fitting as scaling
 from antransformer.scaling.fitting import Frontier, Horizon, Optimum, PowerLaw, Surface, power_law
 from antransformer.scaling.intervals import Array
@@ -89,7 +90,7 @@ class Fit:
             values["horizon"] = asdict(self.horizon)
         if self.surface:
             values["surface"] = asdict(self.surface)
-        json_values: dict[str, Any] = _json_values({**values, "notes": self.notes})
+        json_values: dict[str, Any] = nonfinite_as_null({**values, "notes": self.notes})
         return json_values
 
 
@@ -268,11 +269,3 @@ def _surface(n: Array, d: Array, losses: Array) -> tuple[Surface | None, list[st
     surface = scaling.surface(n, d, losses)
     known = np.isfinite(surface.covariance).all()
     return surface, [] if known else ["L(N, D): these runs do not determine its five coefficients"]
-
-
-def _json_values(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _json_values(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_json_values(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -125,9 +125,7 @@ def extrapolation_note(name: str, value: float, span: Interval) -> str | None:
 
 def format_quantity(value: float) -> str:
     """Format parameters, tokens or FLOPs: 25.3M, 1.2T, and 1e+15 and above in scientific notation."""
-    if value >= 1e15:
-        return f"{value:.2g}"
-    return f"{value / 1e12:.3g}T" if value >= 1e12 else format_count(float(f"{value:.3g}"))
+    return f"{value:.2g}" if value >= 1e15 else format_count(float(f"{value:.3g}"))
 
 
 def nearest_shipped(architecture: str, compute: float | None) -> LawFile | None:

@@ -46,7 +46,7 @@ class Cluster:
         network: bytes/s from each GPU to other nodes.
 
     Raises:
-        ConfigError: several nodes, and the last one is not full.
+        ConfigError: a number is below 1, or several nodes are used and the last one is not full.
     """
 
     gpu_name: str
@@ -55,6 +55,9 @@ class Cluster:
     network: float
 
     def __post_init__(self) -> None:
+        for option, count in (("--gpus", self.devices), ("--gpus-per-machine", self.gpus_per_node)):
+            if count < 1:
+                raise ConfigError(f"{option} must be at least 1, got {count}")
         if self.devices > self.gpus_per_node and self.devices % self.gpus_per_node:
             raise ConfigError(
                 f"{self.devices} GPUs do not fill nodes of {self.gpus_per_node}: change --gpus or --gpus-per-machine"

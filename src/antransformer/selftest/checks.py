@@ -77,11 +77,6 @@ def at_most(name: str, value: float, limit: float) -> Check:
     return Check(name, f"{value:.3g}", f"<= {limit:g}", bool(value <= limit))
 
 
-def at_least(name: str, value: float, limit: float) -> Check:
-    """Check that a value is at least a limit; NaN fails."""
-    return Check(name, f"{value:.3g}", f">= {limit:g}", bool(value >= limit))
-
-
 def equal(name: str, holds: bool) -> Check:
     """Check that two results are equal."""
     return Check(name, "equal" if holds else "different", "equal", holds)

@@ -59,13 +59,6 @@ class TokenBudget:
         return self.widths[parameters] if self.widths else parameters
 
 
-@dataclass(frozen=True)
-class LegendEntry:
-    """An architecture, in the form that ``legend`` takes."""
-
-    name: str
-
-
 def token_budgets(sweep: Sweep) -> list[TokenBudget]:
     """Token budgets of a sweep, ascending; each size has a run at every one."""
     tokens_of_size: dict[str, set[int]] = {}
@@ -96,7 +89,7 @@ def law(budget: TokenBudget, architecture: str) -> PowerLaw | None:
 
 
 def regret(budget: TokenBudget, architecture: str, size: SizeOptimum) -> float:
-    """Loss in nats that a size loses at the best learning rate of the smallest size.
+    """Increase in the loss of a size, in nats, at the best learning rate of the smallest size.
 
     NaN if that rate is outside the range of rates with a finite loss.
     """
@@ -172,7 +165,7 @@ def best_rate(budget: TokenBudget) -> Chart:
     if budget.widths:
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.set(xlabel="width" if budget.widths else "parameters", ylabel="best learning rate")
-    legend(figure, [LegendEntry(name) for name in names])
+    legend(figure, names)
     note = f"{budget.name}. Hollow markers: learning rate or batch at an edge of the grid."
     alt = " ".join(describe_law(budget, name) for name in names)
     return Chart(f"best-lr{budget.slug}", "Best learning rate", note, alt, figure)
@@ -271,7 +264,7 @@ def logits_by_width(checks: Sequence[CoordCheck]) -> Chart:
             descriptions.append(f"{style.label} at step {step}: {values}")
         _width_axis(axes, by_width)
     axes.set(ylabel="RMS of the logits")
-    legend(figure, [LegendEntry(name) for name in names])
+    legend(figure, names)
     note = f"Dashed: initial weights. Solid: after {steps[-1]} steps at the same learning rate for all widths."
     return Chart("logits", "Logits over width", note, f"{'; '.join(descriptions)}.", figure)
 

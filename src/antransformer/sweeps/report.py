@@ -35,8 +35,8 @@ def write(sweep: Sweep, folder: Path) -> list[Path]:
     names = list(dict.fromkeys(run.architecture for run in sweep.runs))
     diverged = sum(not math.isfinite(run.loss) for run in sweep.runs)
     facts = [
-        _plural(len(sweep.runs), "run"),
-        _plural(len({run.size for run in sweep.runs}), "size"),
+        counted(len(sweep.runs), "run"),
+        counted(len({run.size for run in sweep.runs}), "size"),
         f"{', '.join(format_count(batch) for batch in sorted({run.batch for run in sweep.runs}))} tokens per batch",
         f"{diverged} diverged",
     ]
@@ -47,10 +47,6 @@ def write(sweep: Sweep, folder: Path) -> list[Path]:
         sections.append(Section("Activations", "", [draw(sweep.coord_check) for draw in draws]))
     sections += [Section("All runs", _all_runs(sweep)), method_section(sweep.setup, RULES)]
     return save(folder, title, lead(sweep), facts, sections)
-
-
-def _plural(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def lead(sweep: Sweep) -> str:
@@ -73,7 +69,7 @@ def _best_table(budget: TokenBudget) -> str:
         "best batch",
         "best LR",
         "loss",
-        "excess loss at the LR of the smallest",
+        "excess loss at the smallest size's LR",
     ]
     rows = []
     for name in budget.architectures:

@@ -79,8 +79,8 @@ class TrainConfig:
     )
     lr_horizon: int = setting(
         "number of steps for which the learning rates were tuned. In a longer run all of them are multiplied by "
-        "(lr_horizon/steps)^horizon_exponent. 0 disables scaling (default: 600 below 30M parameters, above 20 tokens "
-        "per parameter; 0 with recipe paper or if a learning rate is given)",
+        "(lr_horizon/steps)^horizon_exponent. 0 disables scaling (default: 600 below 30M parameters, otherwise the "
+        "steps that 20 tokens per parameter take; 0 with recipe paper or if a learning rate is given)",
         0,
         ge=0,
         lt=2**31,

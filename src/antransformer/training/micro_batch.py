@@ -27,7 +27,7 @@ def fit_micro_batch(config: TrainConfig, dist_ctx: DistributedContext = SINGLE_P
         return replace(config, micro_batch_size=size)
     raise ConfigError(
         f"a step of {parameter_count(config.model) / 1e6:,.0f}M parameters with one sequence of "
-        f"{config.model.context:,} tokens does not fit into the free memory: lower preset or context, set "
+        f"{config.model.context:,} tokens does not fit into the free memory: choose a smaller preset or context, set "
         "activation_checkpointing, or try it with micro_batch_size 1 (--micro-batch-size 1)"
     )
 

@@ -79,7 +79,7 @@ def preview(
         log: called with a line before the steps, which take a minute with a large model on a CPU.
 
     Raises:
-        ConfigError: this is one of several processes, or the run has fewer than ``STEPS`` + 1 steps.
+        ConfigError: the run has fewer than ``STEPS`` + 1 steps, or the device is not available.
         DataError: the data does not fit the model.
     """
     if config.steps <= STEPS:

@@ -37,10 +37,10 @@ TOKENIZER_FILE = "tokenizer.json"
 CHECKPOINTS = "checkpoints"
 
 
-def default_folder(config: TrainConfig, root: Path = Path("runs")) -> Path:
+def default_folder(config: TrainConfig) -> Path:
     """Free folder for a new run: ``runs/angpt-nano``, with a number if that exists."""
     name = f"{config.model.architecture}-{config.preset}"
-    candidates = (root / (name if number == 1 else f"{name}-{number}") for number in range(1, 10_000))
+    candidates = (Path("runs") / (name if number == 1 else f"{name}-{number}") for number in range(1, 10_000))
     return next(folder for folder in candidates if not folder.exists())
 
 
@@ -187,8 +187,8 @@ def open_checkpoint(
                     "run of it"
                 )
             raise CheckpointError(
-                f"{path} has no checkpoint: give a run folder such as runs/angpt-nano. Of the runs of compare and "
-                "ablate, the longest of the first seed keep theirs"
+                f"{path} has no checkpoint: give a run folder such as runs/angpt-nano. compare and ablate keep "
+                "checkpoints only of the longest runs with the first seed"
             )
     else:
         reason = (

@@ -221,7 +221,7 @@ class Trainer:
         self.reporter.step(self.done)
         try:
             watch = ThreadWatch(self.device, self.reporter.log)
-            announcement = None if self.dist_ctx.rank else "finishing the step and saving; once more stops at once"
+            announcement = None if self.dist_ctx.rank else "finishing the step and saving; repeat to stop at once"
             signals = StopSignals(announcement)
             with signals, watch, profiler or contextlib.nullcontext(), self.writer:
                 while self.done < config.steps:

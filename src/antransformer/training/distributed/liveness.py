@@ -78,7 +78,7 @@ class RankMonitor:
         if missing:
             hidden = len(missing) - MAX_NAMED_RANKS
             names = ", ".join(missing[:MAX_NAMED_RANKS]) + (f" and {hidden} more" if hidden > 0 else "")
-            return MachineError(f"no answer from {names}: it is dead, or hung for longer than --timeout")
+            return MachineError(f"no answer from {names}: dead, or hung for longer than --timeout")
         if b"left" in answers.values():
             return SystemExit(1)
         return MachineError("all ranks respond, but one was slower than --timeout: increase --timeout")
