@@ -40,8 +40,6 @@ def losses(data: Path, architecture: str, optimizer: str, precision: str) -> lis
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         options = ["--tokens=1280", "--log-every=1", f"--architecture={architecture}", f"--precision={precision}"]
-        if architecture == "angpt":
-            options.append("--model.logit-scale=vector")  # was the only form when the files were made
         run("train", "--data", data, "--out", out, f"--optimizer={optimizer}", *options, *RUN)
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines]

@@ -27,7 +27,6 @@ def test_every_setting_has_its_origin():
     assert found["tokens"] == found["seed"] == "file my.yaml"
     assert found["optimizer"] == "recipe best" and found["model.layers"] == "preset nano"
     assert found["batch_tokens"] == found["beta1"] == "default"
-    assert found["model.logit_scale"] == "recipe best"
     assert found["model.vocab_size"] == "data" and found["precision"] == "device"
 
 

@@ -4,7 +4,6 @@ import pytest
 
 from antransformer.cli import main
 from antransformer.errors import ConfigError
-from antransformer.models import build
 from antransformer.training.config import resolve_config, to_mapping
 from antransformer.training.learning_rates import peak_rates
 from antransformer.training.recipes import DEFAULT_RECIPE, RECIPES, variant_settings
@@ -34,22 +33,6 @@ def test_a_saved_run_of_a_recipe_repeats_itself(recipe):
     for settings in ({}, {"optimizer": "adam"}, {"lr": 1e-3}, {"preset": "125m", "tokens": "1B"}):
         config = resolve_config({"recipe": recipe, **LONG, **settings}, 4096)
         assert resolve_config(to_mapping(config), 4096) == config
-
-
-def test_best_has_one_scale_of_the_logits_and_paper_one_for_each_id():
-    shapes = {recipe: build(resolve_config({"recipe": recipe}, 300).model).logit_scale().shape for recipe in RECIPES}
-    assert shapes == {"paper": (300,), "best": (1,)}
-    chosen = resolve_config({"recipe": "best", "model": {"logit_scale": "vector"}}, 300)
-    assert chosen.model.logit_scale == "vector"
-
-
-def test_a_run_from_before_the_scalar_scale_resumes_with_one_for_each_id(corpus, tmp_path):
-    run_until(start(corpus, tmp_path / "run", recipe="best", model={"logit_scale": "vector"}), 13)
-    file = tmp_path / "run/config.yaml"
-    file.write_text("".join(line for line in file.read_text().splitlines(True) if "logit_scale" not in line))
-    trainer, _ = resume(corpus, tmp_path / "run", recipe="best")
-    assert trainer.config.model.logit_scale == "vector"
-    trainer.run()
 
 
 def test_a_given_setting_takes_precedence_over_the_recipe():

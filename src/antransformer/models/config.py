@@ -79,8 +79,7 @@ class ModelConfig:
         choices=("sqrt_mlp", "sqrt_width", "none"),
     )
     logit_scale: str = setting(
-        "angpt: a learnable s_Z for each id (vector), as published, or one for all ids (scalar). Default: vector; "
-        "scalar in training with the recipe best",
+        "angpt: a learnable s_Z for each id (vector, the default), as published, or one for all ids (scalar)",
         None,
         choices=("vector", "scalar"),
     )

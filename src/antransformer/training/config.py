@@ -16,7 +16,7 @@ from antransformer.renamed import new_name, new_value
 from antransformer.settings import Count, Words, check_settings, convert_settings, nearest, setting, shown
 from antransformer.training import defaults
 from antransformer.training.optimizer_registry import OPTIMIZERS
-from antransformer.training.recipes import DEFAULT_RECIPE, MODEL_OPTIONS, RECIPES, with_recipe
+from antransformer.training.recipes import DEFAULT_RECIPE, RECIPES, with_recipe
 from antransformer.training.schedule import SHAPES, learning_rate
 from antransformer.wording import counted
 
@@ -55,8 +55,7 @@ class TrainConfig:
         ge=1,
     )
     recipe: str = setting(
-        "defaults of optimizer, schedule, averaging, horizon and model.logit_scale: best (lowest loss measured) or "
-        "paper (as published)",
+        "defaults of optimizer, schedule, averaging and horizon: best (lowest loss measured) or paper (as published)",
         DEFAULT_RECIPE,
         choices=RECIPES,
     )
@@ -352,8 +351,6 @@ LEGACY_DEFAULTS: dict[str, Any] = {
     "shuffle": "argsort",
     "document_mask": False,
 }
-# The same for options of the model, where the architecture has them.
-LEGACY_OPTIONS: dict[str, Any] = {"logit_scale": "vector"}
 
 
 def resolve_config(settings: Mapping[str, Any], vocab_size: int, where: str = "settings") -> TrainConfig:
@@ -428,12 +425,10 @@ def _scaled(rate: float, factor: float) -> float:
 
 def _resolve_model(user: Mapping[str, Any], vocab_size: int) -> ModelConfig:
     settings = {**preset_sizes(user.get("preset", "nano")), "vocab_size": vocab_size, **user.get("model", {})}
-    chosen = {
-        **MODEL_OPTIONS[user.get("recipe", DEFAULT_RECIPE)],
-        "init_std": OPTIMIZERS[user["optimizer"]].init_std,  # None: the architecture's default
-    }
-    options = get(settings.get("architecture", "angpt")).options
-    return ModelConfig(**{name: value for name, value in chosen.items() if name in options} | settings)
+    init_std = OPTIMIZERS[user["optimizer"]].init_std
+    if init_std is not None and "init_std" in get(settings.get("architecture", "angpt")).options:
+        settings.setdefault("init_std", init_std)
+    return ModelConfig(**settings)
 
 
 def normalize_settings(settings: Mapping[str, Any], where: str) -> dict[str, Any]:

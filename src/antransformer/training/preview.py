@@ -16,7 +16,7 @@ from antransformer.training.data import epochs_note
 from antransformer.training.device import choose_device
 from antransformer.training.dry_run import STEPS, seconds_per_token
 from antransformer.training.micro_batch import fitting_micro_batch, free_memory, step_memory
-from antransformer.training.recipes import MODEL_OPTIONS, RECIPES
+from antransformer.training.recipes import RECIPES
 
 LAWS = ("batch_tokens", "lr", "tokens")  # settings that the paper's laws give from 32m upwards
 DEVICE = ("precision", "compile", "micro_batch_size")  # settings that the device decides
@@ -133,8 +133,6 @@ def _origin(
     if of_model:
         if name == "vocab_size":
             return "data"
-        if name in MODEL_OPTIONS[config.recipe]:
-            return f"recipe {config.recipe}"
         return f"preset {config.preset}" if name in preset_sizes(config.preset) else "default"
     if name in RECIPES[config.recipe]:
         return f"recipe {config.recipe}"

@@ -23,11 +23,6 @@ RECIPES: dict[str, dict[str, Any]] = {
         "ema": 0.0,
     },
 }
-# Options of the model, for the architectures that have them. What a scalar s_Z gains is in docs/results.md.
-MODEL_OPTIONS: dict[str, dict[str, Any]] = {
-    "paper": {"logit_scale": "vector"},
-    "best": {"logit_scale": "scalar"},
-}
 DEFAULT_RECIPE = "best"
 
 

@@ -14,12 +14,10 @@ from antransformer.data import Dataset, Tokenizer
 from antransformer.errors import CheckpointError, ConfigError, DataError
 from antransformer.files import check_folder_target, quoted, replace_text
 from antransformer.models.config import preset_sizes
-from antransformer.models.registry import get
 from antransformer.training.checkpointing import checkpoint
 from antransformer.training.checkpointing.checkpoint import Checkpoint
 from antransformer.training.config import (
     LEGACY_DEFAULTS,
-    LEGACY_OPTIONS,
     MUTABLE_ON_RESUME,
     TrainConfig,
     merge,
@@ -105,13 +103,9 @@ def saved_settings(folder: Path) -> dict[str, Any]:
 
 def saved_config(folder: Path) -> TrainConfig:
     """Config of the run in ``folder``; raises the errors of ``saved_settings`` and ``resolve_config``."""
-    where = str(folder / CONFIG_FILE)
-    settings = normalize_settings({**LEGACY_DEFAULTS, **saved_settings(folder)}, where)
-    model = settings.get("model", {})
-    options = get(model.get("architecture", "angpt")).options
-    settings["model"] = {**{name: value for name, value in LEGACY_OPTIONS.items() if name in options}, **model}
+    settings = {**LEGACY_DEFAULTS, **saved_settings(folder)}
     # The saved settings hold the model's vocab_size, so the default does not matter.
-    return resolve_config(settings, vocab_size=1, where=where)
+    return resolve_config(settings, vocab_size=1, where=str(folder / CONFIG_FILE))
 
 
 def resumed_config(folder: Path, changes: Mapping[str, Any]) -> TrainConfig:
