@@ -96,7 +96,9 @@ def test_the_other_verbs_read_the_run(mixed, cwd, tmp_path, capsys):
     card = run_folder.saved_config(mixed)
     assert main(["export", "--checkpoint", str(mixed), "--out", str(tmp_path / "hf")]) == 0
     page = (tmp_path / "hf/README.md").read_text()
-    for mixture in (card.data, card.data_from):
+    share, _, second = card.data_from.partition(" ")
+    assert f"{float(share):.0%}" in page
+    for mixture in (card.data, second):
         assert "/" in mixture and re.sub(r"[^ ']*/", "", mixture) in page and mixture not in page
 
 

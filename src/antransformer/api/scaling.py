@@ -125,7 +125,7 @@ def fit(
         DataError: a file cannot be read, or no architecture has two sizes.
     """
     if bool(results) == bool(optima):
-        raise ConfigError("give either results (folders or CSV files with losses) or optima (--optima FILE)")
+        raise ConfigError("give either RESULTS (folders or CSV files with losses) or --optima FILE")
     require("scipy", "analysis")
     if optima:
         return laws.fit_optima(read_table(Path(optima), BestSettings))
@@ -193,5 +193,5 @@ def plan(
 def _choice(name: str, value: str, known: Sequence[str] | Mapping[str, Any]) -> str:
     value = value if value in known else value.lower()
     if value not in known:
-        raise ConfigError(f"unknown --{name} {value}{nearest(value, known) or ': choose from ' + ', '.join(known)}")
+        raise ConfigError(f"unknown --{name} {value}{nearest(value, known)} (choose from {', '.join(known)})")
     return value

@@ -88,7 +88,9 @@ def _hold_out_end(files: list[TokenFile], fraction: float | None, end_of_text: i
     else:
         raise DataError(f"--val-fraction {fraction}: it must be between 0 and 1, for example 0.01")
     if not 0 < left < total:
-        raise DataError(f"holding out {left:,} of {total:,} tokens leaves a split empty: use --val-inputs")
+        raise DataError(
+            f"holding out {left:,} of {total:,} tokens leaves a split empty: change --val-fraction or use --val-inputs"
+        )
     train, val = list(files), list[TokenFile]()
     while left:
         last = train.pop()
