@@ -9,7 +9,7 @@ demo: $(VENV)/.ready
 	$(BIN)/antransformer demo
 
 test: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --durations 15 --timeout 900
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal --durations 15 --timeout 900
 
 slow: $(VENV)/.ready
 	$(BIN)/python -m pytest -m slow
@@ -53,5 +53,5 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 		{ echo "$(PYTHON) is older than 3.11: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 2; }
 	@echo "setting up $(VENV) (a few minutes the first time)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
 	@touch $@

@@ -93,6 +93,7 @@ def test_compare_searches_at_every_budget_and_a_new_budget_is_searched_too(corpu
     assert len(searches) == sum(len(item.trials) for item in results.variants)
 
 
+@pytest.mark.slow  # 40 runs; tests/comparison/test_experiment.py has the rules of the search
 def test_compare_searches_separate_rates(corpus, tmp_path):
     options = ["--tuning-trials=2", "--seeds=1", "--budgets", "2560"]
     assert main(compare(corpus, tmp_path, *options)) == 0

@@ -8,7 +8,9 @@ import pytest
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 
 
-@pytest.mark.parametrize(("name", "chance"), [("digits", 10.0), ("sequences", 12.5)])
+@pytest.mark.parametrize(
+    ("name", "chance"), [("digits", 10.0), pytest.param("sequences", 12.5, marks=pytest.mark.slow)]
+)
 def test_an_example_learns_and_prints_both_curves(name, chance):
     command = [sys.executable, str(EXAMPLES / f"{name}.py"), "--epochs=2", "--seeds=1"]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout

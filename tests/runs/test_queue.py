@@ -218,16 +218,16 @@ def test_workers_of_a_stopped_comparison_save_checkpoints_and_exit(corpus, tmp_p
 
 @needs_proc
 def test_the_error_of_a_killed_worker_names_the_run_which_then_resumes(corpus, tmp_path):
-    process, folder = start_comparison(corpus, tmp_path, "40K")
+    process, folder = start_comparison(corpus, tmp_path, "20K")
     for pid in workers_of(tmp_path):
         os.kill(pid, signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1 and errors.count("\n") == 1
     assert str(tmp_path / "runs") in errors and "SIGKILL" in errors
     with workers_in_process():
-        assert main(comparison(corpus, tmp_path, "40K")) == 0
+        assert main(comparison(corpus, tmp_path, "20K")) == 0
     steps = [line["step"] for line in read_metrics(folder / "metrics.jsonl")]
-    assert steps == sorted(set(steps)) and steps[-1] == 40_000 // 256
+    assert steps == sorted(set(steps)) and steps[-1] == 20_000 // 256
 
 
 def test_workers_share_the_cores_up_to_the_number_that_the_user_chose(monkeypatch):
