@@ -9,7 +9,7 @@ demo: $(VENV)/.ready
 	$(BIN)/antransformer demo
 
 test: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal --durations 15 --timeout 900
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --durations 15 --timeout 900
 
 slow: $(VENV)/.ready
 	$(BIN)/python -m pytest -m slow
@@ -54,4 +54,6 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@echo "setting up $(VENV) (a few minutes the first time)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
+	@# On all cores, while pip compiles on one. Some packages hold templates that are not valid Python.
+	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null 2>&1 || true
 	@touch $@
