@@ -171,6 +171,28 @@ def test_rotary_of_a_part_of_each_head(rotary):
     torch.testing.assert_close(attention(x), attention.out_proj(y), rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize(("queries", "keys"), [(3, 6), (6, 3)])
+def test_rotary_positions_of_a_cross_attention_count_from_zero_in_both_sequences(queries, keys):
+    attention = Attention(64, 2, rotary=0.5).double()
+    x, memory = unit(2, queries, 64, dtype=torch.float64), unit(2, keys, 64, dtype=torch.float64)
+    q = attention.q_proj(x).unflatten(-1, (2, 32))
+    k, v = (proj(memory).unflatten(-1, (2, 32)) for proj in (attention.k_proj, attention.v_proj))
+    q, k = (
+        functional.rotate(heads, functional.rotary_tables(torch.arange(heads.shape[1]), 16, 10_000.0))
+        for heads in (q, k)
+    )
+    y = loop_attention(q, k, v, attention.score_scale, lambda row, column: True)
+    torch.testing.assert_close(attention(x, memory), attention.out_proj(y), rtol=1e-6, atol=1e-9)
+
+
+def test_a_mask_is_boolean_and_may_have_one_axis():
+    q = torch.randn(1, 3, 2, 8)
+    mask = torch.tensor([True, False, True])
+    torch.testing.assert_close(functional.attention(q, q, q, mask=mask), functional.attention(q, q, q, mask=mask[None]))
+    with pytest.raises(ValueError, match=r"torch\.float32"):
+        functional.attention(q, q, q, mask=torch.zeros(3, 3))
+
+
 def test_a_query_with_no_visible_key_gives_zero_and_no_nan():
     q = torch.randn(1, 3, 2, 8, requires_grad=True)
     mask = torch.tensor([[True, True, True], [False, False, False], [True, False, False]])

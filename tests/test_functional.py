@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from antransformer import factors, functional
 from antransformer.benchmarks.timing import peak_memory
 from antransformer.kernels import chunked_cross_entropy
+from helpers.messages import mentions
 
 NO_POSITIONS = functional.AttentionContext(functional.rotary_tables(torch.arange(0), 0, 1.0))  # attention uses none
 
@@ -42,6 +43,20 @@ def test_normalize_scale_of_the_gradient():
     x, gradient = unit(2000, 64).requires_grad_(), unit(2000, 64, seed=1)
     functional.normalize(x).backward(gradient)
     assert x.grad.square().sum(-1).mean().item() == pytest.approx(63 / 64, rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_zero_vector_stays_zero_with_zero_gradient(dtype):
+    """1 / 1e-12 times a gradient gave a norm of infinity, and is infinite in float16."""
+    x, y = (torch.zeros(3, 8, dtype=dtype).requires_grad_() for _ in range(2))
+    with torch.no_grad():
+        x[0] = 1
+    for z in (functional.normalize(x), functional.interpolate_norm(y, x, torch.ones(8))):
+        assert z[0].norm().item() == pytest.approx(1, rel=1e-2)
+        assert torch.equal(z[1:], torch.zeros_like(z[1:]))
+        (gradient,) = torch.autograd.grad(z[:, :4].sum(), x)
+        assert 0.1 < gradient[0].norm() < 10 and torch.equal(gradient[1:], torch.zeros_like(gradient[1:]))
+    assert functional.normalize(torch.full((2, 8), torch.nan)).isnan().all()
 
 
 def test_linear_scale_forward_and_backward():
@@ -109,7 +124,7 @@ def test_gradients_of_interpolations_agree_with_finite_differences():
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
 )
-@pytest.mark.parametrize("shape", [(1, 2), (3, 7), (2, 5, 3, 64)])
+@pytest.mark.parametrize("shape", [(6,), (1, 2), (3, 7), (2, 5, 3, 64)])
 @pytest.mark.parametrize("per_coordinate", [True, False])
 def test_interpolate_norm_agrees_with_its_two_steps_forward_and_backward(shape, dtype, tolerance, per_coordinate):
     alpha = 0.3 * random(shape[-1] if per_coordinate else 1, seed=3)
@@ -253,6 +268,13 @@ def test_cross_entropy_agrees_with_full_logits(batch, tokens, width, vocabulary,
         torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance * theirs.abs().max().item())
     with torch.no_grad():
         assert torch.equal(functional.cross_entropy(hidden, weight, targets), results[0])
+
+
+@pytest.mark.parametrize("shape", [(2, 9), (2, 0), (20,), (2, 10, 1)])
+def test_cross_entropy_refuses_targets_of_another_shape(shape):
+    with pytest.raises(ValueError) as error:
+        functional.cross_entropy(torch.randn(2, 10, 8), torch.randn(30, 8), torch.zeros(shape, dtype=torch.long))
+    assert mentions(error.value, str((2, 10)), str(shape))
 
 
 def test_cross_entropy_passes_the_checks_of_operators():

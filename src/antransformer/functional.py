@@ -20,14 +20,23 @@ from antransformer import factors, kernels
 from antransformer.kernels import chunked_cross_entropy, cpu_attention, document_attention
 from antransformer.kernels import rotary as rotary_kernels
 
-NORM_EPS = 1e-12  # keeps a zero vector from becoming NaN; norms of activations are never this small
+NORM_EPS = 1e-12  # a vector of at most this norm counts as zero; norms of activations are never this small
 
 
 def normalize(x: Tensor) -> Tensor:
-    """Exact L2 normalization over the last axis: x / ||x||, in the shape and dtype of x (arXiv:2410.01131, eq. 1)."""
+    """Exact L2 normalization over the last axis: x / ||x||, in the shape and dtype of x (arXiv:2410.01131, eq. 1).
+
+    A zero vector stays zero, with zero gradient.
+    """
+    eps = max(NORM_EPS, 1 / torch.finfo(x.dtype).max)  # 1.5e-5 in float16, whose largest number is 65504
     precision = torch.promote_types(x.dtype, torch.float32)
     length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=precision)
-    return x * length.clamp_min(NORM_EPS).reciprocal().to(x.dtype)
+    return x * inverse_norm(length, eps).to(x.dtype)
+
+
+def inverse_norm(length: Tensor, eps: float) -> Tensor:
+    """1 / length, or 0 where the length is at most ``eps``; 1 / eps would multiply the gradient of a zero vector."""
+    return length.clamp_min(eps).reciprocal().masked_fill(length <= eps, 0)
 
 
 def linear(x: Tensor, weight: Tensor, scale: float | Tensor = 1.0, bias: Tensor | None = None) -> Tensor:
@@ -55,7 +64,7 @@ def linear(x: Tensor, weight: Tensor, scale: float | Tensor = 1.0, bias: Tensor 
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight = x.to(dtype), weight.to(dtype)
-        rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+        rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # numel() would not be symbolic in torch.export
         y: Tensor = _ScaledProduct.apply(rows, weight, scale).view(*x.shape[:-1], len(weight))
         return y if bias is None else y + bias.to(y.dtype)
     return F.linear(x, weight, bias)
@@ -199,13 +208,13 @@ class _InterpolateNorm(torch.autograd.Function):
 
 
 def interpolate_norm_forward(x: Tensor, y: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
-    """Result of ``interpolate_norm``, and 1 / ||y|| (..., 1), which backward needs."""
+    """Result of ``interpolate_norm``, and 1 / ||y|| (..., 1), or 0 for a zero vector, which backward needs."""
     if kernels.use_triton(x):
         from antransformer.kernels import interpolate_norm as kernel
 
         return kernel.forward(x, y, alpha)
     precision = torch.promote_types(x.dtype, torch.float32)
-    inverse = torch.linalg.vector_norm(y, dim=-1, keepdim=True, dtype=precision).clamp_min(NORM_EPS).reciprocal()
+    inverse = inverse_norm(torch.linalg.vector_norm(y, dim=-1, keepdim=True, dtype=precision), NORM_EPS)
     x_weight, y_weight, _ = _interpolation_weights(alpha.to(precision))
     z, other = (y * inverse).mul_(y_weight), x * x_weight
     # torch.compile of torch 2.11 gives zero gradients if the result of an autograd function is the result of an
@@ -226,10 +235,12 @@ def interpolate_norm_backward(
     x_weight, y_weight, nu_cubed = _interpolation_weights(a)
     if kernels.is_compiled_for_gpu(x):  # the gradient of x is fused with its neighbours
         return (grad_output * x_weight).to(x.dtype), *_gradients_of_y_and_alpha(grad_output, x, y, alpha, inverse)
-    unit, tokens = y * inverse, tuple(range(x.ndim - 1))
-    product = grad_output * unit
+    unit, by_token = y * inverse, (inverse.numel(), x.shape[-1])
+    product, grad_times_x = grad_output * unit, grad_output * x
     # d x_weight / d alpha = -alpha nu^3, and d y_weight / d alpha = (1 - alpha) nu^3.
-    grad_alpha = nu_cubed * ((1 - a) * product.sum(tokens) - a * (grad_output * x).sum(tokens, dtype=inverse.dtype))
+    along_y = product.reshape(by_token).sum(0)
+    along_x = grad_times_x.reshape(by_token).sum(0, dtype=inverse.dtype)
+    grad_alpha = nu_cubed * ((1 - a) * along_y - a * along_x)
     # The gradient through y / ||y|| has no component along y.
     radial = product.mul_(y_weight).sum(-1, keepdim=True)
     grad_y = (grad_output * y_weight).sub_(unit.mul_(radial)).mul_(inverse)
@@ -360,7 +371,7 @@ def attention(
             values between them grouped-query (arXiv:2305.13245).
         v: values (B, S, m, h), each head of unit norm.
         score_scale: number, or learned tensor (1,). sqrt(h) gives scores of random directions unit variance.
-        rotary: rotary tables for q and k; None for no rotary embedding.
+        rotary: rotary tables for q and k, of at least max(T, S) positions; None for no rotary embedding.
         causal: whether position t attends only to positions up to t.
         window: attend only to positions at a distance below ``window``; None for no limit.
         mask: boolean, broadcastable to (B, n, T, S), true where a key is visible. It is combined with ``causal`` and
@@ -371,7 +382,7 @@ def attention(
         attends to a single value has norm 1. A query with no visible key gives 0.
 
     Raises:
-        ValueError: the window is not positive.
+        ValueError: the window is not positive, or the mask is not boolean.
 
     >>> x = normalize(torch.randn(2, 10, 4, 64))
     >>> y = attention(x, x, x, score_scale=8.0, causal=True)
@@ -379,7 +390,11 @@ def attention(
     (torch.Size([2, 10, 256]), True)
     """
     if rotary is not None:
-        q, k = rotate(q, rotary), rotate(k, rotary)
+        q, k = (rotate(x, Rotary(*(table[..., : x.shape[1], :] for table in rotary))) for x in (q, k))
+    if mask is not None:
+        if mask.dtype != torch.bool:
+            raise ValueError(f"mask must be boolean, true where a key is visible, got {mask.dtype}")
+        mask = torch.atleast_2d(mask)  # torch's attention takes no mask of fewer axes
     if window is not None or (causal and mask is not None):
         positional = visibility_mask(q.shape[1], k.shape[1], causal, window, q.device)
         mask, causal = (positional if mask is None else mask & positional), False
@@ -435,8 +450,10 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext, sca
         k, v = ctx.kv_cache.extend(k, v)
     if isinstance(ctx.mask, BlockMask):
         return document_attention.attention(q, k, v, ctx.mask, scale).flatten(2)
-    # A single new token sees all preceding ones, so it needs no mask.
-    causal = ctx.mask is None and q.shape[1] > 1
+    # Not one expression: if the number of tokens is symbolic, so is its comparison, and the fused kernel takes a bool.
+    causal = ctx.mask is None
+    if q.shape[1] == 1:  # a single new token sees all preceding ones
+        causal = False
     if causal and (ctx.starts is not None or cpu_attention.is_supported(q, k)):
         return cpu_attention.causal(q, k, v, scale, ctx.starts).flatten(2)
     return softmax_attention(q, k, v, ctx.mask, causal, scale)
@@ -451,13 +468,19 @@ def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     Args:
         hidden: final hidden states (B, T, d).
         weight: output weight (V, d).
-        targets: token ids (B, T).
+        targets: token ids (B, T) from 0 to V - 1; there is no id, such as -100, that is ignored.
+
+    Raises:
+        ValueError: hidden states and targets have different shapes.
 
     >>> hidden, weight = torch.randn(2, 10, 64), torch.randn(300, 64)
     >>> targets = torch.randint(300, (2, 10))
     >>> bool(cross_entropy(hidden, weight, targets).isclose(F.cross_entropy((hidden @ weight.T).mT, targets)))
     True
     """
+    if targets.shape != hidden.shape[:-1]:
+        expected, got = tuple(hidden.shape[:-1]), tuple(targets.shape)
+        raise ValueError(f"targets must have the shape {expected} of the hidden states, one id for each, got {got}")
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)

@@ -260,6 +260,31 @@ def test_every_parameter_learns_and_none_is_a_scalar(architecture):
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
 
 
+def test_weights_are_float32_whatever_the_default_dtype():
+    torch.set_default_dtype(torch.float64)
+    try:
+        model = small("angpt")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("architecture", ["angpt", "gpt+"])
+def test_compiled_once_for_all_lengths(architecture):
+    model, frames = small(architecture, layers=1), []
+
+    def count(graph, _inputs):
+        frames.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=count, dynamic=True, fullgraph=True)
+    for length in (5, 9, 12):
+        tokens = some_tokens(2, length)
+        torch.testing.assert_close(compiled(tokens), model(tokens))
+    assert len(frames) == 1
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_built_on_meta_then_made_real_it_is_the_same_model(architecture):
     with torch.device("meta"):

@@ -28,7 +28,8 @@ def normalize(x: Tensor) -> Tensor:
     """Exact L2 normalization over the last axis, x / ||x||, with the norm in float32."""
     precision = torch.promote_types(x.dtype, torch.float32)
     length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=precision)
-    return x * length.clamp_min(1e-12).reciprocal().to(x.dtype)
+    eps = max(1e-12, 1 / torch.finfo(x.dtype).max)
+    return x * length.clamp_min(eps).reciprocal().masked_fill(length <= eps, 0).to(x.dtype)
 
 
 def rotary_tables(positions: Tensor, config: AntransformerConfig) -> Rotary:

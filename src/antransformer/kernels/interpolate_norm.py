@@ -16,7 +16,7 @@ PROGRAMS = 1024  # in the backward pass: several for each multiprocessor of a GP
 
 
 def forward(x: Tensor, y: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
-    """Result (..., d), and 1 / ||y|| (..., 1)."""
+    """Result (..., d), and 1 / ||y|| (..., 1), or 0 for a zero vector."""
     x, y, width = x.contiguous(), y.contiguous(), x.shape[-1]
     inverse = x.new_empty((*x.shape[:-1], 1), dtype=torch.promote_types(x.dtype, torch.float32))
     z = torch.empty_like(x)
@@ -62,7 +62,8 @@ def _forward(x, y, alpha, z, inverse, width, BLOCK: tl.constexpr):
     y_row = tl.load(y + offset, mask=inside, other=0.0).to(precision)
     x_row = tl.load(x + offset, mask=inside, other=0.0).to(precision)
     alpha_row = tl.load(alpha + column, mask=inside, other=0.0).to(precision)
-    inverse_row = 1 / tl.maximum(tl.sqrt(tl.sum(y_row * y_row, 0)), EPS)
+    length = tl.sqrt(tl.sum(y_row * y_row, 0))
+    inverse_row = tl.where(length <= EPS, 0.0, 1 / tl.maximum(length, EPS))
     nu = 1 / tl.sqrt(alpha_row * alpha_row + (1 - alpha_row) * (1 - alpha_row))
     result = x_row * ((1 - alpha_row) * nu) + y_row * inverse_row * (alpha_row * nu)
     tl.store(z + offset, result.to(z.dtype.element_ty), mask=inside)

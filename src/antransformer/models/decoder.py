@@ -30,7 +30,8 @@ class Decoder(nn.Module, ABC):
 
     Args:
         config: sizes and options.
-        block: constructor of a block, a module that maps (hidden (B, T, d), ctx) to hidden.
+        block: constructor of a block, a module that maps (hidden (B, T, d), ctx) to hidden. Its attention must use
+            ``ctx.rotary`` and ``functional.causal_attention``, which fills and reads the cache of generation.
 
     Attributes:
         end_of_text: id of the token that separates documents, if attention must not cross it; None, the default, for

@@ -31,6 +31,7 @@ def build(config: ModelConfig) -> Decoder:
             f"architecture {config.architecture}: {type(model).__name__} must be a subclass of "
             "antransformer.models.Decoder"
         )
+    model.float()  # whatever torch's default dtype is
     if device.type != "meta":
         model.to_empty(device=device)
         model.reset_parameters()
