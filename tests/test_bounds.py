@@ -187,6 +187,15 @@ def test_bounds_hold_with_accelerate():
     assert watch.steps == 3
 
 
+def test_bind_takes_the_optimizer_that_accelerate_has_wrapped():
+    accelerate = pytest.importorskip("accelerate")
+    model = model_of("angpt")
+    prepared, wrapped = accelerate.Accelerator(cpu=True).prepare(model, *OPTIMIZERS["adam"](model))
+    antransformer.bind(prepared, wrapped)
+    train(prepared, wrapped)
+    assert max(norms(bound).max() for bound in model.bounds()) < 1 + 1e-6
+
+
 def test_without_bounds_the_same_steps_leave_the_unit_ball():
     model = model_of("angpt")
     (optimizer,) = OPTIMIZERS["adam"](model)

@@ -207,6 +207,13 @@ def test_figure_and_errors(tmp_path, monkeypatch):
         derive(Layer(), torch.randn(50, 256), figure=tmp_path / "derived.png")
     with pytest.raises(ConfigError, match="LayerNorm"):
         derive(nn.LayerNorm(8), torch.randn(4, 8))
+    for batch in (torch.full((50, 256), torch.nan), torch.zeros(0, 256)):
+        with pytest.raises(ConfigError, match="Linear"):
+            derive(nn.Linear(256, 256), batch)
+    with pytest.raises(ConfigError, match=r"\.png"):
+        derive(Layer(), torch.randn(50, 256), figure=tmp_path / "derived.doc")
+    with pytest.raises(TypeError, match="int"):
+        derive(3, torch.randn(4, 8))
 
 
 def test_worked_example():

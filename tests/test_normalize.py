@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 
 import antransformer
 from antransformer.bounds import collect_bounds, norms
@@ -115,6 +115,7 @@ def test_other_weights_are_not_changed():
         antransformer.nn.Embedding(9, 64),
         parametrize.register_parametrization(nn.Linear(4, 4), "weight", nn.Identity()),
         nn.Linear(64, 8),
+        prune.l1_unstructured(nn.Linear(4, 4), "weight", 2),  # its weight is computed by a hook
     )
     before = {name: value.clone() for name, value in model.state_dict().items()}
     antransformer.normalize_(model)

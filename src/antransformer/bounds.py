@@ -124,7 +124,8 @@ def bind(model: nn.Module, optimizer: Optimizer) -> RemovableHandle:
     """Project the bounds of a model (``collect_bounds``) after every ``optimizer.step()`` of any torch optimizer.
 
     Wrap, shard and cast the model before you build the optimizer and call ``bind``. Parameters that
-    ``optimizer.add_param_group`` adds later are bounded too.
+    ``optimizer.add_param_group`` adds later are bounded too. A copy of the optimizer is not bound, since torch does not
+    copy hooks.
 
     Returns:
         Handle; ``handle.remove()`` stops the projection.
@@ -138,6 +139,10 @@ def bind(model: nn.Module, optimizer: Optimizer) -> RemovableHandle:
         raise TypeError(
             f"bind takes a module and one optimizer, got {kinds}: call it once for each of several optimizers"
         )
+    while not hasattr(optimizer, "_optimizer_step_post_hooks") and isinstance(
+        inner := getattr(optimizer, "optimizer", None), Optimizer
+    ):
+        optimizer = inner  # accelerate's wrapper is an Optimizer without the hooks of one
     declared = collect_bounds(model)
     if not declared and not hasattr(model, "bounds"):
         raise TypeError(
@@ -190,8 +195,8 @@ def normalize_(module: Module) -> Module:
 
     Each weight becomes a constant factor times a parameter whose rows have norm at most 1; ``bind`` then keeps them
     there. The factor is the smallest power of two that is at least the largest row norm. So outputs keep every bit, in
-    half precision too. A step on the parameter moves the weight by the factor times the step: tune learning rates
-    again.
+    bfloat16 too; in float16 the smallest entries can lose bits. A step on the parameter moves the weight by the factor
+    times the step: tune learning rates again.
 
     Parameters stay the same objects, also for an existing optimizer, and tied weights stay tied. In the ``state_dict``
     a weight becomes ``parametrizations.weight.original`` and its factor; a model loads it after its own ``normalize_``.
@@ -221,8 +226,8 @@ def normalize_(module: Module) -> Module:
     factors: dict[nn.Parameter, float] = {}
     for name, child in module.named_modules():
         supported = isinstance(child, (nn.Linear, nn.Embedding)) and not isinstance(child, Embedding)
-        if supported and not parametrize.is_parametrized(child, "weight"):
-            weight = child.weight
+        weight = child._parameters.get("weight")  # None if it is computed, by a parametrization or an older hook
+        if supported and weight is not None:
             largest = float(norms(Bound(name, weight.detach())).max())
             if not math.isfinite(largest):
                 raise ValueError(f"{name}.weight is not finite")

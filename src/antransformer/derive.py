@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from antransformer import factors
 from antransformer.errors import ConfigError
 from antransformer.figure_style import new_figure, reference_line, save, style
+from antransformer.files import FIGURE_FORMATS, check_file_target
 from antransformer.functional import normalize
 
 RANDOM_INPUTS = 1024
@@ -130,7 +131,9 @@ def derive(module: nn.Module, example_input: Any, figure: Path | str | None = No
         figure: image file to draw the table into; needs the extra ``plots``.
 
     Raises:
-        ConfigError: the model has no map with a factor.
+        ConfigError: the model has no map with a factor, the input is empty or leads to NaN, or the figure cannot be
+            written.
+        TypeError: the first argument is not a module.
         MissingExtraError: a figure is requested, and matplotlib is not installed.
 
     >>> model = nn.Sequential(nn.Linear(256, 1024, bias=False), nn.ReLU(), nn.Linear(1024, 256, bias=False))
@@ -140,6 +143,10 @@ def derive(module: nn.Module, example_input: Any, figure: Path | str | None = No
     >>> [(row.kind, round(row.predicted * 2) / 2) for row in rows]
     [('linear', 0.5), ('relu', 2.5), ('linear', 2.0)]
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"derive takes a module, got {type(module).__name__}")
+    if figure is not None:
+        check_file_target("figure", Path(figure), FIGURE_FORMATS)
     tracer = Tracer(module)
     training = {child: child.training for child in module.modules()}
     module.eval()
@@ -154,6 +161,9 @@ def derive(module: nn.Module, example_input: Any, figure: Path | str | None = No
             child.training = mode
     if not tracer.rows:
         raise ConfigError(f"{type(module).__name__} has no map with a factor: no linear map, activation or sum")
+    for row in tracer.rows:
+        if math.isnan(row.data):
+            raise ConfigError(f"{row.name} ({row.kind}) has no factor on this input: it is empty, or leads to NaN")
     derivation = Derivation(tracer.rows)
     print(derivation)
     if figure is not None:
@@ -199,7 +209,10 @@ class Tracer(TorchDispatchMode):
         self.module = module
         self.running: list[str] = []  # names of the modules whose forward is running, the innermost last
         matrices = ((name, value) for name, value in module.named_parameters() if value.ndim == 2)
-        self.weights = {value.untyped_storage().data_ptr(): name.rpartition(".")[0] for name, value in matrices}
+        self.weights = {
+            value.untyped_storage().data_ptr(): name.rpartition(".")[0] or type(module).__name__
+            for name, value in matrices
+        }
         self.weight_copies: list[Tensor] = []  # kept alive, so that no other tensor gets their address
         self.generator = torch.Generator().manual_seed(RANDOM_SEED)
 

@@ -82,7 +82,7 @@ def activation(fn: Callable[[Tensor], Tensor], std: float = 1.0) -> float:
         std: standard deviation of the pre-activations, positive.
 
     Raises:
-        ValueError: std is not positive and finite; fn is not elementwise, is zero on (almost) all inputs, or has an
+        ValueError: std is not positive and finite; fn changes the shape, is zero on (almost) all inputs, or has an
             infinite second moment.
     """
     if isinstance(std, bool) or not isinstance(std, numbers.Real) or not math.isfinite(std) or std <= 0:

@@ -11,6 +11,8 @@ from typing import Any
 
 from antransformer.errors import ConfigError
 
+FIGURE_FORMATS = (".png", ".pdf", ".svg")
+
 
 def quoted(path: str | Path) -> str:
     """Path as a word of a shell command, for commands that are printed."""

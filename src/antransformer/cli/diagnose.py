@@ -24,12 +24,11 @@ from antransformer.diagnostics.diagnosis import LEGEND, Diagnosis, FactorError, 
 from antransformer.diagnostics.figure import diagnosis_figure
 from antransformer.diagnostics.summary import format_number, summarize
 from antransformer.errors import CheckpointError, MissingExtraError
-from antransformer.files import check_file_target, check_json_target
+from antransformer.files import FIGURE_FORMATS, check_file_target, check_json_target
 from antransformer.settings import Count, convert
 
 USAGE = "antransformer diagnose --checkpoint RUN [options]"
 TOKENS = 16_384
-FIGURE_FORMATS = (".png", ".pdf", ".svg")
 
 
 def add_arguments(parser: Parser) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import threading
 from types import FrameType
 
 SIGNALS = [signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -11,7 +12,8 @@ SIGNALS = [signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if h
 class StopSignals:
     """While entered, records the first of ``SIGNALS`` in ``received``; a second one has its usual effect.
 
-    SIGHUP stays ignored where it is, as under nohup.
+    SIGHUP stays ignored where it is, as under nohup. Outside the main thread, where Python allows no handlers, no
+    signal is recorded.
 
     Args:
         announcement: text printed at once for the first signal; None for no text.
@@ -26,6 +28,8 @@ class StopSignals:
         chosen = [
             number for number in SIGNALS if number.name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN
         ]
+        if threading.current_thread() is not threading.main_thread():
+            chosen = []
         self._handlers = {number: signal.signal(number, self._receive) for number in chosen}
         return self
 
