@@ -3,14 +3,24 @@
 import inspect
 import json
 import math
+import pickle
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 
 import antransformer
 from antransformer.cli import main
-from antransformer.errors import CheckpointError, ConfigError, UsageError
+from antransformer.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    MissingExtraError,
+    RunStoppedError,
+    UsageError,
+)
 from antransformer.runs import provenance
 from antransformer.training.dry_run import NullReporter
 from antransformer.training.metrics import read_metrics
@@ -144,6 +154,15 @@ def test_train_prints_progress_if_asked(corpus, tmp_path, capfd):
         (lambda: antransformer.plan(flops=1e18, gpus=0), ConfigError, ["--gpus", "0"]),
         (lambda: antransformer.plan(flops=1e18, gpus_per_machine=0), ConfigError, ["--gpus-per-machine", "0"]),
         (lambda: antransformer.plan(flops=1e18, gpu="abacus"), ConfigError, ["--gpu", "abacus", "h100"]),
+        (lambda: antransformer.plan(flops=1e18, gpus="many"), ConfigError, ["gpus", "many"]),
+        (lambda: antransformer.compare("gpt+", out="out"), ConfigError, ["gpt+"]),
+        (lambda: antransformer.compare(architectures=3, out="out"), ConfigError, ["3"]),
+        (lambda: antransformer.compare(budgets="1K", seeds=1.5, out="out"), ConfigError, ["seeds", "1.5"]),
+        (lambda: antransformer.sweep(sizes="mega", out="out"), ConfigError, ["mega", "nano"]),
+        (lambda: antransformer.evaluate("run", limit=1.5), ConfigError, ["limit", "1.5"]),
+        (lambda: antransformer.generate("run", b"text"), ConfigError, ["prompt", "b'text'"]),
+        (lambda: antransformer.generate("run", top_p=None), ConfigError, ["top_p", "None"]),
+        (lambda: antransformer.fit("t.csv"), DataError, ["t.csv"]),
     ],
 )
 def test_wrong_input_raises_a_usage_error(call, error, facts, tmp_path, monkeypatch):
@@ -152,6 +171,36 @@ def test_wrong_input_raises_a_usage_error(call, error, facts, tmp_path, monkeypa
         call()
     assert isinstance(caught.value, UsageError) and mentions(caught.value, *facts)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["train", "export", "verify"])
+def test_a_path_of_another_type_is_named(name):
+    arguments = {"train": {"out": 3}, "export": {"checkpoint": "run", "out": None}, "verify": {"data": 3}}[name]
+    with pytest.raises(TypeError, match=list(arguments)[-1]):
+        getattr(antransformer, name)(**arguments)
+
+
+def test_numbers_of_other_types_and_single_values_are_converted(run, corpus, tmp_path):
+    text = antransformer.generate(str(run.folder), "to be", max_new_tokens=np.int64(5), seed="3", top_k=np.int64(4))
+    assert text == antransformer.generate(run.folder, "to be", max_new_tokens=5, seed=3, top_k=4)
+    file = tmp_path / "text.txt"
+    file.write_text("to be or not to be " * 40)
+    scores = antransformer.evaluate(run.folder, texts=file, out=tmp_path / "scores.json").scores
+    assert scores == antransformer.evaluate(run.folder, texts=[str(file)], out=tmp_path / "scores.json").scores
+
+
+def test_training_runs_in_a_thread(corpus, tmp_path):
+    with ThreadPoolExecutor(1) as pool:
+        run = pool.submit(antransformer.train, data=str(corpus), tokens=512, out=tmp_path / "run", **SETTINGS).result()
+    assert math.isfinite(run.result.val_loss)
+
+
+@pytest.mark.parametrize(
+    "error", [ConfigError("wrong"), MissingExtraError("scipy", "analysis"), RunStoppedError("at step 3", 15)]
+)
+def test_errors_survive_a_process_pool(error):
+    copied = pickle.loads(pickle.dumps(error))
+    assert type(copied) is type(error) and str(copied) == str(error) and vars(copied) == vars(error)
 
 
 def test_prepare_returns_the_dataset(tmp_path):

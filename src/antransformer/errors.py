@@ -4,12 +4,24 @@ The command line prints the message of each as one line. ``UsageError`` gives ex
 input), ``MachineError`` exit status 1 (for example a full disk or a diverged run).
 """
 
+from typing import Any
+
 
 class AntransformerError(Exception):
     """Base class of all errors that this package raises on purpose. Line breaks in the message become spaces."""
 
     def __init__(self, message: object = "") -> None:
         super().__init__(" ".join(str(message).splitlines()))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the message and the attributes, since subclasses have other arguments."""
+        return _restored, (type(self), str(self), self.__dict__)
+
+
+def _restored(kind: type[AntransformerError], message: str, attributes: dict[str, Any]) -> AntransformerError:
+    error = kind.__new__(kind, message)
+    error.__dict__.update(attributes)
+    return error
 
 
 class UsageError(AntransformerError, ValueError):

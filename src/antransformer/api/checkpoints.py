@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+from antransformer.api.arguments import checked
 from antransformer.comparison.summary import summary
 from antransformer.data import Tokenizer
 from antransformer.data.readers import TEXT_FIELD
@@ -35,6 +36,7 @@ REPORT_FIGURES = ("loss-tokens.png", "speedup-tokens.png")  # for the card of a 
 RUN = "a run or a checkpoint"
 
 
+@checked
 def load(path: str | Path, device: str = "auto") -> tuple[Decoder, Tokenizer]:
     """Return a trained model, in evaluation mode, and its tokenizer.
 
@@ -50,6 +52,7 @@ def load(path: str | Path, device: str = "auto") -> tuple[Decoder, Tokenizer]:
     return restore(checkpoint, choose_device(device)), tokenizer
 
 
+@checked
 def generate(
     checkpoint: str | Path | tuple[Decoder, Tokenizer],
     prompt: str = "",
@@ -100,6 +103,7 @@ def generate(
     return "".join(text)
 
 
+@checked
 def export(
     checkpoint: str | Path,
     out: str | Path,
@@ -134,6 +138,7 @@ def export(
     return source
 
 
+@checked
 @contextlib.contextmanager
 def serve(
     checkpoint: str | Path | None = None, *, gguf: str | Path | None = None, port: int = 8080, dtype: str | None = None
@@ -184,6 +189,7 @@ class Evaluation:
         return [score for result in self.results for score in result.summary()]
 
 
+@checked
 def evaluate(
     checkpoint: str | Path,
     *,

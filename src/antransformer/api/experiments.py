@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from antransformer.api.arguments import checked
 from antransformer.comparison import ablate as ablations
 from antransformer.comparison import compare as comparisons
 from antransformer.comparison import report
@@ -24,6 +25,7 @@ from antransformer.training.config import normalize_settings
 from antransformer.training.lock import lock
 
 
+@checked
 def compare(
     architectures: Sequence[str] = ("gpt+", "angpt"),
     *,
@@ -86,6 +88,7 @@ def compare(
     return _run_experiment(planned, Path(out), devices, workers, progress)
 
 
+@checked
 def ablate(
     only: Sequence[str] = (),
     *,

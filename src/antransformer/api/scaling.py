@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from antransformer.api.arguments import checked
 from antransformer.data.mixture import open_mixture
 from antransformer.data.stdlib import NAME as STDLIB
 from antransformer.errors import ConfigError
@@ -33,6 +34,7 @@ from antransformer.training.lock import lock
 LOG = logging.getLogger(__name__)
 
 
+@checked
 def sweep(
     *,
     out: str | Path,
@@ -110,6 +112,7 @@ def sweep(
     return results
 
 
+@checked
 def fit(
     results: Sequence[str | Path] = (), *, optima: str | Path | None = None, bins: int | None = None
 ) -> list[laws.Fit]:
@@ -132,6 +135,7 @@ def fit(
     return laws.fit(read_observations([Path(path) for path in results]), bins)
 
 
+@checked
 def plan(
     *,
     flops: float | str | None = None,

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from antransformer.api.arguments import checked
 from antransformer.data import Dataset, prepare_tokenized
 from antransformer.data import join_parts as join_written_parts
 from antransformer.data import prepare as prepare_data
@@ -29,6 +30,7 @@ from antransformer.training.trainer import Reporter, Result
 LOG = logging.getLogger(__name__)
 
 
+@checked
 def prepare(
     inputs: Inputs,
     out: str | Path,
@@ -73,6 +75,7 @@ def prepare(
         )
 
 
+@checked
 def preview(*, config: str | Path | None = None, progress: bool = False, **settings: Any) -> Preview:
     """Settings of a run with their origins, its parameters, memory and time; nothing is written.
 
@@ -92,6 +95,7 @@ def preview(*, config: str | Path | None = None, progress: bool = False, **setti
     return preview_run(complete, dataset, options, file, None if config is None else str(config), log)
 
 
+@checked
 def prepare_part(
     inputs: Inputs,
     out: str | Path,
@@ -119,12 +123,14 @@ def prepare_part(
         )
 
 
+@checked
 def join_parts(out: str | Path, *, progress: bool = False) -> Dataset:
     """Join the parts of ``out`` to a data folder; errors as in ``antransformer.data.join_parts``."""
     with PrepareProgress(Path(out).name, enabled=progress) as display:
         return join_written_parts(out, progress=display)
 
 
+@checked
 def verify(data: str | Path, *, jobs: int = 1, progress: bool = False) -> Dataset:
     """Check every shard of a ``data`` folder, ``jobs`` at a time; errors as in ``antransformer.data.verify``.
 
@@ -147,6 +153,7 @@ class TrainedRun:
     result: Result
 
 
+@checked
 def train(
     *,
     config: str | Path | None = None,
@@ -157,7 +164,7 @@ def train(
     progress: bool | Reporter = False,
     **settings: Any,
 ) -> TrainedRun:
-    """Train a model; under torchrun, as one rank of many.
+    """Train a model; under torchrun, as one rank of many. Seeds torch's global generator.
 
     Args:
         config: YAML file of settings, or the name of a shipped one; ``settings`` override it.
