@@ -159,6 +159,8 @@ def test_train_prints_progress_if_asked(corpus, tmp_path, capfd):
         (lambda: antransformer.compare(architectures=3, out="out"), ConfigError, ["3"]),
         (lambda: antransformer.compare(budgets="1K", seeds=1.5, out="out"), ConfigError, ["seeds", "1.5"]),
         (lambda: antransformer.sweep(sizes="mega", out="out"), ConfigError, ["mega", "nano"]),
+        (lambda: antransformer.sweep(sizes=[], out="out"), ConfigError, ["sizes"]),
+        (lambda: antransformer.compare(tokens=-5, out="out"), ConfigError, ["tokens", "-5"]),
         (lambda: antransformer.evaluate("run", limit=1.5), ConfigError, ["limit", "1.5"]),
         (lambda: antransformer.generate("run", b"text"), ConfigError, ["prompt", "b'text'"]),
         (lambda: antransformer.generate("run", top_p=None), ConfigError, ["top_p", "None"]),

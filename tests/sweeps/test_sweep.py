@@ -22,7 +22,7 @@ from antransformer.runs.search import EXTENSIONS
 from antransformer.scaling.fits import fit
 from antransformer.sweeps import report as sweep_report
 from antransformer.sweeps.charts import law, regret, token_budgets
-from antransformer.sweeps.sweep import LR_RATIO, Sweeper, plan
+from antransformer.sweeps.sweep import LR_RATIO, Sweeper, check_choices, plan
 from antransformer.training.config import resolve_config
 from helpers.small import SMALL
 
@@ -362,9 +362,9 @@ def test_the_folder_of_a_comparison_is_refused(corpus, tmp_path, capsys):
     assert str(tmp_path) in errors and "--out" in errors and errors.count("\n") == 1
 
 
-def test_the_plan_refuses_values_that_round_to_the_same(corpus):
+def test_values_that_round_to_the_same_are_refused(corpus):
     assert set(sweeper(corpus, lrs=[1.0003e-3, 1.0004e-3]).plan.grids.values()) == {(1.0003e-3, 1.0004e-3)}
     with pytest.raises(ConfigError, match=r"lrs .*0\.0010000003 0\.0010000004"):
-        sweeper(corpus, lrs=[1.0000003e-3, 1.0000004e-3])
+        check_choices(["angpt"], ["nano"], [], [1.0000003e-3, 1.0000004e-3])
     with pytest.raises(ConfigError, match=r"batch_tokens .*512 513"):
         sweeper(corpus, batches=[512, 513])

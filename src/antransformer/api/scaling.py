@@ -25,7 +25,7 @@ from antransformer.scaling.planner import Cluster, Plan
 from antransformer.settings import nearest
 from antransformer.sweeps import options, report
 from antransformer.sweeps.estimate import estimate
-from antransformer.sweeps.sweep import Sweeper
+from antransformer.sweeps.sweep import Sweeper, check_choices
 from antransformer.sweeps.sweep import plan as plan_sweep
 from antransformer.training.config import normalize_settings
 from antransformer.training.cost_model.throughput import GPUS
@@ -87,6 +87,7 @@ def sweep(
     shared_settings.require_shared(shared, shared_settings.SWEEP_TRAINING, shared_settings.SWEEP_MODEL)
     require_own_folder(folder, "sweep")
     grid = options.grid_options(sizes, widths, batch_tokens, lrs, lr_trials, tokens, tokens_per_param)
+    check_choices(architectures, sizes, grid["widths"], grid["lrs"])
     queue_devices = available_devices(devices, workers)
     dataset = open_mixture(shared.get("data", STDLIB), None, partial(open_dataset, progress=progress))
     planned = plan_sweep(shared, dataset.vocab_size, architectures, sizes, **grid, seeds=seeds)

@@ -55,9 +55,11 @@ def budgets_of(tokens: int, budgets: Sequence[Any] = ()) -> tuple[int, ...]:
     """Return the budgets as ascending token counts; by default a quarter of ``tokens``, half of it, and all of it.
 
     Raises:
-        ConfigError: a budget is not a token count, or is given twice.
+        ConfigError: a budget is not a positive token count, or is given twice.
     """
     if not budgets:
+        if tokens < 1:
+            raise ConfigError(f"tokens must be at least 1, got {tokens}")
         return tokens // 4, tokens // 2, tokens
     given = " ".join(map(str, budgets))
     try:

@@ -100,10 +100,8 @@ def plan(
         seeds: number of seeds for each learning rate.
 
     Raises:
-        ConfigError: a name is unknown, a value is repeated, widths are combined with several sizes, or a run is shorter
-            than one batch.
+        ConfigError: a batch is repeated, or a run is shorter than one batch.
     """
-    _check_choices(architectures, sizes, widths, lrs)
     context = max(ModelConfig.preset(name).context for name in sizes)
     shared = merge({"model": {"context": context}}, settings)
     grids: dict[Cell, tuple[float, ...]] = {}
@@ -141,9 +139,17 @@ def plan(
     return SweepPlan(grids, settings_of, kept, None if lrs else trials, seeds, bool(widths))
 
 
-def _check_choices(
+def check_choices(
     architectures: Sequence[str], sizes: Sequence[str], widths: Sequence[int], lrs: Sequence[float]
 ) -> None:
+    """Check the values to try before data is opened, which may take minutes to prepare.
+
+    Raises:
+        ConfigError: there is no architecture or size, an architecture is unknown, a value is repeated, or widths are
+            combined with several sizes.
+    """
+    if not architectures or not sizes:
+        raise ConfigError("a sweep needs one of architectures and one of sizes at least")
     for name in architectures:
         if name not in registry.names():
             known = nearest(name, registry.names()) or f": choose from {', '.join(registry.names())}"
