@@ -38,9 +38,11 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def _argument(value: Any, hint: Any, name: str) -> Any:
+    if value is None and type(None) in typing.get_args(hint):
+        return None
     if hint in CONVERTED:
         return convert(value, hint, name)
-    if hint in PATHS and not isinstance(value, str | Path) and not (value is None and hint == str | Path | None):
+    if hint in PATHS and not isinstance(value, str | Path):
         raise TypeError(f"{name} must be a path, got {type(value).__name__}")
     if typing.get_origin(hint) is Sequence:
         values = [value] if isinstance(value, str | Path | int | float) else value

@@ -59,13 +59,15 @@ def budgets_of(tokens: int, budgets: Sequence[Any] = ()) -> tuple[int, ...]:
     """
     if not budgets:
         if tokens < 1:
-            raise ConfigError(f"tokens must be at least 1, got {tokens}")
+            raise ConfigError(f"--tokens must be at least 1, got {tokens}")
         return tokens // 4, tokens // 2, tokens
     given = " ".join(map(str, budgets))
     try:
         counts = sorted(int(read_count(value)) for value in budgets)
     except ValueError as error:
         raise ConfigError(f"--budgets must be counts of tokens such as 5M 10M 20M, got {given}") from error
+    if counts[0] < 1:
+        raise ConfigError(f"--budgets must be at least 1, got {given}")
     if len(set(counts)) != len(counts):
         raise ConfigError(f"--budgets has the same budget twice: {given}")
     return tuple(counts)
