@@ -236,3 +236,11 @@ def test_a_full_disk_is_status_1(corpus, tmp_path, capsys, monkeypatch):
     assert main(["train", "--data", str(corpus), "--out", str(tmp_path / "run"), *TEN_STEPS]) == 1
     error = capsys.readouterr().err
     assert error.startswith("antransformer: ") and error.endswith(f"{failure}\n") and error.count("\n") == 1
+
+
+def test_a_run_with_a_relative_init_resumes_by_its_own_command(corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--data", str(corpus), "--out", "first", *TEN_STEPS]) == 0
+    command = ["train", "--init", "first", "--data", str(corpus), "--out", "second", *TEN_STEPS]
+    assert main(command) == 0
+    assert main([*command, "--resume"]) == 0

@@ -364,6 +364,11 @@ def test_a_killed_run_looks_incomplete_and_the_next_one_succeeds(corpus: Path, t
         with pytest.raises(DataError):
             Dataset.open(folder)
     (partial / "train-00099.bin").write_bytes(b"stale")
+    (partial / "notes.txt").write_text("the user's")
+    with pytest.raises(DataError) as error:
+        prepare([corpus], out, **options)
+    assert mentions(error.value, partial) and (partial / "notes.txt").read_text() == "the user's"
+    (partial / "notes.txt").unlink()
     prepare([corpus], out, **options)
     assert not partial.exists()
     uninterrupted = prepare([corpus], tmp_path / "uninterrupted", **options)

@@ -7,6 +7,7 @@ or uint32 if the vocabulary has more than 65,536 ids. ``meta.json`` lists them w
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ VERSION = 1
 LINKED_VERSION = 2  # of folders whose shards are parts of other files
 SHARD_TOKENS = 100_000_000  # of each of the first shards
 META_FILE = "meta.json"
+OWN_FILE = re.compile(r"(train|val)-\d+\.bin|meta\.json|tokenizer(_config)?\.json")
 SHARDS_OF_A_SIZE = 64
 
 
@@ -142,10 +144,12 @@ def new_folder(out: Path) -> Iterator[Path]:
     """Enter the sibling ``OUT.partial``, which is renamed to ``out`` at the end and removed after an error.
 
     Raises:
-        DataError: ``out`` is in use or cannot be created.
+        DataError: ``out`` is in use or cannot be created, or ``OUT.partial`` holds files of somebody else.
     """
     require_unused(out)
     partial = out.with_name(out.name + ".partial")
+    if partial.is_dir() and not all(OWN_FILE.fullmatch(path.name) for path in partial.iterdir()):
+        raise DataError(f"{partial}: holds files that prepare did not write: move it, or choose another folder")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)

@@ -21,7 +21,7 @@ LLAMA3_PATTERN = "|".join(
     )
 )
 IGNORES_MERGES = {"gpt-2": False, "llama-bpe": True}  # how llama.cpp encodes a pre-token that is in the vocabulary
-ADVICE = "use --format exaone4 or qwen3, whose folder has the tokenizer.json"
+ADVICE = "use --format exaone4 (anGPT) or qwen3 (GPT+), whose folder has the tokenizer.json"
 
 # Token types of the format
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5

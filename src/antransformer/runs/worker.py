@@ -69,6 +69,7 @@ def main(arguments: list[str]) -> int:
     try:
         train(folder, data, device)
     except RunStoppedError as error:
+        send(error=str(error))
         return error.status
     except RuntimeError as error:
         if not is_out_of_memory(error):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from antransformer.data import Dataset, Tokenizer
+from antransformer.data.mixture_spec import absolute
 from antransformer.errors import CheckpointError, ConfigError, DataError
 from antransformer.files import check_folder_target, quoted, replace_text
 from antransformer.models.config import preset_sizes
@@ -125,6 +126,8 @@ def resumed_config(folder: Path, changes: Mapping[str, Any]) -> TrainConfig:
         )
     complete = saved_config(folder)
     before, changes = to_mapping(complete), normalize_settings(changes, "command line")
+    if changes.get("init"):  # recorded as an absolute path
+        changes["init"] = absolute(changes["init"])
     if "batch_tokens" in changes:  # rounded as when the run started
         changes["batch_tokens"] = round_to_sequences(changes["batch_tokens"], complete.model.context)
     fixed = {
