@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from antransformer.errors import ConfigError
+from antransformer.files import as_path
 from antransformer.settings import convert, shown
 
 P = ParamSpec("P")
@@ -42,8 +43,8 @@ def _argument(value: Any, hint: Any, name: str) -> Any:
         return None
     if hint in CONVERTED:
         return convert(value, hint, name)
-    if hint in PATHS and not isinstance(value, str | Path):
-        raise TypeError(f"{name} must be a path, got {type(value).__name__}")
+    if hint in PATHS:
+        as_path(name, value, "a file or folder")  # not converted: the text may also be a name, as of a tokenizer
     if typing.get_origin(hint) is Sequence:
         values = [value] if isinstance(value, str | Path | int | float) else value
         if not isinstance(values, Iterable):

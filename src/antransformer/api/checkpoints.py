@@ -13,7 +13,7 @@ from antransformer.comparison.summary import summary
 from antransformer.data import Tokenizer
 from antransformer.data.readers import TEXT_FIELD
 from antransformer.errors import ConfigError
-from antransformer.files import as_path, check_json_target, replace_text
+from antransformer.files import check_json_target, replace_text
 from antransformer.inference.folding import folded_where_possible
 from antransformer.inference.perplexity import perplexity
 from antransformer.inference.text import continue_text
@@ -33,7 +33,6 @@ from antransformer.training.run_folder import open_checkpoint, run_folder_of
 
 LOG = logging.getLogger(__name__)
 REPORT_FIGURES = ("loss-tokens.png", "speedup-tokens.png")  # for the card of a run that belongs to a comparison
-RUN = "a run or a checkpoint"
 
 
 @checked
@@ -48,7 +47,7 @@ def load(path: str | Path, device: str = "auto") -> tuple[Decoder, Tokenizer]:
         CheckpointError, DataError: there is no usable checkpoint or tokenizer.
         ConfigError: the device is not available.
     """
-    checkpoint, tokenizer = open_checkpoint(as_path("path", path, RUN), LOG.warning)
+    checkpoint, tokenizer = open_checkpoint(Path(path), LOG.warning)
     return restore(checkpoint, choose_device(device)), tokenizer
 
 
@@ -128,7 +127,7 @@ def export(
     Raises:
         CheckpointError, ConfigError, MachineError, MissingExtraError: as in ``interop.export.export``.
     """
-    source, tokenizer = open_checkpoint(as_path("checkpoint", checkpoint, RUN), LOG.warning)
+    source, tokenizer = open_checkpoint(Path(checkpoint), LOG.warning)
     experiment = run_folder_of(source).parent.parent  # if the run is one of a comparison
     reported = all((experiment / name).is_file() for name in (REPORT_FILE, comparison.FILE))
     text = summary(comparison.Results.load(experiment)) if reported else None
@@ -161,7 +160,7 @@ def serve(
     if gguf and not checkpoint:
         server = serving.serve_file(Path(gguf), port)
     elif checkpoint and not gguf:
-        source, tokenizer = open_checkpoint(as_path("checkpoint", checkpoint, RUN), LOG.warning)
+        source, tokenizer = open_checkpoint(Path(checkpoint), LOG.warning)
         server = serving.serve_checkpoint(source, tokenizer, dtype or "f32", port)
     else:
         raise ConfigError("give one of the two: checkpoint or gguf")
@@ -222,7 +221,7 @@ def evaluate(
         CheckpointError, DataError: the checkpoint or a text file cannot be used.
         ConfigError, DataError, MissingExtraError: with tasks, as in ``interop.evaluate.evaluate``.
     """
-    source, tokenizer = open_checkpoint(as_path("checkpoint", checkpoint, RUN), LOG.warning)
+    source, tokenizer = open_checkpoint(Path(checkpoint), LOG.warning)
     path = Path(out) if out else run_folder_of(source) / EVALUATION_FILE
     check_json_target("--out", path, lambda content: "results" in content)
     if not tasks and not texts:
