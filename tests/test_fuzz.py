@@ -41,6 +41,7 @@ from antransformer.inference import generate
 from antransformer.interop import local_tasks as task_data
 from antransformer.interop.import_hf import import_folder, read_config
 from antransformer.interop.model_card import card
+from antransformer.lock import lock
 from antransformer.results.comparison import Results
 from antransformer.scaling.law_files import SHIPPED, predict, read_laws
 from antransformer.training import launch
@@ -49,7 +50,6 @@ from antransformer.training.checkpointing.sharded_safetensors import SHARDING_KE
 from antransformer.training.config import TrainConfig, resolve_config
 from antransformer.training.config_files import read_yaml
 from antransformer.training.defaults import parameter_count
-from antransformer.training.lock import lock
 from antransformer.training.metrics import MetricsLog, read_metrics
 from antransformer.training.optimizer import make_optimizer
 from antransformer.training.run_folder import open_checkpoint, resumed_config

@@ -19,6 +19,7 @@ FLOORS = [
     "pace",
     "figure_style",
     "files",
+    "lock",
     "renamed",
     "factors",
     "kernels",

@@ -1,17 +1,19 @@
 """Files from anywhere: reads that do not block on pipes, and atomic writes that do not follow links."""
 
+import contextlib
 import errno
 import json
 import os
 import shlex
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from antransformer.errors import ConfigError
 
 FIGURE_FORMATS = (".png", ".pdf", ".svg")
+FULL_DISK = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 
 
 def quoted(path: str | Path) -> str:
@@ -68,15 +70,30 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Add the path to the error of a full disk: unlike opening a file, writing to it does not report its name."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL_DISK and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def replace_text(path: Path, text: str) -> None:
-    """Replace a UTF-8 file atomically and force it to the disk."""
+    """Replace a UTF-8 file atomically and force it to the disk; after an error the old file is intact."""
     partial = path.with_name(f"{path.name}.partial")
     partial.unlink(missing_ok=True)  # left by a killed write, or a link to another file
-    with partial.open("x", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with writing(path), partial.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def check_file_target(option: str, path: Path, endings: tuple[str, ...] = ()) -> None:

@@ -12,9 +12,9 @@ from types import SimpleNamespace
 import pytest
 
 from antransformer.cli import main
+from antransformer.lock import lock
 from antransformer.training.config import resolve_config
 from antransformer.training.launch import law_note
-from antransformer.training.lock import lock
 from antransformer.training.metrics import read_metrics
 from antransformer.training.profiling import report
 from helpers.commands import TEN_STEPS, refused, write_documents

@@ -20,7 +20,7 @@ from antransformer.cli import main
 from antransformer.data import Dataset, Split, preparation, prepare, readers
 from antransformer.data.holdout import TrainValSplit
 from antransformer.data.shards import ShardWriter, dtype_for
-from antransformer.errors import DataError
+from antransformer.errors import ConfigError, DataError
 from helpers.messages import mentions
 
 
@@ -57,6 +57,11 @@ def refusal(*args: Any, **options: Any) -> str:
 
 def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def name_of(descriptor: int) -> str:
+    """Name of an open file, without the ending of an unfinished one."""
+    return Path(f"/proc/self/fd/{descriptor}").readlink().name.removesuffix(".partial")
 
 
 def test_round_trip_and_counts(corpus: Path, tmp_path: Path) -> None:
@@ -158,10 +163,9 @@ def test_all_files_are_flushed_to_disk_before_the_rename(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: list[str] = []
-    opened = "/proc/self/fd/{}".format
-    monkeypatch.setattr(os, "fsync", lambda number: synced.append(Path(opened(number)).readlink().name))
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append(name_of(number)))
     dataset = prepare([corpus], tmp_path / "out", val_fraction=0.2, shard_tokens=2000)
-    assert sorted(name.removesuffix(".partial") for name in synced) == sorted(files(dataset.path))
+    assert sorted(synced) == sorted([*files(dataset.path), ".lock.pid"])
     assert synced[-1] == "meta.json"
 
 
@@ -336,13 +340,26 @@ def test_an_exception_leaves_nothing(corpus: Path, tmp_path: Path, monkeypatch: 
 
 def test_a_full_disk_leaves_nothing(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if name_of(descriptor).endswith(".bin"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError) as error:
         prepare([corpus], tmp_path / "out", val_fraction=0.2)
-    assert error.value.errno == errno.ENOSPC
+    assert error.value.errno == errno.ENOSPC and error.value.filename == str(tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_folder_that_another_process_writes_is_refused(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def second(*_: int) -> None:
+        with pytest.raises(ConfigError) as error:
+            prepare([corpus], out, val_fraction=0.2)
+        assert mentions(error.value, tmp_path / "out.partial", os.getpid())
+
+    first = prepare([corpus], out, val_fraction=0.2, progress=second)
+    assert files(out) == files(first.path) and not (tmp_path / "out.partial").exists()
 
 
 def test_a_killed_run_looks_incomplete_and_the_next_one_succeeds(corpus: Path, tmp_path: Path) -> None:

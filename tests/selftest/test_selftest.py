@@ -8,9 +8,9 @@ import torch
 from antransformer import functional
 from antransformer.benchmarks.timing import machine_info
 from antransformer.cli import main
+from antransformer.lock import lock
 from antransformer.selftest import PARTS, checkpoints, program
 from antransformer.selftest.checks import Setup
-from antransformer.training.lock import lock
 from helpers.commands import refused
 
 SHORT_PARTS = ("kernels", "checkpoints", "speed-0.5b", "generation")  # the others compile, or train for long

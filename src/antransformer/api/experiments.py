@@ -15,6 +15,7 @@ from antransformer.data.mixture import open_mixture
 from antransformer.data.stdlib import NAME as STDLIB
 from antransformer.errors import ConfigError
 from antransformer.extras import require_analysis
+from antransformer.lock import lock
 from antransformer.progress import ExperimentProgress, log, open_dataset
 from antransformer.results.comparison import Results
 from antransformer.results.folder import require_own_folder
@@ -22,7 +23,6 @@ from antransformer.runs import shared_settings
 from antransformer.runs.queue import RunQueue, available_devices
 from antransformer.settings import Count, convert
 from antransformer.training.config import normalize_settings
-from antransformer.training.lock import lock
 
 
 @checked

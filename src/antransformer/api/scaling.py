@@ -11,6 +11,7 @@ from antransformer.data.mixture import open_mixture
 from antransformer.data.stdlib import NAME as STDLIB
 from antransformer.errors import ConfigError
 from antransformer.extras import require, require_analysis
+from antransformer.lock import lock
 from antransformer.models import ModelConfig, registry
 from antransformer.models.config import PAPER_VOCABULARY
 from antransformer.progress import ExperimentProgress, log, open_dataset
@@ -29,7 +30,6 @@ from antransformer.sweeps.sweep import Sweeper, check_choices
 from antransformer.sweeps.sweep import plan as plan_sweep
 from antransformer.training.config import normalize_settings
 from antransformer.training.cost_model.throughput import GPUS
-from antransformer.training.lock import lock
 
 LOG = logging.getLogger(__name__)
 

@@ -16,7 +16,11 @@ USAGE = "antransformer generate --checkpoint RUN [options]"
 def add_arguments(parser: Parser) -> None:
     """Add the options of ``generate``: checkpoint, prompt, sampling and device."""
     add_checkpoint_argument(parser)
-    parser.add_argument("--prompt", default="", help="text to continue (default: start a new document)")
+    parser.add_argument(
+        "--prompt",
+        default="",
+        help="text to continue (default: start a new document); --prompt=-x for one that starts with a hyphen",
+    )
     parser.add_argument(
         "--max-new-tokens",
         type=int,

@@ -61,10 +61,10 @@ def run(parsed: argparse.Namespace) -> None:
     Raises:
         MachineError: a check failed.
     """
+    from antransformer.lock import lock
     from antransformer.selftest import program
     from antransformer.selftest.checks import Setup
     from antransformer.training.device import choose_device
-    from antransformer.training.lock import lock
 
     if parsed.minutes is not None and not parsed.minutes >= program.MINUTES:
         raise ConfigError(f"--minutes must be at least {program.MINUTES}, the time of one part; got {parsed.minutes:g}")

@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 
 from antransformer.data.checks import DTYPES, sample_digest
 from antransformer.errors import DataError
+from antransformer.files import writing
+from antransformer.lock import HOLDER_FILE, LOCK_FILE, lock
 
 FORMAT = "antransformer-shards"
 VERSION = 1
@@ -27,6 +29,7 @@ LINKED_VERSION = 2  # of folders whose shards are parts of other files
 SHARD_TOKENS = 100_000_000  # of each of the first shards
 META_FILE = "meta.json"
 OWN_FILE = re.compile(r"(train|val)-\d+\.bin|meta\.json|tokenizer(_config)?\.json")
+LOCK_FILES = (HOLDER_FILE, LOCK_FILE)
 SHARDS_OF_A_SIZE = 64
 
 
@@ -139,31 +142,43 @@ def require_unused(out: Path) -> None:
         raise DataError(f"{out}: exists and is not a folder; choose another name")
 
 
+def _is_own(path: Path) -> bool:
+    return path.name in LOCK_FILES or bool(OWN_FILE.fullmatch(path.name))
+
+
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """Enter the sibling ``OUT.partial``, which is renamed to ``out`` at the end and removed after an error.
 
     Raises:
+        ConfigError: another process writes the folder.
         DataError: ``out`` is in use or cannot be created, or ``OUT.partial`` holds files of somebody else.
+        MachineError, OSError: the disk is full.
     """
     require_unused(out)
     partial = out.with_name(out.name + ".partial")
-    if partial.is_dir() and not all(OWN_FILE.fullmatch(path.name) for path in partial.iterdir()):
-        raise DataError(f"{partial}: holds files that prepare did not write: move it, or choose another folder")
-    shutil.rmtree(partial, ignore_errors=True)
+    if partial.is_symlink() or (partial.is_dir() and not all(map(_is_own, partial.iterdir()))):
+        raise DataError(f"{partial}: not written by prepare: move it, or choose another folder")
     try:
-        partial.mkdir(parents=True)
+        partial.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"{out}: cannot be created ({error.strerror}); choose another folder") from error
-    try:
-        yield partial
-        require_unused(out)  # it may have been filled during the hours that tokenizing can take
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with lock(partial):
+        try:
+            for path in partial.iterdir():
+                if path.name not in LOCK_FILES:
+                    path.unlink()  # left by a killed process
+            with writing(out):
+                yield partial
+            require_unused(out)  # it may have been filled during the hours that tokenizing can take
+            if out.exists():
+                out.rmdir()
+            for name in LOCK_FILES:
+                (partial / name).unlink(missing_ok=True)
+            partial.rename(out)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
 
 
 def write_meta(folder: Path, meta: dict[str, Any], version: int = VERSION) -> None:

@@ -13,6 +13,7 @@ from antransformer.data import Dataset
 from antransformer.data.mixture import open_mixture
 from antransformer.data.mixture_spec import absolute, absolute_mixture, absolute_stage
 from antransformer.errors import CheckpointError, ConfigError
+from antransformer.lock import lock
 from antransformer.models.config import PAPER_VOCABULARY
 from antransformer.settings import Count, Words
 from antransformer.training import defaults, extension, run_folder
@@ -23,7 +24,6 @@ from antransformer.training.device import resolve_auto
 from antransformer.training.distributed.launcher import job_number
 from antransformer.training.distributed.parallel import DistributedContext, init_distributed
 from antransformer.training.learning_rates import format_rates
-from antransformer.training.lock import lock
 from antransformer.training.micro_batch import fit_micro_batch
 from antransformer.training.profiling import FIRST, LAST, profile_steps
 from antransformer.training.trackers import check_trackers

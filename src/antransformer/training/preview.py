@@ -1,4 +1,4 @@
-"""Preview of a run: its settings with their origins, its parameters, memory and time; nothing is written."""
+"""Preview of a run: its settings with their origins, its parameters, memory and time; no run folder is created."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from antransformer.data import Dataset
-from antransformer.errors import ConfigError
 from antransformer.models import build
 from antransformer.models.config import ModelConfig, preset_sizes
+from antransformer.settings import Count
 from antransformer.training import defaults
 from antransformer.training.config import TrainConfig, to_mapping
 from antransformer.training.data import epochs_note
@@ -79,11 +79,9 @@ def preview(
         log: called with a line before the steps, which take a minute with a large model on a CPU.
 
     Raises:
-        ConfigError: the run has fewer than ``STEPS`` + 1 steps, or the device is not available.
+        ConfigError: the device is not available.
         DataError: the data does not fit the model.
     """
-    if config.steps <= STEPS:
-        raise ConfigError(f"a dry run times {STEPS + 1} steps, but the run has {config.steps}: raise tokens")
     if "micro_batch_size" not in {**options, **file}:
         config = replace(config, micro_batch_size=fitting_micro_batch(config) or 1)
     device = choose_device(config.device)
@@ -93,7 +91,8 @@ def preview(
     seconds = None
     if memory < free:
         log(f"timing up to {STEPS + 1} steps")
-        seconds = seconds_per_token(config, dataset) * config.batch_tokens
+        timed = replace(config, tokens=Count(max(config.tokens, (STEPS + 1) * config.batch_tokens)))
+        seconds = seconds_per_token(timed, dataset) * config.batch_tokens
     return Preview(
         settings=settings_with_origins(config, options, file, file_name),
         parameters=parameters,

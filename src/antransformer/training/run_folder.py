@@ -14,6 +14,7 @@ from antransformer.data import Dataset, Tokenizer
 from antransformer.data.mixture_spec import absolute
 from antransformer.errors import CheckpointError, ConfigError, DataError
 from antransformer.files import check_folder_target, quoted, replace_text
+from antransformer.lock import HOLDER_FILE, LOCK_FILE
 from antransformer.models.config import preset_sizes
 from antransformer.training.checkpointing import checkpoint
 from antransformer.training.checkpointing.checkpoint import Checkpoint
@@ -29,7 +30,6 @@ from antransformer.training.config import (
 )
 from antransformer.training.config_files import format_settings, read_settings
 from antransformer.training.distributed.parallel import SINGLE_PROCESS, DistributedContext
-from antransformer.training.lock import HOLDER_FILE, LOCK_FILE
 
 CONFIG_FILE = "config.yaml"
 TOKENIZER_FILE = "tokenizer.json"

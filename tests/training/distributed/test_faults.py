@@ -2,7 +2,7 @@
 
 Long campaigns with counts are in helpers/faults.py. Other faults are tested next to their code: signals, damaged
 checkpoints and a full disk in training/test_trainer.py, failures of one rank in test_parallel.py, locks in
-training/test_lock.py, changed data in data/test_dataset.py, malformed files in test_fuzz.py.
+test_lock.py, changed data in data/test_dataset.py, malformed files in test_fuzz.py.
 """
 
 import contextlib
@@ -26,9 +26,9 @@ import torch.distributed as dist
 
 from antransformer.cli import main
 from antransformer.errors import DivergedError, MachineError
+from antransformer.lock import lock
 from antransformer.training.checkpointing import checkpoint
 from antransformer.training.distributed.liveness import fresh_store
-from antransformer.training.lock import lock
 from antransformer.training.metrics import read_metrics
 from helpers.faults import Campaign, Job, timeless_metrics
 from helpers.ranks import fork, status_of

@@ -1,4 +1,4 @@
-"""The lock of a run folder."""
+"""Locks of folders."""
 
 import errno
 import fcntl
@@ -8,14 +8,14 @@ import sys
 
 import pytest
 
-from antransformer.errors import ConfigError
-from antransformer.training.lock import lock
+from antransformer.errors import ConfigError, MachineError
+from antransformer.lock import lock
 from helpers.messages import mentions
 
 HOLD = """
 import sys
 from pathlib import Path
-from antransformer.training.lock import lock
+from antransformer.lock import lock
 with lock(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
@@ -84,3 +84,15 @@ def test_a_folder_that_cannot_be_created_is_refused(tmp_path):
     with pytest.raises(ConfigError) as error, lock(tmp_path / "file/below"):
         pass
     assert mentions(error.value, tmp_path / "file/below") and os.strerror(errno.ENOTDIR) in str(error.value)
+
+
+def test_a_full_disk_is_not_the_mistake_of_the_user(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    for folder in (tmp_path, tmp_path / "new"):
+        with pytest.raises(MachineError) as error, lock(folder):
+            pass
+        assert mentions(error.value, folder)
+    assert tmp_path.exists() and not (tmp_path / "new").exists()

@@ -4,13 +4,14 @@ import contextlib
 import errno
 import logging
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, Timeout
 
-from antransformer.errors import ConfigError
-from antransformer.files import read_text, replace_text
+from antransformer.errors import ConfigError, MachineError
+from antransformer.files import FULL_DISK, read_text, replace_text
 
 LOG = logging.getLogger(__name__)
 LOCK_FILE = ".lock"
@@ -21,15 +22,17 @@ HOLDER_FILE = ".lock.pid"  # process id of the holder; separate, since opening t
 
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder, which is created if it does not exist.
+    """Hold the lock of a folder, which is created if it does not exist, and removed again if it cannot be written.
 
     The operating system releases the lock when the process ends, even if it is killed. On a file system that has no
     locks, a warning is printed and nothing prevents a second process.
 
     Raises:
         ConfigError: another process holds the lock, or the folder cannot be written.
+        MachineError: the disk is full.
     """
     file_lock = FileLock(folder / LOCK_FILE, blocking=False, fallback_to_soft=False)
+    is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _acquire(file_lock, folder)
@@ -38,7 +41,10 @@ def lock(folder: Path) -> Iterator[None]:
         raise ConfigError(f"{folder} is in use by {_holder(folder)}: wait for it, or choose another --out") from error
     except OSError as error:
         file_lock.release()
-        raise ConfigError(f"{folder} cannot be written: {error.strerror}; choose another --out") from error
+        if is_new:
+            shutil.rmtree(folder, ignore_errors=True)
+        kind = MachineError if error.errno in FULL_DISK else ConfigError
+        raise kind(f"{folder} cannot be written: {error.strerror}; choose another --out") from error
     try:
         yield
     finally:
