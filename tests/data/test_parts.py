@@ -49,9 +49,12 @@ def test_joined_parts_equal_one_process(text: Path, tmp_path: Path, count: int, 
 def test_shards_roll_over_as_in_one_process(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in (1, 2, 3):
         prepare_part(text, tmp_path / "parts", f"{number}/3", val_fraction=0.2)
+    notes = tmp_path / "parts.parts/notes.txt"
+    notes.write_text("the user's")
     joined = join_parts(tmp_path / "parts", shard_tokens=700)
     whole = prepare(text, tmp_path / "whole", val_fraction=0.2, shard_tokens=700)
     assert joined.digest == whole.digest and len(joined.shards) > 4
+    assert list(notes.parent.iterdir()) == [notes]
 
 
 def test_the_command_line_resumes_and_joins(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

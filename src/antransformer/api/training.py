@@ -77,7 +77,7 @@ def prepare(
 
 @checked
 def preview(*, config: str | Path | None = None, progress: bool = False, **settings: Any) -> Preview:
-    """Settings of a run with their origins, its parameters, memory and time; nothing is written.
+    """Settings of a run with their origins, its parameters, memory and time; no run folder is created.
 
     Args:
         config: as in ``train``.

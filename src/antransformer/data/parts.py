@@ -4,6 +4,7 @@ A part is a folder ``OUT.parts/part-00002-of-00004``. Its files are consecutive,
 order of the inputs.
 """
 
+import contextlib
 import hashlib
 import os
 import re
@@ -117,7 +118,10 @@ def join_parts(out: str | Path, progress: Progress | None = None, shard_tokens: 
         require_both(joined)
         # The order of keys of one process.
         write_meta(partial, {key: joined[key] for key in first if key in joined})
-    shutil.rmtree(root)
+    for folder in folders:
+        shutil.rmtree(folder)
+    with contextlib.suppress(OSError):  # it holds something that prepare did not write
+        root.rmdir()
     return Dataset.open(out, verify=False)
 
 

@@ -68,7 +68,7 @@ def preview(
     file_name: str | None,
     log: Callable[[str], None],
 ) -> Preview:
-    """Take a few steps of a run without writing anything, if they fit in memory.
+    """Take a few steps of a run without a run folder, if they fit in memory.
 
     Args:
         config: complete settings.
