@@ -109,7 +109,8 @@ def mlp(
     """Normalized MLP: down (up x * activation(gate x)), or down activation(up x) without a gate.
 
     Pre-activations are scaled to the standard deviation ``std``, for which the factor of the activation is derived
-    (arXiv:2505.22014, section 4.2, which has SiLU at 1/2).
+    (arXiv:2505.22014, section 4.2, which has SiLU at 1/2). This factor is an integral that ``torch.compile`` cannot
+    trace, so it breaks the graph here; ``nn.MLP`` has it as a constant.
 
     Args:
         x: input (..., d), about unit norm.

@@ -153,6 +153,18 @@ def test_a_default_rate_has_a_width_and_the_rate_of_a_law_has_none(fits, capsys)
     assert config_of(plan_output(capsys, "--tokens", "1B", "--size", "62m")).lr_width == 0
 
 
+def test_batch_and_rate_of_a_preset_are_those_of_train_with_any_vocabulary(capsys):
+    for preset in ("pico", "32m"):
+        options = ("--size", preset, "--tokens", "100M", "--gpus", 1, "--vocab-size", 4096)
+        planned = config_of(plan_output(capsys, *options))
+        expected = resolve_config({"preset": preset, "recipe": "paper", "tokens": "100M"}, 4096)
+        assert (planned.batch_tokens, planned.lr, planned.lr_width) == (
+            expected.batch_tokens,
+            expected.lr,
+            expected.lr_width,
+        )
+
+
 def test_the_learning_rate_of_a_plan_follows_the_length_of_the_run(fits, capsys):
     options = ["--size", "62m", "--vocab-size", 50304]
     default = config_of(plan_output(capsys, *options, "--tokens", "1.25B"))

@@ -42,6 +42,20 @@ def test_the_default_fits_into_the_memory_of_a_small_machine(config, free):
     assert fit_micro_batch(config) == config
 
 
+def test_on_a_gpu_only_the_memory_limits_the_size(free, monkeypatch):
+    config = resolve_config({"preset": "125m", "device": "cpu", "precision": "bfloat16"}, 50304)
+    assert config.micro_batch_size == 2
+    assert fit_micro_batch(config) == config
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(micro_batch, "choose_device", lambda *_: gpu)
+    free(100 * 2**30)
+    size = fitting_micro_batch(config)
+    assert step_memory(replace(config, micro_batch_size=size), gpu) <= 100 * 2**30
+    assert 20 < size < config.batch_size
+    free(2**50)
+    assert fitting_micro_batch(config) == config.batch_size
+
+
 def test_a_model_that_does_not_fit_is_refused(config, free):
     free(2**30)
     assert fitting_micro_batch(config) == 0

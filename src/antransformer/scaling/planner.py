@@ -229,13 +229,13 @@ def plan_run(config: ModelConfig, tokens: float, cluster: Cluster, laws: Laws | 
         ConfigError: the model does not fit on the devices, or the law gives a batch of less than one sequence.
     """
     parameters = defaults.parameter_count(config)
-    batch_tokens, batch_source = _value_and_source("batch", parameters, config.architecture, laws)
+    batch_tokens, batch_source = _value_and_source("batch", config, laws)
     if laws and "batch" in laws.powers and batch_tokens < config.context:
         raise ConfigError(
             f"the law of the best batch gives {batch_tokens:,.3g} tokens, less than one sequence of "
             f"{config.context:,}: fit it to batches in tokens, or decrease --context"
         )
-    lr, lr_source = _value_and_source("lr", parameters, config.architecture, laws)
+    lr, lr_source = _value_and_source("lr", config, laws)
     best_batch = max(1, round(batch_tokens / config.context))
     layout, memory = choose_layout(config, best_batch, cluster)
     batch = layout.batch_size
@@ -261,7 +261,7 @@ def plan_run(config: ModelConfig, tokens: float, cluster: Cluster, laws: Laws | 
         tokens=run_tokens,
         batch=batch,
         lr=float(f"{lr:.3g}"),
-        lr_width=defaults.SMALL_LR_WIDTH if _uses_small_default("lr", parameters, laws) else 0,
+        lr_width=defaults.SMALL_LR_WIDTH if _uses_small_default("lr", config, laws) else 0,
         lr_horizon=lr_horizon,
         horizon_exponent=exponent,
         cluster=cluster,
@@ -279,21 +279,22 @@ def _about_equal(value: float, expected: float) -> bool:
     return 1 / TOLERANCE < value / expected < TOLERANCE
 
 
-def _value_and_source(name: str, parameters: int, architecture: str, laws: Laws | None) -> tuple[float, str]:
+def _value_and_source(name: str, config: ModelConfig, laws: Laws | None) -> tuple[float, str]:
     """Return the batch in tokens or the learning rate, and a line with its origin.
 
     The given laws come first, then the default for small models, then the paper's laws.
     """
     title = {"batch": "batch", "lr": "learning rate"}[name]
     if laws and name in laws.powers:
-        law = laws.powers[name]
+        law, parameters = laws.powers[name], defaults.parameter_count(config)
         return float(law(parameters)), _with_extrapolation(f"{title}: law of the same file", parameters, law.span)
-    if _uses_small_default(name, parameters, laws):
-        value = {"batch": defaults.SMALL_BATCH_TOKENS, "lr": defaults.SMALL_LR[architecture]}[name]
+    if _uses_small_default(name, config, laws):
+        value = {"batch": defaults.SMALL_BATCH_TOKENS, "lr": defaults.SMALL_LR[config.architecture]}[name]
         return value, f"{title}: the default below 30M parameters, measured at nano"
-    coefficient, exponent = {"batch": defaults.BATCH_FITS, "lr": defaults.LR_FITS}[name][architecture]
-    value = coefficient * parameters**exponent * (defaults.FITTED_SEQUENCE if name == "batch" else 1)
-    return value, _with_extrapolation(f"{title}: the paper's law", parameters, defaults.FITTED_PARAMETERS)
+    coefficient, exponent = {"batch": defaults.BATCH_FITS, "lr": defaults.LR_FITS}[name][config.architecture]
+    size = defaults.paper_size(config)  # as ``train``
+    value = coefficient * size**exponent * (defaults.FITTED_SEQUENCE if name == "batch" else 1)
+    return value, _with_extrapolation(f"{title}: the paper's law", size, defaults.FITTED_PARAMETERS)
 
 
 def _horizon(config: ModelConfig, parameters: int, batch_tokens: int, laws: Laws | None) -> tuple[int, float]:
@@ -303,14 +304,14 @@ def _horizon(config: ModelConfig, parameters: int, batch_tokens: int, laws: Laws
         if laws.horizon is None:
             return 0, 0.0
         exponent, ratio = laws.horizon
-    elif parameters < defaults.FITTED_PARAMETERS[0]:
+    elif defaults.is_small(config):
         return defaults.SMALL_LR_STEPS, exponent
     return max(1, round(ratio * parameters / batch_tokens)), min(max(0.0, exponent), MAX_HORIZON_EXPONENT)
 
 
-def _uses_small_default(name: str, parameters: int, laws: Laws | None) -> bool:
+def _uses_small_default(name: str, config: ModelConfig, laws: Laws | None) -> bool:
     """Return whether the model is too small for the paper's laws, and no given law replaces them."""
-    return parameters < defaults.FITTED_PARAMETERS[0] and not (laws and name in laws.powers)
+    return defaults.is_small(config) and not (laws and name in laws.powers)
 
 
 def _with_extrapolation(source: str, parameters: int, span: Interval) -> str:

@@ -159,16 +159,16 @@ class TrainConfig:
         None,
     )
     parallel: str = setting(
-        "data parallelism under torchrun: ddp (replicate the model), fsdp (shard it over all ranks), hsdp (shard it "
-        "within a node, replicate across nodes)",
+        "data parallelism of several processes: ddp (replicate the model), fsdp (shard it over all ranks), hsdp (shard "
+        "it within a node, replicate across nodes)",
         "ddp",
         choices=("ddp", "fsdp", "hsdp"),
     )
     tensor_parallel: int = setting(
-        "number of neighbouring ranks that split each layer, under torchrun (angpt and gpt+)", 1, ge=1
+        "number of neighbouring ranks that split each layer, with several processes (angpt and gpt+)", 1, ge=1
     )
     timeout: int = setting(
-        "seconds to wait for an unresponsive rank before the run is aborted, under torchrun", 600, ge=1, le=10**6
+        "seconds to wait for an unresponsive rank before a run of several processes is aborted", 600, ge=1, le=10**6
     )
     activation_checkpointing: bool = setting("recompute blocks in the backward pass to save memory", False)
     tensorboard: bool = setting("also write TensorBoard events", False)

@@ -148,7 +148,7 @@ def tokens(config: ModelConfig) -> int:
 
 def micro_batch_size(config: ModelConfig, batch_size: int) -> int:
     """Sequences per forward pass, such that the logits have at most 2^28 elements and all passes about equal size."""
-    # Logits are the largest activation of a small model with a large vocabulary: 2^28 take 1 GiB in float32.
+    # For a CPU, where a larger micro-batch is hardly faster. On a GPU the free memory decides (fit_micro_batch).
     most = max(1, 2**28 // (config.vocab_size * config.context))
     passes = -(-batch_size // most)
     return -(-batch_size // passes)

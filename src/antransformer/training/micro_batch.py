@@ -17,7 +17,9 @@ USABLE_MEMORY = 0.8  # fraction of the free memory; allocators keep freed blocks
 
 
 def fit_micro_batch(config: TrainConfig, dist_ctx: DistributedContext = SINGLE_PROCESS) -> TrainConfig:
-    """Return a config with the largest micro-batch, up to its own, whose step fits into the free memory of all ranks.
+    """Return a config with the largest micro-batch whose step fits into the free memory of all ranks.
+
+    On a CPU the config's own size is the limit, since larger ones are hardly faster there.
 
     Raises:
         ConfigError: a step with one sequence does not fit, or the ranks or the device do not suit the config.
@@ -40,11 +42,13 @@ def fitting_micro_batch(config: TrainConfig, dist_ctx: DistributedContext = SING
     # Processes on one CPU share its memory.
     usable = USABLE_MEMORY * free_memory(device) / (dist_ctx.local_world_size if device.type == "cpu" else 1)
     share = config.batch_size // dist_ctx.data_parallel_size
-    size = min(config.micro_batch_size, share)
+    largest = min(config.micro_batch_size, share) if device.type == "cpu" else share
+    size = largest
     while size and step_memory(replace(config, micro_batch_size=size), device, dist_ctx) > usable:
         size = -(-size // 2) if size > 1 else 0
     smallest = -dist_ctx.all_reduce_max(-size)
-    return config.micro_batch_size if smallest == share else smallest  # a rank never takes more than its share
+    # A rank never takes more than its share. The size of the config may be larger, for a run that continues on fewer.
+    return max(config.micro_batch_size, share) if smallest == share else smallest
 
 
 def step_memory(config: TrainConfig, device: torch.device, dist_ctx: DistributedContext = SINGLE_PROCESS) -> float:
