@@ -108,6 +108,7 @@ def test_interpolate_scale_forward_and_backward(alpha):
     nu = 1 / math.hypot(alpha, 1 - alpha)
     z = functional.interpolate(x, y, torch.full((256,), alpha, dtype=torch.float64))
     torch.testing.assert_close(z, (x + alpha * (y - x)) * nu)
+    torch.testing.assert_close(functional.interpolate(x, y, alpha), z)
     assert mean_norm(z) == pytest.approx(1, rel=0.01)
     z.backward(unit(1000, 256, seed=2))
     assert mean_norm(x.grad) == pytest.approx((1 - alpha) * nu)
@@ -268,6 +269,8 @@ def test_cross_entropy_agrees_with_full_logits(batch, tokens, width, vocabulary,
         torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance * theirs.abs().max().item())
     with torch.no_grad():
         assert torch.equal(functional.cross_entropy(hidden, weight, targets), results[0])
+        flat = functional.cross_entropy(hidden.flatten(0, 1), weight, targets.flatten())
+        assert torch.equal(flat, results[0])
 
 
 @pytest.mark.parametrize("shape", [(2, 9), (2, 0), (20,), (2, 10, 1)])

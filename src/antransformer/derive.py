@@ -134,6 +134,7 @@ def derive(module: nn.Module, example_input: Any, figure: Path | str | None = No
         ConfigError: the model has no map with a factor, the input is empty or leads to NaN, or the figure cannot be
             written.
         TypeError: the first argument is not a module.
+        ValueError: an activation has no factor, see ``factors.activation``.
         MissingExtraError: a figure is requested, and matplotlib is not installed.
 
     >>> model = nn.Sequential(nn.Linear(256, 1024, bias=False), nn.ReLU(), nn.Linear(1024, 256, bias=False))

@@ -120,7 +120,7 @@ def attention(rows: int | Tensor) -> float | Tensor:
         rows: number of visible positions r, at least 1, or a real tensor of such numbers. The result is float.
 
     Raises:
-        ValueError: a number below 1, or not a real number.
+        ValueError: not a positive integer, or a tensor with numbers below 1 or that are not real.
     """
     if isinstance(rows, Tensor):
         if rows.is_complex() or rows.dtype == torch.bool or bool((rows < 1).any()):

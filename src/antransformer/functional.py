@@ -155,13 +155,13 @@ def mlp_factors(width: int, hidden: int, gated: bool, activation: Callable[[Tens
     return MLPFactors(to_std, 1.0, factors.linear(hidden, width) * nu_act / math.sqrt(hidden))
 
 
-def interpolate(x: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
+def interpolate(x: Tensor, y: Tensor, alpha: float | Tensor) -> Tensor:
     """Residual update of anGPT: (x + alpha (y - x)) * nu(alpha), elementwise (arXiv:2505.22014, section 4.2).
 
     Args:
         x: residual stream (..., d), about unit norm.
         y: sublayer output (..., d), unit norm.
-        alpha: step size (d,) of each coordinate towards y.
+        alpha: step size (d,) of each coordinate towards y, or one number.
 
     Returns:
         Residual stream (..., d), about unit norm if x and y are uncorrelated.
@@ -171,7 +171,10 @@ def interpolate(x: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
     1.0
     """
     nu = factors.residual(alpha)
-    return x * ((1 - alpha) * nu).to(x.dtype) + y * (alpha * nu).to(y.dtype)
+    x_weight, y_weight = (1 - alpha) * nu, alpha * nu
+    if isinstance(x_weight, Tensor) and isinstance(y_weight, Tensor):
+        x_weight, y_weight = x_weight.to(x.dtype), y_weight.to(y.dtype)
+    return x * x_weight + y * y_weight
 
 
 def interpolate_norm(x: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
@@ -467,12 +470,13 @@ def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     never materialized. Losses are in float32 (float64 for float64). There is no second derivative.
 
     Args:
-        hidden: final hidden states (B, T, d).
+        hidden: final hidden states (..., d).
         weight: output weight (V, d).
-        targets: token ids (B, T) from 0 to V - 1; there is no id, such as -100, that is ignored.
+        targets: token ids (...) from 0 to V - 1; there is no id, such as -100, that is ignored.
 
     Raises:
         ValueError: hidden states and targets have different shapes.
+        RuntimeError: a target is out of range. A kernel on a GPU gives NaN instead.
 
     >>> hidden, weight = torch.randn(2, 10, 64), torch.randn(300, 64)
     >>> targets = torch.randint(300, (2, 10))
@@ -486,5 +490,6 @@ def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     train = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    loss: Tensor = chunked_cross_entropy.loss_and_gradients(hidden.flatten(0, 1), weight, targets.flatten(), train)[0]
+    tokens = hidden.reshape(-1, hidden.shape[-1])
+    loss: Tensor = chunked_cross_entropy.loss_and_gradients(tokens, weight, targets.flatten(), train)[0]
     return loss

@@ -46,7 +46,7 @@ def workers_in_process():
             patch.setattr(worker, "send", lambda **message: lines.append(json.dumps(message)))
             patch.setattr(worker, "stop_with_parent", lambda: None)
             patch.setattr(trainer, "StopSignals", NoSignals)
-            return FinishedProcess(worker.main([str(folder), queue.dataset.name, device, "1"]), lines)
+            return FinishedProcess(worker.main([str(folder), queue.dataset.name, device, "1", "1"]), lines)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunQueue, "_start_worker", start)

@@ -220,8 +220,12 @@ def test_a_model_from_a_configuration_is_initialized_correctly(architecture):
     from antransformer.interop.modeling_antransformer import AntransformerConfig, AntransformerForCausalLM
 
     torch.manual_seed(0)
-    options = ModelConfig(architecture=architecture, **SIZES).mapping()
-    model = AntransformerForCausalLM(AntransformerConfig(**options))
+    own = ModelConfig(architecture=architecture, **SIZES).mapping()
+    own.pop("init_std", None)  # None in a configuration is 1 / sqrt(width), the default
+    config = AntransformerConfig(architecture=architecture, **SIZES)
+    assert all(getattr(config, name) == value for name, value in own.items() if hasattr(config, name))
+    assert all(getattr(config, name) is None for name in ("alpha_init", "s_scale", "gate_scale") if name not in own)
+    model = AntransformerForCausalLM(config)
     tokens = some_tokens(batch=8)
     assert 5.5 < model(tokens, labels=tokens).loss < 6.2  # log 257 = 5.55
     rows = torch.cat([weight.detach().norm(dim=1) for weight in model.parameters() if weight.ndim == 2])

@@ -157,12 +157,18 @@ def test_cross_entropy_agrees_with_plain_torch(vocab, dtype, tolerance):
     assert_near([logits], [exact.grad], tolerance)
 
 
+def test_a_target_outside_the_vocabulary_gives_nan():
+    targets = torch.tensor([-100, 5, 4, 0], device=DEVICE)
+    losses = cross_entropy.losses_and_gradients_(random(4, 5, seed=0), targets, False)
+    assert losses.isnan().tolist() == [True, True, False, False]
+
+
 def test_chunked_cross_entropy_with_the_kernel_gives_the_same_loss_and_gradients(monkeypatch):
     monkeypatch.setitem(chunked.CHUNK, "cpu", 4)
     hidden, weight, targets = random(10, 8, seed=0), random(7, 8, seed=1), torch.arange(10, device=DEVICE) % 7
-    monkeypatch.setattr(chunked, "use_triton", lambda x: False)
+    monkeypatch.setattr(kernels, "use_triton", lambda x: False)
     plain = chunked.loss_and_gradients(hidden, weight, targets, True)
-    monkeypatch.setattr(chunked, "use_triton", lambda x: True)
+    monkeypatch.setattr(kernels, "use_triton", lambda x: True)
     assert_near(chunked.loss_and_gradients(hidden, weight, targets, True), [each.cpu() for each in plain], 1e-12)
 
 

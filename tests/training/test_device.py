@@ -43,7 +43,8 @@ def test_bfloat16_products_are_right_under_a_thread_limit():
     ],
 )
 def test_cuda_graphs_replay_short_steps_on_one_gpu(device, settings, expected):
-    assert use_cuda_graphs(resolve_config(settings, 257), torch.device(device)) == expected
+    config = resolve_config(settings, 257)
+    assert use_cuda_graphs(config, torch.device(device), config.micro_batch_size) == expected
 
 
 def test_missing_device_is_refused():

@@ -205,6 +205,14 @@ def test_eval_and_checkpoint_intervals_stay_unless_given(corpus, tmp_path):
     assert (config.eval_every, config.checkpoint_every) == (6, 5)
 
 
+def test_data_in_another_place_is_recorded_with_an_absolute_path(corpus, tmp_path, monkeypatch):
+    run_until(start(corpus, tmp_path / "run", **WSD, tokens=STEP * 12), 6)
+    shutil.copytree(corpus, tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    extend(tmp_path / "run", 20, data="moved")
+    assert run_folder.saved_config(tmp_path / "run").data == str(tmp_path / "moved")
+
+
 def test_lengthened_config_without_an_extension_is_refused(corpus, tmp_path):
     start(corpus, tmp_path / "run", **WSD, tokens=STEP * 5).run()
     file = tmp_path / "run/config.yaml"

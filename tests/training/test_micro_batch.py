@@ -7,12 +7,14 @@ import torch
 
 from antransformer.cli import main
 from antransformer.errors import ConfigError
+from antransformer.runs.worker import fit_default_micro_batch
+from antransformer.training import free_memory as memory
 from antransformer.training import micro_batch
 from antransformer.training.config import resolve_config
 from antransformer.training.defaults import parameter_count
 from antransformer.training.distributed.parallel import DistributedContext
-from antransformer.training.micro_batch import fit_micro_batch, fitting_micro_batch, free_memory, step_memory
-from antransformer.training.run_folder import saved_config
+from antransformer.training.micro_batch import fit_micro_batch, fitting_micro_batch, step_memory
+from antransformer.training.run_folder import save_config, saved_config
 from helpers.commands import TEN_STEPS, refused
 from helpers.messages import mentions
 
@@ -51,9 +53,60 @@ def test_on_a_gpu_only_the_memory_limits_the_size(free, monkeypatch):
     free(100 * 2**30)
     size = fitting_micro_batch(config)
     assert step_memory(replace(config, micro_batch_size=size), gpu) <= 100 * 2**30
-    assert 20 < size < config.batch_size
+    passes = -(-config.batch_size // size)
+    assert size == -(-config.batch_size // passes) and 20 < size < config.batch_size
+    larger = -(-config.batch_size // (passes - 1))
+    assert step_memory(replace(config, micro_batch_size=larger), gpu) > 100 * 2**30
+    assert fitting_micro_batch(config, sharing=2) < size
     free(2**50)
     assert fitting_micro_batch(config) == config.batch_size
+
+
+def test_a_worker_fits_the_default_size_into_the_memory_of_its_gpu(free, monkeypatch, tmp_path):
+    monkeypatch.setattr(micro_batch, "choose_device", lambda *_: torch.device("cuda"))
+    free(100 * 2**30)
+    config = resolve_config({"preset": "125m", "precision": "bfloat16"}, 50304)
+    save_config(tmp_path, config)
+    fit_default_micro_batch(tmp_path, "cpu", 1)
+    assert saved_config(tmp_path) == config
+    fit_default_micro_batch(tmp_path, "cuda:0", 1)
+    fitted = saved_config(tmp_path)
+    assert fitted == replace(config, micro_batch_size=fitted.micro_batch_size)
+    assert fitted.micro_batch_size > config.micro_batch_size
+    save_config(tmp_path, replace(config, micro_batch_size=3))  # chosen by the user
+    fit_default_micro_batch(tmp_path, "cuda:0", 1)
+    assert saved_config(tmp_path).micro_batch_size == 3
+
+
+@pytest.mark.parametrize(
+    ("membership", "folder", "names"),
+    [
+        ("0::/job/step", "job", ("memory.max", "memory.current", "inactive_file")),
+        (
+            "5:cpu,cpuacct:/\n4:memory:/job",
+            "memory/job",
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ),
+        (
+            "4:memory:/outside/of/the/container",
+            "memory",
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ),
+    ],
+)
+def test_the_limit_of_a_container_counts(membership, folder, names, monkeypatch, tmp_path):
+    group = tmp_path / folder
+    group.mkdir(parents=True)
+    limit, used, cached = names
+    (group / limit).write_text("1000000\n")
+    (group / used).write_text("700000\n")
+    (group / "memory.stat").write_text(f"anon 5\n{cached} 100000\n")
+    (tmp_path / "membership").write_text(membership)
+    groups = memory._control_groups(tmp_path, tmp_path / "membership")
+    assert min(memory._free_in_group(*group) for group in groups) == 400000
+    (group / limit).write_text("max\n")
+    groups = memory._control_groups(tmp_path, tmp_path / "membership")
+    assert min(memory._free_in_group(*group) for group in groups) == float("inf")
 
 
 def test_a_model_that_does_not_fit_is_refused(config, free):
@@ -96,4 +149,4 @@ def test_the_command_records_the_size_and_leaves_a_given_one(corpus, tmp_path, f
 
 
 def test_free_memory_of_this_machine():
-    assert 2**28 < free_memory(CPU) <= float("inf")
+    assert 2**28 < memory.free_memory(CPU) <= float("inf")

@@ -232,7 +232,7 @@ def test_a_compiler_that_fails_for_single_blocks_is_a_warning_too():
     model, notes = build(config.model), []
     for block in model.blocks:
         block.compile(backend=failing_compiler)
-    loss = compiled_loss(model, config, torch.device("cpu"), torch.float32, notes.append)
+    loss = compiled_loss(model, config, torch.device("cpu"), torch.float32, 1, notes.append)
     assert len(notes) == 1
     tokens = torch.arange(8).view(1, 8)
     torch.testing.assert_close(loss(tokens, tokens), model.loss(tokens, tokens))

@@ -20,7 +20,7 @@ PATHS = (str | Path, str | Path | None)
 def checked(function: Callable[P, T]) -> Callable[P, T]:
     """Return a function whose arguments are converted and checked as settings are.
 
-    A number may be text, and of another type, such as numpy's. A single value stands for a sequence of one.
+    A number may be text, and of another type, such as numpy's. A single value is a sequence of one.
 
     Raises:
         ConfigError: by the function returned, if a number, truth value, text or sequence has another type.

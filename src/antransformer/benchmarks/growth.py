@@ -100,7 +100,9 @@ def _time_axis(settings: StepSettings, mode: Mode, axis: str, log: Callable[[str
         keys = {name: f"{size} {name}" for name in setups[size]}
         times = {name: parts["total"][key] for name, key in keys.items() if key not in failed}
         problems = built[size][1] | {name: failed[key] for name, key in keys.items() if key in failed}
-        for row in make_rows({"mode": mode, "axis": axis, "size": size}, times, tokens, problems=problems):
+        for row in make_rows(
+            {"mode": mode, "axis": axis, "size": size}, times, tokens, problems=problems, strict=False
+        ):
             if row.problem:
                 rows.append(row)
                 continue

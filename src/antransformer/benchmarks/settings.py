@@ -29,7 +29,7 @@ class Settings:
     Attributes:
         model: shape of the models; its architecture is ignored.
         device: device to measure.
-        dtype: dtype of matrix products; parameters are float32 unless a benchmark says otherwise.
+        dtype: dtype of matrix products; parameters are float32 except where a benchmark documents another dtype.
         rounds: number of timings of each variant.
 
     Raises:

@@ -141,6 +141,7 @@ def make_rows(
     amount: float,
     baseline: str | None = None,
     problems: Mapping[str, str] = MappingProxyType({}),
+    strict: bool = True,
 ) -> list[Row]:
     """Rows of all variants at one task.
 
@@ -150,13 +151,14 @@ def make_rows(
         amount: units of work done in each time.
         baseline: variant that ratios refer to; by default, and if it failed, the first.
         problems: reasons of the variants without times.
+        strict: whether at least one variant must have times.
 
     Raises:
-        MachineError: no variant has times.
+        MachineError: no variant has times, and ``strict``.
     """
-    if not times:
+    if not times and strict:
         raise MachineError("; ".join(f"{name} failed: {problem}" for name, problem in problems.items()))
-    base_times = times.get(baseline or "") or next(iter(times.values()))
+    base_times = times.get(baseline or "") or next(iter(times.values()), [])
     return [
         *(
             Row(

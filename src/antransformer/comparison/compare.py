@@ -44,10 +44,10 @@ def variant_specs(
     for name in names:
         settings = variant_settings(name)
         optimizer = with_recipe({**(common or {}), **settings})["optimizer"]
-        own = registry.get(settings["architecture"]).tuned_hyperparameters
+        searched = registry.get(settings["architecture"]).tuned_hyperparameters
         if separate_rates:
-            own = (*derived_rates(optimizer), *(setting for setting in own if setting != VECTOR_SCALE))
-        specs.append(VariantSpec(name, settings, learning_rates(optimizer), own))
+            searched = (*derived_rates(optimizer), *(setting for setting in searched if setting != VECTOR_SCALE))
+        specs.append(VariantSpec(name, settings, learning_rates(optimizer), searched))
     return specs
 
 
@@ -61,15 +61,15 @@ def budgets_of(tokens: int, budgets: Sequence[Any] = ()) -> tuple[int, ...]:
         if tokens < 1:
             raise ConfigError(f"--tokens must be at least 1, got {tokens}")
         return tokens // 4, tokens // 2, tokens
-    given = " ".join(map(str, budgets))
+    text = " ".join(map(str, budgets))
     try:
         counts = sorted(int(read_count(value)) for value in budgets)
     except ValueError as error:
-        raise ConfigError(f"--budgets must be counts of tokens such as 5M 10M 20M, got {given}") from error
+        raise ConfigError(f"--budgets must be counts of tokens such as 5M 10M 20M, got {text}") from error
     if counts[0] < 1:
-        raise ConfigError(f"--budgets must be at least 1, got {given}")
+        raise ConfigError(f"--budgets must be at least 1, got {text}")
     if len(set(counts)) != len(counts):
-        raise ConfigError(f"--budgets has the same budget twice: {given}")
+        raise ConfigError(f"--budgets has the same budget twice: {text}")
     return tuple(counts)
 
 

@@ -17,7 +17,7 @@ from antransformer.comparison.tuning import chosen_text, tuning_label, tuning_sc
 from antransformer.reporting.html import Section, method_section, save, table
 from antransformer.reporting.labels import display_name, format_count, format_value, style_of
 from antransformer.results.comparison import Results, Variant
-from antransformer.training.metrics import read_lines
+from antransformer.training.metrics import METRICS_FILE, read_lines
 from antransformer.wording import counted
 
 PROBE_KEYS = {"tokens", "residual_norm", "row_norm", "alpha", "moment_variance"}
@@ -146,7 +146,7 @@ def _sensitivity_row(variant: Variant, setting: str, tokens: int) -> list[str]:
 
 
 def _curve_section(results: Results, folder: Path) -> Section:
-    logs, missing = _logs(results, folder, "metrics.jsonl", {"tokens", "loss"})
+    logs, missing = _logs(results, folder, METRICS_FILE, {"tokens", "loss"})
     return Section("Training curves", missing, [charts.training_curves(results, logs)] if logs else [])
 
 

@@ -152,7 +152,7 @@ def new_folder(out: Path) -> Iterator[Path]:
 
     Raises:
         ConfigError: another process writes the folder.
-        DataError: ``out`` is in use or cannot be created, or ``OUT.partial`` holds files of somebody else.
+        DataError: ``out`` is in use or cannot be created, or ``OUT.partial`` holds files that prepare did not write.
         MachineError, OSError: the disk is full.
     """
     require_unused(out)
@@ -173,9 +173,9 @@ def new_folder(out: Path) -> Iterator[Path]:
             require_unused(out)  # it may have been filled during the hours that tokenizing can take
             if out.exists():
                 out.rmdir()
+            partial.rename(out)  # with the lock, so that no other process can take the folder before
             for name in LOCK_FILES:
-                (partial / name).unlink(missing_ok=True)
-            partial.rename(out)
+                (out / name).unlink(missing_ok=True)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise

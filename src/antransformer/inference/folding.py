@@ -71,7 +71,7 @@ class FoldedAnGPT(Decoder):
 
 
 def folded_where_possible(model: Decoder) -> Decoder:
-    """Return the folded model, or the model itself if ``fold`` does not support it."""
+    """Return the folded model, or the model itself if ``fold`` does not support it, such as an ablation."""
     try:
         return fold(model)
     except (TypeError, ValueError):
@@ -98,6 +98,7 @@ def fold(model: Decoder) -> FoldedAnGPT:
     with torch.device("meta"):
         folded = FoldedAnGPT(model.config)
     folded.to_empty(device=weight.device).to(weight.dtype)
+    folded.end_of_text = model.end_of_text
     folded.embedding.weight.copy_(weight)
     # c of the module's docstring. It stays in float64, since it is a product over all layers.
     scale = torch.ones(model.config.width, dtype=torch.float64, device=weight.device)

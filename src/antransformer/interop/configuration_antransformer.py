@@ -4,6 +4,12 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "angpt": {"alpha_init": 0.05, "s_scale": 0.03, "gate_scale": "sqrt_width", "logit_scale": "vector"},
+    "ngpt": {"alpha_init": 0.05, "s_scale": 0.03},
+    "dyt": {"dyt_alpha_init": 1.0},
+}
+
 
 class AntransformerConfig(PreTrainedConfig):
     """Fields of ``antransformer.ModelConfig`` under transformers' names; the names of ``ModelConfig`` are aliases.
@@ -43,11 +49,11 @@ class AntransformerConfig(PreTrainedConfig):
     max_position_embeddings: int = 2048
     partial_rotary_factor: float = 0.5
     rope_theta: float = 10_000.0
-    # Options of single architectures; None in all others.
-    alpha_init: Any = 0.05
-    s_scale: Any = 0.03
-    gate_scale: Any = "sqrt_width"
-    logit_scale: Any = None  # of anGPT; None, as in folders of older releases, is "vector"
+    # Options of single architectures, by default as in OPTIONS; None in all other architectures.
+    alpha_init: Any = None
+    s_scale: Any = None
+    gate_scale: Any = None
+    logit_scale: Any = None
     init_std: Any = None
     dyt_alpha_init: Any = None
     use_cache: bool = True
@@ -59,6 +65,9 @@ class AntransformerConfig(PreTrainedConfig):
     def __post_init__(self, mlp_ratio: int = 4, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         self.format_version = type(self).format_version  # saved again, a folder has the newest form
+        for name, default in OPTIONS.get(self.architecture, {}).items():
+            if getattr(self, name) is None:
+                setattr(self, name, default)
         if self.intermediate_size is None:
             self.intermediate_size = mlp_ratio * self.hidden_size
         if self.head_dim is None:

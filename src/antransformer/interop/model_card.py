@@ -15,7 +15,7 @@ from antransformer.training.checkpointing.checkpoint import Checkpoint
 from antransformer.training.config import TrainConfig
 from antransformer.training.defaults import parameter_count
 from antransformer.training.learning_rates import format_rates
-from antransformer.training.metrics import MetricsLine, read_metrics
+from antransformer.training.metrics import METRICS_FILE, MetricsLine, read_metrics
 from antransformer.training.optimizer_registry import OPTIMIZERS
 from antransformer.training.run_folder import run_folder_of, saved_config, saved_settings
 from antransformer.wording import counted
@@ -206,8 +206,7 @@ def training_facts(checkpoint: Checkpoint, folder: Path) -> Iterator[Fact]:
     yield "learning rate", learning_rate(config)
     optimizer, blocks = OPTIMIZERS[config.optimizer], ""
     if optimizer.lr_setting:
-        lr = getattr(config, optimizer.lr_setting)
-        blocks = f"{optimizer.label} for the weight matrices inside the blocks, learning rate {lr:g}; otherwise "
+        blocks = f"{optimizer.label} for the weight matrices inside the blocks; otherwise "
     yield (
         "optimizer",
         f"{blocks}AdamW, betas {config.beta1} and {config.beta2}, gradients clipped at {config.grad_clip:g}",
@@ -217,7 +216,7 @@ def training_facts(checkpoint: Checkpoint, folder: Path) -> Iterator[Fact]:
     yield "weight decay", f"{config.weight_decay:g}{', cautious' if config.cautious_weight_decay else ''}"
     yield "seed", str(config.seed)
     # The log may continue past the exported checkpoint.
-    lines = [line for line in read_metrics(folder / "metrics.jsonl") if line["step"] <= step and "loss" in line]
+    lines = [line for line in read_metrics(folder / METRICS_FILE) if line["step"] <= step and "loss" in line]
     if lines:
         yield "training loss", f"{lines[-1]['loss']:.4f} nats per token"
     evaluated = [line for line in lines if {"val_loss", "bits_per_byte"} <= line.keys()]

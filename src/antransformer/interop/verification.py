@@ -9,6 +9,7 @@ from torch import Tensor
 
 from antransformer.data import Dataset, Tokenizer
 from antransformer.data.mixture_spec import parse_mixture
+from antransformer.data.stdlib import is_prepared, open_data
 from antransformer.errors import CheckpointError, MachineError, MissingExtraError, UsageError
 from antransformer.extras import require
 from antransformer.interop.gguf_writer import tensor_name
@@ -93,7 +94,9 @@ def held_out(checkpoint: Checkpoint, count: int) -> Tensor | None:
     """Return the first ids [count] of the validation data of a run, or None if they are not at hand."""
     try:
         data = saved_settings(run_folder_of(checkpoint)).get("data")
-        ids = Dataset.open(parse_mixture(str(data))[0].source, verify=False).split("val").arrays[0][:count]
+        source = parse_mixture(str(data))[0].source
+        dataset = open_data(source, verify=False) if is_prepared(source) else Dataset.open(source, verify=False)
+        ids = dataset.split("val").arrays[0][:count]
     except (UsageError, OSError):
         return None
     tokens = torch.from_numpy(ids.astype("int64"))

@@ -7,6 +7,8 @@ than that is part of a custom operator. Triton comes with the CUDA builds of tor
 they are imported only on a GPU.
 """
 
+import contextlib
+from contextlib import AbstractContextManager
 from functools import cache
 from importlib.util import find_spec
 
@@ -17,6 +19,11 @@ from torch import Tensor
 def use_triton(x: Tensor) -> bool:
     """Whether to run a Triton kernel on this tensor: it is on a GPU, not being compiled, and Triton is installed."""
     return x.is_cuda and not torch.compiler.is_compiling() and has_triton()
+
+
+def device_of(x: Tensor) -> AbstractContextManager[object]:
+    """While entered, the device of the tensor is the current one, on which Triton launches its kernels."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def is_compiled_for_gpu(x: Tensor) -> bool:

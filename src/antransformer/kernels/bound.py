@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from antransformer.kernels import device_of
+
 TILE = 4096  # elements that a program reads
 
 TYPES = {torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -26,7 +28,9 @@ def project_rows_(matrices: Sequence[Tensor], strict: bool) -> None:
     rows = max(1, TILE // block)
     addresses = tuple((matrix.data_ptr(), len(matrix)) for matrix in matrices)
     table = _tiles(addresses, rows, width * first.itemsize, first.device)
-    if len(table):
+    if not len(table):
+        return
+    with device_of(first):
         _project[(len(table),)](
             table,
             width,

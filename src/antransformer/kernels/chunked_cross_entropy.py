@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from antransformer.kernels import use_triton
+from antransformer import kernels
 
 # Tokens in a chunk. 128 was the fastest size tried on CPUs, where logits then stay in cache; accelerators need larger
 # products to be busy.
@@ -42,7 +42,7 @@ def loss_and_gradients(hidden: Tensor, weight: Tensor, targets: Tensor, train: b
 
 def _chunk(logits: Tensor, targets: Tensor, train: bool) -> tuple[Tensor, Tensor]:
     """Losses of the tokens in float32 or float64, and, if ``train``, the gradients (tokens, V) of their sum."""
-    if use_triton(logits):
+    if kernels.use_triton(logits):
         from antransformer.kernels.cross_entropy import losses_and_gradients_
 
         return losses_and_gradients_(logits, targets, train), logits

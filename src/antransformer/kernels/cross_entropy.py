@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from antransformer.kernels import device_of
+
 MAX_BLOCK = 4096  # columns that a program reads at a time
 
 
@@ -26,7 +28,9 @@ def losses_and_gradients_(logits: Tensor, targets: Tensor, train: bool) -> Tenso
     losses = logits.new_empty(rows, dtype=torch.promote_types(logits.dtype, torch.float32))
     if rows:
         block = min(MAX_BLOCK, triton.next_power_of_2(vocab))
-        _losses[(rows,)](logits, targets, losses, VOCAB=vocab, TRAIN=train, BLOCK=block, num_warps=max(1, block // 512))
+        warps = max(1, block // 512)
+        with device_of(logits):
+            _losses[(rows,)](logits, targets, losses, VOCAB=vocab, TRAIN=train, BLOCK=block, num_warps=warps)
     return losses
 
 
@@ -47,7 +51,9 @@ def _losses(logits, targets, losses, VOCAB: tl.constexpr, TRAIN: tl.constexpr, B
         total = total * tl.exp(largest - higher) + tl.exp(scores - higher)
         largest = higher
     log_sum = largest + tl.log(tl.sum(total, 0))
-    tl.store(losses + row, log_sum - tl.load(logits + target).to(precision))
+    # A target outside the vocabulary gives NaN: unlike a CPU, a GPU cannot raise an error here.
+    exists = (target >= 0) & (target < VOCAB)
+    tl.store(losses + row, log_sum - tl.load(logits + target, mask=exists, other=float("nan")).to(precision))
     if TRAIN:
         tl.debug_barrier()  # the logit of the target is read before it is replaced
         for start in range(0, VOCAB, BLOCK):

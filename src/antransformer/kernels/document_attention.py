@@ -1,4 +1,4 @@
-"""Causal attention that does not cross documents: torch's FlexAttention on a CUDA device, dense masks elsewhere.
+"""Causal attention that does not cross documents: FlexAttention on CUDA, ``cpu_attention`` on a CPU, else masks.
 
 FlexAttention skips blocks of the mask in which no key is visible, and so does ``cpu_attention`` on a CPU, without a
 mask. Dense masks are for torch's fused attention on other devices, which computes all scores.

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from antransformer.kernels import row_sizes
+from antransformer.kernels import device_of, row_sizes
 
 EPS = tl.constexpr(1e-12)  # functional.NORM_EPS
 PROGRAMS = 1024  # in the backward pass: several for each multiprocessor of a GPU
@@ -21,7 +21,8 @@ def forward(x: Tensor, y: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
     inverse = x.new_empty((*x.shape[:-1], 1), dtype=torch.promote_types(x.dtype, torch.float32))
     z = torch.empty_like(x)
     if rows := inverse.numel():
-        _forward[(rows,)](x, y, _expand(alpha, width), z, inverse, width, **row_sizes(width))
+        with device_of(x):
+            _forward[(rows,)](x, y, _expand(alpha, width), z, inverse, width, **row_sizes(width))
     return z, inverse
 
 
@@ -44,7 +45,8 @@ def gradients_of_y_and_alpha(
     partial_sums = inverse.new_empty((programs, width))  # of the gradient of alpha, one row for each program
     if rows:
         tensors = grad_output, x, y, _expand(alpha, width), inverse, grad_x, grad_y, partial_sums
-        _backward[(programs,)](*tensors, rows, width, programs, **row_sizes(width))
+        with device_of(x):
+            _backward[(programs,)](*tensors, rows, width, programs, **row_sizes(width))
     return grad_y, partial_sums.sum(0).sum_to_size(alpha.shape).to(alpha.dtype)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from antransformer.errors import CheckpointError
 from antransformer.figure_style import SERIES, new_figure, save, style
 from antransformer.reporting.labels import format_count
-from antransformer.training.metrics import read_lines
+from antransformer.training.metrics import METRICS_FILE, read_lines
 
 
 def loss_curve(run: Path) -> Path:
@@ -17,7 +17,7 @@ def loss_curve(run: Path) -> Path:
         CheckpointError: the run has no metrics.
         MissingExtraError: matplotlib is not installed.
     """
-    lines = [line for line in read_lines(run / "metrics.jsonl") if {"tokens", "loss"} <= line.keys()]
+    lines = [line for line in read_lines(run / METRICS_FILE) if {"tokens", "loss"} <= line.keys()]
     if not lines:
         raise CheckpointError(f"{run}: metrics.jsonl is missing or empty")
     validated = [line for line in lines if "val_loss" in line]

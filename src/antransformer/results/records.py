@@ -1,4 +1,4 @@
-"""Records of experiments as JSON: a format and a version, then the fields of a dataclass; null stands for infinity.
+"""Records of experiments as JSON: a format and a version, then the fields of a dataclass; null is infinity.
 
 Every value is checked against its type hint, since a file may be damaged, edited or made by another program.
 """

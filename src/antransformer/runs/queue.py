@@ -121,7 +121,8 @@ class RunQueue:
             saved["precision"] = str(choose_precision("auto", torch.device(self.devices[0]))).removeprefix("torch.")
         for key, value in flatten(to_mapping(self._resolved(job.config))).items():
             # Other validation windows give another loss, so a resumed run may change them but a cached result may not.
-            if key not in MUTABLE_ON_RESUME - {"eval_tokens"} and saved.get(key) != value:
+            # The worker fits the default micro-batch into the memory of a GPU.
+            if key not in MUTABLE_ON_RESUME - {"eval_tokens"} | {"micro_batch_size"} and saved.get(key) != value:
                 raise ConfigError(f"{folder} was run with {key} {saved.get(key)}, not {value}: choose another --out")
         if not (folder / RESULT_FILE).is_file():
             return None
@@ -199,7 +200,7 @@ class RunQueue:
         process = self._start_worker(folder, device)
         if process is None:
             return None
-        # A separate thread: a worker blocks when nobody empties the pipe of its standard error.
+        # A separate thread: a worker blocks while the pipe of its standard error is full.
         stderr_lines: list[str] = []
         reader = threading.Thread(target=lambda: stderr_lines.extend(process.stderr or []))
         reader.start()
@@ -224,10 +225,10 @@ class RunQueue:
         with self.lock:
             if self.stopping:
                 return None
-            threads = str(threads_per_worker(len(self.devices)))
+            threads, sharing = str(threads_per_worker(len(self.devices))), str(self.devices.count(device))
             process = subprocess.Popen(
                 # -P: a user's file in the current folder must not shadow a library of the same name
-                [sys.executable, "-P", "-m", worker.__name__, str(folder), self.dataset.name, device, threads],
+                [sys.executable, "-P", "-m", worker.__name__, str(folder), self.dataset.name, device, threads, sharing],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,

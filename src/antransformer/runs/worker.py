@@ -1,4 +1,7 @@
-"""The worker process of one run in an experiment: ``python -m antransformer.runs.worker RUN DATA DEVICE THREADS``.
+"""The worker process of one run in an experiment.
+
+It is started with ``python -m antransformer.runs.worker RUN DATA DEVICE THREADS SHARING``, where SHARING is the number
+of workers on the device.
 
 The worker sends its parent JSON lines on standard output (``step`` or ``error``) and writes ``result.json`` into the
 run folder. When its standard input closes, it saves a checkpoint and exits: no worker outlives a killed experiment.
@@ -11,6 +14,7 @@ import signal
 import statistics
 import sys
 import threading
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,8 +27,10 @@ from antransformer.diagnostics.probes import PROBE_TOKENS, probe
 from antransformer.errors import AntransformerError, DivergedError, RunStoppedError, UsageError
 from antransformer.files import replace_text
 from antransformer.training import run_folder
+from antransformer.training.defaults import micro_batch_size
 from antransformer.training.device import cpu_name, is_out_of_memory
-from antransformer.training.metrics import MetricsLine, MetricsLog, read_metrics
+from antransformer.training.metrics import METRICS_FILE, MetricsLine, MetricsLog, read_metrics
+from antransformer.training.micro_batch import fit_micro_batch
 from antransformer.training.trainer import Trainer
 from antransformer.wording import counted
 
@@ -67,7 +73,7 @@ def main(arguments: list[str]) -> int:
     torch.set_num_threads(int(arguments[3]))
     threading.Thread(target=stop_with_parent, daemon=True).start()
     try:
-        train(folder, data, device)
+        train(folder, data, device, int(arguments[4]))
     except RunStoppedError as error:
         send(error=str(error))
         return error.status
@@ -82,8 +88,10 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def train(folder: Path, data: str, device: str) -> None:
+def train(folder: Path, data: str, device: str, sharing: int) -> None:
     """Start or resume the run in ``folder`` and write its ``result.json``."""
+    if not (folder / run_folder.CHECKPOINTS).exists():
+        fit_default_micro_batch(folder, device, sharing)
     config = run_folder.resumed_config(folder, {"device": device, "data": data})
     reporter = WorkerReporter(folder)
     dataset = open_mixture(data, None, partial(Dataset.open, verify=False))  # the parent has verified it
@@ -95,11 +103,20 @@ def train(folder: Path, data: str, device: str) -> None:
         record |= {"loss": result.val_loss, "bits_per_byte": result.bits_per_byte, "diverged": None}
     except DivergedError as error:
         record |= {"loss": None, "bits_per_byte": None, "diverged": str(error)}
-    speeds = [speed for line in read_metrics(folder / "metrics.jsonl") if (speed := line.get("tokens_per_second"))]
+    speeds = [speed for line in read_metrics(folder / METRICS_FILE) if (speed := line.get("tokens_per_second"))]
     record["seconds_per_step"] = config.batch_tokens / statistics.median(speeds) if speeds else None
     record["parameters"] = trainer.model.parameter_count()
     record["machine"] = describe_machine(trainer)
     replace_text(folder / RESULT_FILE, json.dumps(record, indent=2) + "\n")
+
+
+def fit_default_micro_batch(folder: Path, device: str, sharing: int) -> None:
+    """Save the largest micro-batch that fits into the memory of a GPU, if the run folder has the default size."""
+    config = run_folder.saved_config(folder)
+    default = micro_batch_size(config.model, config.batch_size)
+    if torch.device(device).type == "cuda" and config.micro_batch_size == default:
+        fitted = fit_micro_batch(replace(config, device=device), sharing=sharing).micro_batch_size
+        run_folder.save_config(folder, replace(config, micro_batch_size=fitted))
 
 
 def describe_machine(trainer: Trainer) -> str:

@@ -15,32 +15,45 @@ LAUNCH_FLOPS = 5e11  # of a layer, below which a GPU waits for launches
 Loss = Callable[[Tensor, Tensor], Tensor]  # token ids and targets (B, T) -> mean loss
 
 
-def use_cuda_graphs(config: TrainConfig, device: torch.device) -> bool:
+def use_cuda_graphs(config: TrainConfig, device: torch.device, sequences: int) -> bool:
     """Whether the steps of a run are replayed as CUDA graphs: on one GPU, where kernels are shorter than their launch.
 
     Graphs keep gradients in memory of their own, which the next micro-batch would overwrite.
     """
-    tokens = config.micro_batch_size * config.model.context
+    tokens = sequences * config.model.context
     is_short = flops_per_token(config.model) * tokens < LAUNCH_FLOPS * config.model.layers
-    single = config.batch_size == config.micro_batch_size
+    single = config.batch_size == sequences
     return device.type == "cuda" and single and is_short and not config.document_mask and config.precision != "fp8"
 
 
 def compiled_loss(
-    model: Decoder, config: TrainConfig, device: torch.device, precision: torch.dtype, log: Callable[[str], None]
+    model: Decoder,
+    config: TrainConfig,
+    device: torch.device,
+    precision: torch.dtype,
+    sequences: int,
+    log: Callable[[str], None],
 ) -> Loss:
     """Return the compiled loss of a model, or its own loss, with a message to ``log``, if the compiler fails.
 
     The compiler runs at the first call, so this computes the loss and the gradients of one micro-batch. Blocks that
     are compiled already (``distributed.parallel.make_model``) are not compiled again.
 
+    Args:
+        model: model on the device.
+        config: settings of the run.
+        device: its device.
+        precision: dtype of the autocast.
+        sequences: sequences of a micro-batch of this rank.
+        log: called with a message.
+
     Raises:
         RuntimeError: the device has no memory left.
     """
     by_block = any(block._compiled_call_impl is not None for block in model.blocks)
-    mode = "reduce-overhead" if not by_block and use_cuda_graphs(config, device) else None
+    mode = "reduce-overhead" if not by_block and use_cuda_graphs(config, device, sequences) else None
     loss: Loss = model.loss if by_block else torch.compile(model.loss, mode=mode)
-    tokens = torch.zeros(config.micro_batch_size, config.model.context, dtype=torch.int64, device=device)
+    tokens = torch.zeros(sequences, config.model.context, dtype=torch.int64, device=device)
     try:
         with autocast(device, precision):
             value = loss(tokens, tokens)

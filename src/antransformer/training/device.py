@@ -95,7 +95,7 @@ def multiplies_bfloat16(device_type: str) -> bool:
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
     """Dtype of matrix products. With ``fp8`` it is bfloat16, for everything but the linear layers of the blocks.
 
-    Runs of earlier releases have ``auto``, which stands for bfloat16 on a CUDA device and float32 elsewhere.
+    Runs of earlier releases have ``auto``: bfloat16 on a CUDA device and float32 elsewhere.
     """
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32

@@ -1,4 +1,4 @@
-"""Trainers that write no files and report to nobody, for measurements of single steps."""
+"""Trainers that write and report nothing, for measurements of single steps."""
 
 import time
 from dataclasses import replace

@@ -91,6 +91,9 @@ def train(
                 dataset, saved, folder = new_run(settings, folder, open_verified)
             if dist_ctx.rank == 0:
                 check_trackers(saved)
+        # Chosen by one rank: another process may create the default folder between two looks at it.
+        chosen = folder
+        folder = dist_ctx.gather_or_raise(lambda: chosen)[0]
         if not resume and "micro_batch_size" not in settings:
             saved = fit_micro_batch(saved, dist_ctx)
         config = saved
@@ -132,14 +135,7 @@ def new_run(
         run_folder.require_empty(folder)
     dataset = open_mixture(planned.data, planned.data_from, open_data)
     config = resolve_config(settings, dataset.vocab_size)
-    config = resolve_auto(config, config.device)
-    # Absolute paths, so that the run can be resumed in another working directory.
-    config = replace(
-        config,
-        data=Words(absolute_mixture(config.data)),
-        data_from=config.data_from and Words(absolute_stage(config.data_from)),
-        init=config.init and absolute(config.init),
-    )
+    config = _with_absolute_paths(resolve_auto(config, config.device))
     return dataset, config, folder or run_folder.default_folder(config)
 
 
@@ -153,7 +149,17 @@ def _resumed_run(
     # torchrun repeats the arguments of the first start, so a restart may find its --rewarm applied.
     restart = job_number("TORCHELASTIC_RESTART_COUNT", 0) > 0
     extension.check_length(config, settings.get("tokens", config.tokens), None if restart else rewarm, folder)
-    return open_mixture(config.data, config.data_from, open_data), config, folder
+    return open_mixture(config.data, config.data_from, open_data), _with_absolute_paths(config), folder
+
+
+def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """Config of a run that can be resumed in another working directory."""
+    return replace(
+        config,
+        data=Words(absolute_mixture(config.data)),
+        data_from=config.data_from and Words(absolute_stage(config.data_from)),
+        init=config.init and absolute(config.init),
+    )
 
 
 def _extended(

@@ -33,12 +33,12 @@ def peak_rates(config: TrainConfig) -> PeakRates:
     # so with lr ~ 1/sqrt(width) rows of any width rotate by the same angle. Inside the blocks 1/width, as in muP
     # (arXiv:2203.03466), was measured to be better, with and without bounds.
     width, horizon = width_ratio(config), horizon_factor(config)
-    outer, own = math.sqrt(width) * horizon, OPTIMIZERS[config.optimizer].lr_setting
+    outer, optimizer_lr = math.sqrt(width) * horizon, OPTIMIZERS[config.optimizer].lr_setting
     return PeakRates(
         embedding=(config.embed_lr or config.lr) * outer,
         head=(config.head_lr or config.lr) * outer,
         vectors=(config.vector_lr or config.lr) * horizon,
-        blocks=(getattr(config, own) if own else config.lr * width) * horizon,
+        blocks=(getattr(config, optimizer_lr) if optimizer_lr else config.lr * width) * horizon,
     )
 
 

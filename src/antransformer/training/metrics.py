@@ -19,7 +19,7 @@ from antransformer.training.distributed.parallel import full_tensor
 from antransformer.training.trackers import Tracker
 
 METRICS_FILE = "metrics.jsonl"
-NUMBERS = ("tokens", "loss", "val_loss", "bits_per_byte", "tokens_per_second")  # that readers draw and print
+NUMBERS = ("tokens", "loss", "val_loss", "bits_per_byte", "tokens_per_second")  # checked on reading
 
 
 class MetricsLine(TypedDict):

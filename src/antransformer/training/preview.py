@@ -15,7 +15,8 @@ from antransformer.training.config import TrainConfig, to_mapping
 from antransformer.training.data import epochs_note
 from antransformer.training.device import choose_device
 from antransformer.training.dry_run import STEPS, seconds_per_token
-from antransformer.training.micro_batch import fitting_micro_batch, free_memory, step_memory
+from antransformer.training.free_memory import free_memory
+from antransformer.training.micro_batch import fitting_micro_batch, step_memory
 from antransformer.training.recipes import RECIPES
 
 LAWS = ("batch_tokens", "lr", "tokens")  # settings that the paper's laws give from 32m upwards

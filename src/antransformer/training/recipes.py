@@ -32,7 +32,7 @@ def with_recipe(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def variant_settings(name: str) -> dict[str, str]:
-    """Settings that the name of a variant stands for: an architecture, with a recipe and an optimizer as suffixes.
+    """Settings of the name of a variant: an architecture, with a recipe and an optimizer as suffixes.
 
     ``angpt`` gives the architecture only, ``angpt-paper-muon`` also the recipe paper and the optimizer muon.
     """

@@ -131,7 +131,8 @@ class Trainer:
         bind(self.model, self.optimizer)
         self.loss: Loss = self.model.loss
         if config.compile:
-            self.loss = compiled_loss(self.model, config, self.device, self.precision, reporter.log)
+            sequences = min(config.micro_batch_size, config.batch_size // self.dist_ctx.data_parallel_size)
+            self.loss = compiled_loss(self.model, config, self.device, self.precision, sequences, reporter.log)
         self.writer = checkpoint.CheckpointWriter(
             folder / CHECKPOINTS, config.keep_checkpoints, config.keep_every, dist_ctx
         )
@@ -218,11 +219,11 @@ class Trainer:
         pending: list[tuple[Tensor, Tensor]] = []  # kept on the device, since reading them waits for it
         started, first = time.perf_counter(), self.done
         line: MetricsLine | None = None
+        announcement = None if self.dist_ctx.rank else "finishing the step and saving; repeat to stop at once"
+        signals = StopSignals(announcement)
         self.reporter.step(self.done)
         try:
             watch = ThreadWatch(self.device, self.reporter.log)
-            announcement = None if self.dist_ctx.rank else "finishing the step and saving; repeat to stop at once"
-            signals = StopSignals(announcement)
             with signals, watch, profiler or contextlib.nullcontext(), self.writer:
                 while self.done < config.steps:
                     pending += self.update(self.done + 1)

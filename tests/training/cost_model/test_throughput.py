@@ -40,7 +40,17 @@ def test_a_slow_network_lowers_the_mfu():
 
 @pytest.mark.parametrize(
     ("device_name", "gpu"),
-    [("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H100 PCIe", "h100-pcie"), ("NVIDIA L40S", "l40s"), ("Tesla T4", None)],
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA L40", "l40"),
+        ("NVIDIA A10G", "a10g"),
+        ("NVIDIA H100 NVL", "h100-nvl"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80gb"),
+        ("NVIDIA RTX A1000", None),
+        ("Tesla T4", None),
+    ],
 )
 def test_peak_flops_of_a_device_name(device_name, gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: device_name)

@@ -3,6 +3,7 @@
 MFU (model FLOPs utilization) is the fraction of the devices' peak FLOP/s that a run uses for the model's operations.
 """
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -16,30 +17,33 @@ class Gpu:
     """GPU with the figures of its data sheet.
 
     Attributes:
-        name_substring: part of the name that torch reports.
+        name: words in the name that torch reports.
         peak_flops: dense bfloat16 FLOP/s.
         memory: bytes of memory.
         memory_bandwidth: bytes/s of its memory.
         link_bandwidth: bytes/s in each direction to other GPUs of the node, by NVLink or else PCIe.
     """
 
-    name_substring: str
+    name: str
     peak_flops: float
     memory: float
     memory_bandwidth: float
     link_bandwidth: float
 
 
-# Ordered: the first entry whose substring is in the device's name applies.
+# Ordered: the first entry whose words are in the device's name applies.
 GPUS = {
     "b200": Gpu("B200", 2250e12, 180e9, 8.0e12, 900e9),
     "h200": Gpu("H200", 989e12, 141e9, 4.8e12, 450e9),
     "h100-pcie": Gpu("H100 PCIe", 756e12, 80e9, 2.0e12, 64e9),
+    "h100-nvl": Gpu("H100 NVL", 835e12, 94e9, 3.9e12, 300e9),
     "h100": Gpu("H100", 989e12, 80e9, 3.35e12, 450e9),
     "a100-40gb": Gpu("A100", 312e12, 40e9, 1.555e12, 300e9),
     "a100-80gb": Gpu("A100", 312e12, 80e9, 2.039e12, 300e9),
     "l40s": Gpu("L40S", 362e12, 48e9, 0.864e12, 32e9),
+    "l40": Gpu("L40", 181e12, 48e9, 0.864e12, 32e9),
     "l4": Gpu("L4", 121e12, 24e9, 0.3e12, 32e9),
+    "a10g": Gpu("A10G", 70e12, 24e9, 0.6e12, 32e9),
     "a10": Gpu("A10", 125e12, 24e9, 0.6e12, 32e9),
     "rtx4090": Gpu("RTX 4090", 165e12, 24e9, 1.008e12, 32e9),
 }
@@ -66,7 +70,8 @@ def peak_flops(device: torch.device, precision: torch.dtype) -> float | None:
     if device.type != "cuda" or precision != torch.bfloat16:
         return None
     name = torch.cuda.get_device_name(device)
-    return next((gpu.peak_flops for gpu in GPUS.values() if gpu.name_substring in name), None)
+    # Whole words: an A10G is not an A10.
+    return next((gpu.peak_flops for gpu in GPUS.values() if re.search(rf"\b{gpu.name}\b", name)), None)
 
 
 @dataclass(frozen=True)

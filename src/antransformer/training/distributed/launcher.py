@@ -20,6 +20,7 @@ from antransformer.errors import ConfigError, RankFailedError
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # set by torch's agent for each rank
 QUIET = "ANTRANSFORMER_QUIET_RANKS"  # set here: the ranks leave messages to this process
+SHUTDOWN_SECONDS = 300  # after a signal, for the step in progress and a checkpoint, before ranks are killed
 
 
 def launch(words: Sequence[str], processes: int) -> None:
@@ -37,6 +38,7 @@ def launch(words: Sequence[str], processes: int) -> None:
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
     os.environ[QUIET] = "1"
     with TemporaryDirectory() as folder, _signal_handlers_restored():
         config = LaunchConfig(
@@ -83,8 +85,8 @@ def job_number(name: str, default: int | None = None) -> int:
     if text is None and default is not None:
         return default
     if text is None or not text.isdecimal():
-        found = "missing" if text is None else f"{text!r}, not a number"
-        raise ConfigError(f"the environment variable {name} is {found}: start with torchrun, or unset WORLD_SIZE")
+        problem = "missing" if text is None else f"{text!r}, not a number"
+        raise ConfigError(f"the environment variable {name} is {problem}: start with torchrun, or unset WORLD_SIZE")
     return int(text)
 
 
@@ -105,12 +107,12 @@ def record_failure(line: str) -> bool:
 def _first_failure(error: object) -> tuple[str, int]:
     """Message and exit status of the first rank that left a message, or else of the first that failed."""
     failures = sorted(error.failures.items(), key=lambda item: item[1].timestamp)  # type: ignore[attr-defined]
-    told = [(rank, failure) for rank, failure in failures if Path(failure.error_file).is_file()]
+    reported = [(rank, failure) for rank, failure in failures if Path(failure.error_file).is_file()]
     # The agent ends the other ranks after a failure, also one that has left its message and is about to exit.
-    rank, failure = min(told, key=lambda item: item[1].exitcode < 0) if told else failures[0]
+    rank, failure = min(reported, key=lambda item: item[1].exitcode < 0) if reported else failures[0]
     status = failure.exitcode
     reason = f"was killed by {failure.signal_name()}" if status < 0 else f"exited with status {status}"
-    message = str(failure.message) if told else f"antransformer: rank {rank} {reason}"
+    message = str(failure.message) if reported else f"antransformer: rank {rank} {reason}"
     return message, 128 - status if status < 0 else status
 
 
