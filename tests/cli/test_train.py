@@ -103,8 +103,11 @@ def test_both_learning_rates_of_muon_are_printed_and_on_the_model_card(corpus, t
     assert main(["train", "--optimizer", "muon", "--muon-lr", "3e-2", *options, *SMALL_OPTIONS, "--out", run]) == 0
     assert any(mentions(line, *["0.012", "0.017", "0.03"]) for line in capsys.readouterr().out.splitlines())
     assert main(["export", "--checkpoint", run, "--out", str(tmp_path / "hf")]) == 0
-    (row,) = re.findall(r"^\| optimizer \|.*", (tmp_path / "hf/README.md").read_text(), re.M)
-    assert mentions(row, *["Muon", "0.03", "0.9", "0.95"]) and "Adam" in row
+    card = (tmp_path / "hf/README.md").read_text()
+    (row,) = re.findall(r"^\| optimizer \|.*", card, re.M)
+    assert mentions(row, "Muon", 0.9, 0.95) and "Adam" in row
+    (row,) = re.findall(r"^\| learning rate \|.*", card, re.M)
+    assert mentions(row, "Muon", 0.012, 0.017, 0.03)
     capsys.readouterr()
     assert main(["train", "--optimizer", "adam", "--muon-lr", "3e-2", *options, "--out", str(tmp_path / "other")]) == 2
     assert mentions(capsys.readouterr().err, *["muon_lr", "optimizer", "muon"])
@@ -138,7 +141,8 @@ def test_normuon_with_cautious_decay_from_the_command_line(corpus, tmp_path, cap
     assert all(line in config for line in ("optimizer: normuon", "muon_lr: 0.02", "cautious_weight_decay: true"))
     assert main(["export", "--checkpoint", str(run), "--out", str(tmp_path / "hf")]) == 0
     card = (tmp_path / "hf/README.md").read_text()
-    assert re.search(r"^\| optimizer \|.*NorMuon.*0\.02", card, re.M)
+    assert re.search(r"^\| optimizer \| NorMuon", card, re.M)
+    assert re.search(r"^\| learning rate \|.*0\.02 for block matrices \(NorMuon\)", card, re.M)
     assert re.search(r"^\| weight decay \| 0\.2, cautious", card, re.M)
 
 

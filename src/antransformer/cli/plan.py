@@ -133,7 +133,7 @@ def run_table(plan: "Plan") -> Table:
         "learning rate": format_rate(plan),
         "devices": f"{plan.cluster.devices:,} {plan.cluster.gpu_name}",
         "parallelism": parallelism(plan),
-        "micro batch": f"{counted(layout.micro_batch_size, 'sequence')}, accumulated over {layout.grad_accum_steps}",
+        "micro-batch": f"{counted(layout.micro_batch_size, 'sequence')}, accumulated over {layout.grad_accum_steps}",
         "expected MFU": f"{plan.mfu:.1%}",
         "expected time": f"{plan.hours:,.3g} hours",
     }

@@ -364,7 +364,7 @@ def layers_of_width(width: int) -> int:
 def choose_layout(config: ModelConfig, batch: int, cluster: Cluster) -> tuple[Layout, Memory]:
     """Return the simplest layout that fits, unless a later one takes less than ``MAX_TIME_RATIO`` of its time.
 
-    Each layout of ``candidate_layouts`` is tried with the largest micro batch that fits.
+    Each layout of ``candidate_layouts`` is tried with the largest micro-batch that fits.
 
     Args:
         config: model.

@@ -129,7 +129,7 @@ def estimate_memory(config: ModelConfig, layout: Layout, precision: torch.dtype)
     block_saved, head_saved = saved_activations(config, precision, distributed)
     blocks = config.layers * block
     parameters = FLOAT32_BYTES * (blocks + root) / (tensor_parallel * layout.shards)
-    # FSDP keeps unsharded gradients until the last micro batch, since only that one reduces them.
+    # FSDP keeps unsharded gradients until the last micro-batch, since only that one reduces them.
     unsharded = FLOAT32_BYTES * (blocks + root) / tensor_parallel if distributed else parameters
     accumulated = unsharded if layout.grad_accum_steps > 1 else 0.0
     # FSDP's root module, with embedding and head, stays gathered for the whole step.

@@ -290,7 +290,7 @@ def apply_activation_checkpointing(model: Decoder) -> None:
 def set_gradient_sync(model: Decoder, enabled: bool) -> None:
     """Choose whether the next backward pass averages gradients over the ranks.
 
-    With gradient accumulation only the last micro batch of a step needs it.
+    With gradient accumulation only the last micro-batch of a step needs it.
     """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(enabled)
