@@ -9,9 +9,9 @@ resident: a fresh process trains on the CPU, and its resident memory is measured
 import argparse
 import contextlib
 import dataclasses
-import resource
 import subprocess
 import sys
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -88,9 +88,15 @@ def resident(config, layout, precision):
     """Return the bytes that three real steps add to the resident memory of this process, which must be a fresh one."""
     small = dataclasses.replace(config, width=64, layers=1, vocab_size=64, context=16)
     train(small, layout, precision)  # loads libraries and starts their threads
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory()
     train(config, layout, precision)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    return peak_memory() - before
+
+
+def peak_memory():
+    """Peak of the resident memory in bytes; getrusage's peak would contain the memory of the parent process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
 
 
 def train(config, layout, precision):
