@@ -141,6 +141,13 @@ def test_interpolate_norm_agrees_with_its_two_steps_forward_and_backward(shape, 
         torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance * theirs.abs().max().item())
 
 
+@pytest.mark.parametrize(("y", "alpha"), [((1, 5, 8), (8,)), ((5, 8), (8,)), ((2, 5, 8), (4,)), ((2, 5, 8), (1, 8))])
+def test_interpolate_norm_refuses_tensors_of_other_shapes(y, alpha):
+    with pytest.raises(ValueError) as error:
+        functional.interpolate_norm(torch.randn(2, 5, 8), torch.randn(y), torch.rand(alpha))
+    assert mentions(error.value, str((2, 5, 8)), str(y), str(alpha))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_interpolate_norm_has_the_same_gradients_compiled(dtype):
     """With torch 2.11 they were zero, since the forward pass returned the result of an operation in place."""

@@ -190,10 +190,17 @@ def interpolate_norm(x: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
     Returns:
         Residual stream (..., d), in the dtype of x.
 
+    Raises:
+        ValueError: x and y have different shapes, or alpha another number of coordinates.
+
     >>> x, y, alpha = normalize(torch.randn(100, 256)), torch.randn(100, 256), torch.full((256,), 0.3)
     >>> bool(interpolate_norm(x, y, alpha).isclose(interpolate(x, normalize(y), alpha), atol=1e-6).all())
     True
     """
+    # The kernels read y and alpha at the coordinates of x.
+    if x.shape != y.shape or alpha.shape not in (x.shape[-1:], (1,)):
+        shapes = ", ".join(str(tuple(each.shape)) for each in (x, y, alpha))
+        raise ValueError(f"x and y must have one shape, and alpha one number or one for each coordinate, got {shapes}")
     z: Tensor = _InterpolateNorm.apply(x, y, alpha)
     return z
 
