@@ -249,6 +249,16 @@ def test_activations_keep_their_dtype_and_compile_as_one_graph(dtype):
     torch.testing.assert_close(y, block(x))
 
 
+def test_compiled_and_exported_with_dynamic_shapes_a_block_is_one_graph():
+    block = EncoderBlock(Attention(64, heads=2, causal=True, rotary=0.5), MLP(64))
+    compiled = torch.compile(block, backend="eager", fullgraph=True, dynamic=True)
+    dynamic = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=64)}
+    exported = torch.export.export(block, (unit(2, 8, 64),), dynamic_shapes=(dynamic,)).module()
+    for x in (unit(2, 8, 64), unit(3, 9, 64), unit(5, 7, 64)):
+        torch.testing.assert_close(compiled(x), block(x))
+        torch.testing.assert_close(exported(x), block(x))
+
+
 class Classifier(nn.Module):
     """A user's model that mixes our blocks with a norm layer of torch."""
 

@@ -198,9 +198,11 @@ def interpolate_norm(x: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
     True
     """
     # The kernels read y and alpha at the coordinates of x.
-    if x.shape != y.shape or alpha.shape not in (x.shape[-1:], (1,)):
-        shapes = ", ".join(str(tuple(each.shape)) for each in (x, y, alpha))
-        raise ValueError(f"x and y must have one shape, and alpha one number or one for each coordinate, got {shapes}")
+    if x.shape != y.shape or alpha.ndim != 1 or (len(alpha) != 1 and len(alpha) != x.shape[-1]):
+        raise ValueError(
+            "x and y must have one shape, and alpha one number or one for each coordinate, got "
+            f"{tuple(x.shape)}, {tuple(y.shape)} and {tuple(alpha.shape)}"
+        )
     z: Tensor = _InterpolateNorm.apply(x, y, alpha)
     return z
 
