@@ -109,8 +109,7 @@ def mlp(
     """Normalized MLP: down (up x * activation(gate x)), or down activation(up x) without a gate.
 
     Pre-activations are scaled to the standard deviation ``std``, for which the factor of the activation is derived
-    (arXiv:2505.22014, section 4.2, which has SiLU at 1/2). This factor is an integral that ``torch.compile`` cannot
-    trace, so it breaks the graph here; ``nn.MLP`` has it as a constant.
+    (arXiv:2505.22014, section 4.2: SiLU at 1/2). This breaks the graph of ``torch.compile``, unlike ``nn.MLP``.
 
     Args:
         x: input (..., d), about unit norm.
@@ -199,10 +198,8 @@ def interpolate_norm(x: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
     """
     # The kernels read y and alpha at the coordinates of x.
     if x.shape != y.shape or alpha.ndim != 1 or (len(alpha) != 1 and len(alpha) != x.shape[-1]):
-        raise ValueError(
-            "x and y must have one shape, and alpha one number or one for each coordinate, got "
-            f"{tuple(x.shape)}, {tuple(y.shape)} and {tuple(alpha.shape)}"
-        )
+        shapes = f"{tuple(x.shape)}, {tuple(y.shape)} and {tuple(alpha.shape)}"
+        raise ValueError(f"x and y must have one shape, and alpha one number or one per coordinate, got {shapes}")
     z: Tensor = _InterpolateNorm.apply(x, y, alpha)
     return z
 
@@ -493,8 +490,7 @@ def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     True
     """
     if targets.shape != hidden.shape[:-1]:
-        expected, got = tuple(hidden.shape[:-1]), tuple(targets.shape)
-        raise ValueError(f"targets must have the shape {expected} of the hidden states, one id for each, got {got}")
+        raise ValueError(f"targets must have the shape {tuple(hidden.shape[:-1])}, got {tuple(targets.shape)}")
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
