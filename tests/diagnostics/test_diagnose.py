@@ -265,6 +265,27 @@ def test_diagnose_leaves_model_and_random_state_unchanged(architecture):
         assert torch.equal(weight, old) and weight.grad is None
 
 
+class Renamed(torch.nn.Module):
+    """A block of another package, with other names of its parts."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.layer = block
+
+    def forward(self, *args):
+        return self.layer(*args)
+
+
+def test_blocks_with_other_parts_are_measured_as_a_whole(capsys):
+    model = model_of("gpt+")
+    expected = diagnose(model, some_tokens()).norm_ratio["block"]
+    model.blocks = torch.nn.ModuleList(Renamed(block) for block in model.blocks)
+    diagnosis = diagnose(model, some_tokens())
+    assert diagnosis.norm_ratio == {"block": expected}
+    print_tables(diagnosis)
+    assert capsys.readouterr().out and summarize(diagnosis)
+
+
 def test_hooks_are_removed_when_a_forward_pass_fails():
     model = model_of()
     with pytest.raises(RuntimeError), record(model.blocks):

@@ -92,13 +92,18 @@ def diagnose(model: Decoder, tokens: Tensor) -> Diagnosis:
         },
         repeated_ids=ids.tolist(),
         repeated_length=repeated.shape[1],
-        norm_ratio={name: [text[name, layer].spread() for layer in layers] for name in ("block", "attention", "mlp")},
+        norm_ratio={name: [text[name, layer].spread() for layer in layers] for name in _parts(model)},
         factors=factor_errors(model, expected, gains) if gains else {},
         alpha=layer_alphas(model),
         alpha_start=model.config.alpha_init,
         bound=_bound(model),
         row_norm=_row_norm(model),
     )
+
+
+def _parts(model: Decoder) -> dict[str, str]:
+    """Parts of a block and the names of their modules; another package's blocks may not have them all."""
+    return {"block": ""} | {name: name for name in ("attention", "mlp") if hasattr(model.blocks[0], name)}
 
 
 def _measure_text(model: Decoder, tokens: Tensor, expected: Mapping[str, float]) -> MomentsByLayer:
@@ -110,7 +115,7 @@ def _measure_text(model: Decoder, tokens: Tensor, expected: Mapping[str, float])
                 moments["residual", layer].add(l2_norm(x))
                 if layer < 0:
                     continue
-                for name, module in (("block", ""), ("attention", "attention"), ("mlp", "mlp")):
+                for name, module in _parts(model).items():
                     moments[name, layer].add(l2_norm(calls[module].output) / l2_norm(calls[module].inputs[0]))
                 if expected:
                     add_gains(moments, layer, model.blocks[layer], calls, calls["mlp.gate_proj"].output, expected)

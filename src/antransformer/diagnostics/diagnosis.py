@@ -63,8 +63,9 @@ class Diagnosis:
             each block.
         repeated_ids: repeated token ids, one sequence each: the most frequent ones of the text.
         repeated_length: number of repetitions.
-        norm_ratio: ||output|| / ||input|| of ``block``, ``attention`` and ``mlp`` on text, by layer. The input of a
-            sublayer is measured after its norm layer, if it has one; its output before any norm and residual.
+        norm_ratio: ||output|| / ||input|| of ``block``, ``attention`` and ``mlp`` on text, by layer, as far as a block
+            has them. The input of a sublayer is measured after its norm layer, if it has one; its output before any
+            norm and residual.
         factors: errors by map (see ``LEGEND``), kind of input (``random``, ``text``) and layer; empty for
             a model without constant factors.
         alpha: mean of alpha by layer, as [attention, MLP]; None for a model without residual interpolation.
