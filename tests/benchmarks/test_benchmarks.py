@@ -80,6 +80,8 @@ def test_a_variant_that_raises_is_left_out_and_the_others_are_timed():
     assert rows[0].ratio == Quartiles(1, 1, 1) and rows[1].speed is None and rows[1].ratio is None
     with pytest.raises(MachineError, match="TypeError"):
         make_rows({"batch": 1}, {}, 2, "a", problems)
+    rows = make_rows({"batch": 1}, {}, 2, "a", problems, strict=False)
+    assert {row.variant: row.problem for row in rows} == problems
 
 
 def broken_peers(monkeypatch):

@@ -4,6 +4,7 @@ import copy
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -13,8 +14,10 @@ import pytest
 import torch
 
 from antransformer.bounds import norms
+from antransformer.data import Dataset
 from antransformer.errors import ConfigError, MachineError
 from antransformer.inference import generate
+from antransformer.interop import verification
 from antransformer.interop.export import export
 from antransformer.interop.import_hf import exported_name, import_folder
 from antransformer.models import ModelConfig
@@ -447,6 +450,17 @@ def test_wrong_exports_are_refused(tmp_path, capsys, monkeypatch):
     with pytest.raises(ConfigError, match="int8"):
         export(*runs.open_checkpoint(tmp_path / "run"), tmp_path / "hf", dtype="int8")
     assert not (tmp_path / "hf").exists() and not list(tmp_path.glob(".partial*"))
+
+
+def test_the_check_uses_the_text_of_a_run_on_the_default_data(corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(verification, "run_folder_of", lambda checkpoint: tmp_path)
+    (tmp_path / "config.yaml").write_text("data: python-stdlib\n")
+    checkpoint = types.SimpleNamespace(model=types.SimpleNamespace(vocab_size=257))
+    assert verification.held_out(checkpoint, 50) is None
+    shutil.copytree(corpus, "data/python-stdlib")
+    expected = Dataset.open(corpus).split("val").arrays[0][:50]
+    assert verification.held_out(checkpoint, 50).tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize(("value", "dtype"), [(0.5, "float32"), (torch.nan, "float16")])

@@ -94,7 +94,7 @@ def test_a_worker_fits_the_default_size_into_the_memory_of_its_gpu(free, monkeyp
         ),
     ],
 )
-def test_the_limit_of_a_container_counts(membership, folder, names, monkeypatch, tmp_path):
+def test_the_limit_of_a_container_counts(membership, folder, names, tmp_path):
     group = tmp_path / folder
     group.mkdir(parents=True)
     limit, used, cached = names

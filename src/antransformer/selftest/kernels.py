@@ -95,7 +95,7 @@ def cross_entropy(setup: Setup) -> Iterator[Check]:
 def fp8(setup: Setup) -> Iterator[Check]:
     """torch's FP8 matrix product and an FP8 linear layer, against the simulation on a CPU."""
     device = setup.device
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < float8.CAPABILITY:
+    if float8.is_missing(device):
         yield Check("FP8 product", "the device has no FP8")
         return
     for kind in (torch.float8_e4m3fn, torch.float8_e5m2):

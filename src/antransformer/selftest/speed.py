@@ -52,7 +52,7 @@ def peers(setup: Setup) -> Iterator[Check]:
 
 def fp8(setup: Setup) -> Iterator[Check]:
     """Compiled steps of anGPT at 0.5b in FP8 against bfloat16."""
-    if setup.device.type == "cuda" and torch.cuda.get_device_capability(setup.device) < float8.CAPABILITY:
+    if float8.is_missing(setup.device):
         yield Check("0.5b compiled, speed in FP8 over bfloat16", "the device has no FP8")
         return
     model = setup.model("0.5b")

@@ -25,13 +25,18 @@ CAPABILITY = (8, 9)  # of the first GPUs with FP8
 HEADROOM = 4  # norms grow in training: by a factor of up to 8 in front of down projections
 
 
+def is_missing(device: torch.device) -> bool:
+    """Whether a device is a GPU without FP8."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) < CAPABILITY
+
+
 def check(config: ModelConfig, device: torch.device) -> None:
     """Check that a model can use FP8 on a device.
 
     Raises:
         ConfigError: the device has no FP8, or a size of the model does not fit.
     """
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < CAPABILITY:
+    if is_missing(device):
         raise ConfigError(f"precision fp8 needs a GPU of compute capability 8.9 or above, not {device}: use bfloat16")
     if device.type not in ("cuda", "cpu"):
         raise ConfigError(f"precision fp8 needs an NVIDIA GPU, or a CPU that simulates it, not {device}: use bfloat16")
