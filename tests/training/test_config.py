@@ -73,6 +73,15 @@ def test_defaults_below_the_fitted_range_are_measured():
         assert config.warmup_fraction == config.weight_decay == expected
 
 
+@pytest.mark.parametrize("recipe", ["paper", "best"])
+def test_below_100m_parameters_the_default_of_beta2_is_that_of_the_papers_sweeps(recipe):
+    for preset, expected in {"pico": 0.99, "nano": 0.99, "32m": 0.99, "62m": 0.99, "125m": 0.95, "1b": 0.95}.items():
+        for vocab_size in (257, 50_304):  # a preset has one default, whatever the tokenizer
+            settings = {"preset": preset, "recipe": recipe}
+            assert resolve_config(settings, vocab_size).beta2 == expected
+            assert resolve_config({**settings, "beta2": 0.9}, vocab_size).beta2 == 0.9
+
+
 def test_default_learning_rates_of_matrices_scale_with_width_in_small_models():
     def rates(**settings):
         rates = peak_rates(resolve_config({"recipe": "paper", **settings}, vocab_size=4096))

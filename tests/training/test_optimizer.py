@@ -27,7 +27,7 @@ def test_weight_decay_applies_to_matrices_only(corpus, tmp_path):
         assert (dims, group["weight_decay"]) in (({2}, 0.1), ({1}, 0))
     sizes = [parameter.numel() for group in groups for parameter in group["params"]]
     assert sum(sizes) == trainer.model.parameter_count()
-    assert trainer.optimizer.defaults["betas"] == (0.9, 0.95) and trainer.optimizer.defaults["eps"] == 1e-9
+    assert trainer.optimizer.defaults["betas"] == (0.9, 0.99) and trainer.optimizer.defaults["eps"] == 1e-9
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -248,7 +248,7 @@ def test_cautious_adamw_uses_the_sign_of_its_update_at_every_step(corpus, tmp_pa
         before = weight.detach().clone()
         trainer.update(step)
         state, group = trainer.optimizer.state[weight], trainer.optimizer.param_groups[-1]
-        scale = (1 - 0.9**step) * ((state["exp_avg_sq"] / (1 - 0.95**step)).sqrt() + 1e-9)
+        scale = (1 - 0.9**step) * ((state["exp_avg_sq"] / (1 - 0.99**step)).sqrt() + 1e-9)
         decay = 0.5 * before * (state["exp_avg"] * before >= 0)
         expected = before - group["lr"] * (state["exp_avg"] / scale + decay)
         torch.testing.assert_close(weight.detach(), expected, rtol=1e-4, atol=1e-7)

@@ -114,7 +114,7 @@ class TrainConfig:
         "decay only coordinates of matrices that the optimizer moves towards zero (needs weight_decay)", False
     )
     beta1: float = setting("beta1 of AdamW", 0.9, ge=0, lt=1)
-    beta2: float = setting("beta2 of AdamW", 0.95, ge=0, lt=1)
+    beta2: float = setting("beta2 of AdamW (default: 0.99 below 100M parameters, otherwise 0.95)", 0.95, ge=0, lt=1)
     adam_eps: float = setting("epsilon of AdamW", 1e-9, gt=0)
     grad_clip: float = setting("maximum gradient norm", 1.0, gt=0)
     max_skipped_steps: int = setting(
@@ -378,6 +378,7 @@ def resolve_config(settings: Mapping[str, Any], vocab_size: int, where: str = "s
         "warmup_fraction": defaults.WARMUP[model.architecture],
         "weight_decay": defaults.WEIGHT_DECAY[model.architecture],
         "lr_width": defaults.lr_width(model),
+        "beta2": defaults.beta2(model),
         **user,
     }
     if "batch_tokens" not in values:

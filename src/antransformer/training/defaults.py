@@ -131,6 +131,11 @@ def optimizer_lr(config: ModelConfig, optimizer: OptimizerSpec) -> float:
     return ByArchitecture(optimizer.default_lrs)[config.architecture]
 
 
+def beta2(config: ModelConfig) -> float:
+    """Coefficient of AdamW's mean square: 0.99 below 100M parameters, as in the sweeps of the paper (section 5.3)."""
+    return 0.99 if paper_size(config) < 100e6 else 0.95
+
+
 def batch_tokens(config: ModelConfig) -> int:
     """Tokens per optimizer step; raises the errors of ``fitted_size``."""
     size = fitted_size(config)
