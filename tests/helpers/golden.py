@@ -19,7 +19,7 @@ from antransformer.interop.register import register_when_imported
 GOLDEN = Path(__file__).parent.parent / "golden"
 ARCHITECTURES = ("angpt", "ngpt", "gpt+", "gpt", "ln-scaling", "dyt")
 MODEL = ["--preset=pico", "--model.width=32", "--model.head-dim=16", "--model.context=32"]
-RUN = ["--batch-tokens=128", "--eval-tokens=512", "--shuffle=argsort", *MODEL]
+RUN = ["--batch-tokens=128", "--eval-tokens=512", "--shuffle=argsort", "--beta2=0.95", *MODEL]
 
 
 def text(documents: int = 60) -> str:
