@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Protocol, TypedDict
+from typing import Any, NamedTuple, Protocol, TypedDict
 
 import torch
 from torch import Tensor
@@ -85,6 +85,15 @@ class Measurement(TypedDict, total=False):
 
     loss: float
     grad_norm: float
+
+
+class Due(NamedTuple):
+    """Work after a step; all of it needs a metrics line."""
+
+    evaluate: bool
+    save: bool
+    sample: bool
+    log: bool
 
 
 class Trainer:
@@ -233,25 +242,14 @@ class Trainer:
                     if profiler is not None:
                         profiler.step()
                     stopping = self._agree_to_stop(signals)
-                    evaluate, save = self._due(stopping)
-                    sample = config.sample_every is not None and self.done % config.sample_every == 0
-                    if not (evaluate or save or sample or self.done % config.log_every == 0):
+                    due = self._due(stopping)
+                    if not any(due):
                         continue
-                    measured = self._measure(pending)
                     elapsed = time.perf_counter() - started
                     self.seconds += elapsed
-                    line = self._line(measured, (self.done - first) * config.batch_tokens / elapsed)
-                    if evaluate:
-                        line = {**line, **self.evaluate()}
-                    self._require_finite_weights(line)
-                    if sample:
-                        line["samples"] = samples(self.model, self.average, self.dataset, self.dist_ctx.rank == 0)
+                    line = self._report(due, pending, (self.done - first) * config.batch_tokens / elapsed, log)
                     pending.clear()
-                    if log is not None:
-                        log.write(line)
-                    self.reporter.metrics(line)
-                    if save:
-                        path = self._save()
+                    path = self._save() if due.save else None
                     if stopping:
                         self.writer.wait()
                         raise RunStoppedError(
@@ -299,13 +297,35 @@ class Trainer:
             self.writer.wait()
         return signal.Signals(received) if received else None
 
-    def _due(self, stopping: signal.Signals | None) -> tuple[bool, bool]:
-        """Whether to (validate, save a checkpoint) after the completed step."""
+    def _due(self, stopping: signal.Signals | None) -> Due:
+        """Work that is due after the completed step."""
         config, last = self.config, self.done == self.config.steps
-        evaluate = last or (self.done % config.eval_every == 0 and stopping is None)
         intervals = (config.checkpoint_every, config.keep_every or config.checkpoint_every)
-        save = last or stopping is not None or not all(self.done % interval for interval in intervals)
-        return evaluate, save
+        return Due(
+            evaluate=last or (self.done % config.eval_every == 0 and stopping is None),
+            save=last or stopping is not None or not all(self.done % interval for interval in intervals),
+            sample=config.sample_every is not None and self.done % config.sample_every == 0,
+            log=self.done % config.log_every == 0,
+        )
+
+    def _report(
+        self, due: Due, pending: list[tuple[Tensor, Tensor]], tokens_per_second: float, log: MetricsLog | None
+    ) -> MetricsLine:
+        """Measure what is due, and write and return the metrics line.
+
+        Raises:
+            DivergedError: the loss, a gradient or a weight is NaN or Inf.
+        """
+        line = self._line(self._measure(pending), tokens_per_second)
+        if due.evaluate:
+            line = {**line, **self.evaluate()}
+        self._require_finite_weights(line)
+        if due.sample:
+            line["samples"] = samples(self.model, self.average, self.dataset, self.dist_ctx.rank == 0)
+        if log is not None:
+            log.write(line)
+        self.reporter.metrics(line)
+        return line
 
     def update(self, step: int) -> list[tuple[Tensor, Tensor]]:
         """Take one optimizer step.
