@@ -153,6 +153,16 @@ def test_a_best_value_at_the_edge_extends_the_grid_until_it_is_inside(corpus):
     assert len(values_of(results.variants[1])[BUDGETS[0]]) == 5  # the other grid is not extended
 
 
+def test_a_better_value_outside_the_grid_extends_it_too(corpus):
+    """The grid has the higher of two minima inside, and a value outside is on the slope of the lower one."""
+    bottom = {1.2e-2: 3.0, 4e-3: 2.9, 2e-3: 2.8, 1e-3: 2.85}
+    made = experiment(corpus, lambda config: bottom.get(config.lr, 3.1), architectures=("gpt+", "angpt"), lr_trials=3)
+    results = made.run()
+    assert values_of(results.variants[1])[BUDGETS[0]] == [1e-3, 2e-3, 4e-3, 6e-3, 1.2e-2, 2.4e-2, 3.6e-2]
+    assert results.variants[1].settings_at(BUDGETS[0])["lr"] == 2e-3
+    assert not results.variants[1].best_at_edge("lr", BUDGETS[0])
+
+
 def test_each_setting_has_the_same_number_of_trials_and_the_plan_counts_them(corpus):
     best = {"gpt+": 8e-3, "angpt": 1.2e-2, "ngpt": 6e-3}
 

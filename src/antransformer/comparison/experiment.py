@@ -265,7 +265,10 @@ class Experiment:
         search = GridSearch(self.queue, jobs_of)
         search.run_grids(grids, lambda name, losses: extension(losses, part.trials, part.ratio))
         if part.neighbour_factor and grids:
-            search.run({name: neighbours(search.losses(name), part.neighbour_factor) for name in grids})
+            around = {name: neighbours(search.losses(name), part.neighbour_factor) for name in grids}
+            # One of them may be better than the best of the grid, which is then at an edge again.
+            trials = part.trials + 2
+            search.run_grids(around, lambda name, losses: extension(losses, trials, part.ratio))
         for name in grids:
             losses, setting = search.losses(name), settings[name]
             folders = {value: search.results[name][value][0].name for value in losses}
