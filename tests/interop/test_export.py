@@ -133,6 +133,17 @@ def test_greedy_generation_is_equal_for_single_prompts_and_in_a_padded_batch(pai
 
 
 @torch.no_grad()
+def test_a_step_with_a_static_cache_compiles_without_positions(pair):
+    _, theirs = pair
+    tokens = some_tokens()
+    expected = theirs(tokens).logits[:, -1:]
+    cache = transformers.StaticCache(config=theirs.config, max_cache_len=tokens.shape[1])
+    theirs(tokens[:, :-1], past_key_values=cache)
+    step = torch.compile(theirs, backend="eager", fullgraph=True)
+    torch.testing.assert_close(step(tokens[:, -1:], past_key_values=cache).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
 @pytest.mark.filterwarnings("ignore:.*past_key_values:FutureWarning")  # renamed by transformers
 def test_other_ways_of_generation(pair):
     theirs, tokens = pair[1], torch.tensor([[*b"to be, to be, to"]])

@@ -7,14 +7,18 @@ import torch
 
 from antransformer.cli import main
 from antransformer.errors import ConfigError
-from antransformer.runs.worker import fit_default_micro_batch
 from antransformer.training import free_memory as memory
 from antransformer.training import micro_batch
 from antransformer.training.config import resolve_config
 from antransformer.training.defaults import parameter_count
 from antransformer.training.distributed.parallel import DistributedContext
-from antransformer.training.micro_batch import fit_micro_batch, fitting_micro_batch, step_memory
-from antransformer.training.run_folder import save_config, saved_config
+from antransformer.training.micro_batch import (
+    fit_default_micro_batch,
+    fit_micro_batch,
+    fitting_micro_batch,
+    step_memory,
+)
+from antransformer.training.run_folder import saved_config
 from helpers.commands import TEN_STEPS, refused
 from helpers.messages import mentions
 
@@ -62,20 +66,18 @@ def test_on_a_gpu_only_the_memory_limits_the_size(free, monkeypatch):
     assert fitting_micro_batch(config) == config.batch_size
 
 
-def test_a_worker_fits_the_default_size_into_the_memory_of_its_gpu(free, monkeypatch, tmp_path):
+def test_the_default_size_is_fitted_into_the_memory_of_a_gpu(free, monkeypatch):
     monkeypatch.setattr(micro_batch, "choose_device", lambda *_: torch.device("cuda"))
     free(100 * 2**30)
     config = resolve_config({"preset": "125m", "precision": "bfloat16"}, 50304)
-    save_config(tmp_path, config)
-    fit_default_micro_batch(tmp_path, "cpu", 1)
-    assert saved_config(tmp_path) == config
-    fit_default_micro_batch(tmp_path, "cuda:0", 1)
-    fitted = saved_config(tmp_path)
-    assert fitted == replace(config, micro_batch_size=fitted.micro_batch_size)
+    on_cpu, on_gpu = replace(config, device="cpu"), replace(config, device="cuda:0")
+    assert fit_default_micro_batch(on_cpu) == on_cpu
+    fitted = fit_default_micro_batch(on_gpu)
+    assert fitted == replace(on_gpu, micro_batch_size=fitted.micro_batch_size)
+    assert fitted.micro_batch_size > fit_default_micro_batch(on_gpu, sharing=8).micro_batch_size
     assert fitted.micro_batch_size > config.micro_batch_size
-    save_config(tmp_path, replace(config, micro_batch_size=3))  # chosen by the user
-    fit_default_micro_batch(tmp_path, "cuda:0", 1)
-    assert saved_config(tmp_path).micro_batch_size == 3
+    chosen = replace(on_gpu, micro_batch_size=3)
+    assert fit_default_micro_batch(chosen) == chosen
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The training loop: metrics, validation, precision, and runs that diverge."""
 
 import math
+import time
 from functools import partial
 
 import pytest
@@ -14,6 +15,7 @@ from antransformer.models import Decoder, build
 from antransformer.training.checkpointing import checkpoint
 from antransformer.training.compilation import compiled_loss
 from antransformer.training.config import resolve_config
+from antransformer.training.cost_model import throughput
 from antransformer.training.metrics import read_metrics
 from helpers.messages import mentions
 from helpers.small import SMALL
@@ -28,6 +30,25 @@ def test_metrics_line_has_mean_loss_since_previous_line(corpus, tmp_path):
     assert list(some) == [3, 6]
     for step, loss in some.items():
         assert loss == pytest.approx(sum(each[number] for number in (step - 2, step - 1, step)) / 3, rel=1e-6)
+
+
+def test_speed_and_utilization_include_the_work_that_is_queued_on_the_device(corpus, tmp_path, monkeypatch):
+    """Reading the losses waits for the device, here by a sleep, and counts as time of the steps."""
+    monkeypatch.setattr(throughput, "peak_flops", lambda device, precision: 1e12)
+    trainer = start(corpus, tmp_path, tokens=256 * 2)
+    measure = trainer._measure
+
+    def measure_slowly(pending):
+        time.sleep(0.1)
+        return measure(pending)
+
+    trainer._measure = measure_slowly
+    trainer.run()
+    flops = throughput.flops_per_token(trainer.config.model)
+    for line in read_metrics(tmp_path / "metrics.jsonl"):
+        assert line["seconds"] >= 0.1 * line["step"]
+        assert line["tokens_per_second"] <= 256 / 0.1
+        assert line["mfu"] == pytest.approx(line["tokens_per_second"] * flops / 1e12, rel=1e-2)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

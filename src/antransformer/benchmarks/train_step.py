@@ -29,7 +29,8 @@ from antransformer.training import profiling
 from antransformer.training.cost_model.throughput import flops_per_token, peak_flops
 from antransformer.training.device import autocast
 
-MATMUL_SIZE = 1024  # rows and columns of the matrices whose product estimates the attainable FLOP/s
+# Rows and columns of the matrices whose product estimates the attainable FLOP/s: a few milliseconds.
+MATMUL_SIZE = {"cpu": 1024, "mps": 4096, "cuda": 8192}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,11 +141,12 @@ def state_bytes(setup: TrainingSetup) -> int:
 
 
 def _matmul(settings: StepSettings) -> Callable[[], Tensor]:
-    a, b = torch.randn(2, MATMUL_SIZE, MATMUL_SIZE, device=settings.device, dtype=settings.dtype)
+    size = MATMUL_SIZE[settings.device.type]
+    a, b = torch.randn(2, size, size, device=settings.device, dtype=settings.dtype)
     return lambda: a @ b
 
 
 def _attainable_flops(matmul_seconds: list[float], settings: StepSettings) -> list[float]:
     """Attainable FLOP/s in each round: from the data sheet, or measured by a matrix product if that is unknown."""
     peak = peak_flops(settings.device, settings.dtype)
-    return [peak or 2 * MATMUL_SIZE**3 / seconds for seconds in matmul_seconds]
+    return [peak or 2 * MATMUL_SIZE[settings.device.type] ** 3 / seconds for seconds in matmul_seconds]

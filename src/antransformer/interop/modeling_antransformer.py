@@ -123,7 +123,7 @@ class AntransformerModel(AntransformerPreTrainedModel):
             cache = DynamicCache(config=self.config)
         if position_ids is None:
             start = 0 if cache is None else cache.get_seq_length()
-            position_ids = torch.arange(start, start + x.shape[1], device=x.device).unsqueeze(0)
+            position_ids = (torch.arange(x.shape[1], device=x.device) + start).unsqueeze(0)
         mask = create_causal_mask(self.config, x, attention_mask, position_ids=position_ids, **{CACHE: cache})
         rotary = rotary_tables(position_ids, self.config)
         for block in self.blocks:
@@ -198,4 +198,4 @@ class AntransformerForCausalLM(AntransformerPreTrainedModel, GenerationMixin):
     def logits(self, hidden: Tensor) -> Tensor:
         """Map hidden states of the base model (..., d) to logits (..., V)."""
         logits: Tensor = self.lm_head(hidden)
-        return logits if self.logit_scale is None else logits * self.logit_scale().to(logits.dtype)
+        return logits if self.logit_scale is None else logits * self.logit_scale().to(logits)

@@ -13,6 +13,7 @@ from antransformer.runs.queue import RunQueue, threads_per_worker, tokens_of
 from antransformer.runs.settings import METRICS_LINES
 from antransformer.training.config import TrainConfig
 from antransformer.training.dry_run import STEPS, seconds_per_token
+from antransformer.training.micro_batch import fit_default_micro_batch
 from antransformer.wording import counted
 
 FORWARD = 1 / 3  # share of a training step that is its forward pass, which is all that validation and probes run
@@ -53,11 +54,17 @@ class Timer:
         self.speeds: dict[str, float] = {}
 
     def run_seconds(self, name: str, config: TrainConfig) -> float:
-        """Expected seconds of a run; runs of one ``name`` are as fast per token."""
+        """Expected seconds of a run; runs of one ``name`` are as fast per token.
+
+        Raises:
+            ConfigError: a step does not fit into the memory of the GPU.
+        """
         if name not in self.speeds:
             self.log(f"timing {STEPS} steps: {name}")
-            with worker_threads(len(self.queue.devices)):
-                self.speeds[name] = seconds_per_token(replace(config, device=self.queue.devices[0]), self.dataset)
+            device, *others = self.queue.devices
+            timed = fit_default_micro_batch(replace(config, device=device), 1 + others.count(device))
+            with worker_threads(1 + len(others)):
+                self.speeds[name] = seconds_per_token(timed, self.dataset)
         evaluated = FORWARD * (config.eval_tokens + METRICS_LINES * PROBE_TOKENS)
         return START_SECONDS + (tokens_of(config) + evaluated) * self.speeds[name]
 

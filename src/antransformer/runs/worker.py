@@ -27,10 +27,9 @@ from antransformer.diagnostics.probes import PROBE_TOKENS, probe
 from antransformer.errors import AntransformerError, DivergedError, RunStoppedError, UsageError
 from antransformer.files import replace_text
 from antransformer.training import run_folder
-from antransformer.training.defaults import micro_batch_size
 from antransformer.training.device import cpu_name, is_out_of_memory
 from antransformer.training.metrics import METRICS_FILE, MetricsLine, MetricsLog, read_metrics
-from antransformer.training.micro_batch import fit_micro_batch
+from antransformer.training.micro_batch import fit_default_micro_batch
 from antransformer.training.trainer import Trainer
 from antransformer.wording import counted
 
@@ -91,7 +90,9 @@ def main(arguments: list[str]) -> int:
 def train(folder: Path, data: str, device: str, sharing: int) -> None:
     """Start or resume the run in ``folder`` and write its ``result.json``."""
     if not (folder / run_folder.CHECKPOINTS).exists():
-        fit_default_micro_batch(folder, device, sharing)
+        saved = run_folder.saved_config(folder)
+        fitted = fit_default_micro_batch(replace(saved, device=device), sharing)
+        run_folder.save_config(folder, replace(fitted, device=saved.device))
     config = run_folder.resumed_config(folder, {"device": device, "data": data})
     reporter = WorkerReporter(folder)
     dataset = open_mixture(data, None, partial(Dataset.open, verify=False))  # the parent has verified it
@@ -108,15 +109,6 @@ def train(folder: Path, data: str, device: str, sharing: int) -> None:
     record["parameters"] = trainer.model.parameter_count()
     record["machine"] = describe_machine(trainer)
     replace_text(folder / RESULT_FILE, json.dumps(record, indent=2) + "\n")
-
-
-def fit_default_micro_batch(folder: Path, device: str, sharing: int) -> None:
-    """Save the largest micro-batch that fits into the memory of a GPU, if the run folder has the default size."""
-    config = run_folder.saved_config(folder)
-    default = micro_batch_size(config.model, config.batch_size)
-    if torch.device(device).type == "cuda" and config.micro_batch_size == default:
-        fitted = fit_micro_batch(replace(config, device=device), sharing=sharing).micro_batch_size
-        run_folder.save_config(folder, replace(config, micro_batch_size=fitted))
 
 
 def describe_machine(trainer: Trainer) -> str:

@@ -17,6 +17,7 @@ from antransformer.files import read_json, replace_text
 from antransformer.results.folder import require_own_folder
 from antransformer.selftest import PARTS, checkpoints, kernels, models, processes, speed, training
 from antransformer.selftest.checks import Check, Checks, Setup, Unfinished
+from antransformer.training.device import release_memory
 
 RESULTS, REPORT = "results.json", "report.md"
 ERRORS = "errors.txt"
@@ -112,6 +113,7 @@ def run_part(setup: Setup, name: str) -> Result:
                 traceback.print_exc(file=file)
             checks.append(Check(function.__name__, describe_error(error), "no error", False))
             setup.log(f"  {function.__name__}: {checks[-1].figure} FAIL")
+    release_memory(setup.device)
     return Result(name, time.monotonic() - started, tuple(checks), finished)
 
 

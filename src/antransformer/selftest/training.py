@@ -30,7 +30,9 @@ from antransformer.results.comparison import Results
 from antransformer.selftest.checks import Check, Setup, Unfinished
 from antransformer.selftest.runs import corpus
 from antransformer.training.config import resolve_config
+from antransformer.training.device import release_memory
 from antransformer.training.dry_run import dry_run_trainer
+from antransformer.training.micro_batch import fit_default_micro_batch
 
 ARCHITECTURES = ("gpt+", "angpt")
 SHARES = (0.25, 0.5, 1.0)  # of the longest budget
@@ -107,7 +109,7 @@ def _affordable(setup: Setup, dataset: Dataset) -> int:
     """Tokens of the longest budget that ``SECONDS`` allow for all runs."""
     settings = {"architecture": ARCHITECTURES[0], "preset": "32m", "recipe": "paper", "compile": True}
     config = resolve_config({**settings, "device": str(setup.device), "data": str(dataset.path)}, dataset.vocab_size)
-    trainer = dry_run_trainer(config, dataset)
+    trainer = dry_run_trainer(fit_default_micro_batch(config), dataset)
     for step in range(1, WARM_UP_STEPS + TIMED_STEPS + 1):
         trainer.update(step)
         if step == WARM_UP_STEPS:
@@ -115,6 +117,8 @@ def _affordable(setup: Setup, dataset: Dataset) -> int:
             started = time.perf_counter()
     torch.accelerator.synchronize(setup.device)
     per_token = (time.perf_counter() - started) / (TIMED_STEPS * config.batch_tokens)
+    del trainer
+    release_memory(setup.device)  # for the comparison, which has processes of its own
     return int(SECONDS / per_token / len(ARCHITECTURES) / sum(SHARES))
 
 

@@ -1,6 +1,7 @@
 """Device and precision of a run."""
 
 import contextlib
+import gc
 import os
 import platform
 from collections.abc import Mapping
@@ -110,6 +111,15 @@ def precision_note(name: str, device: torch.device) -> str:
         name = "CPU" if device.type == "cpu" else "GPU"
         return f"warning: this {name} has no instructions for bfloat16, so precision float32 is faster"
     return ""
+
+
+def release_memory(device: torch.device) -> None:
+    """Return the memory of deleted tensors to the device, so that other processes can use it; nothing on a CPU."""
+    if device.type == "cpu":
+        return
+    torch.compiler.reset()  # compiled code and CUDA graphs keep tensors
+    gc.collect()
+    torch.accelerator.empty_cache()
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -10,7 +10,7 @@ from antransformer.data import Dataset
 from antransformer.models import build
 from antransformer.settings import Count
 from antransformer.training.config import TrainConfig
-from antransformer.training.device import choose_device
+from antransformer.training.device import choose_device, release_memory
 from antransformer.training.metrics import MetricsLine
 from antransformer.training.threads import ThreadWatch
 from antransformer.training.trainer import Trainer
@@ -52,6 +52,9 @@ def seconds_per_token(config: TrainConfig, dataset: Dataset) -> float:
             watch.update()
             if step > 1 and sum(seconds) > LONG:
                 break
+    device = trainer.device
+    del trainer, watch
+    release_memory(device)
     return min(seconds[1:]) / batch
 
 

@@ -8,7 +8,7 @@ import torch
 from antransformer.errors import ConfigError
 from antransformer.training.config import TrainConfig
 from antransformer.training.cost_model.memory import FLOAT32_BYTES, Layout, estimate_memory
-from antransformer.training.defaults import parameter_count
+from antransformer.training.defaults import micro_batch_size, parameter_count
 from antransformer.training.device import choose_device, choose_precision
 from antransformer.training.distributed.parallel import SINGLE_PROCESS, DistributedContext, check_divisibility
 from antransformer.training.free_memory import free_memory
@@ -39,6 +39,20 @@ def fit_micro_batch(
         f"{config.model.context:,} tokens does not fit into the free memory: choose a smaller preset or context, set "
         "activation_checkpointing, or try it with micro_batch_size 1 (--micro-batch-size 1)"
     )
+
+
+def fit_default_micro_batch(config: TrainConfig, sharing: int = 1) -> TrainConfig:
+    """Return ``fit_micro_batch`` of a config for a GPU with the default micro-batch; other configs are returned as is.
+
+    Args:
+        config: settings; their device is a torch device, not ``auto``.
+        sharing: number of processes on the GPU.
+
+    Raises:
+        ConfigError: as in ``fit_micro_batch``.
+    """
+    chosen = config.micro_batch_size != micro_batch_size(config.model, config.batch_size)
+    return config if chosen or torch.device(config.device).type != "cuda" else fit_micro_batch(config, sharing=sharing)
 
 
 def fitting_micro_batch(config: TrainConfig, dist_ctx: DistributedContext = SINGLE_PROCESS, sharing: int = 1) -> int:

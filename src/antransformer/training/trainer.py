@@ -156,7 +156,7 @@ class Trainer:
             checkpoint.load_weights(saved, "average", self.average.weights)
             self.average.updates = self.done - self.skipped
         self.peak = throughput.peak_flops(self.device, self.precision)
-        self.flops_per_step = throughput.flops_per_token(config.model) * config.batch_tokens
+        self.flops_per_step = throughput.flops_per_token(config.model) * config.batch_tokens / dist_ctx.world_size
 
     def _resume(self) -> Checkpoint | None:
         """Restore model and optimizer from the newest checkpoint and return it; None if there is no checkpoint."""
@@ -245,10 +245,12 @@ class Trainer:
                     due = self._due(stopping)
                     if not any(due):
                         continue
+                    measured = self._measure(pending)  # before the clock is read, since it waits for the device
+                    pending.clear()
                     elapsed = time.perf_counter() - started
                     self.seconds += elapsed
-                    line = self._report(due, pending, (self.done - first) * config.batch_tokens / elapsed, log)
-                    pending.clear()
+                    line = self._line(measured, (self.done - first) * config.batch_tokens / elapsed)
+                    self._report(due, line, log)
                     path = self._save() if due.save else None
                     if stopping:
                         self.writer.wait()
@@ -308,24 +310,20 @@ class Trainer:
             log=self.done % config.log_every == 0,
         )
 
-    def _report(
-        self, due: Due, pending: list[tuple[Tensor, Tensor]], tokens_per_second: float, log: MetricsLog | None
-    ) -> MetricsLine:
-        """Measure what is due, and write and return the metrics line.
+    def _report(self, due: Due, line: MetricsLine, log: MetricsLog | None) -> None:
+        """Add what is due to a metrics line, and write it.
 
         Raises:
-            DivergedError: the loss, a gradient or a weight is NaN or Inf.
+            DivergedError: a weight or the validation loss is NaN or Inf.
         """
-        line = self._line(self._measure(pending), tokens_per_second)
         if due.evaluate:
-            line = {**line, **self.evaluate()}
+            line.update(self.evaluate())  # type: ignore[typeddict-item]  # it has no keys beyond its own
         self._require_finite_weights(line)
         if due.sample:
             line["samples"] = samples(self.model, self.average, self.dataset, self.dist_ctx.rank == 0)
         if log is not None:
             log.write(line)
         self.reporter.metrics(line)
-        return line
 
     def update(self, step: int) -> list[tuple[Tensor, Tensor]]:
         """Take one optimizer step.

@@ -173,7 +173,11 @@ def init_distributed() -> Iterator[DistributedContext]:
     except BaseException as error:
         # gloo raises a plain RuntimeError when its peer is gone.
         if isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or "gloo" in str(error)):
-            raise monitor.missing_ranks_error() from error
+            missing = monitor.missing_ranks_error()
+            if use_gpus and dist.is_initialized():
+                # destroy_process_group waits for NCCL collectives, which the missing ranks never join.
+                dist.distributed_c10d._abort_process_group()
+            raise missing from error
         monitor.report_exit()
         raise
     finally:
@@ -264,9 +268,11 @@ def set_timeouts(mesh: DeviceMesh, seconds: int) -> None:
     assert dist.group.WORLD is not None
     dist.group.WORLD.set_timeout(timedelta(seconds=seconds))
     # When NCCL times out, its watchdog aborts the process. The agreement on the CPU after each step has to fail first:
-    # it raises an exception, on which the missing ranks are determined.
+    # it raises an exception, on which the missing ranks are determined. An axis that spans all ranks is the default
+    # group itself, whose gloo must keep its limit: ProcessGroup.set_timeout would set both.
+    limit = timedelta(seconds=seconds if mesh.device_type == "cpu" else 2 * seconds)
     for group in mesh.get_all_groups():
-        group.set_timeout(timedelta(seconds=seconds if mesh.device_type == "cpu" else 2 * seconds))
+        group._get_backend(torch.device(mesh.device_type))._set_default_timeout(limit)
 
 
 def apply_fsdp(model: Decoder, mesh: DeviceMesh, precision: torch.dtype) -> None:
