@@ -29,9 +29,6 @@ from antransformer.training import profiling
 from antransformer.training.cost_model.throughput import flops_per_token, peak_flops
 from antransformer.training.device import autocast
 
-# Rows and columns of the matrices whose product estimates the attainable FLOP/s: a few milliseconds.
-MATMUL_SIZE = {"cpu": 1024, "mps": 4096, "cuda": 8192}
-
 
 @dataclass(frozen=True, kw_only=True)
 class StepSettings(Settings):
@@ -140,8 +137,13 @@ def state_bytes(setup: TrainingSetup) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
+def _matmul_size(settings: StepSettings) -> int:
+    """Rows and columns of the matrices whose product estimates the attainable FLOP/s, in milliseconds or more."""
+    return 1024 if settings.device.type == "cpu" else 8192
+
+
 def _matmul(settings: StepSettings) -> Callable[[], Tensor]:
-    size = MATMUL_SIZE[settings.device.type]
+    size = _matmul_size(settings)
     a, b = torch.randn(2, size, size, device=settings.device, dtype=settings.dtype)
     return lambda: a @ b
 
@@ -149,4 +151,4 @@ def _matmul(settings: StepSettings) -> Callable[[], Tensor]:
 def _attainable_flops(matmul_seconds: list[float], settings: StepSettings) -> list[float]:
     """Attainable FLOP/s in each round: from the data sheet, or measured by a matrix product if that is unknown."""
     peak = peak_flops(settings.device, settings.dtype)
-    return [peak or 2 * MATMUL_SIZE[settings.device.type] ** 3 / seconds for seconds in matmul_seconds]
+    return [peak or 2 * _matmul_size(settings) ** 3 / seconds for seconds in matmul_seconds]
