@@ -7,6 +7,7 @@ import torch
 
 from antransformer.cli import main
 from antransformer.errors import ConfigError
+from antransformer.runs import worker
 from antransformer.training import free_memory as memory
 from antransformer.training import micro_batch
 from antransformer.training.config import resolve_config
@@ -18,7 +19,7 @@ from antransformer.training.micro_batch import (
     fitting_micro_batch,
     step_memory,
 )
-from antransformer.training.run_folder import saved_config
+from antransformer.training.run_folder import save_config, saved_config
 from helpers.commands import TEN_STEPS, refused
 from helpers.messages import mentions
 
@@ -78,6 +79,26 @@ def test_the_default_size_is_fitted_into_the_memory_of_a_gpu(free, monkeypatch):
     assert fitted.micro_batch_size > config.micro_batch_size
     chosen = replace(on_gpu, micro_batch_size=3)
     assert fit_default_micro_batch(chosen) == chosen
+
+
+def test_a_worker_saves_the_size_that_fits_its_device_and_nothing_else(monkeypatch, tmp_path):
+    class StartedError(Exception):
+        pass
+
+    def start(*_args, **_kwargs):
+        raise StartedError
+
+    def fit(config, sharing):
+        assert (config.device, sharing) == ("cuda:1", 2)
+        return replace(config, micro_batch_size=3)
+
+    monkeypatch.setattr(worker, "fit_default_micro_batch", fit)
+    monkeypatch.setattr(worker, "open_mixture", start)
+    config = resolve_config({"preset": "pico"}, 257)
+    save_config(tmp_path, config)
+    with pytest.raises(StartedError):
+        worker.train(tmp_path, "data", "cuda:1", 2)
+    assert saved_config(tmp_path) == replace(config, micro_batch_size=3)
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ def state_bytes(setup: TrainingSetup) -> int:
 
 
 def _matmul_size(settings: StepSettings) -> int:
-    """Rows and columns of the matrices whose product estimates the attainable FLOP/s, in milliseconds or more."""
+    """Rows and columns of the matrices whose product estimates the attainable FLOP/s; it must take milliseconds."""
     return 1024 if settings.device.type == "cpu" else 8192
 
 

@@ -53,7 +53,7 @@ def seconds_per_token(config: TrainConfig, dataset: Dataset) -> float:
             if step > 1 and sum(seconds) > LONG:
                 break
     device = trainer.device
-    del trainer, watch
+    del trainer
     release_memory(device)
     return min(seconds[1:]) / batch
 
