@@ -46,7 +46,8 @@ def command_page(verb: str) -> str:
     prose, examples = split_description(chosen.description or "")
     parts = [f"# antransformer {verb}", f"```text\n{chosen.usage}\n```", prose, examples]
     for group in chosen._action_groups:
-        entries = [entry(action, chosen) for action in group._group_actions if action.dest != "help"]
+        shown = (action for action in group._group_actions if action.help is not argparse.SUPPRESS)
+        entries = [entry(action, chosen) for action in shown if action.dest != "help"]
         if entries:
             parts += [f"## {(group.title or '').capitalize()}", group.description or "", *entries]
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -9,6 +9,7 @@ from antransformer.models import ModelConfig
 from antransformer.training.cost_model.memory import Layout
 from antransformer.training.cost_model.throughput import GPUS, comm_volume, expected_mfu, peak_flops
 from antransformer.training.defaults import parameter_count
+from helpers.pages import ROOT
 
 SMALL = ModelConfig(width=256, layers=4, context=128, vocab_size=1024)
 LARGE = ModelConfig(width=1536, layers=36)
@@ -47,6 +48,11 @@ def test_a_slow_network_lowers_the_mfu():
         ("NVIDIA L40", "l40"),
         ("NVIDIA A10G", "a10g"),
         ("NVIDIA H100 NVL", "h100-nvl"),
+        ("NVIDIA H200 NVL", "h200-nvl"),
+        ("NVIDIA GH200 480GB", "gh200"),
+        ("NVIDIA H20", "h20"),
+        ("NVIDIA RTX 6000 Ada Generation", "rtx6000-ada"),
+        ("NVIDIA GeForce RTX 5090", "rtx5090"),
         ("NVIDIA A100-SXM4-80GB", "a100-80gb"),
         ("NVIDIA RTX A1000", None),
         ("Tesla T4", None),
@@ -58,3 +64,8 @@ def test_peak_flops_of_a_device_name(device_name, gpu, monkeypatch):
     assert peak_flops(torch.device("cuda"), torch.bfloat16) == expected
     assert peak_flops(torch.device("cuda"), torch.float32) is None
     assert peak_flops(torch.device("cpu"), torch.bfloat16) is None
+
+
+def test_the_page_about_planning_lists_every_gpu():
+    text = (ROOT / "docs/planning.md").read_text(encoding="utf-8")
+    assert all(f"`{name}`" in text for name in GPUS)

@@ -34,10 +34,14 @@ class Gpu:
 # Ordered: the first entry whose words are in the device's name applies.
 GPUS = {
     "b200": Gpu("B200", 2250e12, 180e9, 8.0e12, 900e9),
+    "gh200": Gpu("GH200", 989e12, 96e9, 4.0e12, 450e9),
+    "h200-nvl": Gpu("H200 NVL", 835e12, 141e9, 4.8e12, 450e9),
     "h200": Gpu("H200", 989e12, 141e9, 4.8e12, 450e9),
     "h100-pcie": Gpu("H100 PCIe", 756e12, 80e9, 2.0e12, 64e9),
     "h100-nvl": Gpu("H100 NVL", 835e12, 94e9, 3.9e12, 300e9),
     "h100": Gpu("H100", 989e12, 80e9, 3.35e12, 450e9),
+    "h800": Gpu("H800", 989e12, 80e9, 3.35e12, 200e9),
+    "h20": Gpu("H20", 148e12, 96e9, 4.0e12, 450e9),
     "a100-40gb": Gpu("A100", 312e12, 40e9, 1.555e12, 300e9),
     "a100-80gb": Gpu("A100", 312e12, 80e9, 2.039e12, 300e9),
     "l40s": Gpu("L40S", 362e12, 48e9, 0.864e12, 32e9),
@@ -45,7 +49,11 @@ GPUS = {
     "l4": Gpu("L4", 121e12, 24e9, 0.3e12, 32e9),
     "a10g": Gpu("A10G", 70e12, 24e9, 0.6e12, 32e9),
     "a10": Gpu("A10", 125e12, 24e9, 0.6e12, 32e9),
+    "rtx6000-ada": Gpu("RTX 6000 Ada", 364e12, 48e9, 0.96e12, 32e9),
+    "rtx-a6000": Gpu("RTX A6000", 155e12, 48e9, 0.768e12, 32e9),
+    "rtx5090": Gpu("RTX 5090", 210e12, 32e9, 1.792e12, 64e9),
     "rtx4090": Gpu("RTX 4090", 165e12, 24e9, 1.008e12, 32e9),
+    "rtx3090": Gpu("RTX 3090", 71e12, 24e9, 0.936e12, 32e9),
 }
 
 ASSUMED_MFU = 0.4  # of a device that waits for no other and recomputes nothing
