@@ -164,3 +164,13 @@ def test_an_example_of_several_lines_is_one_command(capsys, monkeypatch):
     text = capsys.readouterr().out.replace("\\\n", "")
     (command,) = (line.split() for line in text.splitlines() if "--budgets 5M" in line)
     assert command[:2] == ["antransformer", "compare"] and command[-2:] == ["cuda:0", "cuda:1"]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_an_example_breaks_before_an_option_and_not_before_its_value(verb, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    with pytest.raises(SystemExit):
+        main([verb, "--help"])
+    text = capsys.readouterr().out
+    broken = re.findall(r"--\S+ \\\n +[^-\s].*", text)
+    assert not broken, broken

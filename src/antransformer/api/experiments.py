@@ -43,7 +43,7 @@ def compare(
     progress: bool = False,
     **settings: Any,
 ) -> Results:
-    """Compare architectures with equal tuning effort and several seeds; writes ``report.html`` to ``out``.
+    """Compare architectures tuned by the same search, with several seeds; writes ``report.html`` to ``out``.
 
     Finished runs in ``out`` are skipped and interrupted runs resume.
 

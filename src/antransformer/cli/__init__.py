@@ -25,7 +25,7 @@ VERBS = {
     "export": "Export a checkpoint to a Hugging Face folder or a GGUF file.",
     "serve": "Serve a trained model with an OpenAI-compatible interface.",
     "import": 'Import a Hugging Face folder that "antransformer export" wrote.',
-    "compare": "Compare architectures with equal tuning effort, several seeds and confidence intervals.",
+    "compare": "Compare architectures tuned by the same search, with several seeds and confidence intervals.",
     "ablate": "Measure what each part of anGPT contributes.",
     "sweep": "Search the best learning rate and batch of every size.",
     "fit": "Fit scaling laws: best learning rate and batch, compute frontier, and L(N, D), with 95% intervals.",

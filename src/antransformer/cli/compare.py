@@ -1,4 +1,4 @@
-"""Compare architectures with equal tuning effort, several seeds and confidence intervals.
+"""Compare architectures tuned by the same search, with several seeds and confidence intervals.
 
 At every budget, each architecture first searches its learning rates (--lr-trials). Then it searches the separate rates
 of embedding, head and vectors, and its own hyperparameters (--tuning-trials). A grid has the same number of values and
@@ -6,8 +6,8 @@ the same factor between them for all architectures. At the shortest budget, grid
 several settings are searched, all of them are searched twice. At a longer budget, grids are centered on the best values
 of the next shorter one.
 
-Then every budget is run with every seed. The first architecture is the baseline. If interrupted, run
-the same command again to continue; more --seeds or a longer budget in --budgets add the missing runs.
+Then every budget is run with every seed. The first architecture is the baseline. Runs start at once. If interrupted,
+run the same command again to continue; more --seeds or a longer budget in --budgets add the missing runs.
 
 examples:
   antransformer compare --quick
@@ -42,7 +42,10 @@ def add_arguments(parser: Parser) -> None:
         "--budgets", nargs="+", default=(), metavar="TOKENS", help="budgets to run, instead of --tokens"
     )
     parser.add_argument(
-        "--quick", action="store_true", help="small size and budgets, recipe paper: about an hour on two cores"
+        "--quick",
+        action="store_true",
+        help="preset pico, batches of 1,024 tokens, budgets of 100K, 200K and 400K, recipe paper: about an hour on two "
+        "cores",
     )
     parser.add_argument(
         "--tuning-trials",

@@ -37,7 +37,7 @@ from antransformer.wording import counted
 if TYPE_CHECKING:
     from antransformer.api.checkpoints import Evaluation
 
-USAGE = "antransformer evaluate --checkpoint RUN (--tasks NAMES | --text FILE ...)\n       [options]"
+USAGE = "antransformer evaluate --checkpoint RUN [--tasks NAMES] [--text FILE ...]\n       [options]"
 BATCH_SIZE = 16
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import re
 import textwrap
 import typing
 from collections.abc import Mapping, Sequence
@@ -46,8 +47,9 @@ def _fill_line(line: str, width: int) -> str:
     """An example as lines of at most ``width`` columns, which a shell reads as one."""
     if len(line) <= width:
         return line
-    parts = textwrap.wrap(line, width - 2, break_long_words=False, break_on_hyphens=False, subsequent_indent=" " * 6)
-    return " \\\n".join(parts)
+    whole = re.sub(r"(--\S+) (?!-)", r"\1\0", line)  # no break between an option and its value
+    parts = textwrap.wrap(whole, width - 2, break_long_words=False, break_on_hyphens=False, subsequent_indent=" " * 6)
+    return " \\\n".join(parts).replace("\0", " ")
 
 
 class Parser(argparse.ArgumentParser):
@@ -111,10 +113,12 @@ def add_config(
     prefix: str = "",
     only: Sequence[str] = (),
     defaults: Mapping[str, Any] = MappingProxyType({}),
+    same_as: Sequence[str] = (),
 ) -> None:
     """Add an option for each field of a dataclass that has a help text; values stay text until they are checked.
 
-    ``defaults`` replaces defaults of the dataclass in the help text.
+    ``defaults`` replaces defaults of the dataclass in the help text. Fields in ``same_as`` also have an option without
+    the prefix, to which their help refers.
     """
     hints = typing.get_type_hints(config)
     for item in dataclasses.fields(config):
@@ -124,6 +128,8 @@ def add_config(
         default = defaults.get(item.name, item.default)
         if default is not None and default is not False and "(default" not in text:
             text += f" (default {default})"
+        if item.name in same_as:
+            text = f"same as --{item.name.replace('_', '-')}"
         flag = f"--{prefix}{item.name.replace('_', '-')}"
         dest = f"{SETTING}{prefix}{item.name}"
         if hints[item.name] in (bool, bool | None):

@@ -67,7 +67,7 @@ def add_arguments(parser: Parser) -> None:
     add_config(parser, ModelConfig, only=ALIASES)
     add_config(parser, TrainConfig)
     group = parser.add_argument_group("model settings", "override the preset, or choose what the paper leaves open")
-    add_config(group, ModelConfig, prefix="model.")
+    add_config(group, ModelConfig, prefix="model.", same_as=ALIASES)
 
 
 def run(parsed: argparse.Namespace) -> None:
