@@ -163,6 +163,14 @@ def test_a_better_value_outside_the_grid_extends_it_too(corpus):
     assert not results.variants[1].best_at_edge("lr", BUDGETS[0])
 
 
+def test_where_all_trials_diverge_the_lowest_value_is_chosen(corpus):
+    made = experiment(corpus, lambda config: math.inf, lr_trials=3, seeds=1)
+    results = made.run()
+    grid = values_of(results.variants[1])[BUDGETS[0]]
+    assert results.variants[1].settings_at(BUDGETS[0])["lr"] == min(grid) < 3e-4
+    assert min(grid) in values_of(results.variants[1])[BUDGETS[1]]
+
+
 def test_each_setting_has_the_same_number_of_trials_and_the_plan_counts_them(corpus):
     best = {"gpt+": 8e-3, "angpt": 1.2e-2, "ngpt": 6e-3}
 

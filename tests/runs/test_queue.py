@@ -23,7 +23,7 @@ from antransformer.runs.queue import Job, RunQueue, available_cores, default_dev
 from antransformer.training.checkpointing import checkpoint
 from antransformer.training.config import resolve_config
 from antransformer.training.metrics import read_metrics
-from antransformer.training.run_folder import create_run_folder
+from antransformer.training.run_folder import create_run_folder, saved_config
 from helpers.small import SMALL, SMALL_OPTIONS
 from helpers.workers import workers_in_process
 
@@ -66,8 +66,7 @@ def test_every_run_has_a_result(finished):
     assert results["kept"].parameters > 1000
     lines = read_metrics(root / "kept" / "metrics.jsonl")
     assert lines[-1]["step"] == 10 and lines[-1]["val_loss"] == results["kept"].loss
-    assert progress.planned == 2560 + 1280 + 2560 and progress.tokens <= progress.planned
-    assert progress.earlier == 0
+    assert progress.tokens == progress.planned == 2560 + 1280 + 2560 and progress.earlier == 0
 
 
 def test_probes_are_written_at_the_steps_of_the_metrics(finished):
@@ -107,6 +106,18 @@ def test_the_steps_before_a_resumed_run_count_as_earlier_work(finished, corpus, 
     with workers_in_process():
         RunQueue(tmp_path, Dataset.open(corpus), ["cpu"], progress).run([job("kept", keep=True)])
     assert progress.earlier == progress.tokens == progress.planned == 2560
+
+
+def test_a_run_without_a_checkpoint_starts_with_the_settings_of_the_new_call(corpus, tmp_path):
+    dataset, new = Dataset.open(corpus), job("new", keep=True, micro_batch_size=1)
+    create_run_folder(tmp_path / "new", job("new", micro_batch_size=2).config, dataset)
+    with workers_in_process():
+        RunQueue(tmp_path, dataset, ["cpu"], RecordedProgress()).run([new])
+    assert saved_config(tmp_path / "new").micro_batch_size == 1
+    # A finished run of another micro-batch size is the same run.
+    progress = RecordedProgress()
+    RunQueue(tmp_path, dataset, ["cpu"], progress).run([job("new", micro_batch_size=2)])
+    assert progress.cached == {"new": True}
 
 
 def test_a_run_folder_of_other_settings_or_data_is_refused(finished, corpus, tmp_path):

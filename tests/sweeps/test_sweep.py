@@ -95,8 +95,7 @@ def test_the_grid_of_rates_is_extended_until_the_best_is_inside(corpus):
     rates = [run.lr for run in results.runs if run.architecture == "angpt"]
     assert rates == [5.57e-3, 1.2e-2, 2.59e-2] and rates[1] / rates[0] == pytest.approx(LR_RATIO, rel=0.01)
     extended = sweeper(corpus, loss=lambda config: abs(math.log(config.lr / 0.08)), architectures=["angpt"]).run()
-    assert [run.lr for run in extended.runs] == [5.57e-3, 1.2e-2, 2.59e-2, 5.58e-2, 0.12, 0.259][: len(extended.runs)]
-    assert len(extended.runs) in (5, 6)
+    assert [run.lr for run in extended.runs] == [5.57e-3, 1.2e-2, 2.59e-2, 5.58e-2, 0.12]
     unbounded = sweeper(corpus, loss=lambda config: 1 / config.lr, architectures=["angpt"]).run()
     assert len(unbounded.runs) == 3 + EXTENSIONS
 

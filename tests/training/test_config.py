@@ -149,6 +149,22 @@ def test_in_the_fitted_range_the_horizon_is_the_default_length(preset):
 
 
 @pytest.mark.parametrize(
+    ("architecture", "measured"), [("angpt", (0.05, 0.032, 0.021)), ("gpt+", (0.01, 0.0071, 0.0051))]
+)
+def test_at_the_body_of_32m_the_rate_of_muon_falls_with_the_steps(architecture, measured):
+    shape = {"preset": "32m", "context": 256, "batch_tokens": 4096, "architecture": architecture}
+    runs = [resolve_config({**shape, "tokens": f"{size}M"}, 4096) for size in (2.5, 5, 10, 1000)]
+    rates = [peak_rates(config).blocks for config in runs]
+    for rate, found in zip(rates, measured, strict=False):  # docs/results.md
+        assert found / 2.1 < rate < 2.1 * found
+    for config, rate in zip(runs, rates, strict=True):
+        expected = rates[0] * (runs[0].steps / config.steps) ** runs[-1].horizon_exponent
+        assert rate == pytest.approx(expected, rel=0.01)
+    exact = resolve_config({**shape, "tokens": "10M", "lr_horizon": 0}, 4096)
+    assert peak_rates(exact).blocks == exact.muon_lr > rates[0]
+
+
+@pytest.mark.parametrize(
     ("architecture", "relative"), [("ngpt", "angpt"), ("gpt", "gpt+"), ("ln-scaling", "gpt+"), ("dyt", "gpt+")]
 )
 def test_an_architecture_without_fits_has_the_defaults_of_its_relative(architecture, relative):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from antransformer.cli import main
+from antransformer.data import Dataset
 from antransformer.errors import ConfigError
 from antransformer.runs import worker
 from antransformer.training import free_memory as memory
@@ -19,7 +20,7 @@ from antransformer.training.micro_batch import (
     fitting_micro_batch,
     step_memory,
 )
-from antransformer.training.run_folder import save_config, saved_config
+from antransformer.training.run_folder import create_run_folder, save_config, saved_config
 from helpers.commands import TEN_STEPS, refused
 from helpers.messages import mentions
 
@@ -81,7 +82,7 @@ def test_the_default_size_is_fitted_into_the_memory_of_a_gpu(free, monkeypatch):
     assert fit_default_micro_batch(chosen) == chosen
 
 
-def test_a_worker_saves_the_size_that_fits_its_device_and_nothing_else(monkeypatch, tmp_path):
+def test_a_worker_saves_the_size_that_fits_its_device_and_nothing_else(monkeypatch, corpus, tmp_path):
     class StartedError(Exception):
         pass
 
@@ -94,11 +95,16 @@ def test_a_worker_saves_the_size_that_fits_its_device_and_nothing_else(monkeypat
 
     monkeypatch.setattr(worker, "fit_default_micro_batch", fit)
     monkeypatch.setattr(worker, "open_mixture", start)
-    config = resolve_config({"preset": "pico"}, 257)
-    save_config(tmp_path, config)
+    config, folder = resolve_config({"preset": "pico"}, 257), tmp_path / "run"
+    create_run_folder(folder, config, Dataset.open(corpus))
     with pytest.raises(StartedError):
-        worker.train(tmp_path, "data", "cuda:1", 2)
-    assert saved_config(tmp_path) == replace(config, micro_batch_size=3)
+        worker.train(folder, "data", "cuda:1", 2)
+    assert saved_config(folder) == replace(config, micro_batch_size=3)
+    save_config(folder, config)
+    (folder / "checkpoints" / "step-00000002").mkdir()
+    with pytest.raises(StartedError):  # a resumed run keeps its size
+        worker.train(folder, "data", "cuda:1", 2)
+    assert saved_config(folder) == config
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from antransformer.reporting.labels import display_name
 from antransformer.results.comparison import ChosenSettings, Results, Run, Trial, Variant
 from antransformer.runs.provenance import provenance
 from antransformer.runs.queue import Job, RunQueue, RunResult
-from antransformer.runs.search import EXTENSIONS, GridSearch, extension, grid_powers, neighbours, round_sig
+from antransformer.runs.search import EXTENSIONS, GridSearch, best_value, extension, grid_powers, neighbours, round_sig
 from antransformer.runs.settings import fill_defaults, flatten, unflatten, value_of
 from antransformer.training.config import TrainConfig, merge
 from antransformer.training.data import check_data
@@ -276,7 +276,7 @@ class Experiment:
                 Trial(setting, round_sig(value), losses[value], folders[value], tokens, part.pass_number)
                 for value in sorted(losses)
             ]
-            states[name].tuned[tokens][setting] = round_sig(min(losses, key=lambda value: losses[value]))
+            states[name].tuned[tokens][setting] = round_sig(best_value(losses))
 
     def current(self, config: TrainConfig, setting: str) -> Any:
         """Return the value of a setting; for a separate rate that is not set, the rate that it is derived from."""

@@ -195,8 +195,11 @@ class RunQueue:
     def _train(self, job: Job, device: str) -> RunResult | None:
         """Train one run in a worker process; None where the queue stopped it."""
         folder = self.root / job.name
+        config = self._resolved(job.config)
         if not (folder / run_folder.CONFIG_FILE).is_file():
-            run_folder.create_run_folder(folder, self._resolved(job.config), self.dataset)
+            run_folder.create_run_folder(folder, config, self.dataset)
+        elif not run_folder.has_started(folder):  # a call with other settings, such as micro_batch_size, created it
+            run_folder.save_config(folder, config)
         process = self._start_worker(folder, device)
         if process is None:
             return None
@@ -204,7 +207,7 @@ class RunQueue:
         stderr_lines: list[str] = []
         reader = threading.Thread(target=lambda: stderr_lines.extend(process.stderr or []))
         reader.start()
-        error = self._forward_progress(process, job.config.batch_tokens)
+        error, tokens = self._forward_progress(process, job.config.batch_tokens)
         status = process.wait()
         reader.join()
         with self.lock:
@@ -217,6 +220,7 @@ class RunQueue:
         if not job.keep:
             shutil.rmtree(folder / run_folder.CHECKPOINTS, ignore_errors=True)
         with self.lock:
+            self.progress.advance(tokens_of(job.config) - tokens)  # the rest of a run that diverged
             self.progress.done(result, False)
         return result
 
@@ -240,8 +244,8 @@ class RunQueue:
             self.processes.add(process)
             return process
 
-    def _forward_progress(self, process: "subprocess.Popen[str]", batch_tokens: int) -> str | None:
-        """Forward a worker's steps until it exits; return the error that it reported, if any."""
+    def _forward_progress(self, process: "subprocess.Popen[str]", batch_tokens: int) -> tuple[str | None, int]:
+        """Forward a worker's steps until it exits; return the error that it reported, if any, and its tokens."""
         error, last_step = None, None  # a resumed run first sends the step of its checkpoint
         for line in process.stdout or []:
             try:
@@ -254,7 +258,7 @@ class RunQueue:
                 with self.lock:
                     self.progress.advance(tokens, earlier=last_step is None)
                 last_step = message["step"]
-        return error
+        return error, (last_step or 0) * batch_tokens
 
     def _stop_workers(self) -> None:
         """Start no further runs and let active workers save a checkpoint.

@@ -69,13 +69,17 @@ def grid_powers(trials: int) -> range:
     return range(-(trials // 2), trials - trials // 2)
 
 
+def best_value(losses: Mapping[float, float]) -> float:
+    """Return the value with the lowest loss, and of equal losses the lowest value: all runs of the search may diverge."""
+    return min(losses, key=lambda value: (losses[value], value))
+
+
 def extension(losses: Mapping[float, float], trials: int, ratio: float) -> list[float]:
     """Return the value beyond the best one where that is at an edge of the grid, else no value.
 
-    At most ``EXTENSIONS`` values are added to a grid of ``trials``. Of equal losses the lowest value counts as the
-    best: where all runs diverged, the next value is a lower one.
+    At most ``EXTENSIONS`` values are added to a grid of ``trials``.
     """
-    best = min(losses, key=lambda value: (losses[value], value))
+    best = best_value(losses)
     if len(losses) >= trials + EXTENSIONS:
         return []
     if best == min(losses):
@@ -85,7 +89,7 @@ def extension(losses: Mapping[float, float], trials: int, ratio: float) -> list[
 
 def neighbours(losses: Mapping[float, float], factor: float) -> list[float]:
     """Return the best value divided and multiplied by ``factor``."""
-    best = min(losses, key=lambda value: losses[value])
+    best = best_value(losses)
     return [best / factor, best * factor]
 
 

@@ -89,7 +89,7 @@ def main(arguments: list[str]) -> int:
 
 def train(folder: Path, data: str, device: str, sharing: int) -> None:
     """Start or resume the run in ``folder`` and write its ``result.json``."""
-    if not (folder / run_folder.CHECKPOINTS).exists():
+    if not run_folder.has_started(folder):
         saved = run_folder.saved_config(folder)
         fitted = fit_default_micro_batch(replace(saved, device=device), sharing)
         run_folder.save_config(folder, replace(fitted, device=saved.device))

@@ -413,6 +413,8 @@ def _resolve_rates(values: Mapping[str, Any], model: ModelConfig) -> dict[str, A
     rates: dict[str, float] = {}
     if own and own not in values:
         own_factor = values["lr"] / defaults.learning_rate(model) if "lr" in values else factor
+        if values.get("lr_horizon") != 0:
+            own_factor *= defaults.optimizer_lr_factor(model, values["tokens"] // values["batch_tokens"], exponent)
         rates[own] = _scaled(defaults.optimizer_lr(model, optimizer), own_factor)
     if "lr" not in values:
         rates["lr"] = _scaled(defaults.learning_rate(model), factor)

@@ -131,6 +131,15 @@ def optimizer_lr(config: ModelConfig, optimizer: OptimizerSpec) -> float:
     return ByArchitecture(optimizer.default_lrs)[config.architecture]
 
 
+def optimizer_lr_factor(config: ModelConfig, steps: int, exponent: float) -> float:
+    """Factor of ``optimizer_lr`` in a run of ``steps``, in addition to that of ``lr_horizon``.
+
+    ``lr`` follows the fits of the paper from 30M parameters on, and needs no factor up to ``lr_horizon``. The rates of
+    Muon have no such fits. They were measured in runs of 600 steps at every size.
+    """
+    return horizon_factor(SMALL_LR_STEPS, max(1, min(steps, lr_horizon(config))), exponent)
+
+
 def beta2(config: ModelConfig) -> float:
     """Coefficient of AdamW's mean square: 0.99 below 100M parameters, as in the sweeps of the paper (section 5.3)."""
     return 0.99 if paper_size(config) < 100e6 else 0.95

@@ -52,7 +52,8 @@ def fit_default_micro_batch(config: TrainConfig, sharing: int = 1) -> TrainConfi
         ConfigError: as in ``fit_micro_batch``.
     """
     chosen = config.micro_batch_size != micro_batch_size(config.model, config.batch_size)
-    return config if chosen or torch.device(config.device).type != "cuda" else fit_micro_batch(config, sharing=sharing)
+    on_gpu = config.device.partition(":")[0] == "cuda"
+    return config if chosen or not on_gpu else fit_micro_batch(config, sharing=sharing)
 
 
 def fitting_micro_batch(config: TrainConfig, dist_ctx: DistributedContext = SINGLE_PROCESS, sharing: int = 1) -> int:

@@ -84,6 +84,11 @@ def write_run_folder(folder: Path, settings: Mapping[str, Any], tokenizer: Token
     replace_text(folder / CONFIG_FILE, format_settings(settings))  # last, so that a folder with a config is complete
 
 
+def has_started(folder: Path) -> bool:
+    """Whether the run in ``folder`` has a checkpoint, from which it resumes."""
+    return bool(checkpoint.step_folders(folder / CHECKPOINTS))
+
+
 def save_config(folder: Path, config: TrainConfig) -> None:
     """Replace the config of the run in ``folder`` atomically."""
     replace_text(folder / CONFIG_FILE, format_settings(to_mapping(config)))
