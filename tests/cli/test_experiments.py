@@ -54,6 +54,15 @@ def test_fit_reads_a_comparison(compared, capsys, tmp_path):
     assert mentions(capsys.readouterr().out, *["GPT+", "anGPT"])
 
 
+@pytest.mark.parametrize("option", ["--recipe=best", "--schedule=linear", "--model.rope-theta=500"])
+def test_a_folder_of_another_comparison_is_refused_and_stays_as_it_is(compared, corpus, option, capsys):
+    before = {path: path.stat().st_mtime_ns for path in compared.rglob("*") if path.is_file()}
+    assert main(compare(corpus, compared, option)) == 2
+    name = option.lstrip("-").partition("=")[0].replace("-", "_")
+    assert mentions(capsys.readouterr().err, str(compared / "runs"), name, "--out")
+    assert before == {path: path.stat().st_mtime_ns for path in compared.rglob("*") if path.is_file()}
+
+
 def marks_of_runs(out):
     """Count the progress lines of runs: those of cached runs have a remark after the loss, new ones do not."""
     return Counter("cached" if mark.strip() else "new" for mark in re.findall(r" \d+/\d+ .* \d+\.\d{4}\b(.*)", out))

@@ -12,7 +12,7 @@ from antransformer.comparison.tuning import tuning_label, tuning_scope
 from antransformer.data import Dataset
 from antransformer.errors import ConfigError, DataError
 from antransformer.models import registry
-from antransformer.reporting.labels import style_of
+from antransformer.reporting.labels import format_count, style_of
 from antransformer.results.comparison import Results
 from antransformer.runs.queue import RunQueue, RunResult
 from antransformer.runs.search import EXTENSIONS
@@ -113,13 +113,21 @@ def test_a_search_at_one_budget_is_not_tuning_at_the_others(corpus):
     assert "5.12K" in tuning_scope(results)
 
 
+def test_the_budget_of_the_only_search_is_rounded_as_the_budgets_are(corpus):
+    made = experiment(corpus, lambda config: 3.0, lr_trials=3, seeds=1, trial_tokens=BUDGETS[1] + 100)
+    assert made.plan.trial_tokens == BUDGETS[1]
+    results = made.run()
+    assert tuning_label(results, BUDGETS[1]) == "tuned"
+    assert ablate.plan(COMMON, ["no-lerp"], BUDGETS, trial_tokens=BUDGETS[1] + 100).trial_tokens == BUDGETS[1]
+
+
 def test_default_rates_are_not_called_tuned(corpus):
     """A searched hyperparameter does not make the learning rates tuned."""
     results = experiment(corpus, bowl({"gpt+": 8e-3, "angpt": 1.2e-2}), tuning_trials=3, seeds=1).run()
     assert results.baseline.search_budget("lr", BUDGETS[0]) == 0
     assert results.baseline.search_budget("model.init_std", BUDGETS[0]) == BUDGETS[0]
     assert {tuning_label(results, tokens) for tokens in BUDGETS}.isdisjoint({"tuned"})
-    assert not set(map(str, BUDGETS)) & set(tuning_scope(results).split())
+    assert not {format_count(tokens) for tokens in BUDGETS} & set(tuning_scope(results).split())
 
 
 def test_default_rates_are_those_of_train_for_the_length_of_the_run(corpus):
@@ -208,6 +216,10 @@ def test_the_estimate_counts_what_is_left(corpus, tmp_path):
         (tmp_path / f"angpt-5120-lr0.0{number}-seed0/result.json").write_text("{}")
     (tmp_path / "angpt-5120-lr0.3-seed0").mkdir()  # not finished
     assert [before - now for before, now in zip(first.runs, estimate(made, print).runs, strict=True)] == [2, 2]
+    for seed in range(1, 9):  # two of these are measured runs of this plan, and none is a trial
+        (tmp_path / f"gpt+-5120-lr0.01-seed{seed}").mkdir()
+        (tmp_path / f"gpt+-5120-lr0.01-seed{seed}/result.json").write_text("{}")
+    assert [before - now for before, now in zip(first.runs, estimate(made, print).runs, strict=True)] == [4, 4]
 
 
 def test_an_ablation_without_a_search_has_a_single_estimate(corpus, tmp_path):

@@ -210,12 +210,39 @@ def test_summary_compares_the_method_or_the_last_variant_with_the_baseline(resul
     assert set(re.findall(r"anGPT|nGPT|DyT|GPT\+", text)) == names and ratio in text
 
 
-def test_a_variant_that_is_worse_in_short_runs_and_better_in_long_ones_is_described_in_words():
+def test_bounds_on_both_sides_of_1_are_no_speedup():
     twin = variant("gpt+", 1.0)
     shift = dict(zip(BUDGETS, (0.5, 0.5, -0.5), strict=True))
     runs = tuple(replace(run, loss=run.loss + shift[run.tokens]) for run in twin.runs)
     text = summary(experiment(twin, replace(twin, name="angpt", runs=runs)))
-    assert re.search(r"more tokens.*250K.*500K.*fewer.*1\.0M", text)
+    assert re.findall(r"[<>] [\d.]+x", text) == ["< 1.00x", "< 0.50x", "> 1.00x"]
+    assert not re.search(r"\b(more|fewer) tokens", text)
+
+
+@pytest.mark.parametrize(
+    ("baseline", "losses", "bound"),
+    [
+        # The only finished run of GPT+ is longer, so a higher loss with fewer tokens says nothing, and the other way
+        # round.
+        (((math.inf,) * 3, (math.inf,) * 3, (2.0, 2.1, 2.2)), ((4.0, 4.1, 4.2),) * 2 + ((2.1, 2.2, 2.3),), "< 4.00x"),
+        (((3.0, 3.1, 3.2), (math.inf,) * 3, (math.inf,) * 3), ((math.inf,) * 3,) * 2 + ((2.0, 2.1, 2.2),), "> 0.25x"),
+    ],
+)
+def test_a_bound_on_the_other_side_of_1_is_no_speedup(baseline, losses, bound):
+    text = summary(experiment(with_losses("gpt+", *baseline), with_losses("angpt", *losses)))
+    assert bound in text and not re.search(r"\b(more|fewer) tokens", text)
+
+
+def test_a_bound_whose_interval_contains_1_is_no_speedup():
+    baseline = with_losses("gpt+", (3.0, 3.0, 3.0), (2.0, 2.6, 2.0), (2.1, 2.1, 2.7))
+    text = summary(experiment(baseline, with_losses("angpt", (4.0, 4.1, 4.2), (3.9, 4.0, 4.1), (1.9, 2.5, 1.9))))
+    assert "> 1.00x" in text and not re.search(r"(needs more|with fewer) tokens", text)
+
+
+def test_the_summary_has_a_bound_at_a_longer_budget_that_contradicts_the_measured_speedup():
+    baseline = with_losses("gpt+", (3.0, 3.01, 3.02), (2.0, 2.01, 2.02), (1.9, 1.91, 1.92))
+    text = summary(experiment(baseline, with_losses("angpt", (3.1, 3.11, 3.12), (2.1, 2.11, 2.12), (1.1, 1.11, 1.12))))
+    assert re.search(r"> 1\.00x with 1\.0M", text)
 
 
 def test_summaries_of_different_cases_differ_in_wording():

@@ -37,3 +37,11 @@ def test_units_of_time():
 def test_unknown_variants_keep_their_name():
     assert style_of("mine").label == "mine" and style_of("angpt").label == "anGPT"
     assert slug("GPT+ (Muon)") == "gpt-muon-"
+
+
+def test_variants_of_the_recipes_differ_in_colour_and_marker():
+    names = [f"{name}{recipe}" for name in ("gpt+", "angpt") for recipe in ("", "-paper", "-best")]
+    styles = [style_of(name) for name in [*names, "angpt-paper-muon"]]
+    assert len({style.colour for style in styles}) == len({style.label for style in styles}) == 7
+    for name in ("gpt+", "angpt"):
+        assert len({style_of(f"{name}{recipe}").marker for recipe in ("", "-paper", "-best")}) == 3

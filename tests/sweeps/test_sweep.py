@@ -16,7 +16,7 @@ from antransformer.data import Dataset
 from antransformer.diagnostics.coord_check import STEPS, CoordCheck, coord_check
 from antransformer.errors import ConfigError, DataError
 from antransformer.results.observations import read_observations, sweep_observations
-from antransformer.results.sweep import Sweep
+from antransformer.results.sweep import Sweep, SweepRun
 from antransformer.runs.queue import RunResult
 from antransformer.runs.search import EXTENSIONS
 from antransformer.scaling.fits import fit
@@ -78,6 +78,7 @@ def run_sweep(corpus, **choices):
         CoordCheck(
             name,
             width,
+            0.012,
             step,
             (width**-0.5, 1.0, math.inf if step else 2.0),
             1.0,
@@ -224,6 +225,27 @@ def test_sweeps_with_different_contexts_cannot_be_fitted_together(corpus, tmp_pa
         read_observations([tmp_path / "32", tmp_path / "64"])
     assert str(tmp_path / "32") in str(error.value) and str(tmp_path / "64") in str(error.value)
     assert "context" in str(error.value).replace(str(tmp_path), "")
+
+
+def test_activation_sizes_at_another_rate_are_not_added_to_those_of_the_folder():
+    def sweep(width, rate, name="angpt"):
+        run = SweepRun(name, "nano", width, 1000, 2560, 256, rate, 0, 3.0, 1.0, 0.1, f"{name}-{width}")
+        return Sweep({}, (run,), (CoordCheck(name, width, rate, 0, (1.0, 1.0), 1.0, ()),))
+
+    same = sweep(32, 1e-2).merged_with(sweep(16, 1e-2))
+    assert [check.width for check in same.coord_check] == [16, 32] and len(same.runs) == 2
+    other = sweep(32, 1e-2).merged_with(sweep(16, 1e-4))
+    assert [check.width for check in other.coord_check] == [32] and len(other.runs) == 2
+    both = sweep(32, 1e-2).merged_with(sweep(32, 1e-4, "gpt+"))
+    assert [check.architecture for check in both.coord_check] == ["gpt+", "angpt"]
+
+
+def test_the_best_rate_of_the_smallest_size_at_the_edge_has_a_regret(corpus):
+    """The best rate is exp(log(rate)), which may differ from the rate in its last digit."""
+    for rate in (1e-3, 2e-3, 3e-3, 7e-3):
+        rows = sweeper(corpus, loss=lambda config: config.lr, lrs=[rate, 1.5 * rate], widths=WIDTHS).run()
+        (budget,) = token_budgets(replace(rows, coord_check=()))
+        assert regret(budget, "angpt", budget.optima("angpt")[-1]) == pytest.approx(0, abs=1e-9)
 
 
 def test_a_damaged_sweep_is_refused(corpus, tmp_path):

@@ -147,6 +147,7 @@ def _run_experiment(plan: Plan, folder: Path, devices: Sequence[str], workers: i
     dataset = open_mixture(plan.common.get("data", STDLIB), None, partial(open_dataset, progress=progress))
     display = ExperimentProgress(enabled=progress)
     experiment = Experiment(plan, dataset, RunQueue(folder / "runs", dataset, queue_devices, display), display.stage)
+    experiment.require_own_runs()
     if progress:
         expected = estimate(experiment, log)
         if expected.runs[1]:

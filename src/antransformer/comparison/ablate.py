@@ -7,7 +7,7 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from antransformer.comparison.compare import common_settings, full_batches
+from antransformer.comparison.compare import common_settings, full_batches, full_trial
 from antransformer.comparison.experiment import Plan, VariantSpec, learning_rates
 from antransformer.errors import ConfigError
 from antransformer.models.ablations import ABLATIONS
@@ -108,4 +108,4 @@ def plan(settings: Mapping[str, Any], only: Sequence[str], budgets: Sequence[int
     width = resolve_config({**common, "architecture": "angpt"}, PAPER_VOCABULARY).model.width
     budgets = full_batches(budgets, common["batch_tokens"])
     specs = variant_specs(width, only, with_recipe(settings)["optimizer"])
-    return Plan("ablate", common, specs, budgets, **effort)
+    return Plan("ablate", common, specs, budgets, **full_trial(effort, common["batch_tokens"]))

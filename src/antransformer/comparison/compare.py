@@ -79,6 +79,12 @@ def common_settings(settings: Mapping[str, Any], baseline: Mapping[str, Any]) ->
     return {**settings, "batch_tokens": int(complete.batch_tokens)}
 
 
+def full_trial(effort: Mapping[str, int], batch_tokens: int) -> dict[str, int]:
+    """Return numbers of seeds and trials with ``trial_tokens`` rounded as ``full_batches`` does; raises its errors."""
+    tokens = effort.get("trial_tokens", 0)
+    return {**effort, "trial_tokens": full_batches([tokens], batch_tokens)[0] if tokens else 0}
+
+
 def full_batches(budgets: Sequence[int], batch_tokens: int) -> tuple[int, ...]:
     """Round budgets down to full batches.
 
@@ -119,4 +125,5 @@ def plan(
         raise ConfigError("--separate-rates searches with --tuning-trials, which must be at least 2, got 1")
     specs = variant_specs(architectures, settings, separate_rates)
     common = common_settings(settings, specs[0].settings)
+    effort = full_trial(effort, common["batch_tokens"])
     return Plan("compare", common, specs, full_batches(budgets, common["batch_tokens"]), **effort)

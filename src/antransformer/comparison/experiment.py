@@ -26,10 +26,12 @@ from antransformer.training.config import TrainConfig, merge
 from antransformer.training.data import check_data
 from antransformer.training.learning_rates import given_rate
 from antransformer.training.optimizer_registry import OPTIMIZERS
+from antransformer.training.run_folder import CONFIG_FILE
 
 LR_RATIO = 2.0  # between neighbouring learning rates of a grid
 HYPERPARAMETER_RATIO = 3.0  # between neighbouring values of any other setting
 SEPARATE_RATES = ("embed_lr", "head_lr", "vector_lr")  # derived from lr unless they are searched
+RATE_SETTINGS = ("lr", *SEPARATE_RATES, "lr_horizon", "horizon_exponent")
 TRIAL_SEED = 0
 
 
@@ -207,6 +209,20 @@ class Experiment:
             for tokens in {*plan.search_budgets(), *plan.budgets}:
                 self.defaults[state.spec.name] = self.config(state, tokens, TRIAL_SEED)
                 check_data(self.defaults[state.spec.name], dataset)
+
+    def require_own_runs(self) -> None:
+        """Check the runs of an earlier call in the same folder, one of each variant and budget.
+
+        Raises:
+            ConfigError: a run has other settings, apart from those that are searched.
+        """
+        for state in self.states:
+            searched = {*RATE_SETTINGS, *state.spec.rates, *state.spec.hyperparameters, "seed"}
+            for tokens in {*self.plan.search_budgets(), *self.plan.budgets}:
+                earlier = sorted(self.queue.root.glob(f"{state.spec.name}-{tokens}-*/{CONFIG_FILE}"))
+                if earlier:
+                    config = self.config(state, tokens, TRIAL_SEED)
+                    self.queue.require_settings(earlier[0].parent, config, except_for=searched)
 
     def run(self) -> Results:
         """Tune all variants, then run every budget with every seed; raises the errors of ``RunQueue.run``."""

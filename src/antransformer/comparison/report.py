@@ -310,7 +310,7 @@ def _search_rules(results: Results, searched: Iterable[str]) -> Iterable[str]:
     runs = [(style_of(item.name).label, {trial.folder for trial in item.trials}) for item in results.variants]
     counts = ", ".join(f"{label} {len(folders)}" for label, folders in runs)
     yield (
-        f"Searched settings, in this order: {', '.join(map(display_name, searched))}. Every variant has the same "
+        f"Searched settings: {', '.join(map(display_name, searched))}. Every variant has the same "
         "number of values, spaced by the same factor. A grid was extended while its best value was at an edge. "
         f"Trials: {counts}."
     )

@@ -49,7 +49,10 @@ def _speedup_clause(results: Results, pair: PairwiseSpeedup) -> str:
     if not measured:
         return _bounds_clause(pair, scope)
     point = measured[-1]
-    scope = f"({_interval(pair, point)}{format_count(point.tokens)} tokens, {scope})"
+    # Bounds at longer budgets follow from a speedup on the same side of 1.
+    others = [item for item in pair.points if item.tokens > point.tokens and (item.ratio > 1) != (point.ratio > 1)]
+    bounds = "".join(f"; {_at_tokens(pair, item)}" for item in others)
+    scope = f"({_interval(pair, point)}{format_count(point.tokens)} tokens, {scope}{bounds})"
     if point.low <= 1 <= point.high:
         return f"{name} shows no significant speedup over {baseline}: {point.ratio:.2f}x {scope}"
     if f"{point.ratio:.2f}" == "1.00":
@@ -68,33 +71,40 @@ def _interval(pair: PairwiseSpeedup, point: Speedup) -> str:
     return f"{CONFIDENCE:.0%} interval {low} to {high}; " if low != high else ""
 
 
+def _at_tokens(pair: PairwiseSpeedup, point: Speedup) -> str:
+    return f"{pair.format_ratio(point, point.ratio)} with {format_count(point.tokens)} tokens"
+
+
 def _bounds_clause(pair: PairwiseSpeedup, scope: str) -> str:
     """Return the speedup of a pair whose ratio is a bound at every budget."""
     name, baseline = style_of(pair.variant.name).label, style_of(pair.baseline.name).label
     first, last = pair.points[0], pair.points[-1]
-    if all(math.isinf(point.ratio) for point in pair.points):
+    ratios = {point.ratio for point in pair.points}
+    if ratios == {math.inf} and _direction(pair, first) == 1:
         return (
-            f"{name} reaches the loss of {baseline} with more than {pair.clamp_to_bound(first, math.inf):.2f}x fewer "
-            f"tokens: its loss with {format_count(first.tokens)} tokens is below that of {baseline} with "
-            f"{format_count(pair.longest)} ({_interval(pair, first)}{scope})"
+            f"{name} reaches the loss of {baseline} with fewer tokens: the speedup is more than "
+            f"{pair.clamp_to_bound(first, math.inf):.2f}x, since its loss with {format_count(first.tokens)} tokens is "
+            f"below that of {baseline} with {format_count(pair.longest)} ({_interval(pair, first)}{scope})"
         )
-    if all(point.ratio == 0 for point in pair.points):
+    if ratios == {0} and _direction(pair, last) == -1:
         return (
-            f"{name} needs more tokens than {baseline}; the speedup is less than {pair.clamp_to_bound(last, 0):.2f}x: "
-            f"its loss with {format_count(last.tokens)} tokens is above that of {baseline} with "
-            f"{format_count(pair.shortest)} ({_interval(pair, last)}{scope})"
+            f"{name} needs more tokens than {baseline} for the same loss: the speedup is less than "
+            f"{pair.clamp_to_bound(last, 0):.2f}x, since its loss with {format_count(last.tokens)} tokens is above "
+            f"that of {baseline} with {format_count(pair.shortest)} ({_interval(pair, last)}{scope})"
         )
-    bounds = ", ".join(
-        f"{pair.format_ratio(point, point.ratio)} with {format_count(point.tokens)} tokens" for point in pair.points
-    )
-    worse, better = (
-        " and ".join(f"at {format_count(point.tokens)}" for point in pair.points if (point.ratio > 0) == wins)
-        for wins in (False, True)
-    )
-    return (
-        f"{name} needs more tokens than {baseline} for the same loss {worse} tokens and fewer {better}, "
-        f"but only bounds of the speedup are known: {bounds} ({scope})"
-    )
+    bounds = ", ".join(_at_tokens(pair, point) for point in pair.points)
+    return f"A speedup of {name} over {baseline} cannot be measured: it is {bounds} ({scope})"
+
+
+def _direction(pair: PairwiseSpeedup, point: Speedup) -> int:
+    """Return 1 if the interval of a speedup is above 1, -1 if it is below 1, otherwise 0.
+
+    An end that is 0 or infinite is only known to be below or above its bound.
+    """
+    low, high = (point.ratio, point.ratio) if math.isnan(point.low) else (point.low, point.high)
+    if low > 0 and pair.clamp_to_bound(point, low) >= 1:
+        return 1
+    return -1 if high < math.inf and pair.clamp_to_bound(point, high) <= 1 else 0
 
 
 def _loss_sentence(results: Results, variant: Variant) -> str:
@@ -149,7 +159,9 @@ def _ablation_summary(results: Results) -> str:
     means, is_significant = np.array([item.mean for item in differences]), np.array(significant(differences))
     diverged = int(np.isnan(means).sum())
     if all(math.isnan(item.p) for item in differences):
-        counts = f"{(means > 0).sum()} have a higher loss than the {baseline}, {(means < 0).sum()} a lower loss"
+        higher = int((means > 0).sum())
+        verb = "has" if higher == 1 else "have"
+        counts = f"{higher} {verb} a higher loss than the {baseline}, {(means < 0).sum()} a lower loss"
         test = "no test"
     else:
         worse, better = (int((is_significant & sign).sum()) for sign in (means > 0, means < 0))

@@ -32,6 +32,7 @@ class CoordCheck:
     Attributes:
         architecture: architecture of the model.
         width: width of the model.
+        peak_lr: ``lr`` of the config; infinite if an earlier release did not store it.
         step: number of training steps; 0 is initialization.
         stream: root mean square of the residual stream after the embedding and after each block (layers + 1 values);
             infinite if it overflowed.
@@ -42,6 +43,7 @@ class CoordCheck:
 
     architecture: str
     width: int
+    peak_lr: float
     step: int
     stream: tuple[float, ...]
     logits: float
@@ -76,7 +78,7 @@ def _activations(trainer: Trainer, text: Tensor) -> list[Tensor]:
 
 def _measurement(config: TrainConfig, step: int, activations: list[Tensor], rotation: tuple[float, ...]) -> CoordCheck:
     *stream, logits = (_finite_or_inf(activation.square().mean().sqrt()) for activation in activations)
-    return CoordCheck(config.model.architecture, config.model.width, step, tuple(stream), logits, rotation)
+    return CoordCheck(config.model.architecture, config.model.width, config.lr, step, tuple(stream), logits, rotation)
 
 
 def _mean_angle_deg(before: Tensor, after: Tensor) -> float:

@@ -37,6 +37,8 @@ COLOURS_AND_MARKERS = {
     "ngpt-normuon": ("#a3b18a", "d"),
     "angpt-normuon": ("#5b6ee1", ">"),
 }
+# A variant with a recipe: mixed with black or white by this fraction, and a letter as marker.
+RECIPE_STYLES = {"paper": ("#000000", 0.35, "$P$"), "best": ("#ffffff", 0.3, "$B$")}
 # For all other names, chosen by the name so that a variant looks the same in every chart.
 FALLBACK = (("#9a9f2b", "h"), ("#b5651d", "p"), ("#5f7a8a", "d"), ("#a23b72", ">"), ("#3f8f5f", "8"))
 
@@ -60,8 +62,20 @@ def style_of(name: str) -> SeriesStyle:
         suffixes = [settings["recipe"]] if "recipe" in settings else []
         suffixes += [OPTIMIZERS[settings["optimizer"]].label] if "optimizer" in settings else []
         label += f" ({', '.join(suffixes)})" if suffixes else ""
-    fallback = FALLBACK[zlib.crc32(name.encode()) % len(FALLBACK)]
-    return SeriesStyle(label, *COLOURS_AND_MARKERS.get(name, fallback))
+    recipe = settings.pop("recipe", None)
+    plain = "-".join(settings.values())
+    fallback = FALLBACK[zlib.crc32(plain.encode()) % len(FALLBACK)]
+    colour, marker = COLOURS_AND_MARKERS.get(plain, fallback)
+    if recipe in RECIPE_STYLES:
+        other, fraction, marker = RECIPE_STYLES[recipe]
+        colour = _mixed(colour, other, fraction)
+    return SeriesStyle(label, colour, marker)
+
+
+def _mixed(colour: str, other: str, fraction: float) -> str:
+    """Return a colour with a fraction of another, both as #rrggbb."""
+    pairs = [(int(colour[i : i + 2], 16), int(other[i : i + 2], 16)) for i in (1, 3, 5)]
+    return "#" + "".join(f"{round(a + fraction * (b - a)):02x}" for a, b in pairs)
 
 
 def format_count(number: float) -> str:

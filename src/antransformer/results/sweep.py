@@ -10,7 +10,7 @@ from antransformer.results.records import load_record, save_record
 
 FILE = "sweep.json"
 FORMAT = "antransformer-sweep"
-VERSION = 3
+VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,15 @@ class Sweep:
     def merged_with(self, earlier: "Sweep") -> "Sweep":
         """Return this sweep with the runs and commands of an earlier sweep in the same folder added.
 
-        Where both have a run or an activation size, this sweep's is kept.
+        Where both have a run or an activation size, this sweep's is kept. If the learning rates of the activation sizes
+        differ, only this sweep's are kept, since widths are compared at one rate.
         """
         folders = {run.folder for run in self.runs}
         models = {(sizes.architecture, sizes.width) for sizes in self.coord_check}
+        rates = {sizes.architecture: sizes.peak_lr for sizes in self.coord_check}
+        comparable = [
+            item for item in earlier.coord_check if rates.get(item.architecture, item.peak_lr) == item.peak_lr
+        ]
         commands = (*earlier.setup.get("commands_before", ()), earlier.setup.get("command"))
         before = [command for command in commands if command != self.setup.get("command")]
         return replace(
@@ -84,7 +89,7 @@ class Sweep:
             setup={**self.setup, **({"commands_before": before} if before else {})},
             runs=(*(run for run in earlier.runs if run.folder not in folders), *self.runs),
             coord_check=(
-                *(sizes for sizes in earlier.coord_check if (sizes.architecture, sizes.width) not in models),
+                *(sizes for sizes in comparable if (sizes.architecture, sizes.width) not in models),
                 *self.coord_check,
             ),
         )
@@ -100,7 +105,7 @@ class Sweep:
         Raises:
             DataError: the file is missing or damaged.
         """
-        return load_record(cls, folder / FILE, FORMAT, VERSION, {2: _upgrade_2})
+        return load_record(cls, folder / FILE, FORMAT, VERSION, {2: _upgrade_2, 3: _upgrade_3})
 
 
 def _upgrade_2(content: dict[str, Any]) -> None:
@@ -109,3 +114,8 @@ def _upgrade_2(content: dict[str, Any]) -> None:
     setup = content["setup"]
     if "settings" in setup:
         setup["settings"] = upgrade_flat(setup["settings"])
+
+
+def _upgrade_3(content: dict[str, Any]) -> None:
+    """Version 3 did not store the learning rate of the activation sizes."""
+    content["coord_check"] = [{**sizes, "peak_lr": None} for sizes in content["coord_check"]]

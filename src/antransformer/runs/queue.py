@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -116,14 +116,7 @@ class RunQueue:
         folder = self.root / job.name
         if not (folder / run_folder.CONFIG_FILE).is_file():
             return None
-        saved = flatten(to_mapping(run_folder.saved_config(folder)))
-        if saved["precision"] == "auto":  # a run of an earlier release
-            saved["precision"] = str(choose_precision("auto", torch.device(self.devices[0]))).removeprefix("torch.")
-        for key, value in flatten(to_mapping(self._resolved(job.config))).items():
-            # Other validation windows give another loss, so a resumed run may change them but a cached result may not.
-            # The worker fits the default micro-batch into the memory of a GPU.
-            if key not in MUTABLE_ON_RESUME - {"eval_tokens"} | {"micro_batch_size"} and saved.get(key) != value:
-                raise ConfigError(f"{folder} was run with {key} {saved.get(key)}, not {value}: choose another --out")
+        self.require_settings(folder, job.config)
         if not (folder / RESULT_FILE).is_file():
             return None
         try:
@@ -142,6 +135,24 @@ class RunQueue:
         if digest != self.dataset.digest:
             raise DataError(f"{folder} was trained on other data than {self.dataset.name}: choose another --out")
         return result
+
+    def require_settings(self, folder: Path, config: TrainConfig, except_for: Collection[str] = ()) -> None:
+        """Check that a run folder has the settings of a config that affect results; raises ConfigError.
+
+        Args:
+            folder: run folder.
+            config: complete settings.
+            except_for: dotted names of settings that may differ.
+        """
+        saved = flatten(to_mapping(run_folder.saved_config(folder)))
+        if saved["precision"] == "auto":  # a run of an earlier release
+            saved["precision"] = str(choose_precision("auto", torch.device(self.devices[0]))).removeprefix("torch.")
+        # Other validation windows give another loss, so a resumed run may change them but a cached result may not. The
+        # worker fits the default micro-batch into the memory of a GPU.
+        free = {*(MUTABLE_ON_RESUME - {"eval_tokens"}), "micro_batch_size", *except_for}
+        for key, value in flatten(to_mapping(self._resolved(config))).items():
+            if key not in free and saved.get(key) != value:
+                raise ConfigError(f"{folder} was run with {key} {saved.get(key)}, not {value}: choose another --out")
 
     def _execute(self, jobs: Sequence[Job]) -> dict[str, RunResult]:
         """Run jobs on all devices, each served by a thread that waits for one worker process at a time."""

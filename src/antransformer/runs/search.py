@@ -70,7 +70,7 @@ def grid_powers(trials: int) -> range:
 
 
 def best_value(losses: Mapping[float, float]) -> float:
-    """Return the value with the lowest loss, and of equal losses the lowest value: all runs of the search may diverge."""
+    """Return the value with the lowest loss, of equal ones the lowest value: all trials may diverge."""
     return min(losses, key=lambda value: (losses[value], value))
 
 

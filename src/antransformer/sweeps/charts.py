@@ -96,10 +96,13 @@ def regret(budget: TokenBudget, architecture: str, size: SizeOptimum) -> float:
     transferred = budget.optima(architecture)[0].best.lr
     _, rates, means = _best_batch_curve(_of_size(budget, architecture, size))
     finite = np.isfinite(means)
-    if finite.sum() < 2 or not rates[finite].min() <= transferred <= rates[finite].max():
+    low, high = rates[finite].min(initial=math.inf), rates[finite].max(initial=0.0)
+    # The best rate comes from the logarithm of a rate, and can be one digit outside of the range.
+    if finite.sum() < 2 or not low * (1 - 1e-9) <= transferred <= high * (1 + 1e-9):
         return math.nan
+    transferred = float(np.clip(transferred, low, high))
     curve = akima(np.log(rates), means)
-    grid = np.log(np.geomspace(rates[finite].min(), rates[finite].max(), 500))
+    grid = np.log(np.geomspace(low, high, 500))
     return float(curve(np.log(transferred)) - min(curve(grid).min(), means[finite].min()))
 
 
