@@ -121,6 +121,28 @@ def test_the_budget_of_the_only_search_is_rounded_as_the_budgets_are(corpus):
     assert ablate.plan(COMMON, ["no-lerp"], BUDGETS, trial_tokens=BUDGETS[1] + 100).trial_tokens == BUDGETS[1]
 
 
+def test_an_exponent_needs_its_horizon():
+    with pytest.raises(ConfigError) as error:
+        compare.plan({**COMMON, "horizon_exponent": 0.5}, ("gpt+", "angpt"), BUDGETS)
+    assert mentions(error.value, "horizon_exponent", "lr_horizon")
+
+
+def test_variants_of_the_same_settings_are_refused():
+    for names in (("angpt", "angpt-paper"), ("gpt+", "angpt-muon-paper", "angpt-paper-muon")):
+        with pytest.raises(ConfigError) as error:
+            compare.plan(COMMON, names, BUDGETS)
+        assert mentions(error.value, *names[-2:])
+    compare.plan(COMMON, ("angpt", "angpt-best", "angpt-muon"), BUDGETS)
+
+
+def test_cautious_decay_is_for_the_variants_that_have_decay(corpus):
+    for names in (("gpt+", "angpt"), ("angpt", "gpt+")):
+        plan = compare.plan({**COMMON, "cautious_weight_decay": True}, names, BUDGETS, seeds=1)
+        made = Experiment(plan, Dataset.open(corpus), FakeQueue(lambda config: 3.0), print)
+        decays = {state.spec.name: made.config(state, BUDGETS[0], 1).cautious_weight_decay for state in made.states}
+        assert decays == {"gpt+": True, "angpt": False}
+
+
 def test_default_rates_are_not_called_tuned(corpus):
     """A searched hyperparameter does not make the learning rates tuned."""
     results = experiment(corpus, bowl({"gpt+": 8e-3, "angpt": 1.2e-2}), tuning_trials=3, seeds=1).run()

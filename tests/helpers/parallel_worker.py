@@ -85,6 +85,8 @@ CASES |= {
     "skipped": {"parallel": "fsdp", "max_skipped_steps": 2},
     "clipped": {"parallel": "fsdp", "grad_clip": 0.05},
     "averaged-ddp": {"parallel": "ddp", "ema": 0.3, "sample_every": 3},
+    # The default recipe with another schedule: Muon, averages, a decay after a plateau.
+    "best-ddp": {"parallel": "ddp", "recipe": "best", "schedule": "wsd", "decay_fraction": 0.6, "ema": 0.3},
     "averaged-fsdp": {"parallel": "fsdp", "ema": 0.3, "sample_every": 3},
     "averaged-ngpt": {"parallel": "fsdp", "ema": 0.3, "model": {"architecture": "ngpt"}},
     "averaged-tensor": {"parallel": "fsdp", "tensor_parallel": 2, "ema": 0.3, "sample_every": 3},

@@ -175,6 +175,24 @@ def test_every_search_of_a_comparison_gives_an_optimum_at_its_budget(tmp_path):
     assert [item.best.lr for item in angpt.optima] == pytest.approx([4e-3, 4e-3, 2e-3, 2e-3], rel=0.01)
 
 
+def test_trials_of_separate_rates_give_no_law_of_the_learning_rate(tmp_path):
+    """With separate rates ``lr`` is the rate of the blocks, or of the vectors with Muon."""
+    paths = []
+    for size, lr in ((2_000_000, 4e-3), (8_000_000, 2e-3)):
+        results = experiment(size, lr)
+        baseline, method = results.variants
+        added = tuple(replace(trial, setting="embed_lr") for trial in method.trials_of("lr", 2_000_000))
+        paths.append(tmp_path / str(size))
+        paths[-1].mkdir()
+        replace(results, variants=(baseline, replace(method, trials=method.trials + added))).save(paths[-1])
+    observed = read_observations(paths)
+    assert observed.separate == {"angpt"} and {row.architecture for row in observed.searches} == {"gpt+"}
+    fits = {fitted.name: fitted for fitted in fit(observed)}
+    assert "lr" in fits["gpt+"].laws and "lr" not in fits["angpt"].laws and fits["angpt"].horizon is None
+    assert len(fits["angpt"].runs) == len(fits["gpt+"].runs) == 6
+    assert any(note.startswith(LAWS["lr"][0]) for note in fits["angpt"].notes)
+
+
 def test_a_variant_counts_under_its_architecture_with_its_own_batch(tmp_path):
     results = experiment(2_000_000, 4e-3)
     renamed = [

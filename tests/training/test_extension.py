@@ -1,6 +1,7 @@
 """Extending a run to more tokens: equal to a longer run, or with a second rise of the learning rate."""
 
 import math
+import re
 import shutil
 
 import pytest
@@ -8,8 +9,11 @@ import pytest
 import antransformer
 from antransformer.errors import CheckpointError, ConfigError, UsageError
 from antransformer.interop.model_card import learning_rate
+from antransformer.settings import Count
 from antransformer.training import run_folder
 from antransformer.training.config import resolve_config
+from antransformer.training.extension import describe_finished
+from antransformer.training.extension import extend as extend_config
 from antransformer.training.metrics import read_metrics
 from antransformer.training.schedule import SHAPES
 from antransformer.training.trainer import Trainer
@@ -248,6 +252,27 @@ def test_wrong_extension_is_refused_and_changes_nothing(finished, steps, options
         antransformer.train(**{"out": finished, "resume": True, "tokens": int(STEP * steps), **options})
     assert mentions(error.value, *facts)
     assert contents(finished) == before
+
+
+def test_a_run_of_a_constant_rate_is_extended_without_a_rise(corpus, tmp_path):
+    start(corpus, tmp_path / "run", min_lr_ratio=1.0, tokens=STEP * 8).run()
+    assert "--rewarm" not in describe_finished(run_folder.saved_config(tmp_path / "run"), tmp_path / "run")
+    extend(tmp_path / "run", 12)
+    assert set(rates(tmp_path / "run").values()) == {1e-2}
+
+
+@pytest.mark.parametrize(("decay_fraction", "rewarm"), [(0.5, 0.1), (0.95, 0.05), (None, 0.1), (1.0, None)])
+def test_the_suggested_rise_is_possible(corpus, tmp_path, decay_fraction, rewarm):
+    start(corpus, tmp_path / "run", decay_fraction=decay_fraction, tokens=STEP * 40)
+    config = run_folder.saved_config(tmp_path / "run")
+    text = describe_finished(config, tmp_path)
+    if rewarm:
+        assert re.findall(r"--rewarm (\S+)", text) == [str(rewarm)]
+        extend_config(config, Count(STEP * 80), 40, rewarm, tmp_path)
+    else:
+        assert "--rewarm" not in text and "--out" in text
+        with pytest.raises(ConfigError, match="--out"):
+            extend_config(config, Count(STEP * 80), 40, 0.1, tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,16 @@
 """Recipes: what a word sets, what a user's value overrides, and what a saved run repeats."""
 
 import pytest
+import yaml
 
+import antransformer
 from antransformer.cli import main
-from antransformer.errors import ConfigError
+from antransformer.errors import ConfigError, DataError
 from antransformer.training.config import resolve_config, to_mapping
 from antransformer.training.learning_rates import peak_rates
 from antransformer.training.recipes import DEFAULT_RECIPE, RECIPES, variant_settings
+from antransformer.training.run_folder import saved_config
+from helpers.messages import mentions
 from helpers.trainers import losses, resume, run_until, start, weights
 
 LONG = {"tokens": "4M", "batch_tokens": 2048}  # more steps than the horizon of the defaults
@@ -63,7 +67,39 @@ def test_names_of_variants_select_recipe_and_optimizer():
     assert variant_settings("gpt+-muon") == {"architecture": "gpt+", "optimizer": "muon"}
     assert variant_settings("ln-scaling-normuon") == {"architecture": "ln-scaling", "optimizer": "normuon"}
     assert variant_settings("gpt+-paper") == {"architecture": "gpt+", "recipe": "paper"}
-    assert variant_settings("ngpt-best-adam") == {"architecture": "ngpt", "recipe": "best", "optimizer": "adam"}
+    for name in ("ngpt-best-adam", "ngpt-adam-best"):
+        assert variant_settings(name) == {"architecture": "ngpt", "recipe": "best", "optimizer": "adam"}
+    assert variant_settings("gpt+-paper-best")["architecture"] == "gpt+-paper"  # which no architecture has
+
+
+def test_the_config_of_a_run_keeps_its_recipe(corpus, tmp_path):
+    start(corpus, tmp_path / "run", recipe="best")
+    file = tmp_path / "run/config.yaml"
+    with pytest.raises(ConfigError) as error:
+        antransformer.train(config=file, out=tmp_path / "other", recipe="paper")
+    assert mentions(error.value, file, "best", "paper") and not (tmp_path / "other").exists()
+    short = tmp_path / "short.yaml"
+    short.write_text("recipe: best\ndata: web\n")  # a file of the user, in which the recipe is one of the settings
+    with pytest.raises(DataError, match="web"):
+        antransformer.train(config=short, out=tmp_path / "other", recipe="paper")
+
+
+@pytest.mark.parametrize("settings", [{"recipe": "paper"}, {"lr": 1e-2}, {"lr_horizon": 0}, {"embed_lr": 1e-2}])
+def test_an_exponent_without_a_horizon_is_refused(settings):
+    with pytest.raises(ConfigError) as error:
+        resolve_config({**settings, **LONG, "horizon_exponent": 0.5}, 4096)
+    assert mentions(error.value, "horizon_exponent", "lr_horizon")
+    resolve_config({**settings, **LONG, "horizon_exponent": 0.5, "lr_horizon": 100}, 4096)
+
+
+def test_a_run_that_was_saved_without_a_horizon_has_none(tmp_path):
+    """Releases before the horizon scaled no rates, and saved the rate itself."""
+    settings = to_mapping(resolve_config({"recipe": "paper", **LONG, "tokens": "8M"}, 4096))
+    old = {key: value for key, value in settings.items() if key not in ("lr_horizon", "horizon_exponent", "recipe")}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(old))
+    config = saved_config(tmp_path)
+    assert (config.lr, config.lr_horizon, config.horizon_exponent) == (settings["lr"], 0, 0.0)
+    assert peak_rates(config).vectors == settings["lr"]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import sys
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +26,7 @@ from antransformer.training.dry_run import NullReporter
 from antransformer.training.extension import read_rewarm
 from antransformer.training.preview import Preview
 from antransformer.training.preview import preview as preview_run
+from antransformer.training.recipes import RECIPES
 from antransformer.training.trainer import Reporter, Result
 
 LOG = logging.getLogger(__name__)
@@ -88,7 +90,7 @@ def preview(*, config: str | Path | None = None, progress: bool = False, **setti
         ConfigError, DataError: wrong settings, or unusable data.
     """
     options = normalize_settings(settings, "settings")
-    file = normalize_settings(config_files.read_config(str(config)), str(config)) if config is not None else {}
+    file = {} if config is None else _file_settings(str(config), options)
     settings = run_folder.with_initial_model(merge(file, options), LOG.warning)
     dataset, complete, _ = launch.new_run(settings, None, partial(open_dataset, progress=progress))
     log = partial(print, file=sys.stderr) if progress else LOG.info
@@ -186,7 +188,7 @@ def train(
     rewarm = None if rewarm is None else read_rewarm(rewarm, resume)
     checked = normalize_settings(settings, "settings")
     if config is not None:
-        checked = merge(normalize_settings(config_files.read_config(str(config)), str(config)), checked)
+        checked = merge(_file_settings(str(config), checked), checked)
 
     def open_data(name: str, verify: bool) -> Dataset:
         return open_dataset(name, progress=progress is True, verify=verify)
@@ -199,3 +201,17 @@ def train(
     resume = resume or launch.is_restart(folder)
     trained = launch.train(checked, folder, open_data, open_reporter, resume=resume, rewarm=rewarm, profile=profile)
     return TrainedRun(*trained)
+
+
+def _file_settings(config: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the normalized settings of a config file.
+
+    Raises:
+        ConfigError: the file cannot be read, or it is the config of a run and the options name another recipe: every
+            value of its own recipe would stay.
+    """
+    file = normalize_settings(config_files.read_config(config), config)
+    recipe = options.get("recipe", file.get("recipe"))
+    if recipe != file.get("recipe") and recipe in RECIPES and RECIPES[recipe].keys() <= file.keys():
+        raise ConfigError(f"{config} has all values of recipe {file.get('recipe')}: omit recipe {recipe}, or the file")
+    return file

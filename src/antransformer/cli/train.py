@@ -119,8 +119,8 @@ def show_preview(parsed: argparse.Namespace) -> None:
 
     from antransformer.api.training import preview
 
-    if parsed.resume or "RANK" in os.environ:
-        raise ConfigError("--dry-run shows a new run in one process: omit --resume and torchrun")
+    if parsed.resume or parsed.rewarm or "RANK" in os.environ:
+        raise ConfigError("--dry-run shows a new run in one process: omit --resume, --rewarm and torchrun")
     shown = preview(config=parsed.config, progress=True, **settings_of(parsed))
     table = new_table("setting", "value", "origin")
     for setting in shown.settings:

@@ -9,6 +9,7 @@ from antransformer.models import registry
 from antransformer.models.config import PAPER_VOCABULARY
 from antransformer.settings import nearest, read_count
 from antransformer.training.config import resolve_config
+from antransformer.training.defaults import WEIGHT_DECAY
 from antransformer.training.recipes import variant_settings, with_recipe
 
 # Settings of --quick: a comparison of two architectures, trained as published, takes about an hour on
@@ -31,7 +32,7 @@ def variant_specs(
         separate_rates: whether to search the learning rates of embedding, head and vectors too.
 
     Raises:
-        ConfigError: a name is unknown or given twice, or there are fewer than two.
+        ConfigError: a name is unknown, two variants are the same, or there are fewer than two.
     """
     known = registry.names()
     for name in names:
@@ -40,10 +41,18 @@ def variant_specs(
             raise ConfigError(f"unknown architecture {architecture!r}{hint}")
     if len(set(names)) != len(names) or len(names) < 2:
         raise ConfigError(f"--architectures needs two or more different names, got {' '.join(names) or 'none'}")
-    specs = []
+    specs: list[VariantSpec] = []
+    same: dict[frozenset[tuple[str, str]], str] = {}
     for name in names:
-        settings = variant_settings(name)
-        optimizer = with_recipe({**(common or {}), **settings})["optimizer"]
+        settings: dict[str, Any] = variant_settings(name)
+        complete = with_recipe({**(common or {}), **settings})
+        optimizer = complete["optimizer"]
+        first = same.setdefault(frozenset((key, str(complete[key])) for key in complete if key != "recipe"), name)
+        if first != name:
+            raise ConfigError(f"{first} and {name} have the same settings: omit one of --architectures")
+        decays = complete.get("weight_decay") or WEIGHT_DECAY[settings["architecture"]]
+        if complete.get("cautious_weight_decay") and not decays:
+            settings["cautious_weight_decay"] = False
         searched = registry.get(settings["architecture"]).tuned_hyperparameters
         if separate_rates:
             searched = (*derived_rates(optimizer), *(setting for setting in searched if setting != VECTOR_SCALE))

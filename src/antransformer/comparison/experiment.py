@@ -118,6 +118,10 @@ class Plan:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name.replace('_', ' ')} must be at least 1, got {getattr(self, name)}")
         given = flatten(self.common)
+        if "horizon_exponent" in given and "lr_horizon" not in given:
+            raise ConfigError(
+                "horizon_exponent needs lr_horizon here, since searched rates are exact: set both or none"
+            )
         for setting in (name for part in self._one_pass() for name in part.settings.values()):
             if setting in given:
                 raise ConfigError(f"{setting} is searched for each variant and cannot be set for all runs: omit it")

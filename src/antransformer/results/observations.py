@@ -67,11 +67,14 @@ class Observations:
         runs: runs whose losses are fitted. For a sweep or a table these are the searches; for a comparison they are
             the measured runs, which have other seeds than its trials.
         optimizers: optimizer of each architecture's runs, where the results record it.
+        separate: architectures for which a comparison searched several learning rates. Its trials are not in
+            ``searches``, since ``lr`` was the rate of a part of the model.
     """
 
     searches: tuple[Observation, ...]
     runs: tuple[Observation, ...]
     optimizers: Mapping[str, str] = field(default_factory=dict)
+    separate: frozenset[str] = frozenset()
 
 
 def read_observations(paths: Sequence[Path]) -> Observations:
@@ -85,6 +88,7 @@ def read_observations(paths: Sequence[Path]) -> Observations:
     runs: list[Observation] = []
     folders: dict[Path, Sweep | Results] = {}
     optimizers: dict[str, str] = {}
+    separate: set[str] = set()
     seen: set[str] = set()
     for path in paths:
         real_path = os.path.realpath(path)  # Path.resolve raises on a loop of links
@@ -106,6 +110,7 @@ def read_observations(paths: Sequence[Path]) -> Observations:
                 raise DataError(f"{path} is an ablation, whose variants have one size: give sweeps or comparisons")
             try:
                 searches += _trial_observations(comparison)
+                separate |= {_architecture(item) for item in comparison.variants if _has_separate_rates(item)}
                 runs += _run_observations(comparison)
                 by_variant = comparison.setup.get("optimizers", {})
                 used = ((_architecture(item), by_variant.get(item.name)) for item in comparison.variants)
@@ -117,7 +122,7 @@ def read_observations(paths: Sequence[Path]) -> Observations:
             searches += rows
             runs += rows
     _check_shared(folders)
-    return Observations(tuple(searches), tuple(runs), optimizers)
+    return Observations(tuple(searches), tuple(runs), optimizers, frozenset(separate))
 
 
 def _add_optimizers(known: dict[str, str], used: Iterable[tuple[str, str | None]], path: Path) -> None:
@@ -140,9 +145,14 @@ def _trial_observations(results: Results) -> list[Observation]:
     return [
         _observation(variant, results, trial.tokens, trial.value, trial.loss)
         for variant in results.variants
+        if not _has_separate_rates(variant)
         for tokens in dict.fromkeys(trial.tokens for trial in variant.trials)
         for trial in variant.trials_of("lr", tokens)
     ]
+
+
+def _has_separate_rates(variant: Variant) -> bool:
+    return any(trial.setting.endswith("_lr") for trial in variant.trials)
 
 
 def _run_observations(results: Results) -> list[Observation]:

@@ -157,6 +157,10 @@ def _fit_architecture(name: str, observed: Observations, bins: int | None) -> Fi
             f"{' and '.join(confounded)}: from runs with {min(ratios):.3g} to {max(ratios):.3g} tokens per parameter, "
             "so the law over N includes the effect of the tokens"
         )
+    if name in observed.separate:
+        notes.append(
+            f"{LAWS['lr'][0]}: without the comparisons that searched separate learning rates of parts of the model"
+        )
     runs = _best_runs([row for row in observed.runs if row.architecture == name])
     if not runs:
         return Fit(name, (), tuple(optima), None, laws, horizon, None, (*notes, "no finished run: no law of the loss"))

@@ -410,6 +410,11 @@ def _resolve_rates(values: Mapping[str, Any], model: ModelConfig) -> dict[str, A
         if "lr_horizon" not in values and 0 < (reference := defaults.lr_horizon(model)) < steps:
             horizon = 0 if given else reference
             factor = defaults.horizon_factor(reference, steps, exponent) if given else 1.0
+    if values.get("horizon_exponent") and not horizon and (given or values.get("lr_horizon") == 0):
+        raise ConfigError(
+            "horizon_exponent has no effect without lr_horizon, which recipe paper and a given learning rate switch "
+            "off: set lr_horizon, or omit horizon_exponent"
+        )
     rates: dict[str, float] = {}
     if own and own not in values:
         own_factor = values["lr"] / defaults.learning_rate(model) if "lr" in values else factor

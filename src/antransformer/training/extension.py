@@ -4,6 +4,7 @@ A longer run keeps its settings except for the length. It also records ``initial
 ``--rewarm`` where its learning rate rose again.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -73,7 +74,7 @@ def extend(config: TrainConfig, tokens: Count, step: int, rewarm: float | None, 
     """
     longer = replace(config, tokens=tokens, initial_tokens=config.initial_tokens or config.tokens)
     if rewarm is None:
-        if step > config.decay_start:
+        if step > config.decay_start and config.min_lr_ratio < 1:
             raise CheckpointError(
                 f"{folder} is at step {step:,} of {config.steps:,}, and its learning rate decays from step "
                 f"{config.decay_start:,} on: set rewarm (--rewarm 0.1) to raise it again, or start a new run with "
@@ -83,9 +84,8 @@ def extend(config: TrainConfig, tokens: Count, step: int, rewarm: float | None, 
     if not step:
         raise CheckpointError(f"{folder} has no checkpoint, so no learning rate to raise: omit rewarm")
     if rewarm + (config.decay_fraction or 0) > 1 + 1e-9:
-        raise ConfigError(
-            f"rewarm {rewarm:g} and decay_fraction {config.decay_fraction:g} exceed 1 together: lower rewarm"
-        )
+        right = "lower rewarm" if _largest_rewarm(config) else "start a new run with another --out"
+        raise ConfigError(f"rewarm {rewarm:g} and decay_fraction {config.decay_fraction:g} exceed 1 together: {right}")
     added = tokens // config.batch_tokens - step
     rise = max(1, int(rewarm * added))
     return replace(longer, rewarm_from=step, rewarm_ratio=config.lr_at(step, 1.0), rewarm_steps=rise)
@@ -122,11 +122,19 @@ def require_rewarm_step(config: TrainConfig, step: int, folder: Path) -> None:
 
 def describe_finished(config: TrainConfig, folder: Path) -> str:
     """One line about a run with no steps left, and how to train longer."""
-    rewarm = " --rewarm 0.1" if config.steps > config.decay_start else ""
+    decayed, largest = config.steps > config.decay_start and config.min_lr_ratio < 1, _largest_rewarm(config)
+    if decayed and not largest:
+        return f"{folder} is finished at step {config.steps:,}: start a new run with another --out to train longer"
+    rewarm = f" --rewarm {min(0.1, largest):g}" if decayed else ""
     return (
         f"{folder} is finished at step {config.steps:,}; train longer with: antransformer train --out {quoted(folder)} "
         f"--resume --tokens {2 * config.tokens}{rewarm}"
     )
+
+
+def _largest_rewarm(config: TrainConfig) -> float:
+    """Largest fraction for ``rewarm``, which leaves the steps of the decay; 0 if the decay takes all steps."""
+    return math.floor(100 * (1 - (config.decay_fraction or 0)) + 1e-6) / 100
 
 
 def describe(config: TrainConfig, step: int) -> str:
@@ -137,5 +145,5 @@ def describe(config: TrainConfig, step: int) -> str:
     return (
         f"extending the run from step {step:,} ({step * config.batch_tokens:,} tokens) to step {config.steps:,} "
         f"({config.tokens:,} tokens): learning rate {rate:.4g}{rise}, decay after step "
-        f"{config.decay_start:,}"
+        f"{config.decay_start:,}, peak rates of a run of {config.initial_steps:,} steps"
     )

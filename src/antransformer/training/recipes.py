@@ -36,15 +36,10 @@ def variant_settings(name: str) -> dict[str, str]:
 
     ``angpt`` gives the architecture only, ``angpt-paper-muon`` also the recipe paper and the optimizer muon.
     """
-    settings = {}
-    for optimizer in OPTIMIZERS:
-        if name.endswith(f"-{optimizer}"):
-            name = name.removesuffix(f"-{optimizer}")
-            settings["optimizer"] = optimizer
-            break
-    for recipe in RECIPES:
-        if name.endswith(f"-{recipe}"):
-            name = name.removesuffix(f"-{recipe}")
-            settings["recipe"] = recipe
-            break
-    return {"architecture": name, **settings}
+    settings: dict[str, str] = {}
+    while True:
+        rest, _, suffix = name.rpartition("-")
+        kind = "optimizer" if suffix in OPTIMIZERS else "recipe" if suffix in RECIPES else ""
+        if not kind or kind in settings:
+            return {"architecture": name, **settings}
+        settings[kind], name = suffix, rest

@@ -44,7 +44,7 @@ LAST = f"step-{STEPS:08d}"  # the last checkpoint of a run
 OPTIONS = ["--recipe=paper", "--precision=float32", "--batch-tokens=256", "--lr=5e-3", *SMALL_OPTIONS]
 OPTIONS += ["--log-every=1", "--eval-tokens=512", f"--eval-every={SAVED}", f"--checkpoint-every={SAVED}"]
 WORKER = Path(parallel_worker.__file__)
-ORTHOGONALIZED = ("muon-fsdp", "muon-tensor", "normuon-fsdp", "normuon-tensor")
+ORTHOGONALIZED = ("best-ddp", "muon-fsdp", "muon-tensor", "normuon-fsdp", "normuon-tensor")
 INEXACT = ("bfloat16", "fp8", "fp8-tensor", *ORTHOGONALIZED, "skipped", *FAILURES)
 HSDP = [*(f"{architecture}-hsdp" for architecture in ARCHITECTURES), "tensor-hsdp", "averaged-hsdp"]
 EXACT = [name for name in CASES if name not in INEXACT]
@@ -209,8 +209,8 @@ def test_one_process_resumes_the_run_of_two(corpus, two_process_runs, single_run
         assert windows_of(folder) == windows_of(single_run(name))
 
 
-def test_two_processes_resume_averages_bit_identically(corpus, two_process_runs, tmp_path):
-    names = ["averaged-ddp", "averaged-ngpt"]
+def test_two_processes_resume_bit_identically(corpus, two_process_runs, tmp_path):
+    names = ["averaged-ddp", "averaged-ngpt", "best-ddp"]
     for name in names:
         ignored = shutil.ignore_patterns(LAST, "windows-*")
         shutil.copytree(two_process_runs / name, tmp_path / name, ignore=ignored)
