@@ -2,12 +2,11 @@
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from antransformer.comparison.experiment import TRIAL_SEED, Experiment
 from antransformer.files import read_json
-from antransformer.runs.queue import tokens_of
-from antransformer.runs.timing import Estimate, Timer
+from antransformer.runs.timing import Estimate, RunCount, Timer
 from antransformer.runs.worker import RESULT_FILE
 
 
@@ -19,23 +18,18 @@ def estimate(experiment: Experiment, log: Callable[[str], None]) -> Estimate:
     """
     plan, timer = experiment.plan, Timer(experiment.queue, experiment.dataset, log)
     finished = finished_runs(experiment)
-    totals = []
-    for most in (False, True):
-        runs, tokens, seconds, longest = 0, 0, 0.0, 0.0
+
+    def left(most: bool) -> Iterator[RunCount]:
         for state in experiment.states:
             for budget, planned in plan.runs_of(state.spec.name, most).items():
                 config = experiment.config(state, budget, TRIAL_SEED)
-                left = dict.fromkeys(plan.run_seeds(), 1) if budget in plan.budgets else {}
-                left[TRIAL_SEED] = planned - len(left)
-                count = sum(max(0, runs - finished[state.spec.name, budget, seed]) for seed, runs in left.items())
-                if not count:
-                    continue
-                one = timer.run_seconds(f"{config.model.architecture} {config.optimizer}", config)
-                runs, tokens, seconds = runs + count, tokens + count * tokens_of(config), seconds + count * one
-                longest = max(longest, one)
-        totals.append((runs, tokens, timer.hours(seconds, longest)))
-    runs_, tokens_, hours = zip(*totals, strict=True)
-    return Estimate(runs_, tokens_, hours)
+                by_seed = dict.fromkeys(plan.run_seeds(), 1) if budget in plan.budgets else {}
+                by_seed[TRIAL_SEED] = planned - len(by_seed)
+                runs = sum(max(0, count - finished[state.spec.name, budget, seed]) for seed, count in by_seed.items())
+                if runs:
+                    yield RunCount(f"{config.model.architecture} {config.optimizer}", config, runs)
+
+    return timer.estimate([list(left(most)) for most in (False, True)])
 
 
 def finished_runs(experiment: Experiment) -> Counter[tuple[str, int, int]]:

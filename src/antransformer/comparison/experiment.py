@@ -208,6 +208,7 @@ class Experiment:
     def __init__(self, plan: Plan, dataset: Dataset, queue: RunQueue, stage: Callable[[str], None]) -> None:
         self.plan, self.dataset, self.queue, self.stage = plan, dataset, queue, stage
         self.states = [VariantState(spec) for spec in plan.specs]
+        self.trial_results: list[RunResult] = []
         self.defaults: dict[str, TrainConfig] = {}  # before any search, for the names of runs
         for state in self.states:  # a wrong setting must fail now, not after hours of runs
             for tokens in {*plan.search_budgets(), *plan.budgets}:
@@ -246,7 +247,7 @@ class Experiment:
             by_variant.setdefault(name, []).append((tokens, seed, results[job.name]))
         return Results(
             kind=self.plan.kind,
-            setup=self.setup(time.monotonic() - started, results.values()),
+            setup=self.setup(time.monotonic() - started, [*self.trial_results, *results.values()]),
             budgets=tuple(self.plan.budgets),
             seeds=self.plan.run_seeds(),
             variants=tuple(self.variant(state, by_variant[state.spec.name]) for state in self.states),
@@ -291,6 +292,7 @@ class Experiment:
             search.run_grids(around, lambda name, losses: extension(losses, trials, part.ratio))
         for name in grids:
             losses, setting = search.losses(name), settings[name]
+            self.trial_results += [result for results in search.results[name].values() for result in results]
             folders = {value: search.results[name][value][0].name for value in losses}
             states[name].trials += [
                 Trial(setting, round_sig(value), losses[value], folders[value], tokens, part.pass_number)

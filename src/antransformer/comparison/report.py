@@ -213,7 +213,8 @@ def _all_numbers(results: Results) -> str:
         )
     note = (
         "<p>Validation loss in nats per token: mean ± standard deviation over seeds. Differences are paired by seed; "
-        f"their {CONFIDENCE:.0%} intervals and p values come from the paired t-test.</p>"
+        f"their {CONFIDENCE:.0%} intervals and p values come from the paired t-test"
+        f"{', without correction for several variants' if len(results.variants) > 2 else ''}.</p>"
     )
     settings = [[style_of(item.name).label, "\n".join(_settings_text(item))] for item in results.variants]
     return (

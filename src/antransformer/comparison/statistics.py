@@ -99,8 +99,9 @@ def speedups(budgets: Sequence[int], baseline: Array, variant: Array, seed: int 
     """Convergence speedup of a variant over a baseline at each budget of the variant.
 
     The interval is a bootstrap over seeds. Residuals about the mean of each budget are pooled over the budgets of one
-    variant, inflated for their small number, and drawn anew for every run. A diverged run makes the mean loss at its
-    budget infinite.
+    variant, inflated for their small number, and drawn anew for every run. The two variants are drawn independently,
+    although equal seeds have equal batches, so the interval is wide if their noise is correlated. A diverged run makes
+    the mean loss at its budget infinite.
 
     Args:
         budgets: ascending token counts, the same for both.
@@ -221,7 +222,7 @@ def _resampled_means(losses: Array, generator: np.random.Generator) -> Array:
     finished = np.isfinite(means)
     # Two or three seeds of one budget have far too few residuals to draw from; the noise is similar at all budgets.
     residuals = (losses[finished] - means[finished, None]).flatten()
-    if seeds < 2 or not residuals.size:
+    if not residuals.size:
         return np.broadcast_to(means, (RESAMPLES, budgets))
     inflated = residuals * residual_inflation(residuals.size, int(finished.sum()) * (seeds - 1))
     resampled: Array = means + generator.choice(inflated, (RESAMPLES, budgets, seeds)).mean(2)

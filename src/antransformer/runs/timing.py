@@ -1,8 +1,9 @@
 """Estimates of the runs, tokens and hours that an experiment needs, from a few timed steps."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -40,6 +41,14 @@ class Estimate:
         return low if low == high else f"{low}; up to {high}, depending on the best values"
 
 
+class RunCount(NamedTuple):
+    """Number of runs of one kind; runs of a kind are as fast per token."""
+
+    kind: str
+    config: TrainConfig
+    runs: int
+
+
 class Timer:
     """Times steps of the runs of a queue, each kind of model once; writes no files.
 
@@ -53,12 +62,27 @@ class Timer:
         self.queue, self.dataset, self.log = queue, dataset, log
         self.speeds: dict[str, float] = {}
 
-    def run_seconds(self, name: str, config: TrainConfig) -> float:
-        """Expected seconds of a run; runs of one ``name`` are as fast per token.
+    def estimate(self, ends: Sequence[Sequence[RunCount]]) -> Estimate:
+        """Time each kind of run, and return the totals for the fewest runs and the most.
+
+        Args:
+            ends: the fewest runs, then the most.
 
         Raises:
             ConfigError: a step does not fit into the memory of the GPU.
         """
+        runs, tokens, hours = zip(*map(self._total, ends), strict=True)
+        return Estimate(runs, tokens, hours)
+
+    def _total(self, counts: Sequence[RunCount]) -> tuple[int, int, float]:
+        seconds = [self._run_seconds(kind, config) for kind, config, _ in counts]
+        # Each run is on one device, so the longest run is a lower limit.
+        shared = sum(one * runs for one, (*_, runs) in zip(seconds, counts, strict=True)) / len(self.queue.devices)
+        tokens = sum(runs * tokens_of(config) for _, config, runs in counts)
+        return sum(runs for *_, runs in counts), tokens, max([shared, *seconds]) / 3600
+
+    def _run_seconds(self, name: str, config: TrainConfig) -> float:
+        """Expected seconds of a run; runs of one ``name`` are as fast per token."""
         if name not in self.speeds:
             self.log(f"timing {STEPS} steps: {name}")
             device, *others = self.queue.devices
@@ -67,10 +91,6 @@ class Timer:
                 self.speeds[name] = seconds_per_token(timed, self.dataset)
         evaluated = FORWARD * (config.eval_tokens + METRICS_LINES * PROBE_TOKENS)
         return START_SECONDS + (tokens_of(config) + evaluated) * self.speeds[name]
-
-    def hours(self, seconds: float, longest: float) -> float:
-        """Hours of runs with these seconds in total. Each run is on one device, so the longest run is a lower limit."""
-        return max(seconds / len(self.queue.devices), longest) / 3600
 
 
 @contextmanager
