@@ -8,6 +8,7 @@ from torch import nn
 import antransformer
 from antransformer.bounds import Bound, norms, project_
 from antransformer.models import ModelConfig, build
+from antransformer.nn import Linear
 from helpers.small import Watch
 
 SIZES = {"vocab_size": 50, "width": 64, "layers": 2, "context": 16, "head_dim": 32}
@@ -280,6 +281,43 @@ def test_parameters_that_are_added_to_a_bound_optimizer_are_projected_too():
     optimizer.add_param_group({"params": others})
     train(model, optimizer)
     assert max(norms(bound).max() for bound in model.bounds()) <= 1 + 1e-6
+
+
+def test_modules_that_are_added_after_bind_are_bounded_too():
+    model = torch.nn.Sequential(Linear(8, 8))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    antransformer.bind(model, optimizer)
+    model.append(Linear(8, 8))
+    model.append(Linear(8, 8))
+    optimizer.add_param_group({"params": model[1].parameters()})
+    optimizer.param_groups[0]["params"] += model[2].parameters()
+    with torch.no_grad():
+        for module in model:
+            module.weight.mul_(3)
+    model(torch.randn(4, 8)).square().sum().backward()
+    optimizer.step()
+    assert max(module.weight.norm(dim=1).max() for module in model) <= 1 + 1e-6
+
+
+def test_frozen_parameters_are_not_projected():
+    model = torch.nn.Sequential(Linear(8, 8), Linear(8, 8))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    antransformer.bind(model, optimizer)
+    model[0].weight.requires_grad_(False)
+    with torch.no_grad():
+        for module in model:
+            module.weight.mul_(3)
+    optimizer.step()
+    assert model[0].weight.norm(dim=1).min() > 2.9 and model[1].weight.norm(dim=1).max() <= 1 + 1e-6
+    model[0].weight.requires_grad_(True)
+    optimizer.step()
+    assert model[0].weight.norm(dim=1).max() <= 1 + 1e-6
+
+
+def test_a_computed_weight_is_refused():
+    model = torch.nn.Sequential(torch.nn.utils.parametrizations.weight_norm(Linear(8, 8)), Linear(8, 8))
+    with pytest.raises(TypeError, match="Linear"):
+        antransformer.bind(model, torch.optim.SGD(model.parameters(), lr=0.1))
 
 
 def test_bind_projects_only_parameters_of_the_optimizer():

@@ -138,3 +138,44 @@ def test_errors_name_the_module_and_change_nothing():
     with pytest.raises(ValueError, match=r"1\.weight"):
         antransformer.normalize_(model)
     assert not any(parametrize.is_parametrized(part) for part in model)
+
+
+class Tied(nn.Module):
+    """An embedding whose weight is also used outside of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(20, 8)
+        self.shared = self.embedding.weight
+
+    def forward(self, tokens):
+        return self.embedding(tokens) @ self.shared.T
+
+
+def half(value, *shape):
+    layer = nn.Linear(*shape, bias=False).half()
+    nn.init.constant_(layer.weight, value)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (Tied, "shared"),
+        (lambda: nn.Sequential(half(1e4, 16, 2)), "0.weight"),
+        (lambda: nn.Sequential(nn.Linear(4, 4, device="meta")), "0.weight"),
+        (lambda: nn.Sequential(nn.LazyLinear(4)), "0.weight"),
+    ],
+)
+def test_a_weight_that_cannot_be_scaled_is_refused_and_nothing_changes(make, name):
+    model = nn.Sequential(nn.Linear(4, 4), make())
+    before = model[0].weight.clone()
+    with pytest.raises(ValueError) as error:
+        antransformer.normalize_(model)
+    assert name in str(error.value)
+    assert torch.equal(model[0].weight, before) and "weight" in model[0]._parameters
+
+
+def test_an_empty_embedding_is_normalized():
+    model = antransformer.normalize_(nn.Sequential(nn.Embedding(0, 4), nn.Linear(4, 4)))
+    assert model[0].weight.shape == (0, 4)

@@ -58,6 +58,10 @@ def collect_bounds(module: nn.Module) -> list[Bound]:
     if callable(declared):
         bounds: list[Bound] = declared()
         return bounds
+    if isinstance(module, (Embedding, Linear)) and "weight" not in module._parameters:
+        raise TypeError(
+            f"the weight of a {type(module).__name__} is computed (a parametrization): bind needs a parameter"
+        )
     if isinstance(module, Embedding):
         return [Bound("weight", module.weight)]
     if isinstance(module, Linear):
@@ -124,14 +128,15 @@ def bind(model: nn.Module, optimizer: Optimizer) -> RemovableHandle:
     """Project the bounds of a model (``collect_bounds``) after every ``optimizer.step()`` of any torch optimizer.
 
     Wrap, shard and cast the model before you build the optimizer and call ``bind``. Parameters that
-    ``optimizer.add_param_group`` adds later are bounded too. A copy of the optimizer is not bound, since torch does not
-    copy hooks.
+    ``optimizer.add_param_group`` adds later are bounded too. Frozen parameters stay as they are. A copy of the
+    optimizer is not bound, since torch does not copy hooks.
 
     Returns:
         Handle; ``handle.remove()`` stops the projection.
 
     Raises:
-        TypeError: the arguments are not a module and an optimizer, or the model has no bounds.
+        TypeError: the arguments are not a module and an optimizer, or the model has no bounds, or a bounded weight is
+            computed by a parametrization.
         ValueError: none of its bounded parameters is in the optimizer.
     """
     if not isinstance(model, nn.Module) or not hasattr(optimizer, "register_step_post_hook"):
@@ -149,7 +154,7 @@ def bind(model: nn.Module, optimizer: Optimizer) -> RemovableHandle:
             f"{type(model).__name__} has no bounds: call antransformer.normalize_(model) first, build it from "
             "antransformer.nn, or give it a method bounds() -> list[Bound]"
         )
-    bounds, groups = _bounds_of(optimizer, declared), len(optimizer.param_groups)
+    bounds, parameters = _bounds_of(optimizer, declared), _parameter_count(optimizer)
     if declared and not bounds:
         raise ValueError(
             "the optimizer has none of the model's bounded parameters: build it from model.parameters() of this model "
@@ -157,10 +162,10 @@ def bind(model: nn.Module, optimizer: Optimizer) -> RemovableHandle:
         )
 
     def project(_optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
-        nonlocal bounds, groups
-        if len(optimizer.param_groups) != groups:
-            bounds, groups = _bounds_of(optimizer, declared), len(optimizer.param_groups)
-        project_(bounds)
+        nonlocal bounds, parameters
+        if _parameter_count(optimizer) != parameters:
+            bounds, parameters = _bounds_of(optimizer, collect_bounds(model)), _parameter_count(optimizer)
+        project_(bound for bound in bounds if bound.parameter.requires_grad)
 
     # A hook of the optimizer works in any training loop, including the Hugging Face Trainer.
     return optimizer.register_step_post_hook(project)
@@ -170,6 +175,10 @@ def _bounds_of(optimizer: Optimizer, declared: Iterable[Bound]) -> list[Bound]:
     # By identity: an optimizer may have only some of the parameters, and knows no names.
     optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     return [bound for bound in declared if id(bound.parameter) in optimized]
+
+
+def _parameter_count(optimizer: Optimizer) -> int:
+    return sum(len(group["params"]) for group in optimizer.param_groups)
 
 
 class Scale(nn.Module):
@@ -212,7 +221,8 @@ def normalize_(module: Module) -> Module:
 
     Raises:
         TypeError: the argument is not a module, declares its own bounds, or has no such weight.
-        ValueError: a weight is not finite. Nothing is changed then.
+        ValueError: a weight has no values yet, is not finite, is too large for float16, or is a parameter of another
+            kind of module too. Nothing is changed then.
 
     >>> model = nn.Sequential(nn.Embedding(50, 64), nn.LayerNorm(64), nn.Linear(64, 2))
     >>> [bound.name for bound in collect_bounds(normalize_(model))]
@@ -228,12 +238,15 @@ def normalize_(module: Module) -> Module:
         supported = isinstance(child, (nn.Linear, nn.Embedding)) and not isinstance(child, Embedding)
         weight = child._parameters.get("weight")  # None if it is computed, by a parametrization or an older hook
         if supported and weight is not None:
-            largest = float(norms(Bound(name, weight.detach())).max())
-            if not math.isfinite(largest):
-                raise ValueError(f"{name}.weight is not finite")
             owners.setdefault(weight, []).append(child)
-            # Division by a power of two changes only the exponent, so no bit is lost.
-            factors[weight] = 2.0 ** math.ceil(math.log2(largest)) if largest else 1.0
+            factors[weight] = _factor(weight, f"{name}.weight")
+    for name, child in module.named_modules():
+        for key, parameter in child._parameters.items():
+            if parameter in owners and not (key == "weight" and any(child is owner for owner in owners[parameter])):
+                where = f"{name}.{key}".lstrip(".")
+                raise ValueError(
+                    f"{where} is also the weight of an nn.Linear or nn.Embedding, and would lose its factor"
+                )
     if not owners and not collect_bounds(module):
         raise TypeError(f"{type(module).__name__} has no nn.Linear and no nn.Embedding to normalize")
     for weight, modules in owners.items():
@@ -244,3 +257,20 @@ def normalize_(module: Module) -> Module:
             weight.div_(factors[weight])
             scale.factor.fill_(factors[weight])
     return module
+
+
+def _factor(weight: Tensor, name: str) -> float:
+    """Smallest power of two that is at least the largest row norm; dividing by it changes only exponents.
+
+    Raises:
+        ValueError: there is no such number in the dtype of the weight.
+    """
+    if isinstance(weight, nn.UninitializedParameter) or weight.is_meta:
+        raise ValueError(f"{name} has no values yet: initialize it first")
+    largest = float(norms(Bound(name, weight.detach())).max()) if weight.numel() else 0.0
+    if not math.isfinite(largest):
+        raise ValueError(f"{name} is not finite")
+    factor = 2.0 ** math.ceil(math.log2(largest)) if largest else 1.0
+    if not 0 < torch.tensor(factor, dtype=weight.dtype) < math.inf:
+        raise ValueError(f"{name} has a row of norm {largest:g}, too large for a factor in {weight.dtype}")
+    return factor

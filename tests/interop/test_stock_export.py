@@ -446,10 +446,25 @@ def test_a_wrong_export_fails_and_leaves_nothing(trained, tmp_path, monkeypatch)
 
 
 def test_an_error_of_nan_fails_in_every_dtype():
-    for float32 in (False, True):
+    for dtype in ("float32", "bfloat16", "q4_0"):
         with pytest.raises(MachineError):
-            verification.Verification("transformers", 1, math.nan, 1.0).require_accurate(float32)
-    verification.Verification("transformers", 1, 0.01, 1.0).require_accurate(False)
+            verification.Verification("transformers", 1, math.nan, 1.0).require_accurate(dtype)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "right", "wrong"),
+    [
+        ("float32", 1e-5, 1e-2),
+        ("f32", 1e-5, 1e-2),
+        ("bfloat16", 0.09, 0.9),
+        ("float16", 0.09, 0.9),
+        ("q8_0", 0.09, 0.9),
+    ],
+)
+def test_a_wrong_export_fails_in_half_precision_too(dtype, right, wrong):
+    verification.Verification("transformers", 1, right, 1.0).require_accurate(dtype)
+    with pytest.raises(MachineError):
+        verification.Verification("transformers", 1, wrong, 1.0).require_accurate(dtype)
 
 
 # Serving

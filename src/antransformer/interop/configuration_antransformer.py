@@ -4,10 +4,14 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+# Architectures and their options, with defaults.
 OPTIONS: dict[str, dict[str, Any]] = {
     "angpt": {"alpha_init": 0.05, "s_scale": 0.03, "gate_scale": "sqrt_width", "logit_scale": "vector"},
     "ngpt": {"alpha_init": 0.05, "s_scale": 0.03},
     "dyt": {"dyt_alpha_init": 1.0},
+    "gpt+": {},
+    "gpt": {},
+    "ln-scaling": {},
 }
 
 
@@ -22,7 +26,7 @@ class AntransformerConfig(PreTrainedConfig):
         num_attention_heads, head_dim: one may be None, and follows from the other; both None for a ``head_dim`` of 64.
 
     Raises:
-        ValueError: ``hidden_size`` is not ``num_attention_heads * head_dim``.
+        ValueError: the architecture is unknown, or ``hidden_size`` is not ``num_attention_heads * head_dim``.
     """
 
     model_type = "antransformer"
@@ -65,7 +69,9 @@ class AntransformerConfig(PreTrainedConfig):
     def __post_init__(self, mlp_ratio: int = 4, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         self.format_version = type(self).format_version  # saved again, a folder has the newest form
-        for name, default in OPTIONS.get(self.architecture, {}).items():
+        if self.architecture not in OPTIONS:
+            raise ValueError(f"unknown architecture {self.architecture!r}: choose from {', '.join(OPTIONS)}")
+        for name, default in OPTIONS[self.architecture].items():
             if getattr(self, name) is None:
                 setattr(self, name, default)
         if self.intermediate_size is None:

@@ -168,7 +168,7 @@ def verify_native(folder: Path, checkpoint: Checkpoint, dtype: str) -> Verificat
     """
     model = restore(checkpoint, torch.device("cpu")).double()
     verification = verify_folder(folder, reference(model, checkpoint))
-    verification.require_accurate(dtype == "float32")
+    verification.require_accurate(dtype)
     return verification
 
 

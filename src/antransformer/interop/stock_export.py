@@ -64,7 +64,7 @@ def write_stock_model(
     stock, expected = stock_model(checkpoint, dtype == "float16")
     write_folder(stock, tokenizer, folder, getattr(torch, dtype), max_shard_size)
     verification = verify_folder(folder, expected)
-    verification.require_accurate(dtype == "float32")
+    verification.require_accurate(dtype)
     return verification
 
 
@@ -90,7 +90,7 @@ def export_gguf(checkpoint: Checkpoint, tokenizer: Tokenizer, file: Path, dtype:
     try:
         gguf_writer.write_gguf(stock, vocabulary, tokenizer.end_of_text, partial, name, dtype)
         verification = verify_gguf(partial, stock, tokenizer, expected)
-        verification.require_accurate(dtype == "f32")
+        verification.require_accurate(dtype)
         partial.replace(file)
     except OSError as error:
         # Of a full disk numpy reports only the numbers of bytes.

@@ -25,6 +25,7 @@ def losses_and_gradients_(logits: Tensor, targets: Tensor, train: bool) -> Tenso
         Loss of each token (tokens,), in float32 (float64 for float64).
     """
     rows, vocab = logits.shape
+    targets = targets.contiguous()  # the kernel takes no stride
     losses = logits.new_empty(rows, dtype=torch.promote_types(logits.dtype, torch.float32))
     if rows:
         block = min(MAX_BLOCK, triton.next_power_of_2(vocab))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from antransformer.bounds import bind, collect_bounds, norms
+from antransformer.functional import attention
 from antransformer.inference import fold
 from antransformer.inference.sampling import generate
 from antransformer.models import Decoder, ModelConfig, build
@@ -40,6 +41,21 @@ def architectures(setup: Setup) -> Iterator[Check]:
         yield from _compare(f"{name}, compiled against eager", compiled, eager, 1e-4, 1e-3)
         half = _outputs(config, tokens, setup.device, compiled=True, precision=torch.bfloat16)
         yield from _compare(f"{name}, bfloat16 against float32", half, eager, 5e-2, 5e-2)
+
+
+def masked_queries(setup: Setup) -> Iterator[Check]:
+    """A query without a visible key gives 0, and its gradients are finite."""
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        q, k, v = torch.randn(3, 2, 64, 2, 64).to(setup.device, dtype).requires_grad_().unbind()
+        mask = torch.ones(64, 64, dtype=torch.bool, device=setup.device)
+        mask[5] = False
+        y = attention(q, k, v, mask=mask)
+        gradients = torch.autograd.grad(y.float().square().sum(), (q, k, v))
+        kind = str(dtype).removeprefix("torch.")
+        yield at_most(f"query without a visible key, {kind}: output", y[:, 5].abs().max().item(), 0.0)
+        finite = all(bool(gradient.isfinite().all()) for gradient in gradients)
+        yield equal(f"query without a visible key, {kind}: finite gradients", finite)
 
 
 def documents(setup: Setup) -> Iterator[Check]:

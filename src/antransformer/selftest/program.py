@@ -27,7 +27,14 @@ MINUTES = 9  # of a part, at most
 # Functions of each part.
 CHECKS: dict[str, tuple[Checks, ...]] = {
     "kernels": (kernels.interpolate_norm, kernels.projection, kernels.cross_entropy, kernels.fp8),
-    "models": (models.architectures, models.documents, models.bounds, models.drift, models.folded),
+    "models": (
+        models.architectures,
+        models.masked_queries,
+        models.documents,
+        models.bounds,
+        models.drift,
+        models.folded,
+    ),
     "checkpoints": (checkpoints.resume, checkpoints.compiled, checkpoints.on_cpu),
     "processes": (processes.replicated, processes.sharded),
     "speed-125m": (speed.steps_125m,),
@@ -152,7 +159,9 @@ def load(setup: Setup) -> dict[str, Result]:
         parts = [_result(part) for part in content["parts"]]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is damaged: remove it, or choose another --out") from error
-    if machine != identity(setup)["machine"]:
+    # Not the number of threads: two calls may be limited differently.
+    here = identity(setup)["machine"]
+    if any(machine.get(key) != here[key] for key in ("device", "name", "torch")):
         raise ConfigError(f"{setup.folder} has results of another machine or torch: choose another --out")
     return {part.part: part for part in parts}
 
