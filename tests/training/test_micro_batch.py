@@ -1,5 +1,6 @@
 """The micro-batch size that fits into memory."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -80,6 +81,13 @@ def test_the_default_size_is_fitted_into_the_memory_of_a_gpu(free, monkeypatch):
     assert fitted.micro_batch_size > config.micro_batch_size
     chosen = replace(on_gpu, micro_batch_size=3)
     assert fit_default_micro_batch(chosen) == chosen
+
+
+def test_other_devices_keep_the_default_size(free, monkeypatch):
+    monkeypatch.setattr(micro_batch, "choose_device", lambda *_: torch.device("mps"))
+    free(math.inf)
+    config = resolve_config({"preset": "125m", "precision": "bfloat16"}, 50304)
+    assert fitting_micro_batch(config) == config.micro_batch_size < config.batch_size
 
 
 def test_a_worker_saves_the_size_that_fits_its_device_and_nothing_else(monkeypatch, corpus, tmp_path):

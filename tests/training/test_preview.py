@@ -73,7 +73,8 @@ def test_a_dry_run_of_fewer_steps_than_are_timed(corpus, capsys):
 
 def test_what_a_dry_run_cannot_do_is_refused(corpus, tmp_path, capsys, monkeypatch):
     words = ["train", "--data", str(corpus), "--dry-run", "--batch-tokens", "256", *SMALL_OPTIONS]
-    assert mentions(refused([*words, "--resume", "--out", str(tmp_path)], capsys), "--resume")
+    for more in (["--resume", "--out", str(tmp_path)], ["--processes=2"], ["--profile"], ["--rewarm=0.1"]):
+        assert mentions(refused([*words, *more], capsys), more[0].partition("=")[0])
     monkeypatch.setenv("RANK", "0")
     assert mentions(refused(words, capsys), "torchrun")
 

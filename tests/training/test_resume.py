@@ -1,18 +1,22 @@
 """Resuming an interrupted run, with bit-identical results or a clear refusal."""
 
+import contextlib
 import json
 import random
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 
 import pytest
+import torch
 
+import antransformer
 from antransformer.cli import main
 from antransformer.data import Dataset
-from antransformer.errors import CheckpointError, RunStoppedError
-from antransformer.training import run_folder
+from antransformer.errors import CheckpointError, ConfigError, RunStoppedError
+from antransformer.training import launch, run_folder
 from antransformer.training.run_folder import saved_config
 from antransformer.training.stop_signals import StopSignals
 from antransformer.training.trainer import Trainer
@@ -229,3 +233,50 @@ def test_resuming_refuses_other_data(corpus, tmp_path):
     with pytest.raises(CheckpointError) as error:
         Trainer(config, Dataset.open(tmp_path / "other"), tmp_path / "run", Notes(), resume=True)
     assert mentions(error.value, tmp_path / "run", tmp_path / "other")
+
+
+def test_a_run_that_another_process_ends_meanwhile_is_not_repeated(corpus, tmp_path, monkeypatch):
+    """The lock is taken before the checkpoint is read, since the process that holds it may write one more."""
+    run_until(start(corpus, tmp_path / "run"), 13)
+    shutil.copytree(tmp_path / "run", tmp_path / "ended")
+    resume(corpus, tmp_path / "ended")[0].run()
+    free = launch.lock
+
+    @contextlib.contextmanager
+    def lock_after_the_end(folder):
+        shutil.rmtree(folder)
+        shutil.copytree(tmp_path / "ended", folder)
+        with free(folder):
+            yield
+
+    monkeypatch.setattr(launch, "lock", lock_after_the_end)
+    lines = (tmp_path / "ended/metrics.jsonl").read_text()
+    trained = antransformer.train(out=tmp_path / "run", resume=True)
+    assert (tmp_path / "run/metrics.jsonl").read_text() == lines
+    assert trained.result.checkpoint.name == "step-00000020"
+    assert weights(tmp_path / "run", 20) == weights(tmp_path / "ended", 20)
+
+
+def test_a_run_without_its_checkpoints_keeps_its_old_metrics(corpus, tmp_path):
+    start(corpus, tmp_path / "run").run()
+    lines = (tmp_path / "run/metrics.jsonl").read_text()
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    run_until(resume(corpus, tmp_path / "run")[0], 3)
+    assert (tmp_path / "run/metrics.jsonl.old").read_text() == lines
+
+
+def test_the_micro_batch_may_change_when_a_run_resumes(corpus, tmp_path):
+    start(corpus, tmp_path / "whole").run()
+    run_until(start(corpus, tmp_path / "run"), 13)
+    antransformer.train(out=tmp_path / "run", resume=True, micro_batch_size=1)
+    assert run_folder.saved_config(tmp_path / "run").micro_batch_size > 1
+    ends = [losses(tmp_path / name)[20] for name in ("run", "whole")]
+    assert ends[0] == pytest.approx(ends[1], abs=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the device exists")
+def test_a_missing_device_is_found_before_the_data_is_prepared(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "open_mixture", lambda *_: pytest.fail("the data was opened"))
+    with pytest.raises(ConfigError, match="cuda"):
+        antransformer.train(device="cuda", out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()

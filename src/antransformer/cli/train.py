@@ -119,8 +119,10 @@ def show_preview(parsed: argparse.Namespace) -> None:
 
     from antransformer.api.training import preview
 
-    if parsed.resume or parsed.rewarm or "RANK" in os.environ:
-        raise ConfigError("--dry-run shows a new run in one process: omit --resume, --rewarm and torchrun")
+    if parsed.resume or parsed.rewarm or parsed.profile or parsed.processes or "RANK" in os.environ:
+        raise ConfigError(
+            "--dry-run shows a new run in one process: omit --resume, --rewarm, --profile, --processes and torchrun"
+        )
     shown = preview(config=parsed.config, progress=True, **settings_of(parsed))
     table = new_table("setting", "value", "origin")
     for setting in shown.settings:

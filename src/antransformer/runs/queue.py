@@ -147,9 +147,8 @@ class RunQueue:
         saved = flatten(to_mapping(run_folder.saved_config(folder)))
         if saved["precision"] == "auto":  # a run of an earlier release
             saved["precision"] = str(choose_precision("auto", torch.device(self.devices[0]))).removeprefix("torch.")
-        # Other validation windows give another loss, so a resumed run may change them but a cached result may not. The
-        # worker fits the default micro-batch into the memory of a GPU.
-        free = {*(MUTABLE_ON_RESUME - {"eval_tokens"}), "micro_batch_size", *except_for}
+        # Other validation windows give another loss, so a resumed run may change them but a cached result may not.
+        free = {*(MUTABLE_ON_RESUME - {"eval_tokens"}), *except_for}
         for key, value in flatten(to_mapping(self._resolved(config))).items():
             if key not in free and saved.get(key) != value:
                 raise ConfigError(f"{folder} was run with {key} {saved.get(key)}, not {value}: choose another --out")

@@ -9,6 +9,7 @@ from antransformer.models import Decoder
 from antransformer.training.config import TrainConfig
 from antransformer.training.cost_model.throughput import flops_per_token
 from antransformer.training.device import autocast, is_out_of_memory
+from antransformer.training.distributed.parallel import reshard
 
 LAUNCH_FLOPS = 5e11  # of a layer, below which a GPU waits for launches
 
@@ -66,5 +67,6 @@ def compiled_loss(
         loss = model.loss
         for block in model.blocks:
             block._compiled_call_impl = None
+        reshard(model)  # an error in the middle of a pass leaves weights gathered
     model.zero_grad()
     return loss

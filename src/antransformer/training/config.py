@@ -326,6 +326,7 @@ MUTABLE_ON_RESUME = frozenset(
         "keep_every",
         "device",
         "compile",
+        "micro_batch_size",
         "parallel",
         "tensor_parallel",
         "timeout",

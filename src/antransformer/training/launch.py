@@ -20,7 +20,7 @@ from antransformer.training import defaults, extension, run_folder
 from antransformer.training.checkpointing import checkpoint
 from antransformer.training.config import TrainConfig, resolve_config, round_to_sequences
 from antransformer.training.data import epochs_note
-from antransformer.training.device import resolve_auto
+from antransformer.training.device import choose_device, resolve_auto
 from antransformer.training.distributed.launcher import job_number
 from antransformer.training.distributed.parallel import DistributedContext, init_distributed
 from antransformer.training.learning_rates import format_rates
@@ -78,7 +78,7 @@ def train(
         ConfigError, CheckpointError, DataError: wrong settings, an unusable run folder or unusable data.
         RunStoppedError, DivergedError, WriteError: the run ended early; raised on all ranks.
     """
-    with init_distributed() as dist_ctx:
+    with init_distributed() as dist_ctx, contextlib.ExitStack() as held:
         if not resume:
             notify = LOG.warning if dist_ctx.rank == 0 else LOG.debug
             settings = run_folder.with_initial_model(settings, notify, dist_ctx)
@@ -86,6 +86,9 @@ def train(
         open_verified = partial(_open, open_data, dist_ctx.local_rank == 0)
         with dist_ctx.rank_0_first():
             if resume:
+                # Before the checkpoint is read: a process that is about to end may still write one.
+                if dist_ctx.rank == 0 and folder is not None and (folder / run_folder.CONFIG_FILE).is_file():
+                    held.enter_context(lock(folder))
                 dataset, saved, folder = _resumed_run(settings, folder, open_verified, rewarm)
             else:
                 dataset, saved, folder = new_run(settings, folder, open_verified)
@@ -103,22 +106,20 @@ def train(
             trainer = Trainer(config, dataset, folder, reporter, resume, dist_ctx)
             if profile:
                 _require_steps_to_trace(config.steps - trainer.done)
-            with lock(folder) if dist_ctx.rank == 0 else contextlib.nullcontext():
-                with dist_ctx.rank_0_first():
-                    if not resume and dist_ctx.rank == 0:
-                        run_folder.create_run_folder(folder, config, dataset)
-                    if config is not saved and dist_ctx.rank == 0:
-                        run_folder.save_config(folder, config)
-                if config is not saved:
-                    reporter.log(extension.describe(config, trainer.done))
-                finished = trainer.done == config.steps
-                reporter.log(
-                    extension.describe_finished(config, folder)
-                    if finished
-                    else _description(trainer, dataset, dist_ctx)
-                )
-                traced = profile and dist_ctx.rank == 0
-                return folder, trainer.run(profile_steps(folder / "profile.json", reporter.log) if traced else None)
+            with dist_ctx.rank_0_first():
+                if dist_ctx.rank == 0 and not resume:
+                    held.enter_context(lock(folder))
+                    run_folder.create_run_folder(folder, config, dataset)
+                if dist_ctx.rank == 0 and config is not saved:
+                    run_folder.save_config(folder, config)
+            if config is not saved:
+                reporter.log(extension.describe(config, trainer.done))
+            finished = trainer.done == config.steps
+            reporter.log(
+                extension.describe_finished(config, folder) if finished else _description(trainer, dataset, dist_ctx)
+            )
+            traced = profile and dist_ctx.rank == 0
+            return folder, trainer.run(profile_steps(folder / "profile.json", reporter.log) if traced else None)
 
 
 def _open(open_data: OpenData, verify: bool, name: str) -> Dataset:
@@ -131,6 +132,7 @@ def new_run(
     """Data, complete settings and folder of a new run; raises the errors of ``train``."""
     # Checked before the data is prepared or verified: a misspelt setting should not cost a minute.
     planned = resolve_config(settings, vocab_size=PAPER_VOCABULARY)
+    choose_device(planned.device)
     if folder is not None:
         run_folder.require_empty(folder)
     dataset = open_mixture(planned.data, planned.data_from, open_data)

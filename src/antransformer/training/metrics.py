@@ -88,14 +88,18 @@ class MetricsLog:
 
     Args:
         folder: run folder.
-        after: number of completed steps. Lines of later steps are removed, since a resumed run writes them again.
+        after: number of completed steps. Lines of later steps are removed, since a resumed run writes them again. If it
+            is 0, earlier lines are kept in a file whose name ends in ``.old``.
         name: name of the file.
         trackers: receive every line too.
     """
 
     def __init__(self, folder: Path, after: int, name: str = METRICS_FILE, trackers: Sequence[Tracker] = ()) -> None:
         self.path = folder / name
-        lines = [line for line in read_lines(self.path) if line["step"] <= after]
+        earlier = read_lines(self.path)
+        lines = [line for line in earlier if line["step"] <= after]
+        if earlier and not after:  # the checkpoints may be missing by mistake
+            self.path.replace(self.path.with_name(f"{name}.old"))
         replace_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
         self._trackers = trackers
 

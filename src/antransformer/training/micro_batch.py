@@ -21,7 +21,8 @@ def fit_micro_batch(
 ) -> TrainConfig:
     """Return a config with the largest micro-batch whose step fits into the free memory of all ranks.
 
-    On a CPU the config's own size is the limit, since larger ones are hardly faster there.
+    Without a CUDA GPU the config's own size is the limit: larger ones are hardly faster on a CPU, and free memory of
+    other devices is not known.
 
     Args:
         config: settings.
@@ -69,7 +70,7 @@ def fitting_micro_batch(config: TrainConfig, dist_ctx: DistributedContext = SING
     def needed(size: int) -> float:
         return step_memory(replace(config, micro_batch_size=size), device, dist_ctx)
 
-    size = min(config.micro_batch_size, share) if device.type == "cpu" else share
+    size = share if device.type == "cuda" else min(config.micro_batch_size, share)
     if needed(size) > usable:  # in parts a step may need more memory than whole, for the sum of the gradients
         size = bisect.bisect_right(range(1, size), usable, key=needed)
     if size:

@@ -391,7 +391,8 @@ class Trainer:
         dist_ctx, context = self.dist_ctx, self.config.model.context
         rank, size = dist_ctx.data_parallel_rank, dist_ctx.data_parallel_size
         total, count = torch.zeros((), dtype=torch.float64), 0
-        batches = eval_batches(split, context, self.config.micro_batch_size * size, self.config.eval_tokens)
+        sequences = min(self.config.micro_batch_size * size, self.config.batch_size)  # as many as a step may have
+        batches = eval_batches(split, context, sequences, self.config.eval_tokens)
         for tokens, targets in batches:
             # A rank without a window of its own computes the first one, since sharded models need all ranks.
             share = slice(rank, None, size) if rank < len(tokens) else slice(1)

@@ -235,3 +235,15 @@ def test_full_disk_leaves_the_older_checkpoint_intact(corpus, tmp_path):
     assert "\n" not in complaint and mentions(complaint, 10, f"{tmp_path}/run/checkpoints/step-00000005")
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000005"]
     assert checkpoint.read(tmp_path / "run/checkpoints/step-00000005").step == 5
+
+
+def test_a_checkpoint_that_cannot_be_deleted_ends_no_run(corpus, tmp_path, monkeypatch):
+    """NFS keeps a deleted file that another process reads, and its folder is then not empty."""
+
+    def rmtree(path, ignore_errors=False):
+        if not ignore_errors:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", rmtree)
+    start(corpus, tmp_path / "run", checkpoint_every=5, keep_checkpoints=1).run()
+    assert [checkpoint.step_of(path) for path in checkpoint.step_folders(tmp_path / "run/checkpoints")] == [20]

@@ -247,8 +247,8 @@ def _publish(partial: Path, target: Path, state: dict[str, Any]) -> None:
 
 
 def _remove(path: Path) -> None:
-    # Renamed first: if the deletion is interrupted, the rest is not taken for a checkpoint.
-    shutil.rmtree(path.rename(path.with_name(f".partial-removed-{path.name}")))
+    # Renamed first: if the deletion is interrupted or fails, the rest is not taken for a checkpoint.
+    shutil.rmtree(path.rename(path.with_name(f".partial-removed-{path.name}")), ignore_errors=True)
 
 
 def newest(
@@ -270,7 +270,8 @@ def newest(
         NewerCheckpointError: one was written by a newer release.
     """
     errors: list[CheckpointError] = []
-    for path in sorted(step_folders(folder), key=step_of, reverse=True):
+    folders = dist_ctx.gather_or_raise(lambda: step_folders(folder))[0]  # a rank may see an older state of the disk
+    for path in sorted(folders, key=step_of, reverse=True):
         if errors:
             notify(f"{errors[-1]}; trying the previous checkpoint")
         try:
@@ -430,9 +431,9 @@ def step_of(path: Path) -> int:
 
 
 def remove_partial(folder: Path) -> None:
-    """Delete the remains of interrupted writes and deletions."""
+    """Delete the remains of interrupted writes and deletions, as far as possible."""
     for path in folder.glob(".partial-*"):
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)  # NFS keeps a deleted file that another process reads
 
 
 def _optimizer_names(model: Decoder, optimizer: Optimizer) -> list[str]:
