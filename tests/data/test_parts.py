@@ -78,6 +78,9 @@ def test_the_command_line_resumes_and_joins(text: Path, tmp_path: Path, capsys: 
         inputs = [str(text)] if wrong else []
         assert main(["prepare", *inputs, *out, *wrong]) == 2, wrong
         assert mentions(capsys.readouterr().err.replace("/", " ").replace(":", " "), wrong[0] if wrong else "INPUT")
+    for option in (["--val-fraction", "0.5"], ["--tokenized"], ["--text-field", "q"], [str(text)]):
+        assert main([*join, *option]) == 2
+        assert mentions(capsys.readouterr().err, option[0] if option[0].startswith("-") else "INPUT")
     for option in (["--tokenized"], ["--bpe-vocab-size", "300"]):
         assert main([*words, "1/2", *option]) == 2
 

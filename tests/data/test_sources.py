@@ -19,7 +19,8 @@ import pytest
 import zstandard
 
 from antransformer.data import readers
-from antransformer.data.sources import Corpus
+from antransformer.data.parquet import parquet_texts
+from antransformer.data.sources import Corpus, walk
 from antransformer.errors import DataError, MissingExtraError
 from helpers.messages import mentions
 
@@ -96,6 +97,28 @@ def test_pipes_and_broken_links_in_a_folder_are_skipped(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.txt")
     (tmp_path / "link.txt").symlink_to(tmp_path / "absent")
     assert texts(tmp_path) == ["a"]
+
+
+def test_links_to_folders_are_followed_and_each_folder_is_read_once(tmp_path: Path) -> None:
+    for name in ("corpus/own", "elsewhere/sub"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "a.txt").write_text("text")
+    (tmp_path / "corpus/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "corpus/again").symlink_to(tmp_path / "elsewhere/sub")
+    (tmp_path / "elsewhere/loop").symlink_to(tmp_path / "corpus")
+    found = [path.resolve() for path in walk(tmp_path / "corpus")]
+    assert sorted(found) == [tmp_path / "corpus/own/a.txt", tmp_path / "elsewhere/sub/a.txt"]
+
+
+@pytest.mark.parametrize("group", [7, 100, 1000])
+def test_a_parquet_file_is_read_from_any_row(tmp_path: Path, group: int) -> None:
+    rows = [f"row {number}" for number in range(1000)]
+    pq.write_table(pa.table({"text": rows}), tmp_path / "a.parquet", row_group_size=group)
+    for start in (0.0, 0.25, 0.5, 0.999):
+        texts = list(parquet_texts(tmp_path / "a.parquet", "text", start))
+        assert [text for text, _ in texts] == rows[int(1000 * start) :]
+    size = (tmp_path / "a.parquet").stat().st_size
+    assert texts[-1][1] == size and 0 < next(parquet_texts(tmp_path / "a.parquet", "text"))[1] <= size
 
 
 def test_an_unreadable_folder_is_not_skipped_silently(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

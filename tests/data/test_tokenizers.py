@@ -136,6 +136,16 @@ def test_the_end_of_text_is_read_from_the_files_next_to_the_tokenizer(tmp_path: 
     assert mentions(error.value, folder / "tokenizer_config.json")
 
 
+def test_the_companions_of_a_linked_tokenizer_are_next_to_the_link(tmp_path: Path) -> None:
+    """A hub cache has links to files whose names are hashes."""
+    folder = named(tmp_path / "snapshot", "</s>", "[DONE]", "[END]")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "[DONE]"}))
+    (folder / "tokenizer.json").rename(tmp_path / "abc123")
+    (folder / "tokenizer.json").symlink_to(tmp_path / "abc123")
+    for path in (folder, folder / "tokenizer.json"):
+        assert load_tokenizer(path).end_of_text == 2 and load_tokenizer(path).name == "snapshot"
+
+
 def test_only_special_tokens_end_a_text(tmp_path: Path) -> None:
     folder = named(tmp_path / "own", "[END]", pieces=("<|endoftext|>",))
     for token in (None, "<|endoftext|>", "absent"):

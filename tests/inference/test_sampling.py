@@ -1,5 +1,6 @@
 """Generation: sampling, cache, prompts of different lengths, and streamed text."""
 
+import random
 import re
 
 import pytest
@@ -119,6 +120,8 @@ def test_sampling_follows_the_distribution_with_top_k_and_top_p():
     assert frequencies(top_k=2) == pytest.approx([0.625, 0.375, 0, 0], abs=0.03)
     assert frequencies(top_p=0.7) == pytest.approx([0.625, 0.375, 0, 0], abs=0.03)
     assert frequencies(top_p=0.01) == [1, 0, 0, 0]
+    # Of two tokens the first has 0.625.
+    assert frequencies(top_k=2, top_p=0.6) == [1, 0, 0, 0]
     for temperature in (1e-35, 1e-40, 1e-50):
         assert frequencies(temperature=temperature) == [1, 0, 0, 0]
     squared = [0.25, 0.09, 0.0225, 0.0025]
@@ -131,6 +134,17 @@ def test_text_streams_in_complete_characters():
     pieces = list(stream_text(tokenizer, tokenizer.encode(text)))
     assert "".join(pieces) == text and "🎉" in pieces and len(pieces) == len(text)
     assert "".join(stream_text(tokenizer, [*b"ab", 0xF0, 0x9F])) == "ab\ufffd"
+
+
+def test_a_stream_of_invalid_bytes_is_their_text():
+    tokenizer, generator = byte_tokenizer(), random.Random(0)
+    # Often bytes of characters of two to four bytes, and of none.
+    alphabet = [0xE4, 0xB8, 0xAD, 0xF0, 0x9F, 0x8E, 0x89, 0xC3, 0xA9, 0x61, 0x20, 0xFF]
+    for _ in range(300):
+        ids = generator.choices(alphabet, k=generator.randint(1, 40))
+        assert "".join(stream_text(tokenizer, ids)) == tokenizer.decode(ids), ids
+    ids = [0xE4] * 9 + [0xB8, 0xAD, 0x61]
+    assert "".join(stream_text(tokenizer, ids)) == tokenizer.decode(ids)
 
 
 @pytest.mark.parametrize(

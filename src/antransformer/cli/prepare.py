@@ -81,8 +81,12 @@ def run(parsed: argparse.Namespace) -> None:
     from antransformer.api.training import join_parts, prepare_part
 
     if parsed.join:
-        if parsed.inputs or parsed.part:
-            raise ConfigError("--join combines finished parts and takes neither INPUT nor --part: omit them")
+        defaults = {"inputs": [], "tokenizer": "byte", "text_field": "text", "tokenized": False}
+        others = ("part", "bpe_vocab_size", "end_of_text", "val_fraction", "val_inputs")
+        given = [name for name in (*defaults, *others) if getattr(parsed, name) not in (defaults.get(name), ())]
+        if given:
+            names = ", ".join("INPUT" if name == "inputs" else f"--{name.replace('_', '-')}" for name in given)
+            raise ConfigError(f"--join combines finished parts and takes no other option: omit {names}")
         _print_size(parsed.out, join_parts(parsed.out, progress=True))
         return
     if not parsed.inputs:

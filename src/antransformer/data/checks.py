@@ -94,6 +94,8 @@ def check_content(shard: Shard, dtype: str, max_token: int, advance: Callable[[i
                 digest.update(block)
                 _check_tokens(shard, block, dtype, max_token)
                 advance(len(block))
+    except DataError:
+        raise
     except (OSError, ValueError) as error:
         raise DataError(f"{shard.path}: cannot be read ({error}); {PREPARE_AGAIN}") from error
     if digest.hexdigest() != shard.sha256:

@@ -16,7 +16,7 @@ def parquet_texts(path: Path, column: str, start: float = 0.0) -> Iterator[tuple
     Args:
         path: the file.
         column: name of the column. Dots select a field of a struct.
-        start: fraction of the row groups to skip.
+        start: fraction of the rows to skip.
 
     Raises:
         DataError: the file is broken, or the column is missing or does not hold text.
@@ -27,11 +27,15 @@ def parquet_texts(path: Path, column: str, start: float = 0.0) -> Iterator[tuple
         with parquet.ParquetFile(path) as file:
             names = [column] if column in file.schema_arrow.names else column.split(".")
             _require_text(path, file.schema_arrow, column, names)
-            groups = range(int(file.num_row_groups * start), file.num_row_groups)
             size, total = path.stat().st_size, max(1, file.metadata.num_rows)
-            rows = sum(file.metadata.row_group(number).num_rows for number in range(groups.start))
-            for batch in file.iter_batches(batch_size=BATCH_ROWS, row_groups=list(groups), columns=[column]):
-                rows += batch.num_rows
+            skipped, rows, first = int(start * file.metadata.num_rows), 0, 0
+            while first < file.num_row_groups - 1 and rows + file.metadata.row_group(first).num_rows <= skipped:
+                rows += file.metadata.row_group(first).num_rows
+                first += 1
+            groups = list(range(first, file.num_row_groups))
+            for whole in file.iter_batches(batch_size=BATCH_ROWS, row_groups=groups, columns=[column]):
+                batch = whole.slice(max(0, skipped - rows))
+                rows += whole.num_rows
                 # Parquet gives no byte position, so progress is estimated from the rows.
                 yield from ((text or "", size * rows // total) for text in _texts(batch.column(0), names[1:]))
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:

@@ -85,15 +85,14 @@ def prepare(
     out = Path(os.path.realpath(out))  # Path.resolve raises on a loop of links
     require_unused(out)
     _check_options(shard_tokens, tokenizer, bpe_vocab_size, end_of_text)
+    # Before the corpus is read, which takes longer than an error should.
+    encoder = load_tokenizer(tokenizer, end_of_text) if bpe_vocab_size is None else None
     split = TrainValSplit.find(inputs, val_inputs, val_fraction, text_field)
     log_left_out(split)
     with new_folder(out) as partial:
-        if bpe_vocab_size is None:
-            encoder = load_tokenizer(tokenizer, end_of_text)
-        else:
-            size = (SAMPLE_BYTES if split.corpus.hub else min(SAMPLE_BYTES, split.bytes)) / 1e6
-            with heartbeat(f"training a BPE of {bpe_vocab_size:,} ids on up to {size:,.1f} MB of text", notify):
-                encoder = _train_bpe(split, bpe_vocab_size)
+        if encoder is None:
+            assert bpe_vocab_size is not None
+            encoder = _train_bpe(split, bpe_vocab_size, notify)
         meta = write_tokens(partial, encoder, split, shard_tokens, progress)
         require_both(meta)
         write_meta(partial, meta)
@@ -139,9 +138,10 @@ def log_left_out(split: TrainValSplit) -> None:
         )
 
 
-def _train_bpe(split: TrainValSplit, vocab_size: int) -> Tokenizer:
-    sample = split.training_sample(SAMPLE_BYTES)
-    tokenizer = train_bpe(sample, vocab_size, progress=True)
+def _train_bpe(split: TrainValSplit, vocab_size: int, notify: Callable[[str], None]) -> Tokenizer:
+    size = (SAMPLE_BYTES if split.corpus.hub else min(SAMPLE_BYTES, split.bytes)) / 1e6
+    with heartbeat(f"training a BPE of {vocab_size:,} ids on up to {size:,.1f} MB of text", notify):
+        tokenizer = train_bpe(split.training_sample(SAMPLE_BYTES), vocab_size, progress=True)
     if tokenizer.vocab_size < vocab_size:
         LOG.warning(
             "the BPE has %s ids instead of %s: no other pair occurs twice in the text",

@@ -303,7 +303,7 @@ def _parse_record(line: bytes, text_field: str, location: str) -> str:
 
 
 def select_text(record: Any, text_field: str, location: str) -> str:
-    """Return the text in a field of a record; dots in the name select inside nested records.
+    """Return the text in a field of a record, of a null an empty one; dots in the name select inside nested records.
 
     Raises:
         DataError: there is no such field, or it has no text; ``location`` begins the message.
@@ -317,6 +317,8 @@ def select_text(record: Any, text_field: str, location: str) -> str:
         if name not in value:
             raise DataError(f"{location}: no {text_field!r} field, found {list(value)[:10]}; {expected}")
         value = value[name]
+    if value is None:
+        return ""
     if not isinstance(value, str):
         raise DataError(f"{location}: {text_field!r} must be a string, not {type(value).__name__}; {expected}")
     # JSON can spell half of a surrogate pair, which UTF-8 cannot encode.

@@ -28,7 +28,7 @@ VERSION = 1
 LINKED_VERSION = 2  # of folders whose shards are parts of other files
 SHARD_TOKENS = 100_000_000  # of each of the first shards
 META_FILE = "meta.json"
-OWN_FILE = re.compile(r"(train|val)-\d+\.bin|meta\.json|tokenizer(_config)?\.json")
+OWN_FILE = re.compile(r"((train|val)-\d+\.bin|meta\.json|tokenizer(_config)?\.json)(\.partial)?")
 LOCK_FILES = (HOLDER_FILE, LOCK_FILE)
 SHARDS_OF_A_SIZE = 64
 
@@ -143,7 +143,7 @@ def require_unused(out: Path) -> None:
 
 
 def _is_own(path: Path) -> bool:
-    return path.name in LOCK_FILES or bool(OWN_FILE.fullmatch(path.name))
+    return path.name.removesuffix(".partial") in LOCK_FILES or bool(OWN_FILE.fullmatch(path.name))
 
 
 @contextmanager

@@ -179,11 +179,18 @@ def expand(name: str) -> list[Path]:
 def walk(folder: Path, excluded: Collection[str] = ()) -> list[Path]:
     """Return all files below a folder, sorted, except hidden files and folders and folders named in ``excluded``.
 
+    Links to folders are followed, and each folder is read once.
+
     Raises:
         DataError: a folder cannot be read.
     """
-    paths = []
-    for parent, folders, files in os.walk(folder, onerror=_raise_unreadable):
+    paths, visited = [], set()
+    for parent, folders, files in os.walk(folder, onerror=_raise_unreadable, followlinks=True):
+        real_path = os.path.realpath(parent)
+        if real_path in visited:  # a link to a folder that was read, or to a parent
+            folders.clear()
+            continue
+        visited.add(real_path)
         folders[:] = [name for name in folders if not name.startswith(".") and name not in excluded]
         paths += [Path(parent, name) for name in files if not name.startswith(".")]
     # Skips broken links and pipes; opening a pipe would block forever.

@@ -58,6 +58,8 @@ def find_token_files(inputs: Iterator[str | Path] | tuple[str | Path, ...], dtyp
             try:
                 require_file(path)
                 files.setdefault(path.resolve(), _read_layout(path, dtype))
+            except DataError:
+                raise
             except (OSError, ValueError, struct.error) as error:
                 raise DataError(f"{path}: cannot be read as a file of tokens ({error})") from error
     return list(files.values())

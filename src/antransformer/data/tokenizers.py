@@ -1,7 +1,6 @@
 """Tokenizers on top of the ``tokenizers`` library: bytes, a byte-pair encoding trained here, or a tokenizer.json."""
 
 import json
-import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -148,7 +147,8 @@ class Tokenizer:
         Raises:
             DataError: the file does not exist, is not a tokenizer, or has no end-of-text token.
         """
-        file = Path(os.path.realpath(path))  # Path.resolve raises on a loop of links
+        # Links are not followed: in a hub cache the file is a link, and its companions are next to the link.
+        file = Path(path).absolute()
         if file.is_dir():
             file /= "tokenizer.json"
         try:

@@ -37,7 +37,8 @@ def generate(
         max_new_tokens: maximum number of tokens to generate for each prompt.
         temperature: divisor of the logits; 0 takes the most likely token.
         top_k: sample only among the K most likely tokens.
-        top_p: sample only among the most likely tokens that together have this probability (nucleus sampling).
+        top_p: sample only among the most likely tokens that together have this probability (nucleus sampling), of those
+            that ``top_k`` leaves.
         vocab_size: larger ids are never sampled; for models with more logits than the tokenizer has ids.
         stop: ids that end a sequence and are not returned, usually the end-of-text token.
         seed: prompt i draws from a generator of its own, seeded with seed + i.
@@ -115,6 +116,7 @@ def sample(
         probabilities, ids = probabilities.sort(descending=True)
     else:
         probabilities, ids = probabilities.topk(min(top_k, probabilities.shape[1]))
+        probabilities = probabilities / probabilities.sum(-1, keepdim=True)
     # A token is kept while the more likely ones have less than top_p together. The most likely one is always kept.
     kept = probabilities.cumsum(-1) - probabilities < top_p
     mass = (probabilities * kept).cumsum(-1)
@@ -133,12 +135,20 @@ def stream_text(tokenizer: Tokenizer, ids: Iterable[int], prompt: Sequence[int] 
         ids: ids to decode.
         prompt: ids before them. Many tokenizers drop the space of a token that begins a text.
     """
+    incomplete = "\N{REPLACEMENT CHARACTER}"  # at the end of a text, it may become another character
     known, pending = list(prompt[-1:]), []
+    shown = len(tokenizer.decode(known).removesuffix(incomplete))
     for token in ids:
         pending.append(token)
-        text = tokenizer.decode([*known, *pending])
-        if not text.endswith("\N{REPLACEMENT CHARACTER}") or len(pending) > MAX_TOKENS_PER_CHARACTER:
-            yield text.removeprefix(tokenizer.decode(known))
-            known, pending = pending, []
-    if pending:
-        yield tokenizer.decode([*known, *pending]).removeprefix(tokenizer.decode(known))
+        decoded = tokenizer.decode([*known, *pending])
+        text = decoded.removesuffix(incomplete)
+        if len(text) > shown:
+            yield text[shown:]
+            shown = len(text)
+        if text == decoded or len(pending) > MAX_TOKENS_PER_CHARACTER:
+            # Enough ids to hold the last character whole.
+            known, pending = [*known, *pending][-2 * MAX_TOKENS_PER_CHARACTER :], []
+            shown = len(tokenizer.decode(known).removesuffix(incomplete))
+    rest = tokenizer.decode([*known, *pending])[shown:]
+    if rest:
+        yield rest
