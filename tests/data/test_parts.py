@@ -119,3 +119,30 @@ def test_an_interrupted_part_leaves_nothing(text: Path, tmp_path: Path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         prepare_part(text, tmp_path / "out", "1/2", val_fraction=0.2, progress=stop)
     assert not list((tmp_path / "out.parts").iterdir())
+
+
+def test_a_part_may_have_only_blank_files(tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    for number in range(8):
+        documents = "<|endoftext|>".join(f"{number} {index}" for index in range(50))
+        (tmp_path / f"text/{number}.txt").write_text(documents if number > 3 else " \n" * len(documents))
+    options = {"val_fraction": 0.5}
+    for part in ("1/2", "2/2"):
+        prepare_part(tmp_path / "text", tmp_path / "out", part, **options)
+    joined = join_parts(tmp_path / "out")
+    whole = prepare(tmp_path / "text", tmp_path / "whole", **options)
+    assert joined.digest == whole.digest and joined.split("train").tokens > 0
+
+
+@pytest.mark.parametrize("change", [{"val_fraction": 0.3}, {"tokenizer": "bpe"}, {"inputs": "other"}])
+def test_a_finished_part_of_other_options_is_refused(text: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    arguments: dict[str, Any] = {"inputs": text, "out": tmp_path / "out", "part": "1/2", "val_fraction": 0.2}
+    folder = prepare_part(**arguments)
+    assert folder and prepare_part(**arguments) is None
+    train_bpe(["some text"] * 3, 300).save(tmp_path / "tokenizer.json")
+    shutil.copytree(text, tmp_path / "other")
+    names = {"tokenizer": tmp_path / "tokenizer.json", "inputs": tmp_path / "other"}
+    with pytest.raises(DataError) as error:
+        prepare_part(**{**arguments, **{key: names.get(key, value) for key, value in change.items()}})
+    assert mentions(error.value, folder)
+    assert (folder / "meta.json").exists()

@@ -6,10 +6,12 @@ order of the inputs.
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +47,8 @@ def prepare_part(
     """Tokenize a part of the files; arguments and errors as in ``prepare``.
 
     Args:
-        part: "I/N": part I, from 1 to N, of N parts. All parts must be prepared from the same files.
+        part: "I/N": part I, from 1 to N, of N parts. All parts must be prepared from the same files, and a finished one
+            is not prepared again with other options.
 
     Returns:
         Folder of the part, or None if it was finished before.
@@ -55,8 +58,6 @@ def prepare_part(
     require_unused(out)
     encoder = load_tokenizer(tokenizer, end_of_text)
     folder = out.with_name(out.name + ".parts") / f"part-{number:05d}-of-{count:05d}"
-    if (folder / META_FILE).exists():
-        return None
     split = TrainValSplit.find(inputs, val_inputs, val_fraction, text_field)
     if split.corpus.hub or (split.val_corpus and split.val_corpus.hub):
         raise DataError(f"--part {part}: a dataset of the hub cannot be divided; download its files and prepare them")
@@ -64,10 +65,17 @@ def prepare_part(
         raise DataError(
             f"--part {part}: the input has {counted(len(split.corpus.files), 'file')}, and a part is of whole files"
         )
+    digest = hashlib.sha256(encoder.to_json().encode()).hexdigest()
+    if (folder / META_FILE).exists():
+        saved, sources = _read(folder), json.loads(json.dumps([asdict(source) for source in split.sources]))
+        options = {"val_fraction": split.val_fraction or None, "val_tail": split.val_tail or None}
+        for key, value in {"tokenizer_sha256": digest, "sources": sources, **options}.items():
+            if saved[key] != value:
+                raise DataError(f"{folder}: its {key} differs from this call; remove it to prepare it again")
+        return None
     log_left_out(split)
     with new_folder(folder) as partial:
         meta = write_tokens(partial, encoder, split.part(number, count), SHARD_TOKENS, progress)
-        digest = hashlib.sha256(encoder.to_json().encode()).hexdigest()
         write_meta(partial, meta | {"part": number, "tokenizer_sha256": digest})
     return folder
 

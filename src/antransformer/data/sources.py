@@ -59,12 +59,14 @@ class Corpus:
         sources: the inputs.
         hub: datasets of the hub, which are streamed after the files.
         text_field: field of JSON lines or column of parquet that holds the text.
+        is_part: whether it is a part of a corpus, which may have no text.
     """
 
     files: tuple[Path, ...]
     sources: tuple[Source, ...]
     text_field: str = TEXT_FIELD
     hub: tuple[HubDataset, ...] = ()
+    is_part: bool = False
 
     @classmethod
     def find(cls, inputs: str | Path | Iterable[str | Path], text_field: str = TEXT_FIELD) -> "Corpus":
@@ -134,7 +136,7 @@ class Corpus:
                     empty = False
                     yield text, start + position
             start += position
-        if empty and (self.files or self.hub):  # a part may have no files
+        if empty and not self.is_part:
             raise _empty(self.sources)
 
     def part(self, number: int, count: int) -> "Corpus":
@@ -146,7 +148,7 @@ class Corpus:
             if (2 * start + size) * count // (2 * total) == number - 1:
                 files.append(path)
             start += size
-        return replace(self, files=tuple(files))
+        return replace(self, files=tuple(files), is_part=True)
 
     def positions(self, count: int) -> Iterator[tuple[Path, float, float]]:
         """Yield evenly spaced positions in the corpus: file, fraction of the file, share of the corpus to read there.
