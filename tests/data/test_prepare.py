@@ -279,7 +279,7 @@ def test_of_many_short_documents_more_are_held_out_by_default(tmp_path: Path) ->
 
 def test_an_explicit_fraction_fails_before_encoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").write_text("one<|endoftext|>two")
-    monkeypatch.setattr(preparation, "load_tokenizer", None)
+    monkeypatch.setattr(preparation, "write_tokens", None)
     assert mentions(refusal(tmp_path / "a.txt", tmp_path / "out", val_fraction=1e-6), "--val-fraction")
     options = {"val_fraction": 0.5, "val_inputs": tmp_path / "a.txt"}
     assert mentions(refusal(tmp_path / "a.txt", tmp_path / "out", **options), "--val-fraction", "--val-inputs")

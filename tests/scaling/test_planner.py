@@ -230,7 +230,7 @@ def test_every_shipped_law_describes_its_measurement():
         (["--flops", "0"], ["--flops", "1e30", " 0"]),
         (["--flops=-1e20"], ["--flops", "1e30", "-1e+20"]),
         (["--flops", "much"], ["--flops", "'much'"]),
-        (["--flops", "1e20", "--gpu", "h10"], ["--gpu", "h10", "h100", "b200, h200, h100-pcie"]),
+        (["--flops", "1e20", "--gpu", "h10"], ["--gpu", "h10", "h100", "b200, gh200, h200-nvl"]),
         (["--flops", "1e20", "--gpus", "0"], ["--gpus", " 0"]),
         (["--flops", "1e20", "--gpus", "12"], ["12", "8", "--gpus", "--gpus-per-machine"]),
         (["--flops", "1e20", "--mfu", "1.4"], ["--mfu", "1.4"]),
