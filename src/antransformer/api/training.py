@@ -211,7 +211,7 @@ def _file_settings(config: str, options: Mapping[str, Any]) -> dict[str, Any]:
             value of its own recipe would stay.
     """
     file = normalize_settings(config_files.read_config(config), config)
-    recipe = options.get("recipe", file.get("recipe"))
-    if recipe != file.get("recipe") and recipe in RECIPES and RECIPES[recipe].keys() <= file.keys():
-        raise ConfigError(f"{config} has all values of recipe {file.get('recipe')}: omit recipe {recipe}, or the file")
+    saved, recipe = file.get("recipe"), options.get("recipe")
+    if saved and recipe in RECIPES and recipe != saved and RECIPES[recipe].keys() <= file.keys():
+        raise ConfigError(f"{config} has all values of recipe {saved}: omit recipe {recipe}, or the file")
     return file

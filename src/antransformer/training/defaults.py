@@ -135,7 +135,7 @@ def optimizer_lr_factor(config: ModelConfig, steps: int, exponent: float) -> flo
     """Factor of ``optimizer_lr`` in a run of ``steps``, in addition to that of ``lr_horizon``.
 
     ``lr`` follows the fits of the paper from 30M parameters on, and needs no factor up to ``lr_horizon``. The rates of
-    Muon have no such fits. They were measured in runs of 600 steps at every size.
+    Muon have no such fits. They were measured in runs of about 600 steps, the largest with the body of ``32m``.
     """
     return horizon_factor(SMALL_LR_STEPS, max(1, min(steps, lr_horizon(config))), exponent)
 
