@@ -91,7 +91,7 @@ def sweep(
     queue_devices = available_devices(devices, workers)
     dataset = open_mixture(shared.get("data", STDLIB), None, partial(open_dataset, progress=progress))
     planned = plan_sweep(shared, dataset.vocab_size, architectures, sizes, **grid, seeds=seeds)
-    options.earlier_sweep(folder, dataset, planned)
+    options.earlier_sweep(folder, dataset, planned)  # its errors come before the estimate
     display = ExperimentProgress(enabled=progress)
     sweeper = Sweeper(planned, dataset, RunQueue(folder / "runs", dataset, queue_devices, display), display.stage)
     if max_hours is not None or progress:
