@@ -1,6 +1,8 @@
 import json
 import math
+import os
 import re
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -53,6 +55,16 @@ def perturbed(model):
         for parameter in model.parameters():
             parameter.mul_(1 + 0.3 * torch.randn(parameter.shape, generator=generator))
     return model
+
+
+def test_a_closed_pipe_loses_no_file(runs, tmp_path):
+    words = [sys.executable, "-m", "antransformer", "diagnose", "--checkpoint", str(runs / "angpt"), *SMALL_TEXT]
+    words += ["--json", str(tmp_path / "all.json"), "--out", str(tmp_path / "all.png")]
+    reader, writer = os.pipe()
+    os.close(reader)
+    assert subprocess.run(words, stdout=writer, stderr=subprocess.PIPE).stderr == b""
+    os.close(writer)
+    assert json.loads((tmp_path / "all.json").read_text())["step"] == 10 and (tmp_path / "all.png").exists()
 
 
 @pytest.mark.parametrize("architecture", BUILT_IN)

@@ -69,6 +69,13 @@ def test_logits_with_a_cache_are_equal_for_chunks_of_any_size(model):
     assert re.search(r"\b16\b", str(error.value))
 
 
+def test_generation_under_autocast_from_weights_in_float32(model):
+    prompts = [[1, 2, 3], [4, 5, 6]]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        steps = list(generate(model.float(), prompts, max_new_tokens=2))
+    assert len(steps) == 2 and all(len(tokens) == 2 for tokens in steps)
+
+
 def test_a_sequence_ends_before_its_stop_token_and_the_others_continue(model):
     plain = continued(model, PROMPTS, max_new_tokens=20, temperature=1.0)
     stop = plain[0][5]
@@ -134,6 +141,14 @@ def test_text_streams_in_complete_characters():
     pieces = list(stream_text(tokenizer, tokenizer.encode(text)))
     assert "".join(pieces) == text and "🎉" in pieces and len(pieces) == len(text)
     assert "".join(stream_text(tokenizer, [*b"ab", 0xF0, 0x9F])) == "ab\ufffd"
+
+
+@pytest.mark.parametrize("prompt", ["abc é", "🎉", "日本", "a"])
+def test_a_stream_after_a_prompt_begins_with_the_first_new_character(prompt):
+    tokenizer = byte_tokenizer()
+    ids = tokenizer.encode(prompt)
+    for text in ("x", "é日🎉", " y"):
+        assert "".join(stream_text(tokenizer, tokenizer.encode(text), prompt=ids)) == text
 
 
 def test_a_stream_of_invalid_bytes_is_their_text():

@@ -64,6 +64,17 @@ def bytes_of_transformers(tmp_path_factory):
     return transformers.AutoTokenizer.from_pretrained(exported(tmp_path_factory.mktemp("bytes"))[1])
 
 
+def test_tokens_that_were_added_after_the_pad_token_keep_their_ids(tmp_path):
+    folder = exported(tmp_path, model={"vocab_size": 300})[1]
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    theirs.add_special_tokens({"extra_special_tokens": ["<|user|>"]})
+    theirs.add_tokens(["<plain>"])
+    theirs.save_pretrained(tmp_path / "tuned")
+    ours = Tokenizer.load(tmp_path / "tuned", end_of_text="<|endoftext|>")
+    for name in ("<|user|>", "<plain>"):
+        assert ours.vocabulary()[name] == theirs.convert_tokens_to_ids(name) > theirs.pad_token_id == 257
+
+
 @pytest.mark.parametrize(("rows", "pad"), [(257, 0xFF), (300, 257)])
 def test_a_collator_masks_padding_and_not_the_end_of_text(tmp_path, rows, pad):
     folder = exported(tmp_path, model={"vocab_size": rows})[1]

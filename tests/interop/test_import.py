@@ -9,6 +9,7 @@ import torch
 
 from antransformer.cli import main
 from antransformer.data import Tokenizer, byte_tokenizer
+from antransformer.errors import WriteError
 from antransformer.interop.import_hf import import_folder
 from antransformer.models.registry import BUILT_IN
 from antransformer.training import run_folder as runs
@@ -38,6 +39,17 @@ def test_an_imported_run_is_equal_to_the_exported_one(tmp_path):
         assert tokenizer.vocabulary() == byte_tokenizer().vocabulary()
         back = checkpoint.restore(opened, torch.device("cpu")).state_dict()
         assert all(torch.equal(value, back[name]) for name, value in ours.state_dict().items())
+
+
+def test_an_import_that_fails_can_be_repeated(folder, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise WriteError("no space left")
+
+    with monkeypatch.context() as patch, pytest.raises(WriteError):
+        patch.setattr(checkpoint, "save", fail)
+        import_folder(folder, tmp_path / "run")
+    import_folder(folder, tmp_path / "run")
+    assert runs.open_checkpoint(tmp_path / "run")[0].step == 0
 
 
 def test_training_from_an_imported_run_and_from_its_source_is_identical(corpus, tmp_path, monkeypatch):

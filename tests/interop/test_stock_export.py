@@ -1,10 +1,13 @@
 """Exports to standard architectures: EXAONE-4 and Qwen3 in transformers, and GGUF in llama.cpp."""
 
+import contextlib
+import http.client
 import json
 import math
 import re
 import sys
 import sysconfig
+import threading
 import unicodedata
 import urllib.request
 from pathlib import Path
@@ -486,6 +489,34 @@ def test_serve_answers_and_removes_its_file(trained, llama_cpp, monkeypatch, tmp
         with pytest.raises(ConfigError, match=str(port)), antransformer.serve(trained("angpt"), port=port):
             pass
     assert not list(tmp_path.rglob("*.gguf"))
+
+
+def test_a_server_stops_during_a_request(trained, llama_cpp):
+    started, opener = threading.Event(), urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    def ask(address):
+        body = json.dumps({"prompt": "def ", "max_tokens": 10_000, "ignore_eos": True, "stream": True}).encode()
+        request = urllib.request.Request(f"{address}/v1/completions", body, {"Content-Type": "application/json"})
+        with contextlib.suppress(OSError, http.client.HTTPException), opener.open(request) as answer:
+            while answer.readline():
+                started.set()
+
+    with antransformer.serve(trained("angpt"), port=0) as address:
+        client = threading.Thread(target=ask, args=(address,))
+        client.start()
+        assert started.wait(60)
+    client.join(60)
+    assert not client.is_alive()
+    with pytest.raises(OSError):
+        opener.open(f"{address}/v1/models", timeout=10)
+
+
+def test_a_file_that_llama_cpp_cannot_load_is_an_error(trained, llama_cpp, tmp_path, monkeypatch):
+    monkeypatch.setattr("antransformer.interop.serving.check_gguf", lambda file: None)
+    (tmp_path / "text.gguf").write_text("no")
+    with pytest.raises(MachineError) as error, antransformer.serve(gguf=tmp_path / "text.gguf", port=0):
+        pass
+    assert mentions(error.value, "text.gguf")
 
 
 def test_wrong_servers_are_refused(tmp_path, capsys, monkeypatch, llama_cpp):

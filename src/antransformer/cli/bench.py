@@ -40,12 +40,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from rich.console import Console
 from rich.table import Table
 
 from antransformer.benchmarks.settings import MASKED_VARIANTS, MODES, SHAPE, VARIANTS, Mode
 from antransformer.cli.options import Parser, add_config, add_device_argument, settings_of
-from antransformer.cli.tables import new_table
+from antransformer.cli.tables import TableConsole, new_table
 from antransformer.errors import ConfigError, UsageError
 from antransformer.files import check_json_target
 from antransformer.models.config import PAPER_VOCABULARY, ModelConfig, preset_sizes
@@ -160,7 +159,9 @@ def run(parsed: argparse.Namespace) -> None:
     device = choose_device(parsed.device)
     shared = {"rounds": parsed.rounds, "device": device, "dtype": choose_precision(parsed.dtype, device)}
     benchmark = BENCHMARKS[parsed.benchmark](parsed, shared)
-    console = Console(highlight=False)
+    if parsed.json:  # before the tables, whose reader may close the pipe
+        parsed.json.write_text(json.dumps(benchmark.content(device), indent=2) + "\n", encoding="utf-8")
+    console = TableConsole()
     if not console.is_terminal:
         console.width = TABLE_WIDTH  # lines in a file or pipe are not cut
     console.print(result_table(benchmark))
@@ -171,7 +172,6 @@ def run(parsed: argparse.Namespace) -> None:
     if "growth" in benchmark.facts:
         console.print(growth_table(benchmark.facts["growth"]))
     if parsed.json:
-        parsed.json.write_text(json.dumps(benchmark.content(device), indent=2) + "\n", encoding="utf-8")
         print(f"results: {parsed.json}")
 
 

@@ -15,11 +15,10 @@ from functools import partial
 from pathlib import Path
 from statistics import mean
 
-from rich.console import Console
 from rich.table import Table
 
 from antransformer.cli.options import Parser, add_checkpoint_argument, add_device_argument
-from antransformer.cli.tables import new_table
+from antransformer.cli.tables import TableConsole, new_table
 from antransformer.diagnostics.diagnosis import LEGEND, Diagnosis, FactorError, Spread, mean_abs_error
 from antransformer.diagnostics.figure import diagnosis_figure
 from antransformer.diagnostics.summary import format_number, summarize
@@ -74,23 +73,26 @@ def run(parsed: argparse.Namespace) -> None:
     tokens = text_tokens(dataset, tokenizer, checkpoint.model, count)
     diagnosis = diagnose(restore(checkpoint, device), tokens)
     title = f"{folder.name} ({diagnosis.architecture}), step {checkpoint.step:,}"
-    print(f"{title}: {diagnosis.tokens:,} tokens of validation text from {dataset.name}\n")
-    print_tables(diagnosis)
+    # Files first: whoever reads the tables may close the pipe.
+    written = []
     if parsed.json:
         source = {"checkpoint": str(checkpoint.path), "step": checkpoint.step, "data": dataset.name}
         content = {**source, **asdict(diagnosis), "summary": summarize(diagnosis)}
         parsed.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        print(f"measurements: {parsed.json}")
+        written.append(f"measurements: {parsed.json}")
     try:
         diagnosis_figure(diagnosis, title, figure_path)
-        print(f"figure: {figure_path}")
+        written.append(f"figure: {figure_path}")
     except MissingExtraError as error:
-        print(f"no figure: {error}")
+        written.append(f"no figure: {error}")
+    print(f"{title}: {diagnosis.tokens:,} tokens of validation text from {dataset.name}\n")
+    print_tables(diagnosis)
+    print("\n".join(written))
 
 
 def print_tables(diagnosis: Diagnosis) -> None:
     """Print tables of a diagnosis, then its summary."""
-    console = Console(highlight=False)
+    console = TableConsole()
     console.print("Norm of the residual stream after the last block, mean ± std over tokens", style="bold")
     console.print(residual_table(diagnosis))
     console.print("Output norm over input norm, on text", style="bold")

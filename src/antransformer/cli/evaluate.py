@@ -27,11 +27,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
 import antransformer
 from antransformer.cli.options import Parser, add_checkpoint_argument, add_device_argument, number
-from antransformer.cli.tables import new_table
+from antransformer.cli.tables import TableConsole, new_table
 from antransformer.wording import counted
 
 if TYPE_CHECKING:
@@ -99,7 +97,7 @@ def print_scores(evaluation: "Evaluation") -> None:
     for score in evaluation.scores:
         error = "" if score.stderr is None else f"± {format_score(score.stderr)}"
         table.add_row(score.task, score.metric, format_score(score.value), *[error] * errors, f"{score.items:,}")
-    Console(highlight=False).print(table)
+    TableConsole().print(table)
     context = evaluation.checkpoint.model.context
     for result in evaluation.results:
         if result.problem:

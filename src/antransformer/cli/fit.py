@@ -23,12 +23,11 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 
 import antransformer
 from antransformer.cli.options import Parser, number
-from antransformer.cli.tables import new_table
+from antransformer.cli.tables import TableConsole, new_table
 from antransformer.errors import MissingExtraError
 from antransformer.files import check_json_target, replace_text
 from antransformer.reporting.labels import format_count, style_of
@@ -85,7 +84,7 @@ def run(parsed: argparse.Namespace) -> None:
 
 def print_laws(fit: "Fit") -> None:
     """Print the tables and notes of one architecture."""
-    console = Console(highlight=False)
+    console = TableConsole()
     console.print(style_of(fit.name).label, style="bold")
     if any(math.isfinite(optimum.best.loss) for optimum in fit.optima):  # searched, not read from --optima
         console.print(optima_table(fit))

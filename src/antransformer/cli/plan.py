@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
-from rich.console import Console
 from rich.table import Table
 
 import antransformer
 from antransformer.cli.options import Parser, number
-from antransformer.cli.tables import new_table
+from antransformer.cli.tables import TableConsole, new_table
 from antransformer.errors import ConfigError
 from antransformer.files import check_file_target, quoted, replace_text
 from antransformer.models import registry
@@ -100,7 +99,7 @@ def config_text(plan: "Plan") -> str:
 
 def print_plan(plan: "Plan") -> None:
     """Print the tables of run, memory and loss, and the notes."""
-    console = Console(highlight=False)
+    console = TableConsole()
     console.print(run_table(plan))
     console.print(memory_table(plan))
     if plan.laws:

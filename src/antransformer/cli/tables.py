@@ -1,7 +1,19 @@
 """Tables that several verbs print."""
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
+
+
+class TableConsole(Console):
+    """Console that leaves a closed pipe to the caller, as ``print`` does; rich would exit with status 1."""
+
+    def __init__(self) -> None:
+        super().__init__(highlight=False)
+
+    def on_broken_pipe(self) -> None:
+        """Raise ``BrokenPipeError``; rich calls this while it handles one."""
+        raise BrokenPipeError
 
 
 def new_table(*columns: str) -> Table:

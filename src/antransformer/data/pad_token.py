@@ -17,9 +17,11 @@ def with_pad_token(library: tokenizers.Tokenizer, rows: int) -> tokenizers.Token
     function of the model changes. A new row would change it, since its logit is part of the softmax.
 
     Args:
-        library: tokenizer without ``PAD_TOKEN``.
+        library: tokenizer; it is copied unchanged if it has ``PAD_TOKEN`` already.
         rows: vocabulary size of the model.
     """
+    if library.token_to_id(PAD_TOKEN) is not None:
+        return tokenizers.Tokenizer.from_str(library.to_str())
     content = json.loads(library.to_str())
     free = max(library.get_vocab(with_added_tokens=True).values(), default=-1) + 1
     if free >= rows:
@@ -35,10 +37,16 @@ def with_pad_token(library: tokenizers.Tokenizer, rows: int) -> tokenizers.Token
 
 
 def without_pad_token(library: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """Return a tokenizer with the effect of ``with_pad_token`` undone; any other tokenizer as it is."""
-    if library.token_to_id(PAD_TOKEN) is None:
+    """Return a tokenizer with the effect of ``with_pad_token`` undone; any other tokenizer as it is.
+
+    The pad token stays if other tokens were added after it, since they would get other ids.
+    """
+    number = library.token_to_id(PAD_TOKEN)
+    if number is None:
         return library
     content = json.loads(library.to_str())
+    if PAD_TOKEN not in content["model"]["vocab"] and number < max(token["id"] for token in content["added_tokens"]):
+        return library
     content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != PAD_TOKEN]
     vocabulary = content["model"]["vocab"]
     if isinstance(vocabulary, dict) and PAD_TOKEN in vocabulary:

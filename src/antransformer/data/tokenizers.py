@@ -142,7 +142,7 @@ class Tokenizer:
             end_of_text: as in the constructor; by default the ``eos_token`` in tokenizer_config.json or
                 special_tokens_map.json next to the file, if there is one.
 
-        The pad token of an exported tokenizer is left out: it has the same ids as the tokenizer of the training.
+        The pad token of an exported tokenizer is left out, as in the training, unless tokens were added after it.
 
         Raises:
             DataError: the file does not exist, is not a tokenizer, or has no end-of-text token.

@@ -136,8 +136,9 @@ def stream_text(tokenizer: Tokenizer, ids: Iterable[int], prompt: Sequence[int] 
         prompt: ids before them. Many tokenizers drop the space of a token that begins a text.
     """
     incomplete = "\N{REPLACEMENT CHARACTER}"  # at the end of a text, it may become another character
-    known, pending = list(prompt[-1:]), []
-    shown = len(tokenizer.decode(known).removesuffix(incomplete))
+    # As many ids as the last character can have: its last id alone would be decoded as an incomplete one.
+    known, pending = list(prompt[-2 * MAX_TOKENS_PER_CHARACTER :]), []
+    shown = len(tokenizer.decode(known))
     for token in ids:
         pending.append(token)
         decoded = tokenizer.decode([*known, *pending])

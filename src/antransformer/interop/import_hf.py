@@ -2,6 +2,7 @@
 
 import logging
 import re
+import shutil
 from collections.abc import Container
 from dataclasses import fields
 from pathlib import Path
@@ -19,7 +20,7 @@ from antransformer.models.decoder import Decoder
 from antransformer.renamed import upgrade_model
 from antransformer.training.checkpointing import checkpoint
 from antransformer.training.checkpointing.sharded_safetensors import TensorFiles
-from antransformer.training.run_folder import CHECKPOINTS, write_run_folder
+from antransformer.training.run_folder import CHECKPOINTS, CONFIG_FILE, write_run_folder
 
 LOG = logging.getLogger(__name__)
 
@@ -70,7 +71,12 @@ def import_folder(source: Path, target: Path) -> Path:
     warn_of_rows_out_of_bounds(model, source)
     write_run_folder(target, {"model": config.mapping()}, tokenizer, resumable=False)
     optimizer = torch.optim.Adam(model.parameters())  # a checkpoint needs one; it has no state before the first step
-    return checkpoint.save(target / CHECKPOINTS, 0, model, optimizer, extra={"imported": str(source)}, keep=1)
+    try:
+        return checkpoint.save(target / CHECKPOINTS, 0, model, optimizer, extra={"imported": str(source)}, keep=1)
+    except BaseException:  # without its config, the folder can be used again
+        (target / CONFIG_FILE).unlink(missing_ok=True)
+        shutil.rmtree(target / CHECKPOINTS, ignore_errors=True)
+        raise
 
 
 def exported_name(name: str, names: Container[str]) -> str:

@@ -1,17 +1,21 @@
 """Serve a model by llama.cpp's OpenAI-compatible server on this machine."""
 
 import contextlib
+import json
 import socket
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from antransformer.data import Tokenizer
-from antransformer.errors import ConfigError
+from antransformer.errors import ConfigError, MachineError
 from antransformer.extras import require
+from antransformer.interop import llama_server
 from antransformer.interop.export import export
 from antransformer.interop.gguf_check import check_gguf
-from antransformer.interop.llama_cpp import HOST, start_server
+from antransformer.interop.llama_cpp import HOST
 from antransformer.training.checkpointing.checkpoint import Checkpoint
 from antransformer.training.run_folder import run_folder_of
 
@@ -56,8 +60,22 @@ def serve_file(file: Path, port: int, name: str | None = None) -> Iterator[str]:
     require("xllamacpp", "serve")
     check_port(port)
     check_gguf(file)
-    server = start_server(file, port, name=name)
-    try:
-        yield server.listening_address
-    finally:
-        del server  # its destructor stops it
+    words = [sys.executable, "-P", "-m", llama_server.__name__, str(file), str(port), name or file.stem]
+    # In a session of its own, so that Ctrl-C reaches only this process, which then stops it.
+    with subprocess.Popen(
+        words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as server:
+        try:
+            yield _address(server, file)
+        finally:
+            server.kill()
+
+
+def _address(server: "subprocess.Popen[str]", file: Path) -> str:
+    """Address that a server process reports when it is ready."""
+    assert server.stdout is not None
+    line = server.stdout.readline()
+    message: dict[str, str] = json.loads(line) if line else {}
+    if "address" not in message:
+        raise MachineError(message.get("error", f"llama.cpp ended with status {server.wait()} while it loaded {file}"))
+    return message["address"]
