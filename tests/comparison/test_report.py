@@ -210,6 +210,12 @@ def test_summary_compares_the_method_or_the_last_variant_with_the_baseline(resul
     assert set(re.findall(r"anGPT|nGPT|DyT|GPT\+", text)) == names and ratio in text
 
 
+@pytest.mark.parametrize("speedup", [0.1, 0.6, 1.0, 1.6, 20])
+def test_one_seed_establishes_nothing(speedup):
+    text = summary(pair(speedup, **ONE_SEED))
+    assert not any(words in text for words in ("fewer tokens", "more tokens than GPT", "as many tokens"))
+
+
 def test_bounds_on_both_sides_of_1_are_no_speedup():
     twin = variant("gpt+", 1.0)
     shift = dict(zip(BUDGETS, (0.5, 0.5, -0.5), strict=True))

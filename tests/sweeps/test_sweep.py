@@ -24,6 +24,7 @@ from antransformer.sweeps import report as sweep_report
 from antransformer.sweeps.charts import law, regret, token_budgets
 from antransformer.sweeps.sweep import LR_RATIO, Sweeper, check_choices, plan
 from antransformer.training.config import resolve_config
+from antransformer.training.run_folder import saved_config
 from helpers.small import SMALL
 
 pytestmark = pytest.mark.usefixtures("in_process")
@@ -285,6 +286,7 @@ def test_a_sweep_writes_runs_and_a_report_and_repeats_nothing(small_sweep, capsy
     assert all(1 < angle < 120 for angle in end.rotation_deg)
     assert start.stream[0] == pytest.approx(16**-0.5, rel=0.01)  # norm 1
     assert (folder / "report.html").stat().st_size > 10_000
+    assert {saved_config(path.parent).recipe for path in (folder / "runs").glob("*/config.yaml")} == {"paper"}
     files = {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*") if path.is_file()}
     assert main(words) == 0
     out = capsys.readouterr().out

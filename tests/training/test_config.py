@@ -164,6 +164,24 @@ def test_at_the_body_of_32m_the_rate_of_muon_falls_with_the_steps(architecture, 
     assert peak_rates(exact).blocks == exact.muon_lr > rates[0]
 
 
+@pytest.mark.parametrize("horizon", [600, 1200, 2000])
+def test_a_given_horizon_lowers_the_rate_of_muon_once(horizon):
+    shape = {"preset": "32m", "tokens": 4096 * 3000, "batch_tokens": 4096}
+    default, given = (resolve_config({**shape, **more}, 4096) for more in ({}, {"lr_horizon": horizon}))
+    assert default.lr_horizon == 0 and given.lr_horizon == horizon
+    assert peak_rates(given).blocks == pytest.approx(peak_rates(default).blocks, rel=0.01)
+
+
+def test_a_given_rate_leaves_the_other_rates_at_their_scaled_defaults():
+    shape = {"tokens": 2048 * 4800, "optimizer": "muon"}
+    default = peak_rates(resolve_config(shape, 4096))
+    for name, field in (("embed_lr", "embedding"), ("muon_lr", "blocks")):
+        given = peak_rates(resolve_config({**shape, name: 0.1}, 4096))
+        assert getattr(given, field) == pytest.approx(0.1)
+        others = {"embedding", "head", "vectors", "blocks"} - {field}
+        assert all(getattr(given, other) == pytest.approx(getattr(default, other), rel=5e-3) for other in others)
+
+
 @pytest.mark.parametrize(
     ("architecture", "relative"), [("ngpt", "angpt"), ("gpt", "gpt+"), ("ln-scaling", "gpt+"), ("dyt", "gpt+")]
 )

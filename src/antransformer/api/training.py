@@ -21,7 +21,7 @@ from antransformer.data.readers import TEXT_FIELD
 from antransformer.errors import ConfigError
 from antransformer.progress import PrepareProgress, TrainingProgress, VerifyProgress, open_dataset
 from antransformer.training import config_files, launch, run_folder
-from antransformer.training.config import TrainConfig, merge, normalize_settings
+from antransformer.training.config import LEGACY_DEFAULTS, TrainConfig, merge, normalize_settings
 from antransformer.training.dry_run import NullReporter
 from antransformer.training.extension import read_rewarm
 from antransformer.training.preview import Preview
@@ -214,4 +214,6 @@ def _file_settings(config: str, options: Mapping[str, Any]) -> dict[str, Any]:
     saved, recipe = file.get("recipe"), options.get("recipe")
     if saved and recipe in RECIPES and recipe != saved and RECIPES[recipe].keys() <= file.keys():
         raise ConfigError(f"{config} has all values of recipe {saved}: omit recipe {recipe}, or the file")
+    if "tokens" in file and "vocab_size" in file.get("model", {}):  # the complete config of a run, maybe an older one
+        return {**LEGACY_DEFAULTS, **file}
     return file

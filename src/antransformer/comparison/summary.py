@@ -53,6 +53,8 @@ def _speedup_clause(results: Results, pair: PairwiseSpeedup) -> str:
     others = [item for item in pair.points if item.tokens > point.tokens and (item.ratio > 1) != (point.ratio > 1)]
     bounds = "".join(f"; {_at_tokens(pair, item)}" for item in others)
     scope = f"({_interval(pair, point)}{format_count(point.tokens)} tokens, {scope}{bounds})"
+    if math.isnan(point.low):
+        return f"With one seed the speedup of {name} over {baseline} is {point.ratio:.2f}x, without an interval {scope}"
     if point.low <= 1 <= point.high:
         return f"{name} shows no significant speedup over {baseline}: {point.ratio:.2f}x {scope}"
     if f"{point.ratio:.2f}" == "1.00":
@@ -97,11 +99,13 @@ def _bounds_clause(pair: PairwiseSpeedup, scope: str) -> str:
 
 
 def _direction(pair: PairwiseSpeedup, point: Speedup) -> int:
-    """Return 1 if the interval of a speedup is above 1, -1 if it is below 1, otherwise 0.
+    """Return 1 if the interval of a speedup is above 1, -1 if it is below 1, otherwise 0, also with one seed.
 
     An end that is 0 or infinite is only known to be below or above its bound.
     """
-    low, high = (point.ratio, point.ratio) if math.isnan(point.low) else (point.low, point.high)
+    low, high = point.low, point.high
+    if math.isnan(low):
+        return 0
     if low > 0 and pair.clamp_to_bound(point, low) >= 1:
         return 1
     return -1 if high < math.inf and pair.clamp_to_bound(point, high) <= 1 else 0

@@ -420,7 +420,9 @@ def _resolve_rates(values: Mapping[str, Any], model: ModelConfig) -> dict[str, A
     if own and own not in values:
         own_factor = values["lr"] / defaults.learning_rate(model) if "lr" in values else factor
         if values.get("lr_horizon") != 0:
-            own_factor *= defaults.optimizer_lr_factor(model, values["tokens"] // values["batch_tokens"], exponent)
+            steps = values["tokens"] // values["batch_tokens"]
+            # A given horizon lowers the rate from there on, as those of all other parameters.
+            own_factor *= defaults.optimizer_lr_factor(model, min(steps, values.get("lr_horizon", steps)), exponent)
         rates[own] = _scaled(defaults.optimizer_lr(model, optimizer), own_factor)
     if "lr" not in values:
         rates["lr"] = _scaled(defaults.learning_rate(model), factor)
