@@ -6,6 +6,7 @@ import torch.distributed as dist
 from torch import nn
 
 import antransformer
+from antransformer import bounds
 from antransformer.bounds import Bound, norms, project_
 from antransformer.models import ModelConfig, build
 from antransformer.nn import Linear
@@ -312,6 +313,27 @@ def test_frozen_parameters_are_not_projected():
     model[0].weight.requires_grad_(True)
     optimizer.step()
     assert model[0].weight.norm(dim=1).max() <= 1 + 1e-6
+
+
+def test_a_tied_weight_is_projected_once(monkeypatch):
+    model = torch.nn.Sequential(antransformer.nn.Embedding(16, 8), antransformer.nn.Head(8, 16))
+    model[1].weight = model[0].weight
+    projected = []
+    monkeypatch.setattr(bounds, "project_", lambda found: projected.extend(found))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    antransformer.bind(model, optimizer)
+    optimizer.step()
+    assert len(projected) == 1 and projected[0].parameter is model[0].weight
+
+
+def test_only_a_method_declares_bounds():
+    model = torch.nn.Sequential(Linear(8, 8))
+    model.bounds = torch.nn.Linear(8, 2)
+    assert [bound.name for bound in bounds.collect_bounds(model)] == ["0.weight"]
+    antransformer.bind(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    model.register_buffer("bounds", torch.zeros(2))
+    assert antransformer.normalize_(model) is model
 
 
 def test_a_computed_weight_is_refused():

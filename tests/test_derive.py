@@ -120,6 +120,22 @@ class Echo(nn.Module):
         return x + (0.5 * x).clone()
 
 
+def test_einsum_is_a_product_and_a_mask_is_no_residual():
+    class Mixer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(64, 128))
+
+        def forward(self, x):
+            scores = x @ x.transpose(-1, -2)
+            scores = scores + torch.full(scores.shape, -math.inf).triu(1)
+            return torch.einsum("btd,df->btf", scores.softmax(-1) @ x, self.weight)
+
+    rows = derive(Mixer(), torch.randn(4, 32, 64)).rows
+    assert [row.kind for row in rows] == ["attention", "linear"]
+    assert rows[1].predicted == factors.linear(64, 128)
+
+
 def test_correlated_sides_of_a_residual_are_named():
     (row,) = (found := derive(Echo(), torch.randn(100, 256))).rows
     assert (row.data, row.correlation) == pytest.approx((0.5, 1))

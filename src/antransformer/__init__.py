@@ -12,7 +12,7 @@ from antransformer.interop.register import register_when_imported
 from antransformer.version import __version__
 
 if TYPE_CHECKING:
-    from antransformer import blocks, bounds, factors, functional, models, nn
+    from antransformer import blocks, bounds, data, factors, functional, inference, models, nn
     from antransformer.api.checkpoints import evaluate, export, generate, load, serve
     from antransformer.api.experiments import ablate, compare
     from antransformer.api.scaling import fit, plan, sweep
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # Public name -> the module that defines it; a submodule is defined by the package itself.
 _SOURCES = {
-    **dict.fromkeys(("blocks", "bounds", "factors", "functional", "models", "nn"), ""),
+    **dict.fromkeys(("blocks", "bounds", "data", "factors", "functional", "inference", "models", "nn"), ""),
     **dict.fromkeys(("evaluate", "export", "generate", "load", "serve"), "api.checkpoints"),
     **dict.fromkeys(("ablate", "compare"), "api.experiments"),
     **dict.fromkeys(("fit", "plan", "sweep"), "api.scaling"),
@@ -43,6 +43,7 @@ __all__ = [
     "bounds",
     "build",
     "compare",
+    "data",
     "derive",
     "evaluate",
     "export",
@@ -50,6 +51,7 @@ __all__ = [
     "fit",
     "functional",
     "generate",
+    "inference",
     "load",
     "models",
     "nn",

@@ -10,6 +10,7 @@ but does not print the projection. Strict bounds are those of nGPT (arXiv:2410.0
 ``normalize_(model)`` gives bounded rows to a model of plain torch modules.
 """
 
+import inspect
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -54,9 +55,8 @@ def collect_bounds(module: nn.Module) -> list[Bound]:
     >>> [(bound.name, bound.axis) for bound in collect_bounds(model)]
     [('0.weight', 1), ('2.weight', 1), ('2.bias', 0)]
     """
-    declared = getattr(module, "bounds", None)
-    if callable(declared):
-        bounds: list[Bound] = declared()
+    if declares_bounds(module):
+        bounds: list[Bound] = module.bounds()  # type: ignore[operator]  # a method, by declares_bounds
         return bounds
     if isinstance(module, (Embedding, Linear)) and "weight" not in module._parameters:
         raise TypeError(
@@ -75,6 +75,11 @@ def collect_bounds(module: nn.Module) -> list[Bound]:
         for name, child in module.named_children()
         for bound in collect_bounds(child)
     ]
+
+
+def declares_bounds(module: nn.Module) -> bool:
+    """Whether a module has a method ``bounds``; an attribute or a submodule of this name is something else."""
+    return inspect.ismethod(getattr(module, "bounds", None))
 
 
 def norms(bound: Bound) -> Tensor:
@@ -149,7 +154,7 @@ def bind(model: nn.Module, optimizer: Optimizer) -> RemovableHandle:
     ):
         optimizer = inner  # accelerate's wrapper is an Optimizer without the hooks of one
     declared = collect_bounds(model)
-    if not declared and not hasattr(model, "bounds"):
+    if not declared and not declares_bounds(model):
         raise TypeError(
             f"{type(model).__name__} has no bounds: call antransformer.normalize_(model) first, build it from "
             "antransformer.nn, or give it a method bounds() -> list[Bound]"
@@ -174,7 +179,9 @@ def bind(model: nn.Module, optimizer: Optimizer) -> RemovableHandle:
 def _bounds_of(optimizer: Optimizer, declared: Iterable[Bound]) -> list[Bound]:
     # By identity: an optimizer may have only some of the parameters, and knows no names.
     optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    return [bound for bound in declared if id(bound.parameter) in optimized]
+    # A tied weight once: two programs of a kernel must not project the same rows.
+    found = {(id(bound.parameter), bound.axis, bound.strict): bound for bound in declared}
+    return [bound for bound in found.values() if id(bound.parameter) in optimized]
 
 
 def _parameter_count(optimizer: Optimizer) -> int:
@@ -230,7 +237,7 @@ def normalize_(module: Module) -> Module:
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"normalize_ takes a module, got {module!r}")
-    if hasattr(module, "bounds"):
+    if declares_bounds(module):
         raise TypeError(f"{type(module).__name__} declares its own bounds: normalize_ is for models without bounds")
     owners: dict[nn.Parameter, list[nn.Module]] = {}  # by weight, since tied weights share a factor
     factors: dict[nn.Parameter, float] = {}

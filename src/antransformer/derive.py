@@ -249,6 +249,8 @@ class Tracer(TorchDispatchMode):
             x, weight = args[PRODUCTS[packet] :][:2]
             if (name := self.weight_name(weight)) is not None:
                 self.linear(name, x, weight)
+        elif packet is aten.bmm and len(args[1]) == 1 and (name := self.weight_name(args[1])) is not None:
+            self.linear(name, args[0][0], args[1][0])  # torch.einsum
         elif packet in SUMS and self.is_residual(*args[:2]):
             self.residual(*args[:2])
         elif packet in ELEMENTWISE and args[0].ndim > 1:
@@ -270,7 +272,9 @@ class Tracer(TorchDispatchMode):
         """Whether both summands are activations, not a position table, a bias, a mask or the halves of a rotation."""
         if not isinstance(x, Tensor) or not isinstance(y, Tensor) or x.shape != y.shape or not 1 < x.ndim < 4:
             return False
-        return x.is_floating_point() and not isinstance(x, nn.Parameter) and not isinstance(y, nn.Parameter)
+        if isinstance(x, nn.Parameter) or isinstance(y, nn.Parameter) or not x.is_floating_point():
+            return False
+        return not bool(x.isneginf().any() or y.isneginf().any())
 
     def linear(self, name: str, x: Tensor, weight: Tensor) -> None:
         """Measure the product of ``x`` (tokens, fan_in) and ``weight`` (fan_in, fan_out)."""

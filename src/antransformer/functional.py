@@ -61,7 +61,7 @@ def linear(x: Tensor, weight: Tensor, scale: float | Tensor = 1.0, bias: Tensor 
     if isinstance(scale, Tensor):
         weight = weight * scale.to(weight.dtype).unsqueeze(1)
     elif scale != 1.0:
-        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # as torch's own products
+        if kernels.is_autocast(x):  # as torch's own products
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight = x.to(dtype), weight.to(dtype)
         rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # numel() would not be symbolic in torch.export
@@ -491,7 +491,7 @@ def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """
     if targets.shape != hidden.shape[:-1]:
         raise ValueError(f"targets must have the shape {tuple(hidden.shape[:-1])}, got {tuple(targets.shape)}")
-    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
+    if kernels.is_autocast(hidden):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     train = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)

@@ -286,6 +286,13 @@ def test_compiled_once_for_all_lengths(architecture):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_shapes_of_a_forward_pass_on_meta(architecture):
+    with torch.device("meta"):
+        model, tokens = build(ModelConfig(architecture=architecture, **SMALL)), torch.zeros(2, 7, dtype=torch.long)
+        assert model(tokens).shape == (2, 7, model.config.vocab_size) and model.loss(tokens, tokens).shape == ()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_built_on_meta_then_made_real_it_is_the_same_model(architecture):
     with torch.device("meta"):
         model = build(ModelConfig(architecture=architecture, **SMALL))

@@ -21,6 +21,12 @@ def use_triton(x: Tensor) -> bool:
     return x.is_cuda and not torch.compiler.is_compiling() and has_triton()
 
 
+def is_autocast(x: Tensor) -> bool:
+    """Whether autocast casts this operand of a matrix product; there is no autocast on the meta device."""
+    device = x.device.type
+    return x.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def device_of(x: Tensor) -> AbstractContextManager[object]:
     """While entered, the device of the tensor is the current one, on which Triton launches its kernels."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

@@ -20,7 +20,8 @@ def is_supported(q: Tensor, k: Tensor) -> bool:
 
     Fake tensors are not taken, since estimates of memory make them on a CPU and mean a GPU.
     """
-    fits = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape == k.shape
+    # Under autocast, keys from a float32 cache have another dtype than the queries.
+    fits = q.device.type == "cpu" and q.dtype == k.dtype == torch.bfloat16 and q.shape == k.shape
     return fits and not isinstance(q, FakeTensor)
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from antransformer.errors import ConfigError
 from antransformer.models import Decoder
 from antransformer.training.config import TrainConfig
 from antransformer.training.device import multiplies_bfloat16
@@ -36,8 +37,15 @@ TINY = 1e-10  # keeps a row or a matrix of zeros from becoming NaN
 
 
 def build_muon(model: Decoder, config: TrainConfig, beta2: float | None = None) -> Optimizer:
-    """Muon for the weight matrices inside the blocks (learning rate ``muon_lr``), AdamW for all other parameters."""
+    """Muon for the weight matrices inside the blocks (learning rate ``muon_lr``), AdamW for all other parameters.
+
+    Raises:
+        ConfigError: a weight inside the blocks is not a matrix.
+    """
     blocks = split_parameters(model).blocks
+    other = next((name for name, weight in blocks.items() if weight.ndim != 2), None)
+    if other is not None:
+        raise ConfigError(f"Muon trains matrices, and {other} has {blocks[other].ndim} axes: use --optimizer adam")
     fused = [blocks.pop(name) for name in list(blocks) if name.endswith("qkv_proj.weight")]
     groups = [{"params": list(blocks.values())}, {"params": fused, "head_dim": config.model.head_dim}]
     muon = Muon(
