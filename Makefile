@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+OUT ?= runs/selftest-cuda
 
 .PHONY: demo test slow fuzz compat gpu docs lint types smoke hooks clean
 
@@ -23,8 +24,8 @@ compat:
 
 # With the torch of $(PYTHON), which must be built for CUDA; that of .venv may not be. Continues where it stopped.
 gpu:
-	PYTHONPATH=src $(PYTHON) -m antransformer selftest --device cuda $(ARGS); \
-		status=$$?; cat runs/selftest-cuda/report.md; exit $$status
+	PYTHONPATH=src $(PYTHON) -m antransformer selftest --device cuda --out $(OUT) $(ARGS); \
+		status=$$?; test ! -f $(OUT)/report.md || cat $(OUT)/report.md; exit $$status
 
 # Pages open from the file system too, but the search needs a web server.
 docs: $(VENV)/.ready

@@ -106,7 +106,7 @@ class TrainingProgress(LiveDisplay):
         if self.console.is_terminal:
             self.bar.update(self.task, numbers=numbers)
         else:
-            left = (self.steps - line["step"]) * line["tokens"] / line["step"] / line["tokens_per_second"]
+            left = (self.steps - line["step"]) * line["tokens"] / line["step"] / max(line["tokens_per_second"], 0.1)
             log(f"step {line['step']}/{self.steps}  {numbers}  {_duration(left)} left")
             self.pace.defer()
 

@@ -3,9 +3,11 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
 import antransformer
@@ -17,6 +19,9 @@ from antransformer.models.registry import BUILT_IN, Architecture
 from antransformer.reporting.labels import style_of
 from antransformer.results.comparison import Results
 from antransformer.training import defaults
+from antransformer.training.config import resolve_config
+from antransformer.training.metrics import read_metrics
+from antransformer.training.muon import build_muon
 from helpers.messages import mentions
 from helpers.small import SMALL_OPTIONS
 
@@ -39,11 +44,40 @@ ARCHITECTURE = Architecture(name="toy", label="Toy GPT", description="a toy", cl
 """
 
 
-def write_package(folder, name="toy", target="toy_package.toy:ARCHITECTURE"):
+# A class whose constructor sets a part of the state: tied weights, buffers in and outside the state dict, a tensor, and
+# a module that reset_parameters leaves as it is.
+STATEFUL = """
+import torch
+from torch import nn
+
+from antransformer.models.angpt import ARCHITECTURE as ANGPT, AnGPT
+from antransformer.models.registry import Architecture
+
+
+class Toy(AnGPT):
+    def __init__(self, config):
+        super().__init__(config)
+        self.lm_head.weight = self.embedding.weight
+        self.norm = nn.LayerNorm(config.width)
+        self.register_buffer("scale", torch.full((config.width,), 3.0))
+        self.register_buffer("shift", torch.full((config.width,), 0.2), persistent=False)
+        self.gain = torch.full((config.width,), 0.5)
+
+    def embed(self, tokens):
+        return self.norm(super().embed(tokens)) * self.scale * self.gain + self.shift
+
+
+ARCHITECTURE = Architecture(
+    name="toy", label="Toy", description="a toy", cls=Toy, options=ANGPT.options, defaults_like="angpt"
+)
+"""
+
+
+def write_package(folder, name="toy", target="toy_package.toy:ARCHITECTURE", code=TOY):
     """A package with the toy and, next to it, the metadata that an installed package has."""
     (folder / "toy_package").mkdir()
     (folder / "toy_package" / "__init__.py").write_text("")
-    (folder / "toy_package" / "toy.py").write_text(TOY)
+    (folder / "toy_package" / "toy.py").write_text(code)
     metadata = folder / "toy_package-1.0.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-package\nVersion: 1.0\n")
@@ -183,6 +217,41 @@ def test_a_toy_of_another_package_in_every_verb(installed, corpus, capfd):
     assert main(["export", "--checkpoint=run", "--out=exported"]) == 2
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1 and mentions(lines[0], "toy", "modeling_antransformer.py") and not Path("exported").exists()
+
+
+def test_state_that_the_constructor_sets_is_trained_saved_and_loaded(installed, corpus):
+    installed(code=STATEFUL)
+    run = ["train", "--architecture=toy", "--data", str(corpus), "--tokens=1280", "--batch-tokens=256", "--ema=0.3"]
+    run += ["--eval-tokens=512", "--sample-every=2", "--seed=3", *SMALL_OPTIONS]
+    losses = []
+    for processes in (1, 2):
+        words = [*run, f"--out=run{processes}", *(["--processes=2", "--device=cpu"] if processes == 2 else [])]
+        assert main(words) == 0
+        model, _ = antransformer.load(f"run{processes}")
+        assert model.lm_head.weight is model.embedding.weight
+        values = [float(value.unique()) for value in (model.scale, model.shift, model.gain)]
+        assert values == pytest.approx([3.0, 0.2, 0.5])
+        assert float((model.norm.weight - 1).abs().max()) < 0.1
+        lines = read_metrics(Path(f"run{processes}", "metrics.jsonl"))
+        losses.append(lines[-1]["val_loss"])
+        assert all(len(line["samples"]) == 2 for line in lines if "samples" in line)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert (
+        main(["train", "--init=run1", "--data", str(corpus), "--tokens=512", "--batch-tokens=256", "--out=tuned"]) == 0
+    )
+
+
+def test_muon_refuses_weights_in_blocks_that_are_not_matrices(fresh):
+    class Experts(registry.get("gpt+").cls):
+        def __init__(self, config):
+            super().__init__(config)
+            self.blocks[0].experts = nn.Parameter(torch.zeros(2, 8, 8))
+
+    registry.register(replace(registry.get("gpt+"), name="toy", cls=Experts))
+    config = resolve_config({"preset": "pico", "model": {"architecture": "toy"}, "optimizer": "muon"}, vocab_size=64)
+    with pytest.raises(ConfigError) as error:
+        build_muon(build(config.model), config)
+    assert mentions(error.value, "blocks.0.experts", "--optimizer adam")
 
 
 def test_a_class_that_is_no_decoder_is_refused(monkeypatch):

@@ -19,10 +19,11 @@ from antransformer.cli import main
 from antransformer.data import Dataset
 from antransformer.errors import ConfigError, DataError, MachineError
 from antransformer.runs import queue
-from antransformer.runs.queue import Job, RunQueue, available_cores, default_devices
+from antransformer.runs.queue import Job, RunQueue, default_devices
 from antransformer.training.checkpointing import checkpoint
 from antransformer.training.config import resolve_config
 from antransformer.training.metrics import read_metrics
+from antransformer.training.resources import available_cores
 from antransformer.training.run_folder import create_run_folder, saved_config
 from helpers.small import SMALL, SMALL_OPTIONS
 from helpers.workers import workers_in_process

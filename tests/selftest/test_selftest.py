@@ -9,9 +9,10 @@ from antransformer import functional
 from antransformer.benchmarks.timing import machine_info
 from antransformer.cli import main
 from antransformer.lock import lock
-from antransformer.selftest import PARTS, checkpoints, program
+from antransformer.selftest import PARTS, checkpoints, program, speed
 from antransformer.selftest.checks import Setup
 from helpers.commands import refused
+from helpers.messages import mentions
 
 SHORT_PARTS = ("kernels", "checkpoints", "speed-0.5b", "generation")  # the others compile, or train for long
 
@@ -93,6 +94,28 @@ def test_a_check_that_raises_is_a_failure_and_the_rest_is_run(tmp_path, monkeypa
     assert [check["passed"] for check in checks] == [False, True]
     assert "no such device" in checks[0]["figure"]
     assert "test_selftest.py" in (folder / program.ERRORS).read_text()
+
+
+def test_a_device_that_fails_after_a_part_ends_the_call_and_the_next_one_continues(tmp_path, monkeypatch, capsys):
+    def fail(device):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(program, "CHECKS", {name: (lambda setup: iter(()),) for name in PARTS})
+    words = ["selftest", "--device", "cpu", "--out", str(tmp_path / "out")]
+    with monkeypatch.context() as patch:
+        patch.setattr(program, "release_memory", fail)
+        assert main(words) == 1
+    first = next(iter(PARTS))
+    assert mentions(capsys.readouterr().err, first, "illegal memory access")
+    assert [part["part"] for part in json.loads((tmp_path / "out" / "results.json").read_text())["parts"]] == [first]
+    assert main(words) == 0
+    assert len(json.loads((tmp_path / "out" / "results.json").read_text())["parts"]) == len(PARTS)
+
+
+@pytest.mark.parametrize(("free", "batch"), [(141e9, 16), (24e9, 8), (1e9, 1)])
+def test_the_batch_of_the_speed_parts_fits_the_device(free, batch, tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "free_memory", lambda device: free)
+    assert speed._batch(Setup(torch.device("cuda"), tmp_path, 1.0, lambda _: None), "125m") == batch
 
 
 def test_a_call_that_runs_out_of_time_can_be_continued(tmp_path, monkeypatch):

@@ -8,11 +8,18 @@ import pytest
 import torch
 
 from antransformer.cli import main
-from antransformer.errors import ConfigError
-from antransformer.training import run_folder
+from antransformer.errors import ConfigError, DataError
+from antransformer.training import launch, run_folder
 from antransformer.training.compilation import use_cuda_graphs
 from antransformer.training.config import resolve_config
-from antransformer.training.device import choose_device, choose_precision, precision_note, resolve_auto
+from antransformer.training.device import (
+    choose_device,
+    choose_precision,
+    is_out_of_memory,
+    precision_note,
+    resolve_auto,
+)
+from antransformer.training.distributed.parallel import DistributedContext
 from helpers.commands import TEN_STEPS
 from helpers.messages import mentions
 
@@ -67,6 +74,18 @@ def test_fewer_devices_than_processes_are_refused(monkeypatch, name, parts):
     assert choose_device("cpu", local_rank=3, local_size=4) == torch.device("cpu")
 
 
+def test_every_rank_of_a_new_run_chooses_its_own_device(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(launch, "choose_device", lambda *arguments: chosen.append(arguments))
+
+    def no_data(_name):
+        raise DataError("none")
+
+    with pytest.raises(DataError):
+        launch.new_run({"data": "none"}, None, no_data, DistributedContext(3, 8, 1, 2))
+    assert chosen == [("auto", 1, 2)]
+
+
 def test_a_cuda_device_becomes_the_current_one(monkeypatch):
     chosen, zeros = [], torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda size, device: zeros(size))
@@ -96,6 +115,37 @@ def test_auto_takes_bfloat16_where_the_processor_multiplies_it(monkeypatch, capa
     assert resolved("mps").precision == "float32"
     for name in ("float32", "bfloat16", "fp8"):
         assert resolved("cpu", precision=name).precision == name
+
+
+@pytest.mark.parametrize("names", [(), ("_is_avx512_bf16_supported",), ("_is_amx_tile_supported",)])
+def test_auto_takes_bfloat16_on_a_cpu_with_torch_2_11(monkeypatch, names):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda name=name: name in names, raising=False)
+    assert resolved("cpu").precision == ("bfloat16" if names else "float32")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("CUDA error: out of memory", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate", True),
+        ("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes", True),
+        ("CUDA error: an illegal memory access was encountered", False),
+    ],
+)
+def test_errors_of_exhausted_memory_are_known(text, expected):
+    assert is_out_of_memory(RuntimeError(text)) is expected
+
+
+def test_a_full_device_is_not_reported_as_missing(monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 MiB.\nmore")
+
+    monkeypatch.setattr(torch, "zeros", full)
+    with pytest.raises(ConfigError) as error:
+        choose_device("cuda:0")
+    assert mentions(error.value, "cuda:0", "CUDA out of memory") and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(("has_instructions", "expected"), [(True, "bfloat16"), (False, "float32")])

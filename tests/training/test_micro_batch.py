@@ -10,7 +10,6 @@ from antransformer.cli import main
 from antransformer.data import Dataset
 from antransformer.errors import ConfigError
 from antransformer.runs import worker
-from antransformer.training import free_memory as memory
 from antransformer.training import micro_batch
 from antransformer.training.config import resolve_config
 from antransformer.training.defaults import parameter_count
@@ -115,37 +114,6 @@ def test_a_worker_saves_the_size_that_fits_its_device_and_nothing_else(monkeypat
     assert saved_config(folder) == config
 
 
-@pytest.mark.parametrize(
-    ("membership", "folder", "names"),
-    [
-        ("0::/job/step", "job", ("memory.max", "memory.current", "inactive_file")),
-        (
-            "5:cpu,cpuacct:/\n4:memory:/job",
-            "memory/job",
-            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-        ),
-        (
-            "4:memory:/outside/of/the/container",
-            "memory",
-            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-        ),
-    ],
-)
-def test_the_limit_of_a_container_counts(membership, folder, names, tmp_path):
-    group = tmp_path / folder
-    group.mkdir(parents=True)
-    limit, used, cached = names
-    (group / limit).write_text("1000000\n")
-    (group / used).write_text("700000\n")
-    (group / "memory.stat").write_text(f"anon 5\n{cached} 100000\n")
-    (tmp_path / "membership").write_text(membership)
-    groups = memory._control_groups(tmp_path, tmp_path / "membership")
-    assert min(memory._free_in_group(*group) for group in groups) == 400000
-    (group / limit).write_text("max\n")
-    groups = memory._control_groups(tmp_path, tmp_path / "membership")
-    assert min(memory._free_in_group(*group) for group in groups) == float("inf")
-
-
 def test_a_model_that_does_not_fit_is_refused(config, free):
     free(2**30)
     assert fitting_micro_batch(config) == 0
@@ -183,7 +151,3 @@ def test_the_command_records_the_size_and_leaves_a_given_one(corpus, tmp_path, f
     free(step_memory(replace(given, micro_batch_size=4), CPU))
     assert main([*words, str(tmp_path / "fitted")]) == 0
     assert (given.micro_batch_size, saved_config(tmp_path / "fitted").micro_batch_size) == (8, 4)
-
-
-def test_free_memory_of_this_machine():
-    assert 2**28 < memory.free_memory(CPU) <= float("inf")

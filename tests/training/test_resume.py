@@ -11,18 +11,31 @@ import subprocess
 
 import pytest
 import torch
+import yaml
 
 import antransformer
 from antransformer.cli import main
 from antransformer.data import Dataset
-from antransformer.errors import CheckpointError, ConfigError, RunStoppedError
+from antransformer.errors import CheckpointError, ConfigError, DivergedError, RunStoppedError
 from antransformer.training import launch, run_folder
+from antransformer.training.config import LEGACY_DEFAULTS
 from antransformer.training.run_folder import saved_config
 from antransformer.training.stop_signals import StopSignals
 from antransformer.training.trainer import Trainer
 from helpers.messages import mentions
 from helpers.small import SMALL_OPTIONS, Notes
-from helpers.trainers import OPTIMIZED, command, losses, resume, run_until, start, train_words, wait_for_step, weights
+from helpers.trainers import (
+    OPTIMIZED,
+    command,
+    losses,
+    poison,
+    resume,
+    run_until,
+    start,
+    train_words,
+    wait_for_step,
+    weights,
+)
 
 
 @pytest.mark.parametrize("options", OPTIMIZED, ids="-".join)
@@ -103,6 +116,35 @@ def test_signal_saves_a_checkpoint_and_prints_the_command_to_resume(corpus, tmp_
     assert trainer.done == step
 
 
+@pytest.mark.parametrize(
+    ("number", "variable"),
+    [(signal.SIGHUP, None), (signal.SIGTERM, "RANK"), (signal.SIGTERM, "ANTRANSFORMER_FORWARDED_SIGNALS")],
+)
+def test_a_signal_that_arrives_twice_for_one_stop_counts_once(number, variable, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    if variable:
+        monkeypatch.setenv(variable, "1")
+    previous = signal.signal(number, signal.default_int_handler)
+    try:
+        with StopSignals() as signals:
+            signal.raise_signal(number)
+            signal.raise_signal(number)
+        assert signals.received is number and signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(number, previous)
+
+
+def test_a_second_sigterm_of_a_run_without_a_parent_stops_at_once(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with StopSignals(), pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
 def test_hangup_stays_ignored_under_nohup():
     received = []
     previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -140,6 +182,31 @@ def test_a_second_signal_stops_at_once_and_names_the_newest_checkpoint(corpus, t
     assert mentions(error.value, *folders, *(["--resume"] if saved else []))
 
 
+def test_a_second_signal_while_the_checkpoint_is_written_reports_it(corpus, tmp_path):
+    trainer = start(corpus, tmp_path / "run", tokens=256 * 20, checkpoint_every=20)
+    wait, update = trainer.writer.wait, trainer.update
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def interrupted(step):
+        if step == 3:
+            signal.raise_signal(signal.SIGINT)
+        return update(step)
+
+    def interrupted_wait():
+        if trainer.done == 3 and trainer.writer._pending is not None:
+            signal.raise_signal(signal.SIGINT)
+        wait()
+
+    trainer.update, trainer.writer.wait = interrupted, interrupted_wait
+    try:
+        with pytest.raises(RunStoppedError) as error:
+            trainer.run()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000003"]
+    assert "no checkpoint" not in str(error.value) and mentions(error.value, "step-00000003", "--resume")
+
+
 def test_a_run_resumes_in_another_working_directory(corpus, tmp_path, monkeypatch):
     words = ["train", "--tokens", "1280", "--batch-tokens", "256", "--eval-tokens", "256", *SMALL_OPTIONS]
     monkeypatch.chdir(corpus.parent)
@@ -168,6 +235,23 @@ def test_checkpoint_without_optimizer_setting_used_adam(corpus, tmp_path):
     assert state["extra"]["settings"].pop("optimizer") == "adam"
     (path / "state.json").write_text(json.dumps(state))
     assert resume(corpus, tmp_path / "run")[0].done == 5
+
+
+def test_a_run_without_any_of_the_newer_settings_resumes(corpus, tmp_path):
+    old = LEGACY_DEFAULTS
+    path = start(corpus, tmp_path / "run", **old, tokens=256 * 5).run().checkpoint
+    state, file = json.loads((path / "state.json").read_text()), tmp_path / "run/config.yaml"
+    config = yaml.safe_load(file.read_text())
+    for settings in (state["extra"]["settings"], config):
+        assert {name: settings.pop(name) for name in old if name in settings}.items() <= old.items()
+    assert not old.keys() & config.keys()
+    (path / "state.json").write_text(json.dumps(state))
+    file.write_text(yaml.safe_dump(config))
+    trainer, _ = resume(corpus, tmp_path / "run")
+    assert trainer.done == 5 and {name: getattr(trainer.config, name) for name in old} == old
+    repeated = antransformer.train(config=file, out=tmp_path / "repeated")
+    assert {name: getattr(saved_config(tmp_path / "repeated"), name) for name in old} == old
+    assert weights(tmp_path / "repeated", 5) == weights(tmp_path / "run", 5) and repeated.result.checkpoint
 
 
 def test_run_without_lr_width_setting_resumes_with_one_learning_rate(corpus, tmp_path):
@@ -261,15 +345,48 @@ def test_a_run_without_its_checkpoints_keeps_its_old_metrics(corpus, tmp_path):
     start(corpus, tmp_path / "run").run()
     lines = (tmp_path / "run/metrics.jsonl").read_text()
     shutil.rmtree(tmp_path / "run/checkpoints")
-    run_until(resume(corpus, tmp_path / "run")[0], 3)
+    for _ in range(2):
+        run_until(resume(corpus, tmp_path / "run")[0], 3)
     assert (tmp_path / "run/metrics.jsonl.old").read_text() == lines
+
+
+def test_a_finished_run_without_its_metrics_can_be_resumed(corpus, tmp_path, capsys):
+    start(corpus, tmp_path / "run", tokens=256 * 5).run()
+    (tmp_path / "run/metrics.jsonl").unlink()
+    assert main(["train", "--out", str(tmp_path / "run"), "--resume"]) == 0
+    assert not (tmp_path / "run/loss.png").exists()
+
+
+def test_changed_settings_are_recorded_for_the_next_resume(corpus, tmp_path):
+    run_until(start(corpus, tmp_path / "run", checkpoint_every=5, keep_checkpoints=1), 7)
+    before = (tmp_path / "run/config.yaml").read_text()
+    for options, steps in (
+        ({}, [20]),
+        ({"keep_every": 2, "tokens": 256 * 30, "rewarm": 0.5}, [20, 22, 24, 26, 28, 30]),
+    ):
+        antransformer.train(out=tmp_path / "run", resume=True, **options)
+        folders = (tmp_path / "run/checkpoints").glob("step-*")
+        assert sorted(int(path.name[5:]) for path in folders) == steps
+        assert ((tmp_path / "run/config.yaml").read_text() == before) == (not options)
+    assert saved_config(tmp_path / "run").keep_every == 2
+
+
+def test_fewer_skipped_steps_than_before_may_be_allowed(corpus, tmp_path):
+    run = start(corpus, tmp_path / "run", max_skipped_steps=5, checkpoint_every=5)
+    poison(run, 2, 3, 4)
+    run_until(run, 7)
+    run, _ = resume(corpus, tmp_path / "run", max_skipped_steps=2)
+    poison(run, 8)
+    with pytest.raises(DivergedError) as error:
+        run.run()
+    assert mentions(error.value, 8, 2)
 
 
 def test_the_micro_batch_may_change_when_a_run_resumes(corpus, tmp_path):
     start(corpus, tmp_path / "whole").run()
     run_until(start(corpus, tmp_path / "run"), 13)
     antransformer.train(out=tmp_path / "run", resume=True, micro_batch_size=1)
-    assert run_folder.saved_config(tmp_path / "run").micro_batch_size > 1
+    assert run_folder.saved_config(tmp_path / "run").micro_batch_size == 1
     ends = [losses(tmp_path / name)[20] for name in ("run", "whole")]
     assert ends[0] == pytest.approx(ends[1], abs=1e-4)
 

@@ -28,7 +28,7 @@ def machine(monkeypatch):
         return readings[-1]
 
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(8)))
     monkeypatch.setattr(threads, "read", read)
     monkeypatch.setattr(threads.time, "perf_counter", lambda: readings[-1].wall + threads.INTERVAL)
     before, count = torch.get_num_threads(), [8]
@@ -67,6 +67,23 @@ def test_a_number_that_the_user_chose_is_kept(machine, monkeypatch):
         for _ in range(4):
             watch.update()
     assert torch.get_num_threads() == 8
+
+
+def test_a_compiled_model_keeps_its_number(machine):
+    machine[0] = 5.0
+    with ThreadWatch(CPU, pytest.fail, compiled=True) as watch:
+        for _ in range(4):
+            watch.update()
+    assert torch.get_num_threads() == 8
+
+
+def test_only_cores_that_this_process_may_use_count(monkeypatch, tmp_path):
+    lines = ("cpu 999 0 0 0 0 0 0 0 0 0", "cpu0 100 0 20 7 7 3 4 5 0 0", "cpu1 800 0 0 0 0 0 0 0 0 0", "intr 5", "")
+    (tmp_path / "stat").write_text("\n".join(lines))
+    monkeypatch.setattr(threads, "STATISTICS", tmp_path / "stat")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0}, raising=False)
+    monkeypatch.setattr(os, "nice", lambda _: 0)
+    assert threads.read().cores == 132 / threads.CLOCK
 
 
 def test_reading_counts_the_seconds_of_this_process_and_of_others():

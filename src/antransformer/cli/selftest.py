@@ -19,10 +19,8 @@ import json
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
 from antransformer.cli.options import Parser, add_device_argument
-from antransformer.cli.tables import new_table
+from antransformer.cli.tables import TableConsole, new_table
 from antransformer.errors import ConfigError, MachineError
 from antransformer.files import check_json_target
 from antransformer.selftest import PARTS
@@ -47,7 +45,7 @@ def add_arguments(parser: Parser) -> None:
         "--minutes",
         type=float,
         metavar="N",
-        help="time limit of this call; a part needs up to 9 minutes (default: no limit)",
+        help="start no part with less than 9 of N minutes left (default: no limit)",
     )
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="folder of results and runs (default runs/selftest-DEVICE)"
@@ -77,7 +75,7 @@ def run(parsed: argparse.Namespace) -> None:
     if parsed.json and folder.absolute().is_relative_to(parsed.json.absolute()):
         raise ConfigError(f"--json {parsed.json} is the folder of --out: choose a file name")
     setup = Setup(device, folder, 60.0 * program.MINUTES, lambda text: print(text, file=sys.stderr, flush=True))
-    console = Console(highlight=False)
+    console = TableConsole()
     if not console.is_terminal:
         console.width = TABLE_WIDTH
 

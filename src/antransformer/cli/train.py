@@ -26,7 +26,7 @@ from pathlib import Path
 
 import antransformer
 from antransformer.cli.options import Parser, add_config, number, settings_of
-from antransformer.cli.tables import new_table
+from antransformer.cli.tables import TableConsole, new_table
 from antransformer.errors import ConfigError, DivergedError, RunStoppedError, WriteError
 from antransformer.files import quoted
 from antransformer.models.config import ModelConfig
@@ -72,7 +72,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(parsed: argparse.Namespace) -> None:
     """Train, print the final losses, and draw the loss curve if matplotlib is installed."""
-    from antransformer.reporting.loss_curve import loss_curve
+    from antransformer.reporting.loss_curve import has_losses, loss_curve
 
     if parsed.dry_run:
         return show_preview(parsed)
@@ -104,7 +104,7 @@ def run(parsed: argparse.Namespace) -> None:
         )
         for name, loss in result.val_loss_by_source.items():
             print(f"  {name}: validation loss {loss:.4f}")
-        if find_spec("matplotlib"):
+        if find_spec("matplotlib") and has_losses(trained.folder):
             print(f"loss curve: {loss_curve(trained.folder)}")
         print(f"next: antransformer generate --checkpoint {quoted(trained.folder)}")
 
@@ -115,7 +115,6 @@ def show_preview(parsed: argparse.Namespace) -> None:
     Raises:
         ConfigError: the run would be resumed, or is one of several processes.
     """
-    from rich.console import Console
 
     from antransformer.api.training import preview
 
@@ -127,7 +126,7 @@ def show_preview(parsed: argparse.Namespace) -> None:
     table = new_table("setting", "value", "origin")
     for setting in shown.settings:
         table.add_row(setting.name, str(setting.value), setting.origin)
-    Console(highlight=False).print(table)
+    TableConsole().print(table)
     if shown.seconds_per_step is None or shown.seconds is None:
         time = f"{shown.free / 2**30:.2f} GiB are free, so no step was timed: lower --micro-batch-size"
     else:

@@ -17,7 +17,7 @@ def loss_curve(run: Path) -> Path:
         CheckpointError: the run has no metrics.
         MissingExtraError: matplotlib is not installed.
     """
-    lines = [line for line in read_lines(run / METRICS_FILE) if {"tokens", "loss"} <= line.keys()]
+    lines = _lines(run)
     if not lines:
         raise CheckpointError(f"{run}: metrics.jsonl is missing or empty")
     validated = [line for line in lines if "val_loss" in line]
@@ -32,6 +32,15 @@ def loss_curve(run: Path) -> Path:
         figure.suptitle(f"{run.name}: validation loss {validated[-1]['val_loss']:.3f}" if validated else run.name)
         save(figure, path := run / "loss.png")
     return path
+
+
+def has_losses(run: Path) -> bool:
+    """Whether a run has anything to draw: its metrics may be gone, and it may have skipped all steps."""
+    return bool(_lines(run))
+
+
+def _lines(run: Path) -> list[dict[str, Any]]:
+    return [line for line in read_lines(run / METRICS_FILE) if {"tokens", "loss"} <= line.keys()]
 
 
 def _columns(lines: Sequence[Mapping[str, Any]], name: str) -> tuple[list[float], list[float]]:

@@ -29,7 +29,8 @@ from antransformer.runs.worker import RESULT_FILE
 from antransformer.training import run_folder
 from antransformer.training.config import MUTABLE_ON_RESUME, TrainConfig, to_mapping
 from antransformer.training.device import choose_device, choose_precision, resolve_auto
-from antransformer.training.stop_signals import StopSignals
+from antransformer.training.resources import available_cores
+from antransformer.training.stop_signals import FORWARDED, StopSignals
 from antransformer.wording import counted
 
 
@@ -248,7 +249,7 @@ class RunQueue:
                 stderr=subprocess.PIPE,
                 text=True,
                 # Its number of threads is an argument; the variable would stop the worker from adapting it.
-                env={name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"},
+                env={name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"} | {FORWARDED: "1"},
                 start_new_session=True,  # Ctrl-C in the terminal reaches this process only, which then stops workers
             )
             self.processes.add(process)
@@ -309,11 +310,6 @@ def available_devices(devices: Sequence[str], workers: int | None = None) -> lis
     if devices and workers:
         raise ConfigError("devices and workers exclude each other: each of the devices has one worker")
     return chosen
-
-
-def available_cores() -> int:
-    """Number of CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def threads_per_worker(workers: int) -> int:

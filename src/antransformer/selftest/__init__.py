@@ -1,4 +1,4 @@
-"""Self-test on one machine: correctness, speed and a training comparison, in parts of at most nine minutes.
+"""Self-test on one machine: correctness, speed and a training comparison, in parts that each take minutes.
 
 ``program.py`` runs the parts. Each is a list of functions in this package that yield checks (``checks.py``). A part
 runs at full size on a CUDA device, and in miniature elsewhere, which tests the program itself. This file imports no

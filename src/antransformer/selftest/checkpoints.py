@@ -54,17 +54,22 @@ def resume(setup: Setup) -> Iterator[Check]:
 
 
 def compiled(setup: Setup) -> Iterator[Check]:
-    """Losses of a compiled run, which replays CUDA graphs, against those of an eager run."""
+    """Losses of compiled runs, which replay CUDA graphs, against those of an eager run; one is stopped and resumed."""
     if setup.miniature:
         yield Check("compiled run", "only on a CUDA device")
         return
     dataset = corpus(setup)
     with TemporaryDirectory(dir=setup.folder) as scratch:
-        folders = Path(scratch, "eager"), Path(scratch, "compiled")
-        for folder, compile in zip(folders, (False, True), strict=True):
-            _train(run_config(setup, dataset, compile=compile, **RUNS["recipe best, averaged"]), dataset, folder)
-        pairs = zip(*map(losses, folders), strict=True)
-        yield at_most("compiled run: largest difference of the losses", max(abs(a - b) for a, b in pairs), 1e-3)
+        eager, whole, stopped = (Path(scratch, name) for name in ("eager", "whole", "stopped"))
+        config = run_config(setup, dataset, compile=True, **RUNS["recipe best, averaged"])
+        _train(replace(config, compile=False), dataset, eager)
+        _train(config, dataset, whole)
+        with contextlib.suppress(RunStoppedError):
+            _train(config, dataset, stopped, StopAt(STEPS // 2))
+        _train(config, dataset, stopped, resuming=True)
+        for name, folder in (("compiled run", whole), ("compiled run, resumed", stopped)):
+            pairs = zip(losses(eager), losses(folder), strict=True)
+            yield at_most(f"{name}: largest difference of the losses", max(abs(a - b) for a, b in pairs), 1e-3)
 
 
 def on_cpu(setup: Setup) -> Iterator[Check]:

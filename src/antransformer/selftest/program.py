@@ -11,8 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from antransformer.benchmarks.timing import describe_error, installed_versions, machine_info
-from antransformer.errors import ConfigError
+from antransformer.errors import ConfigError, MachineError
 from antransformer.files import read_json, replace_text
 from antransformer.results.folder import require_own_folder
 from antransformer.selftest import PARTS, checkpoints, kernels, models, processes, speed, training
@@ -21,7 +23,7 @@ from antransformer.training.device import release_memory
 
 RESULTS, REPORT = "results.json", "report.md"
 ERRORS = "errors.txt"
-MINUTES = 9  # of a part, at most
+MINUTES = 9  # of the part ``training``; a call with less time left starts no part
 
 
 # Functions of each part.
@@ -83,6 +85,7 @@ def run(
 
     Raises:
         ConfigError: the folder has results of another machine or torch.
+        MachineError: the device fails after a part; its result is kept.
     """
     started = time.monotonic()
     results = load(setup)
@@ -100,7 +103,24 @@ def run(
             results[part] = result
             pending.remove(part)
             save(setup, results)
+        clear_device(setup, part)
     return results
+
+
+def clear_device(setup: Setup, part: str) -> None:
+    """Release the memory of a part.
+
+    Raises:
+        MachineError: the device fails. After an illegal access every later call of the process would fail too.
+    """
+    try:
+        release_memory(setup.device)
+        if setup.device.type != "cpu":
+            torch.accelerator.synchronize(setup.device)
+    except RuntimeError as error:
+        raise MachineError(
+            f"the device fails after {part} ({describe_error(error)}); the same command continues with the other parts"
+        ) from error
 
 
 def run_part(setup: Setup, name: str) -> Result:
@@ -120,7 +140,6 @@ def run_part(setup: Setup, name: str) -> Result:
                 traceback.print_exc(file=file)
             checks.append(Check(function.__name__, describe_error(error), "no error", False))
             setup.log(f"  {function.__name__}: {checks[-1].figure} FAIL")
-    release_memory(setup.device)
     return Result(name, time.monotonic() - started, tuple(checks), finished)
 
 

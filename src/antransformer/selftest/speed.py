@@ -23,6 +23,8 @@ from antransformer.selftest.checks import Check, Setup, triton_kernels
 from antransformer.training import float8
 from antransformer.training.cost_model.memory import Layout, estimate_memory
 from antransformer.training.cost_model.throughput import peak_flops
+from antransformer.training.defaults import parameter_count
+from antransformer.training.resources import free_memory
 
 OURS = ("gpt+", "ngpt", "angpt")
 PEERS = ("gpt+", "angpt", "qwen3", "x-transformers", "ngpt-pytorch")
@@ -30,6 +32,7 @@ BATCHES = {"125m": 16, "0.5b": 8}
 MFU = {"125m": 0.35, "0.5b": 0.5}
 STEP_RATIO = 1.0  # time of anGPT's step over that of GPT+; the paper measures 1.0275
 FP8_SPEEDUP = 1.15
+STATE_BYTES = 12  # of a parameter: itself and two moments in float32
 MEMORY_RANGE = (0.7, 1.2)  # measured over modelled, which does not count what the compiler computes again
 
 
@@ -117,7 +120,8 @@ def _steps(setup: Setup, preset: str) -> Iterator[Check]:
     for row in bench_step(settings, setup.log).rows:
         name = f"{preset} {row.task['mode']}, {row.variant}"
         if row.problem:
-            yield Check(name, f"failed: {row.problem}", "no error", False)
+            fits = not row.problem.startswith(torch.OutOfMemoryError.__name__)
+            yield Check(name, f"failed: {row.problem}", *(("no error", False) if fits else ()))
             continue
         slowdown = 1 / _relative(row)
         compiled = row.task["mode"] == "compiled"
@@ -146,10 +150,24 @@ def _step_settings(setup: Setup, preset: str, variants: Sequence[str], **options
     return replace(
         StepSettings(model=setup.model(preset), device=setup.device, dtype=_dtype(setup)),
         variants=tuple(variants),
-        batch=2 if setup.miniature else BATCHES[preset],
+        batch=2 if setup.miniature else _batch(setup, preset),
         rounds=_rounds(setup),
         **options,  # type: ignore[arg-type]
     )
+
+
+def _batch(setup: Setup, preset: str) -> int:
+    """Batch of the preset, halved until its steps should fit into the free memory."""
+    model, batch = setup.model(preset), BATCHES[preset]
+    others = STATE_BYTES * parameter_count(model) * (len(OURS) - 1)  # all variants stay on the device
+    while batch > 1:
+        step = estimate_memory(model, Layout(micro_batch_size=batch), torch.bfloat16).total
+        if MEMORY_RANGE[1] * step + others <= free_memory(setup.device):
+            break
+        batch //= 2
+    if batch < BATCHES[preset]:
+        setup.log(f"  {preset}: batch {batch} instead of {BATCHES[preset]}, which would not fit into the free memory")
+    return batch
 
 
 def _ratio(setup: Setup, setups: dict[str, TrainingSetup], preset: str, model: ModelConfig | None = None) -> float:

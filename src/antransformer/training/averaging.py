@@ -48,6 +48,12 @@ class WeightAverage:
         get_ema_multi_avg_fn(1 - step_weight)(averaged, current, self.updates)
         project_(self.strict_bounds)
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """State of the model with its averaged weights, of tied weights too; buffers are the model's own."""
+        averaged = {id(parameter): self.weights[name] for name, parameter in self.parameters.items()}
+        named = self.model.named_parameters(remove_duplicate=False)
+        return {**self.model.state_dict(), **{name: averaged[id(parameter)] for name, parameter in named}}
+
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
         """While entered, the model has the averaged weights."""

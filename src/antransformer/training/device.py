@@ -4,6 +4,7 @@ import contextlib
 import gc
 import os
 import platform
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 
 from antransformer.errors import ConfigError
 from antransformer.training.config import TrainConfig
+from antransformer.training.resources import available_cores
 from antransformer.wording import counted
 
 
@@ -20,7 +22,8 @@ def choose_device(name: str, local_rank: int = 0, local_size: int = 1) -> torch.
     """Device of this process. ``auto`` prefers CUDA, then Apple's MPS, then the CPU.
 
     A CUDA device without a number gets the number of the local rank, and becomes the current device. The number of
-    torch's CPU threads is limited to ``OMP_THREAD_LIMIT``.
+    torch's CPU threads is limited to ``OMP_THREAD_LIMIT``. Unless ``OMP_NUM_THREADS`` is set, it is also limited to
+    the CPU time that a container allows.
 
     Args:
         name: value of ``--device``.
@@ -48,7 +51,8 @@ def choose_device(name: str, local_rank: int = 0, local_size: int = 1) -> torch.
         if device.type == "cpu" and device.index:
             raise ValueError("there is one CPU device")  # torch accepts any number
     except (RuntimeError, AssertionError, ValueError) as error:
-        raise ConfigError(f"device {name!r} is not available here: use auto or cpu") from error
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ConfigError(f"device {name!r} is not available here ({reason}): use another device or cpu") from error
     if device.type == "cuda":
         torch.cuda.set_device(device)  # Triton starts kernels on the current device, wherever their tensors are
     return device
@@ -57,9 +61,12 @@ def choose_device(name: str, local_rank: int = 0, local_size: int = 1) -> torch.
 def _apply_thread_limit() -> None:
     # With more threads than OMP_THREAD_LIMIT lets start, oneDNN leaves part of its work undone. A bfloat16 product on
     # a CPU, as in each step of Muon, is then silently wrong (torch 2.13).
-    limit = os.environ.get("OMP_THREAD_LIMIT", "")
-    if limit.isdecimal() and 0 < int(limit) < torch.get_num_threads():
-        torch.set_num_threads(int(limit))
+    text = os.environ.get("OMP_THREAD_LIMIT", "")
+    limit = int(text) if text.isdecimal() and int(text) else sys.maxsize
+    if "OMP_NUM_THREADS" not in os.environ:
+        limit = min(limit, available_cores())
+    if limit < torch.get_num_threads():
+        torch.set_num_threads(limit)
 
 
 def resolve_auto(config: TrainConfig, device: str) -> TrainConfig:
@@ -88,9 +95,13 @@ def multiplies_bfloat16(device_type: str) -> bool:
     """
     if device_type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.12
-    names = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
-    return device_type == "cpu" and any(capabilities.get(name) for name in names)
+    if device_type != "cpu":
+        return False
+    if not hasattr(torch.cpu, "get_capabilities"):  # torch 2.11 and older
+        private = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return any(getattr(torch.cpu, name, bool)() for name in private)
+    capabilities: Mapping[str, Any] = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
@@ -125,7 +136,8 @@ def release_memory(device: torch.device) -> None:
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether the error means that a device or the CPU has no memory left."""
     # On a CPU torch raises a plain RuntimeError with this text.
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+    texts = ("allocate memory", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> contextlib.AbstractContextManager[object]:

@@ -42,7 +42,7 @@ def seconds_per_token(config: TrainConfig, dataset: Dataset) -> float:
         batch = min(batch, max(1, tokens // config.model.context) * config.model.context)
     trainer = dry_run_trainer(replace(config, batch_tokens=Count(batch)), dataset)
     seconds = []
-    with ThreadWatch(trainer.device, trainer.reporter.log, INTERVAL) as watch:
+    with ThreadWatch(trainer.device, trainer.reporter.log, INTERVAL, config.compile is True) as watch:
         for step in range(1, STEPS + 2):
             started = time.perf_counter()
             trainer.update(step)

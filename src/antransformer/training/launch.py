@@ -22,7 +22,7 @@ from antransformer.training.config import TrainConfig, resolve_config, round_to_
 from antransformer.training.data import epochs_note
 from antransformer.training.device import choose_device, resolve_auto
 from antransformer.training.distributed.launcher import job_number
-from antransformer.training.distributed.parallel import DistributedContext, init_distributed
+from antransformer.training.distributed.parallel import SINGLE_PROCESS, DistributedContext, init_distributed
 from antransformer.training.learning_rates import format_rates
 from antransformer.training.micro_batch import fit_micro_batch
 from antransformer.training.profiling import FIRST, LAST, profile_steps
@@ -91,7 +91,7 @@ def train(
                     held.enter_context(lock(folder))
                 dataset, saved, folder = _resumed_run(settings, folder, open_verified, rewarm)
             else:
-                dataset, saved, folder = new_run(settings, folder, open_verified)
+                dataset, saved, folder = new_run(settings, folder, open_verified, dist_ctx)
             if dist_ctx.rank == 0:
                 check_trackers(saved)
         # Chosen by one rank: another process may create the default folder between two looks at it.
@@ -110,7 +110,8 @@ def train(
                 if dist_ctx.rank == 0 and not resume:
                     held.enter_context(lock(folder))
                     run_folder.create_run_folder(folder, config, dataset)
-                if dist_ctx.rank == 0 and config is not saved:
+                # Changed settings are kept for the next --resume. A config without changes stays as it was written.
+                if dist_ctx.rank == 0 and resume and config != run_folder.saved_config(folder):
                     run_folder.save_config(folder, config)
             if config is not saved:
                 reporter.log(extension.describe(config, trainer.done))
@@ -127,12 +128,16 @@ def _open(open_data: OpenData, verify: bool, name: str) -> Dataset:
 
 
 def new_run(
-    settings: dict[str, Any], folder: Path | None, open_data: Callable[[str], Dataset]
+    settings: dict[str, Any],
+    folder: Path | None,
+    open_data: Callable[[str], Dataset],
+    dist_ctx: DistributedContext = SINGLE_PROCESS,
 ) -> tuple[Dataset, TrainConfig, Path]:
     """Data, complete settings and folder of a new run; raises the errors of ``train``."""
     # Checked before the data is prepared or verified: a misspelt setting should not cost a minute.
     planned = resolve_config(settings, vocab_size=PAPER_VOCABULARY)
-    choose_device(planned.device)
+    # With the local rank, since every rank would otherwise open a context on the first GPU.
+    choose_device(planned.device, dist_ctx.local_rank, dist_ctx.local_world_size)
     if folder is not None:
         run_folder.require_empty(folder)
     dataset = open_mixture(planned.data, planned.data_from, open_data)

@@ -89,7 +89,7 @@ class MetricsLog:
     Args:
         folder: run folder.
         after: number of completed steps. Lines of later steps are removed, since a resumed run writes them again. If it
-            is 0, earlier lines are kept in a file whose name ends in ``.old``.
+            is 0, earlier lines are kept in a file whose name ends in ``.old``, unless that has more lines.
         name: name of the file.
         trackers: receive every line too.
     """
@@ -98,8 +98,9 @@ class MetricsLog:
         self.path = folder / name
         earlier = read_lines(self.path)
         lines = [line for line in earlier if line["step"] <= after]
-        if earlier and not after:  # the checkpoints may be missing by mistake
-            self.path.replace(self.path.with_name(f"{name}.old"))
+        old = self.path.with_name(f"{name}.old")
+        if not after and len(earlier) > len(read_lines(old)):  # the checkpoints may be missing by mistake
+            self.path.replace(old)
         replace_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
         self._trackers = trackers
 

@@ -11,7 +11,7 @@ from antransformer.training.cost_model.memory import FLOAT32_BYTES, Layout, esti
 from antransformer.training.defaults import micro_batch_size, parameter_count
 from antransformer.training.device import choose_device, choose_precision
 from antransformer.training.distributed.parallel import SINGLE_PROCESS, DistributedContext, check_divisibility
-from antransformer.training.free_memory import free_memory
+from antransformer.training.resources import free_memory
 
 USABLE_MEMORY = 0.8  # fraction of the free memory; allocators keep freed blocks (docs/planning.md)
 

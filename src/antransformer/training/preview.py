@@ -15,9 +15,9 @@ from antransformer.training.config import TrainConfig, to_mapping
 from antransformer.training.data import epochs_note
 from antransformer.training.device import choose_device
 from antransformer.training.dry_run import STEPS, seconds_per_token
-from antransformer.training.free_memory import free_memory
 from antransformer.training.micro_batch import fitting_micro_batch, step_memory
 from antransformer.training.recipes import RECIPES
+from antransformer.training.resources import free_memory
 
 LAWS = ("batch_tokens", "lr", "tokens")  # settings that the paper's laws give from 32m upwards
 DEVICE = ("precision", "compile", "micro_batch_size")  # settings that the device decides

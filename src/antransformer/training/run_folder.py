@@ -57,8 +57,9 @@ def require_empty(folder: Path, resumable: bool = True) -> None:
     if not folder.exists():
         return
     # Files of a run that was killed while creating its folder, or is still creating it. The config is written last.
-    partial = {f"{name}.partial" for name in (TOKENIZER_FILE, CONFIG_FILE, HOLDER_FILE)}
-    unfinished = {CHECKPOINTS, TOKENIZER_FILE, "tokenizer_config.json", LOCK_FILE, HOLDER_FILE} | partial
+    tokenizer_files = (TOKENIZER_FILE, "tokenizer_config.json")
+    partial = {f"{name}.partial" for name in (*tokenizer_files, CONFIG_FILE, HOLDER_FILE)}
+    unfinished = {CHECKPOINTS, *tokenizer_files, LOCK_FILE, HOLDER_FILE} | partial
     if {path.name for path in folder.iterdir()} - unfinished or any((folder / CHECKPOINTS).glob("*")):
         resume = ", or continue the run in it with --resume (resume=True)" if resumable else ""
         raise ConfigError(f"{folder} is not empty: choose another --out{resume}")
@@ -135,6 +136,10 @@ def resumed_config(folder: Path, changes: Mapping[str, Any]) -> TrainConfig:
         changes["init"] = absolute(changes["init"])
     if "batch_tokens" in changes:  # rounded as when the run started
         changes["batch_tokens"] = round_to_sequences(changes["batch_tokens"], complete.model.context)
+    if changes.get("precision") == "auto":  # recorded as what it was when the run started
+        del changes["precision"]
+    if not complete.lr_horizon:  # recorded as 0, since it has no effect
+        changes.pop("horizon_exponent", None)
     fixed = {
         key: (before.get(key), value) for key, value in changes.items() if key not in (*MUTABLE_ON_RESUME, "model")
     }

@@ -6,7 +6,8 @@ from torch import Tensor
 from antransformer.data import Dataset
 from antransformer.inference.folding import folded_where_possible
 from antransformer.inference.sampling import generate
-from antransformer.models import Decoder, build
+from antransformer.models import Decoder
+from antransformer.models.factory import build_to_load
 from antransformer.training.averaging import WeightAverage
 from antransformer.training.distributed.parallel import full_tensor
 
@@ -31,13 +32,11 @@ def samples(model: Decoder, average: WeightAverage | None, dataset: Dataset, is_
         dataset: data with the tokenizer and the prompts.
         is_writer: whether this rank generates; the others return an empty list.
     """
-    weights: dict[str, Tensor] = dict(model.state_dict()) if average is None else average.weights
+    weights: dict[str, Tensor] = dict((model if average is None else average).state_dict())
     # A model without the wrappers for training (sharding, FP8, compilation, recomputation), and without its gradients.
     plain = None
     if is_writer:
-        with torch.device("meta"):
-            plain = build(model.config)
-        plain = plain.to_empty(device=next(model.parameters()).device).eval()
+        plain = build_to_load(model.config, next(model.parameters()).device).eval()
     target = {} if plain is None else plain.state_dict()
     for name, value in weights.items():
         full = full_tensor(value)
@@ -49,7 +48,7 @@ def samples(model: Decoder, average: WeightAverage | None, dataset: Dataset, is_
     steps = generate(
         folded_where_possible(plain),
         starts,
-        max_new_tokens=min(NEW_TOKENS, model.config.context // 2),
+        max_new_tokens=min(NEW_TOKENS, max(1, model.config.context // 2)),
         temperature=TEMPERATURE,
         vocab_size=dataset.vocab_size,
         stop=[dataset.end_of_text],

@@ -4,8 +4,8 @@ The threads of a matrix product wait for each other without releasing their core
 of the cores, the product waits for the thread that does not run, and training slows down to a small fraction. With a
 thread less it keeps most of its speed (docs/speed.md).
 
-A number that the user chose (``OMP_NUM_THREADS``) is kept. So is every number where /proc/stat does not exist, which is
-everywhere but on Linux.
+A number that the user chose (``OMP_NUM_THREADS``) is kept, and a compiled model keeps its number. Where /proc/stat does
+not exist, which is everywhere but on Linux, no number changes.
 """
 
 import os
@@ -18,6 +18,7 @@ import torch
 
 INTERVAL = 2.0  # seconds between two readings
 MARGIN = 0.5  # cores that others may use beyond the free ones before a thread is taken away
+STATISTICS = Path("/proc/stat")
 CLOCK = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 
 
@@ -38,11 +39,15 @@ class ThreadWatch:
         device: device of the run; nothing is done unless it is a CPU.
         log: receives a message whenever the number of threads changes.
         interval: smallest number of seconds between two readings.
+        compiled: whether the model is compiled. torch would compile it again for every other number of threads, so
+            the number stays.
     """
 
-    def __init__(self, device: torch.device, log: Callable[[str], None], interval: float = INTERVAL) -> None:
+    def __init__(
+        self, device: torch.device, log: Callable[[str], None], interval: float = INTERVAL, compiled: bool = False
+    ) -> None:
         self.most, self.log, self.interval = torch.get_num_threads(), log, interval
-        enabled = device.type == "cpu" and self.most > 1 and "OMP_NUM_THREADS" not in os.environ
+        enabled = device.type == "cpu" and self.most > 1 and not compiled and "OMP_NUM_THREADS" not in os.environ
         self.last = read() if enabled else None
         self.others = 0.0  # cores that other processes used in the previous interval
 
@@ -73,16 +78,18 @@ class ThreadWatch:
 
     def threads_for(self, others: float) -> int:
         """Number of threads for a machine on which others use this number of cores."""
-        free = (os.cpu_count() or 1) - others
+        free = len(os.sched_getaffinity(0)) - others  # where this does not exist, read() returns None
         return max(1, min(self.most, int(free + MARGIN)))
 
 
 def read() -> Reading | None:
     """Current reading; None where the system does not tell."""
     try:
-        line = Path("/proc/stat").read_text(encoding="ascii").partition("\n")[0]
-        user, nice, system, _, _, irq, soft_irq, steal = map(int, line.split()[1:9])
-    except (OSError, ValueError):
+        names = {f"cpu{number}" for number in os.sched_getaffinity(0)}  # work on other cores does not matter
+        lines = [line.split() for line in STATISTICS.read_text(encoding="ascii").splitlines()]
+        cores = [map(int, words[1:9]) for words in lines if words and words[0] in names]
+        user, nice, system, _, _, irq, soft_irq, steal = map(sum, zip(*cores, strict=True))
+    except (OSError, ValueError, AttributeError):  # not Linux
         return None
     own_is_nice = os.nice(0) > 0
     used = user + system + irq + soft_irq + steal + (nice if own_is_nice else 0)  # others with less priority give way

@@ -153,7 +153,7 @@ class Trainer:
             self._start_from(Path(config.init))
         self.average = WeightAverage(self.model, config.ema * config.steps) if config.ema else None
         if self.average is not None and saved is not None:
-            checkpoint.load_weights(saved, "average", self.average.weights)
+            checkpoint.load_weights(saved, "average", self.average.state_dict())
             self.average.updates = self.done - self.skipped
         self.peak = throughput.peak_flops(self.device, self.precision)
         self.flops_per_step = throughput.flops_per_token(config.model) * config.batch_tokens / dist_ctx.world_size
@@ -228,11 +228,11 @@ class Trainer:
         pending: list[tuple[Tensor, Tensor]] = []  # kept on the device, since reading them waits for it
         started, first = time.perf_counter(), self.done
         line: MetricsLine | None = None
-        announcement = None if self.dist_ctx.rank else "finishing the step and saving; repeat to stop at once"
+        announcement = None if self.dist_ctx.rank else "finishing the step and saving; Ctrl-C to stop at once"
         signals = StopSignals(announcement)
         self.reporter.step(self.done)
         try:
-            watch = ThreadWatch(self.device, self.reporter.log)
+            watch = ThreadWatch(self.device, self.reporter.log, compiled=self.config.compile is True)
             with signals, watch, profiler or contextlib.nullcontext(), self.writer:
                 while self.done < config.steps:
                     pending += self.update(self.done + 1)
@@ -274,6 +274,8 @@ class Trainer:
         saved = max(checkpoint.step_folders(self.folder / CHECKPOINTS), key=checkpoint.step_of, default=None)
         if saved is None:
             outcome = "no checkpoint was written, and there is no earlier one"
+        elif checkpoint.step_of(saved) == self.done:
+            outcome = f"checkpoint saved to {saved}; {self._advice()}"
         else:
             outcome = f"no checkpoint of step {self.done} was written; the newest is {saved}; {self._advice()}"
         return RunStoppedError(f"stopped at once by a second {received.name}: {outcome}", received)
@@ -368,7 +370,7 @@ class Trainer:
         if not self.dist_ctx.all_reduce_max(not finite):
             return False
         allowed = self.config.max_skipped_steps
-        if self.skipped == allowed:
+        if self.skipped >= allowed:
             raise self._not_finite(f"NaN or Inf loss or gradient at step {step}, after {allowed} skipped steps")
         self.skipped += 1
         self.reporter.log(f"skipped step {step}: NaN or Inf loss or gradient ({self.skipped} of {allowed})")
@@ -465,7 +467,7 @@ class Trainer:
             "settings": self._fixed_settings(),
             "torch": torch.__version__,
         }
-        average = None if self.average is None else self.average.weights
+        average = None if self.average is None else self.average.state_dict()
         return self.writer.save(self.done, self.model, self.optimizer, extra, average)
 
     def _result(self, line: MetricsLine | None) -> Result:

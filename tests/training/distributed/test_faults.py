@@ -224,9 +224,9 @@ def test_a_job_with_restarts_needs_out(corpus, monkeypatch, capsys):
 
 
 def test_the_same_command_starts_and_resumes_a_run(corpus, tmp_path, monkeypatch, capsys):
-    """The settings include a number that is rounded."""
+    """The settings include a number that is rounded, and two that are recorded as other values."""
     command = ["train", "--data", str(corpus), "--out", str(tmp_path / "run"), *SMALL_OPTIONS, "--batch-tokens=250"]
-    command += ["--tokens=1K", "--eval-tokens=1K"]
+    command += ["--tokens=1K", "--eval-tokens=1K", "--precision=auto", "--horizon-exponent=0.3"]
     assert main(command) == 0
     assert main(command) == 2  # the folder is not empty
     lines = read_metrics(tmp_path / "run/metrics.jsonl")

@@ -32,6 +32,7 @@ from antransformer.errors import CheckpointError, NewerCheckpointError, WriteErr
 from antransformer.files import flush, read_json
 from antransformer.models import Decoder, ModelConfig, build
 from antransformer.models.config import OPTION_NAMES
+from antransformer.models.factory import build_to_load
 from antransformer.renamed import upgrade_model, upgrade_settings
 from antransformer.training.checkpointing.sharded_safetensors import LocalShards, TensorFiles, sha256
 from antransformer.training.distributed.parallel import SINGLE_PROCESS, DistributedContext
@@ -127,7 +128,7 @@ class CheckpointWriter:
             model: model in training.
             optimizer: its optimizer.
             extra: other state of the run, as JSON data.
-            average: averaged weights by parameter name, which inference will use instead of the model's.
+            average: state of the model with averaged weights, which inference will use instead of the model's.
 
         Raises:
             WriteError: the previous checkpoint could not be written.
@@ -409,7 +410,7 @@ def restore(checkpoint: Checkpoint, device: torch.device) -> Decoder:
         model = build(checkpoint.model)
     weights = checkpoint.tensors(checkpoint.inference_kind)
     require_shapes(weights, model.state_dict(), checkpoint.path)  # before allocating the sizes that the config claims
-    model.to_empty(device=device)
+    model = build_to_load(checkpoint.model, device)
     weights.read_into(model.state_dict())
     return model.eval()
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from antransformer.errors import ConfigError, RankFailedError
+from antransformer.training.resources import available_cores
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # set by torch's agent for each rank
 QUIET = "ANTRANSFORMER_QUIET_RANKS"  # set here: the ranks leave messages to this process
@@ -36,8 +37,7 @@ def launch(words: Sequence[str], processes: int) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // processes)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
     os.environ[QUIET] = "1"
     with TemporaryDirectory() as folder, _signal_handlers_restored():

@@ -32,6 +32,7 @@ from torch.utils.checkpoint import checkpoint
 
 from antransformer.errors import ConfigError, MachineError
 from antransformer.models import Decoder, build
+from antransformer.models.factory import can_skip_constructor
 from antransformer.training import float8
 from antransformer.training.config import TrainConfig
 from antransformer.training.distributed.launcher import job_number
@@ -203,8 +204,10 @@ def make_model(
             (``float8.convert``).
     """
     check_divisibility(config, dist_ctx)
-    # On the meta device no rank allocates the full model; each initializes only its shards.
-    with contextlib.nullcontext() if dist_ctx.world_size == 1 else torch.device("meta"):
+    # On the meta device no rank allocates the full model; each initializes only its shards. The state of classes of
+    # other packages comes from their constructor, with the same seed on every rank.
+    on_meta = dist_ctx.world_size > 1 and can_skip_constructor(config.model)
+    with torch.device("meta") if on_meta else contextlib.nullcontext():
         model = build(config.model)
     if config.precision == "fp8":
         float8.convert(model, device)
@@ -223,6 +226,8 @@ def make_model(
         for block in model.blocks:  # one by one: equal blocks share one compiled graph
             block.compile()
     apply_fsdp(model, mesh["replicate", "shard"], precision)
+    if not on_meta:
+        return model.to(device)
     model.to_empty(device=device)
     with ReplicatedInitMode():
         model.reset_parameters()
