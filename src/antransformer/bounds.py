@@ -10,7 +10,6 @@ but does not print the projection. Strict bounds are those of nGPT (arXiv:2410.0
 ``normalize_(model)`` gives bounded rows to a model of plain torch modules.
 """
 
-import inspect
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -79,7 +78,8 @@ def collect_bounds(module: nn.Module) -> list[Bound]:
 
 def declares_bounds(module: nn.Module) -> bool:
     """Whether a module has a method ``bounds``; an attribute or a submodule of this name is something else."""
-    return inspect.ismethod(getattr(module, "bounds", None))
+    declared = getattr(module, "bounds", None)
+    return callable(declared) and not isinstance(declared, nn.Module)
 
 
 def norms(bound: Bound) -> Tensor:

@@ -97,6 +97,10 @@ def preview(*, config: str | Path | None = None, progress: bool = False, **setti
     return preview_run(complete, dataset, options, file, None if config is None else str(config), log)
 
 
+# Settings that every config of a run has, and hardly any other file.
+OF_A_RUN = {"tokens", "batch_tokens", "micro_batch_size", "lr", "seed", "eval_every", "checkpoint_every", "device"}
+
+
 @checked
 def prepare_part(
     inputs: Inputs,
@@ -214,6 +218,6 @@ def _file_settings(config: str, options: Mapping[str, Any]) -> dict[str, Any]:
     saved, recipe = file.get("recipe"), options.get("recipe")
     if saved and recipe in RECIPES and recipe != saved and RECIPES[recipe].keys() <= file.keys():
         raise ConfigError(f"{config} has all values of recipe {saved}: omit recipe {recipe}, or the file")
-    if "tokens" in file and "vocab_size" in file.get("model", {}):  # the complete config of a run, maybe an older one
-        return {**LEGACY_DEFAULTS, **file}
+    if file.keys() >= OF_A_RUN and "vocab_size" in file.get("model", {}):
+        return {**LEGACY_DEFAULTS, **file}  # a run of an older release lacks newer settings
     return file

@@ -115,7 +115,6 @@ def show_preview(parsed: argparse.Namespace) -> None:
     Raises:
         ConfigError: the run would be resumed, or is one of several processes.
     """
-
     from antransformer.api.training import preview
 
     if parsed.resume or parsed.rewarm or parsed.profile or parsed.processes or "RANK" in os.environ:
