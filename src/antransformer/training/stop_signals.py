@@ -12,8 +12,6 @@ import threading
 from types import FrameType
 
 SIGNALS = [signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-
-
 FORWARDED = "ANTRANSFORMER_FORWARDED_SIGNALS"  # environment variable: a parent process forwards its signals
 
 
