@@ -125,8 +125,8 @@ def test_two_processes_equal_one(two_process_runs, single_run, name):
     check_equal(two_process_runs / name, single_run(name), 1e-4)
     expected = weights(single_run(name))
     for key, value in weights(two_process_runs / name).items():
-        # Adam divides by the size of the gradient, so rounding moves a coordinate with a gradient near 0 further.
-        torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=3e-4)
+        # Adam divides by the size of the gradient, so rounding may move single coordinates with a gradient near 0 far.
+        assert (value - expected[key]).norm() <= 1e-3 * expected[key].norm(), key
 
 
 @pytest.mark.parametrize("name", ["averaged-ddp", "averaged-fsdp", "averaged-tensor"])

@@ -17,7 +17,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from antransformer.errors import ConfigError, RankFailedError
-from antransformer.training.resources import available_cores
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # set by torch's agent for each rank
 QUIET = "ANTRANSFORMER_QUIET_RANKS"  # set here: the ranks leave messages to this process
@@ -36,6 +35,8 @@ def launch(words: Sequence[str], processes: int) -> None:
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    from antransformer.training.resources import available_cores
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // processes)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
