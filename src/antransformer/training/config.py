@@ -399,15 +399,15 @@ def _resolve_rates(values: Mapping[str, Any], model: ModelConfig) -> dict[str, A
     """Learning rates that the user left out, and the horizon of all.
 
     A given rate is exact, so it switches the default horizon off, and the other rates take their scaled defaults. The
-    optimizer's own rate keeps its default ratio to a given ``lr``.
+    optimizer's own rate keeps its default ratio to a given ``lr``, and falls with the others from a given horizon on.
     """
     optimizer = OPTIMIZERS[values["optimizer"]]
     own = optimizer.lr_setting
     given = {"lr", "embed_lr", "head_lr", "vector_lr", own} & values.keys()
+    steps = max(1, values["tokens"] // values["batch_tokens"])
     horizon, exponent, factor = values.get("lr_horizon", 0), values.get("horizon_exponent", 0.0), 1.0
     if not {"lr_horizon", "horizon_exponent"} <= values.keys():  # a saved config has both, and needs no default
         exponent = values.get("horizon_exponent", defaults.horizon_exponent(model, optimizer))
-        steps = max(1, values["tokens"] // values["batch_tokens"])
         if "lr_horizon" not in values and 0 < (reference := defaults.lr_horizon(model)) < steps:
             horizon = 0 if given else reference
             factor = defaults.horizon_factor(reference, steps, exponent) if given else 1.0
@@ -420,8 +420,6 @@ def _resolve_rates(values: Mapping[str, Any], model: ModelConfig) -> dict[str, A
     if own and own not in values:
         own_factor = values["lr"] / defaults.learning_rate(model) if "lr" in values else factor
         if values.get("lr_horizon") != 0:
-            steps = values["tokens"] // values["batch_tokens"]
-            # A given horizon lowers the rate from there on, as those of all other parameters.
             own_factor *= defaults.optimizer_lr_factor(model, min(steps, values.get("lr_horizon", steps)), exponent)
         rates[own] = _scaled(defaults.optimizer_lr(model, optimizer), own_factor)
     if "lr" not in values:
