@@ -249,6 +249,8 @@ def test_a_run_without_any_of_the_newer_settings_resumes(corpus, tmp_path):
     file.write_text(yaml.safe_dump(config))
     trainer, _ = resume(corpus, tmp_path / "run")
     assert trainer.done == 5 and {name: getattr(trainer.config, name) for name in old} == old
+    with pytest.raises(ConfigError, match="paper"):
+        antransformer.train(config=file, recipe="best", out=tmp_path / "other")
     repeated = antransformer.train(config=file, out=tmp_path / "repeated")
     assert {name: getattr(saved_config(tmp_path / "repeated"), name) for name in old} == old
     assert weights(tmp_path / "repeated", 5) == weights(tmp_path / "run", 5) and repeated.result.checkpoint

@@ -215,9 +215,9 @@ def _file_settings(config: str, options: Mapping[str, Any]) -> dict[str, Any]:
             value of its own recipe would stay.
     """
     file = normalize_settings(config_files.read_config(config), config)
+    if file.keys() >= OF_A_RUN and "vocab_size" in file.get("model", {}):
+        file = {**LEGACY_DEFAULTS, **file}  # a run of an older release lacks newer settings
     saved, recipe = file.get("recipe"), options.get("recipe")
     if saved and recipe in RECIPES and recipe != saved and RECIPES[recipe].keys() <= file.keys():
         raise ConfigError(f"{config} has all values of recipe {saved}: omit recipe {recipe}, or the file")
-    if file.keys() >= OF_A_RUN and "vocab_size" in file.get("model", {}):
-        return {**LEGACY_DEFAULTS, **file}  # a run of an older release lacks newer settings
     return file
