@@ -37,8 +37,9 @@ def compiled_loss(
 ) -> Loss:
     """Return the compiled loss of a model, or its own loss, with a message to ``log``, if the compiler fails.
 
-    The compiler runs at the first call, so this computes the loss and the gradients of one micro-batch. Blocks that
-    are compiled already (``distributed.parallel.make_model``) are not compiled again.
+    The compiler runs at the first call, so this computes the loss and the gradients of one micro-batch, and then the
+    loss as a validation does. Blocks that are compiled already (``distributed.parallel.make_model``) are not compiled
+    again.
 
     Args:
         model: model on the device.
@@ -59,6 +60,8 @@ def compiled_loss(
         with autocast(device, precision):
             value = loss(tokens, tokens)
         value.backward()
+        with torch.no_grad(), autocast(device, precision):  # without gradients the compiler makes another graph
+            loss(tokens, tokens)
     except Exception as error:
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
             raise
@@ -67,6 +70,6 @@ def compiled_loss(
         loss = model.loss
         for block in model.blocks:
             block._compiled_call_impl = None
-        reshard(model)  # an error in the middle of a pass leaves weights gathered
+    reshard(model)  # FSDP may still hold gathered weights, whose gradients zero_grad would clear instead
     model.zero_grad()
     return loss
