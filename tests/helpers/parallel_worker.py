@@ -41,7 +41,7 @@ from helpers.messages import mentions
 from helpers.small import SMALL, Notes, Watch, local
 from helpers.trainers import lines_as_documents
 
-STEPS, SAVED, FAILURE = 8, 4, 3  # steps of a run, step of its first checkpoint, and step of a failure
+STEPS, SAVED, FAILURE = 6, 3, 2  # steps of a run, step of its first checkpoint, and step of a failure
 ARCHITECTURES = ("angpt", "gpt+", "ngpt")
 TENSOR_PARALLEL = ("angpt", "gpt+")
 CASES = {

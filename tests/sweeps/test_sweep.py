@@ -244,7 +244,7 @@ def test_activation_sizes_at_another_rate_are_not_added_to_those_of_the_folder()
 def test_the_best_rate_of_the_smallest_size_at_the_edge_has_a_regret(corpus):
     """The best rate is exp(log(rate)), which may differ from the rate in its last digit."""
     for rate in (1e-3, 2e-3, 3e-3, 7e-3):
-        rows = sweeper(corpus, loss=lambda config: config.lr, lrs=[rate, 1.5 * rate], widths=WIDTHS).run()
+        rows = run_sweep(corpus, loss=lambda config: config.lr, lrs=[rate, 1.5 * rate], widths=WIDTHS)
         (budget,) = token_budgets(replace(rows, coord_check=()))
         assert regret(budget, "angpt", budget.optima("angpt")[-1]) == pytest.approx(0, abs=1e-9)
 
