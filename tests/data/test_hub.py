@@ -75,6 +75,11 @@ def test_prepare_streams_a_dataset(tables: Path, lines: Path, tmp_path: Path) ->
     assert default.split("val").documents == 2
 
 
+def test_a_malformed_address_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prepare", "hf://[x", "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("query", "fact"),
     [("?split=dev", "dev"), ("?name=other", "other"), ("?field=body", "'body'")],
@@ -87,7 +92,17 @@ def test_wrong_parameters_are_one_line(
     assert message.count("\n") == 1 and fact in message and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("url", ["hf://", "hf://a/b?spilt=train", "hf://a/b?split="])
+def test_the_same_records_twice_are_refused(tables: Path, tmp_path: Path) -> None:
+    url, other = f"hf://{tables}", f"hf://{tables}?split=train&field=text"
+    for arguments in (([url, other], tmp_path / "out"), ([url], tmp_path / "out", "--val-inputs", other)):
+        inputs, out, *words = arguments
+        assert main(["prepare", *inputs, "--out", str(out), *words]) == 2
+        with pytest.raises(DataError) as error:
+            prepare(inputs, out, val_inputs=words[1:])
+        assert other in str(error.value) and not out.exists()
+
+
+@pytest.mark.parametrize("url", ["hf://", "hf://a/b?spilt=train", "hf://a/b?split=", "hf://?split=train"])
 def test_wrong_urls_are_refused(url: str) -> None:
     with pytest.raises(DataError) as error:
         HubDataset.parse(url, "text")

@@ -170,7 +170,7 @@ def test_all_files_are_flushed_to_disk_before_the_rename(
 
 
 def test_a_vocabulary_too_large_for_uint16(tmp_path: Path) -> None:
-    vocabulary = {f"w{i}": i for i in range(70_000)} | {"<|endoftext|>": 70_000}
+    vocabulary = {f"w{i}": i for i in range(70_000)}
     library = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w0"))
     library.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     library.add_special_tokens(["<|endoftext|>"])
@@ -324,6 +324,25 @@ def test_a_single_document_cannot_be_split(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("one document")
     assert fractions(refusal([path], tmp_path / "out", val_fraction=0.0001)) == [0.0001]  # no other value would work
+
+
+def test_a_failure_removes_the_parents_that_it_created(tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text("x")
+    (tmp_path / "old").mkdir()
+    refusal([tmp_path / "one.txt"], tmp_path / "old/new/newer/out")
+    assert (tmp_path / "old").exists() and not (tmp_path / "old/new").exists()
+
+
+def test_a_mount_point_is_refused_before_the_work(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path / "volume")
+    (tmp_path / "volume").mkdir()
+    calls: list[int] = []
+    with pytest.raises(DataError) as error:
+        prepare([corpus], tmp_path / "volume", progress=lambda *call: calls.append(call[0]))
+    assert mentions(error.value, tmp_path / "volume") and not calls
+    assert prepare([corpus], tmp_path / "volume/data", val_fraction=0.2).split("train").tokens
 
 
 def test_an_exception_leaves_nothing(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,6 +110,33 @@ def test_links_to_folders_are_followed_and_each_folder_is_read_once(tmp_path: Pa
     assert sorted(found) == [tmp_path / "corpus/own/a.txt", tmp_path / "elsewhere/sub/a.txt"]
 
 
+def test_the_order_of_files_does_not_depend_on_the_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link and its target are both in the folder, and the first that is found has the file."""
+    for name in ("b/x.txt", "aa.txt", "aaa/y.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("text")
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    real, orders = os.walk, []
+    for reverse in (False, True):
+
+        def in_order(*given: Any, reverse: bool = reverse, **options: Any) -> Any:
+            for parent, folders, files in real(*given, **options):
+                folders.sort(reverse=reverse)
+                yield parent, folders, files
+
+        monkeypatch.setattr(os, "walk", in_order)
+        orders.append([path.relative_to(tmp_path) for path in walk(tmp_path)])
+    assert orders[0] == orders[1] == [Path("a/x.txt"), Path("aa.txt"), Path("aaa/y.txt")]
+
+
+def test_a_file_that_a_pattern_matches_by_its_name_is_not_skipped(tmp_path: Path) -> None:
+    (tmp_path / "s").mkdir()
+    for name in ("x.dat", "s/y.dat"):
+        write(tmp_path / name, "text")
+    corpus = Corpus.find([tmp_path / "**"])
+    assert sorted(path.name for path in corpus.files) == ["x.dat", "y.dat"] and not corpus.sources[0].skipped
+
+
 @pytest.mark.parametrize("group", [7, 100, 1000])
 def test_a_parquet_file_is_read_from_any_row(tmp_path: Path, group: int) -> None:
     rows = [f"row {number}" for number in range(1000)]
@@ -183,6 +210,14 @@ def test_json_that_is_not_lines_is_refused_or_skipped(tmp_path: Path) -> None:
     assert [text for text, _ in corpus.documents()] == ["a"]
     ((reason, entry),) = corpus.sources[0].skipped.items()
     assert "JSON" in reason and entry == {"files": 2, "first": ["array.json", "pretty.json"]}
+
+
+def test_a_null_in_place_of_a_nested_record_is_an_empty_document(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", '{"doc": {"body": "one"}}\n{"doc": null}\n{"doc": {"body": null}}\n')
+    assert [text for text, _ in Corpus.find([tmp_path], text_field="doc.body").documents()] == ["one"]
+    write(tmp_path / "b.jsonl", '{"doc": {"body": "one"}}\nnull\n')
+    with pytest.raises(DataError):
+        list(Corpus.find([tmp_path / "b.jsonl"], text_field="doc.body").documents())
 
 
 def test_text_field_selects_nested_records_and_names_with_dots(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from antransformer.cli import main
-from antransformer.data import Dataset, ShuffledWindows, byte_tokenizer, prepare_tokenized, verify
+from antransformer.data import Dataset, ShuffledWindows, byte_tokenizer, prepare_tokenized, tokenized, verify
 from antransformer.errors import DataError
 from helpers.messages import mentions
 
@@ -129,6 +129,31 @@ def test_mixed_sizes_foreign_ids_and_shared_files_are_refused(tmp_path: Path) ->
     assert mentions(refusal(tmp_path, tmp_path / "c.bin"), tmp_path / "c.bin", 257, "--tokenizer")
     options = {"val_inputs": [tmp_path / "a.bin"]}
     assert mentions(refusal(tmp_path, tmp_path / "a.bin", **options), tmp_path / "a.bin")
+
+
+def test_an_interrupted_call_does_not_read_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenized, "HASH_BYTES", 64)
+    llm_c(tmp_path / "a.bin", IDS * 50)
+    calls: list[int] = []
+
+    def interrupt(done: int, *_: int) -> None:
+        calls.append(done)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare_tokenized([tmp_path / "a.bin"], tmp_path / "out", tokenizer="byte", progress=interrupt)
+    assert len(calls) <= 2 and not list(tmp_path.glob("out*"))
+
+
+def test_an_output_that_cannot_be_created_is_refused_before_the_files_are_read(tmp_path: Path) -> None:
+    llm_c(tmp_path / "a.bin", IDS)
+    (tmp_path / "file").write_text("")
+    calls: list[int] = []
+    with pytest.raises(DataError) as error:
+        prepare_tokenized(
+            [tmp_path / "a.bin"], tmp_path / "file/out", tokenizer="byte", progress=lambda *call: calls.append(call[0])
+        )
+    assert mentions(error.value, tmp_path / "file/out") and not calls
 
 
 def test_a_file_that_changes_or_disappears_is_found(tmp_path: Path) -> None:

@@ -83,6 +83,9 @@ class TrainValSplit:
             shared = {path.resolve() for path in corpus.files} & {path.resolve() for path in val_corpus.files}
             if shared:
                 raise DataError(f"{min(shared)}: an input for both training and validation; remove it from one of them")
+            for dataset in val_corpus.hub:
+                if dataset in corpus.hub:
+                    raise DataError(f"{dataset.url}: for both training and validation; remove it from one of them")
             return cls(corpus, val_corpus, 0.0)
         if val_fraction is not None:
             _require_both_splits(corpus, val_fraction)

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl
 
 from antransformer.data.readers import Documents, select_text, split_long
 from antransformer.errors import DataError
@@ -26,7 +26,7 @@ class HubDataset:
         field: field with the text.
     """
 
-    url: str
+    url: str = field(compare=False)
     repository: str
     name: str | None
     split: str
@@ -41,10 +41,9 @@ class HubDataset:
             MissingExtraError: the library ``datasets`` is not installed.
         """
         require("datasets", "data")
-        parts = urlsplit(url)
-        given = dict(parse_qsl(parts.query, keep_blank_values=True))
+        repository, _, query = url.removeprefix(SCHEME).partition("?")
+        given = dict(parse_qsl(query, keep_blank_values=True))
         unknown = [key for key in given if key not in PARAMETERS]
-        repository = parts.netloc + parts.path
         if unknown or not repository or not all(given.values()):
             wrong = f"unknown parameter {unknown[0]}" if unknown else "a name or value is empty"
             raise DataError(f"{url}: {wrong}; write hf://DATASET?name=CONFIG&split=train&field=text")

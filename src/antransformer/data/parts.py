@@ -23,13 +23,14 @@ from antransformer.data.holdout import Inputs, TrainValSplit
 from antransformer.data.preparation import Progress, log_left_out, require_both, write_tokens
 from antransformer.data.readers import TEXT_FIELD
 from antransformer.data.shards import META_FILE, SHARD_TOKENS, ShardWriter, new_folder, require_unused, write_meta
-from antransformer.data.tokenizers import load_tokenizer
+from antransformer.data.tokenizers import load_encoder
 from antransformer.errors import DataError
 from antransformer.files import read_json
 from antransformer.wording import counted
 
 PART = re.compile(r"part-([0-9]{5})-of-([0-9]{5})")
-SHARED = ("dtype", "vocab_size", "end_of_text", "tokenizer", "val_fraction", "val_tail", "sources", "tokenizer_sha256")
+OPTIONS = ("tokenizer_sha256", "text_field")  # in meta.json of parts only
+SHARED = ("dtype", "vocab_size", "end_of_text", "tokenizer", "val_fraction", "val_tail", "sources", *OPTIONS)
 
 
 def prepare_part(
@@ -56,7 +57,7 @@ def prepare_part(
     number, count = _parse(part)
     out = Path(os.path.realpath(out))
     require_unused(out)
-    encoder = load_tokenizer(tokenizer, end_of_text)
+    encoder = load_encoder(tokenizer, end_of_text)
     folder = out.with_name(out.name + ".parts") / f"part-{number:05d}-of-{count:05d}"
     split = TrainValSplit.find(inputs, val_inputs, val_fraction, text_field)
     if split.corpus.hub or (split.val_corpus and split.val_corpus.hub):
@@ -68,7 +69,12 @@ def prepare_part(
     digest = hashlib.sha256(encoder.to_json().encode()).hexdigest()
     if (folder / META_FILE).exists():
         saved, sources = _read(folder), json.loads(json.dumps([asdict(source) for source in split.sources]))
-        options = {"val_fraction": split.val_fraction or None, "val_tail": split.val_tail or None}
+        options = {
+            "val_fraction": split.val_fraction or None,
+            "val_tail": split.val_tail or None,
+            "text_field": text_field,
+            "end_of_text": encoder.end_of_text,
+        }
         for key, value in {"tokenizer_sha256": digest, "sources": sources, **options}.items():
             if saved[key] != value:
                 raise DataError(f"{folder}: its {key} differs from this call; remove it to prepare it again")
@@ -76,7 +82,7 @@ def prepare_part(
     log_left_out(split)
     with new_folder(folder) as partial:
         meta = write_tokens(partial, encoder, split.part(number, count), SHARD_TOKENS, progress)
-        write_meta(partial, meta | {"part": number, "tokenizer_sha256": digest})
+        write_meta(partial, meta | {"part": number, "tokenizer_sha256": digest, "text_field": text_field})
     return folder
 
 
@@ -121,7 +127,7 @@ def join_parts(out: str | Path, progress: Progress | None = None, shard_tokens: 
         shutil.copyfile(folders[0] / "tokenizer.json", partial / "tokenizer.json")
         if (folders[0] / "tokenizer_config.json").exists():
             shutil.copyfile(folders[0] / "tokenizer_config.json", partial / "tokenizer_config.json")
-        shared = {key: first[key] for key in SHARED if key != "tokenizer_sha256"}
+        shared = {key: first[key] for key in SHARED if key not in OPTIONS}
         joined = {**shared, "max_token": max(meta["max_token"] for meta in metas), "splits": splits}
         require_both(joined)
         # The order of keys of one process.

@@ -21,7 +21,7 @@ from antransformer.data.tokenizers import (
     MIN_BPE_VOCAB,
     SAMPLE_BYTES,
     Tokenizer,
-    load_tokenizer,
+    load_encoder,
     train_bpe,
 )
 from antransformer.errors import DataError
@@ -86,7 +86,7 @@ def prepare(
     require_unused(out)
     _check_options(shard_tokens, tokenizer, bpe_vocab_size, end_of_text)
     # Before the corpus is read, which takes longer than an error should.
-    encoder = load_tokenizer(tokenizer, end_of_text) if bpe_vocab_size is None else None
+    encoder = load_encoder(tokenizer, end_of_text) if bpe_vocab_size is None else None
     split = TrainValSplit.find(inputs, val_inputs, val_fraction, text_field)
     log_left_out(split)
     with new_folder(out) as partial:

@@ -303,7 +303,9 @@ def _parse_record(line: bytes, text_field: str, location: str) -> str:
 
 
 def select_text(record: Any, text_field: str, location: str) -> str:
-    """Return the text in a field of a record, of a null an empty one; dots in the name select inside nested records.
+    """Return the text in a field of a record, where dots in the name select inside nested records.
+
+    The text of a null, also in place of a nested record, is empty.
 
     Raises:
         DataError: there is no such field, or it has no text; ``location`` begins the message.
@@ -312,6 +314,8 @@ def select_text(record: Any, text_field: str, location: str) -> str:
     value = record
     # A name with a dot may also be the name of a field.
     for name in [text_field] if isinstance(record, dict) and text_field in record else text_field.split("."):
+        if value is None and value is not record:
+            return ""
         if not isinstance(value, dict):
             raise DataError(f"{location}: a JSON {type(value).__name__}; {expected}")
         if name not in value:

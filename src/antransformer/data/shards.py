@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -135,6 +135,8 @@ class ShardWriter:
 
 def require_unused(out: Path) -> None:
     """Raise ``DataError`` unless a folder can be created here: the path is free, or an empty folder."""
+    if out.is_mount():
+        raise DataError(f"{out}: a mount point, which cannot be replaced; choose a folder inside it")
     if out.is_dir():
         if any(out.iterdir()):
             raise DataError(f"{out}: exists and is not empty; choose another folder or remove it")
@@ -159,6 +161,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     partial = out.with_name(out.name + ".partial")
     if partial.is_symlink() or (partial.is_dir() and not all(map(_is_own, partial.iterdir()))):
         raise DataError(f"{partial}: not written by prepare: move it, or choose another folder")
+    missing = [parent for parent in partial.parents if not parent.exists()]  # the innermost first
     try:
         partial.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -178,6 +181,9 @@ def new_folder(out: Path) -> Iterator[Path]:
                 (out / name).unlink(missing_ok=True)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
+            with suppress(OSError):  # another process has written something there
+                for parent in missing:
+                    parent.rmdir()
             raise
 
 

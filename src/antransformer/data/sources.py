@@ -87,6 +87,8 @@ class Corpus:
         for name in [inputs] if isinstance(inputs, str | Path) else inputs:
             if is_hub(name):
                 hub.append(HubDataset.parse(str(name), text_field))
+                if hub[-1] in hub[:-1]:
+                    raise DataError(f"{name}: the same records as {hub[hub.index(hub[-1])].url}; remove one of them")
                 sources.append(Source(str(name), 0, 0, {}))
                 continue
             skipped: Skipped = {}
@@ -193,7 +195,8 @@ def walk(folder: Path, excluded: Collection[str] = ()) -> list[Path]:
             folders.clear()
             continue
         visited.add(real_path)
-        folders[:] = [name for name in folders if not name.startswith(".") and name not in excluded]
+        # Sorted, so that the order does not depend on the file system where a link and its target are both found.
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in excluded)
         paths += [Path(parent, name) for name in files if not name.startswith(".")]
     # Skips broken links and pipes; opening a pipe would block forever.
     return sorted(path for path in paths if path.is_file())
@@ -224,7 +227,10 @@ def _expand(name: str) -> Iterator[tuple[Path, str | None]]:
         matches = sorted(glob.glob(name, recursive=True))  # noqa: PTH207 (Path.glob takes no absolute pattern)
         if not matches:
             raise DataError(f"{name}: no file matches this pattern")
-        yield from dict.fromkeys(file for match in matches for file in _expand(match))
+        found: dict[Path, str | None] = {}
+        for path, reason in (file for match in matches for file in _expand(match)):
+            found[path] = reason and found.get(path, reason)  # a file that also matches by its name is not skipped
+        yield from found.items()
 
 
 def _empty(sources: Sequence[Source]) -> DataError:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock
 from typing import Any
 
 import numpy as np
@@ -72,8 +72,8 @@ def prepare_tokenized(
     kinds = {file.dtype for part in splits.values() for file in part}
     if len(kinds) > 1:
         raise DataError(f"{out}: the files have tokens of {' and '.join(sorted(kinds))}; prepare them separately")
-    counts = _count(splits, encoder, progress)
     with new_folder(out) as partial:
+        counts = _count(splits, encoder, progress)
         _write(partial, encoder, kinds.pop(), splits, counts, [str(name) for name in (*inputs, *val_inputs)])
     return Dataset.open(out, verify=False)
 
@@ -127,12 +127,14 @@ def _count(
     splits: dict[str, list[TokenFile]], tokenizer: Tokenizer, progress: Progress | None
 ) -> dict[str, list[_Counts]]:
     """Read all files once, several at a time."""
-    lengths, lock = tokenizer.byte_lengths(), Lock()
+    lengths, lock, stop = tokenizer.byte_lengths(), Lock(), Event()
     total = sum(file.tokens * DTYPES[file.dtype].itemsize for part in splits.values() for file in part)
     done = documents = tokens = 0
 
     def advance(block: NDArray[Any], ends: int) -> None:
         nonlocal done, documents, tokens
+        if stop.is_set():
+            raise InterruptedError
         with lock:
             done, documents, tokens = done + block.nbytes, documents + ends, tokens + len(block)
             if progress:
@@ -145,6 +147,7 @@ def _count(
                 for name, part in splits.items()
             }
         except BaseException:
+            stop.set()  # ends the threads at their next block, since the pool waits for them
             pool.shutdown(cancel_futures=True)
             raise
 

@@ -298,6 +298,22 @@ def load_tokenizer(spec: str | Path, end_of_text: str | None = None) -> Tokenize
     return tokenizer
 
 
+def load_encoder(spec: str | Path, end_of_text: str | None = None) -> Tokenizer:
+    """Load a tokenizer as ``load_tokenizer`` does, and check that no text is encoded to its end-of-text token.
+
+    Raises:
+        DataError: a text is, since the token is also a piece of a Unigram model, for example; or as there.
+    """
+    tokenizer = load_tokenizer(spec, end_of_text)
+    token = tokenizer.decode([tokenizer.end_of_text])
+    if tokenizer.end_of_text in tokenizer.encode(f"{token} a{token}b"):
+        raise DataError(
+            f"tokenizer {spec}: a text with {token} is encoded to the end-of-text token {tokenizer.end_of_text}; "
+            f"choose another one with --end-of-text ({', '.join(list(tokenizer.special_tokens())[:10])})"
+        )
+    return tokenizer
+
+
 def _cut_runs(documents: Iterable[str]) -> Iterator[str]:
     """Yield documents, cut where a run of characters has no space, or spaces only.
 

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock
 
 from antransformer.data.checks import DTYPES, check_content, sample_digest
 from antransformer.data.dataset import Dataset
@@ -33,10 +33,12 @@ def verify(path: str | Path, jobs: int = 1, progress: Callable[[int, int], objec
     dataset = Dataset.open(path)
     itemsize = DTYPES[dataset.dtype].itemsize
     total = sum(shard.tokens for shard in dataset.shards) * itemsize
-    lock, done = Lock(), 0
+    lock, stop, done = Lock(), Event(), 0
 
     def advance(size: int) -> None:
         nonlocal done
+        if stop.is_set():
+            raise InterruptedError
         with lock:
             done += size
             if progress:
@@ -51,6 +53,7 @@ def verify(path: str | Path, jobs: int = 1, progress: Callable[[int, int], objec
             for result in checks:
                 result.result()
         finally:
+            stop.set()  # ends the threads at their next block after an error, since the pool waits for them
             pool.shutdown(cancel_futures=True)
     _add_samples(dataset)
     return dataset
