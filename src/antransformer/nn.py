@@ -133,8 +133,8 @@ class Embedding(nn.Embedding):
 class Head(Linear):
     """Output layer s * (W x) with a learnable scale s; module form of ``functional.linear``.
 
-    Rows of W and x have unit norm, so W x is a cosine between -1 and 1. The scale s lets logits or values leave this
-    range.
+    W x is a cosine if x and the rows of W have unit norm; trained rows may be shorter. The scale s lets logits or
+    values leave the range from -1 to 1.
 
     Args:
         width: model width d.

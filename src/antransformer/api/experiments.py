@@ -109,7 +109,7 @@ def ablate(
         only: names of variants, or patterns such as ``all-*``; empty selects all.
         out: folder of the runs and the report.
         tokens: length of each run (default 1M; with ``quick`` 500K).
-        quick: use the size of ``compare(quick=True)``.
+        quick: use the preset, recipe, batch and validation of ``compare(quick=True)``.
         seeds: as in ``compare``.
         lr_trials: as in ``compare``.
         trial_tokens: as in ``compare``.

@@ -30,7 +30,11 @@ def add_arguments(parser: Parser) -> None:
     )
     parser.add_argument("--list", action="store_true", help="print the names and descriptions of all variants and exit")
     parser.add_argument("--tokens", metavar="TOKENS", help="length of each run (default 1M; with --quick 500K)")
-    parser.add_argument("--quick", action="store_true", help="model size of compare --quick, and 500K tokens")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="preset, recipe, batch and validation of compare --quick; 500K tokens",
+    )
     add_experiment_arguments(parser, lr_trials=1, out="runs/ablate")
 
 

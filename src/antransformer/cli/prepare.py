@@ -37,7 +37,10 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="data folder to create")
     tokenizers = parser.add_mutually_exclusive_group()
     tokenizers.add_argument(
-        "--tokenizer", default="byte", metavar="NAME", help="byte, or the path of a tokenizer.json (default byte)"
+        "--tokenizer",
+        default="byte",
+        metavar="NAME",
+        help="byte, a tokenizer.json or a folder with one (default byte)",
     )
     tokenizers.add_argument(
         "--bpe-vocab-size", type=int, metavar="N", help="train a byte-level BPE of this vocabulary size on the input"

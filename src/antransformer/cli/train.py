@@ -5,14 +5,14 @@ size (--preset), a YAML file (--config) and the options below; later ones overri
 
 examples:
   antransformer train
-  antransformer train --data data/mine --preset 125m --tokens 2.5B --batch-tokens 0.5M --lr 2e-3
+  antransformer train --data data/mine --preset 125m --recipe paper --tokens 2.5B --batch-tokens 0.5M
   antransformer train --data data/web:0.7 data/code:0.3 --data-from 0.8 data/web:0.5 data/code:0.5
   antransformer train --out runs/angpt-nano --resume
   antransformer train --out runs/angpt-nano --resume --tokens 50M --rewarm 0.1
   antransformer train --preset 32m --tokens 20K --batch-tokens 2048 --profile
   antransformer train --init runs/angpt-nano --data data/other --tokens 1M --lr 1e-3
-  antransformer train --processes 8 --data data/mine --preset 0.5b --parallel fsdp
-  torchrun --nproc-per-node 8 -m antransformer train --data data/mine --preset 0.5b --parallel fsdp --tensor-parallel 2
+  antransformer train --processes 8 --data data/mine --preset 0.5b --recipe paper --parallel fsdp
+  torchrun --nproc-per-node 8 -m antransformer train --data data/mine --parallel fsdp --tensor-parallel 2
   torchrun --nproc-per-node 8 --max-restarts 9 -m antransformer train --data data/mine --parallel fsdp --out runs/mine
 
 Use torchrun instead of --processes for several machines, or for automatic restarts: with torchrun --max-restarts, a run

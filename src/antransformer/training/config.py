@@ -88,7 +88,7 @@ class TrainConfig:
         "exponent of lr_horizon (default: by architecture and optimizer)", 0.0, ge=0, le=2
     )
     muon_lr: float | None = setting(
-        "peak learning rate of Muon or NorMuon (default: by architecture; in proportion to lr if that is given)",
+        "peak learning rate of Muon or NorMuon (default: by architecture, falls from 600 steps on; follows a given lr)",
         None,
         gt=0,
     )
