@@ -36,6 +36,19 @@ def require_file(path: Path) -> None:
         raise OSError(errno.EINVAL, "a pipe or a device, not a file", str(path))
 
 
+@contextlib.contextmanager
+def new_parents(path: Path) -> Iterator[None]:
+    """After an error, remove the parents of a path that did not exist before, as far as they are empty."""
+    missing = [parent for parent in path.parents if not parent.exists()]  # the innermost first
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            for parent in missing:
+                parent.rmdir()
+        raise
+
+
 def read_text(path: Path) -> str:
     """Read a UTF-8 file.
 

@@ -126,10 +126,11 @@ def test_documents_are_read_as_by_prepare(run, book, tmp_path, capsys):
     assert str(results[0]["texts"]) not in captured.err.split()  # windows, which the table does not count
 
 
-@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz"])
+@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "txt", "txt.gz"])
 def test_a_long_document_is_scored_whole(run, tmp_path, monkeypatch, ending):
     monkeypatch.setattr(readers, "MAX_CHARACTERS", 100)  # where prepare cuts documents
-    line = (json.dumps({"text": "to be, or not\n" * 50}) + "\n").encode()
+    text = "to be, or not\n" * 50
+    line = (text if ending.startswith("txt") else json.dumps({"text": text}) + "\n").encode()
     (tmp_path / f"long.{ending}").write_bytes(gzip.compress(line) if ending.endswith("gz") else line)
     [result] = antransformer.evaluate(run, texts=[tmp_path / f"long.{ending}"], out=tmp_path / "scores").results
     assert {score.items for score in result.scores} == {1}

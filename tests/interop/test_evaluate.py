@@ -18,7 +18,7 @@ from antransformer.data import byte_tokenizer
 from antransformer.errors import CheckpointError, DataError
 from antransformer.interop.evaluate import evaluate
 from antransformer.interop.export import transformers_model, transformers_tokenizer
-from antransformer.interop.local_tasks import split_articles
+from antransformer.interop.local_tasks import find_file, split_articles
 from antransformer.training.checkpointing import checkpoint
 from antransformer.training.run_folder import open_checkpoint
 from helpers.exported import make_run
@@ -179,6 +179,21 @@ def write(folder, files):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(lines if isinstance(lines, str) else "".join(json.dumps(line) + "\n" for line in lines))
     return folder
+
+
+@pytest.mark.parametrize(
+    ("task", "path"),
+    [
+        ("arc_easy", "ARC-V1-Feb2018-2/ARC-Easy/ARC-Easy-Test.jsonl"),
+        ("hellaswag", "data/hellaswag_val.jsonl"),
+        ("winogrande", "downloads/winogrande_1.1/dev.jsonl"),
+        ("blimp_wh_island", "x/blimp/wh_island.jsonl"),
+        ("wikitext", "wikitext-103-raw/wiki.test.raw"),
+    ],
+)
+def test_files_are_found_up_to_two_folders_deep(tmp_path, task, path):
+    write(tmp_path, {path: "", "a/b/c/hellaswag_val.jsonl": "", "other/notes.jsonl": ""})
+    assert find_file(task, tmp_path) == tmp_path / path
 
 
 # The model

@@ -502,6 +502,6 @@ def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):
     make_run(tmp_path / "run")
     monkeypatch.setattr("antransformer.interop.export.transformers_tokenizer", full)
     with pytest.raises(MachineError) as error:
-        export(*runs.open_checkpoint(tmp_path / "run"), tmp_path / "hf")
-    assert mentions(str(error.value), str(tmp_path / "hf"), reason)
+        export(*runs.open_checkpoint(tmp_path / "run"), tmp_path / "new/hf")
+    assert mentions(str(error.value), str(tmp_path / "new/hf"), reason)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -1,11 +1,15 @@
 """Tokenizers of exported folders."""
 
+import json
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from antransformer.data import Tokenizer, byte_tokenizer, train_bpe
-from helpers.exported import exported
+from antransformer.interop.export import export
+from antransformer.training.run_folder import open_checkpoint
+from helpers.exported import exported, make_run
 
 transformers = pytest.importorskip("transformers")
 transformers.utils.logging.disable_progress_bar()
@@ -50,6 +54,19 @@ def test_the_tokenizer_has_our_ids_and_round_trips(tokenizers):
     batch = theirs(["a", "bcd"], padding=True, return_tensors="pt")
     assert batch.attention_mask[0].tolist() == sorted(batch.attention_mask[0].tolist())  # padded on the left
     assert theirs.model_max_length == 48
+
+
+def test_the_class_of_the_tokenizer_exists_in_older_transformers(tmp_path):
+    _, native = exported(tmp_path)
+    make_run(tmp_path / "gpt+", "gpt+")
+    export(*open_checkpoint(tmp_path / "gpt+"), tmp_path / "qwen3", format="qwen3")
+    for folder in (native, tmp_path / "qwen3"):
+        content = json.loads((folder / "tokenizer_config.json").read_text())
+        assert content["tokenizer_class"] == "PreTrainedTokenizerFast"
+        theirs = transformers.AutoTokenizer.from_pretrained(folder)
+        assert theirs("to be").input_ids == [*b"to be"] and theirs.eos_token_id == 256
+    config = json.loads((tmp_path / "qwen3/config.json").read_text())
+    assert config["dtype"] == config["torch_dtype"] == "float32"
 
 
 @settings(max_examples=150, deadline=None)

@@ -225,6 +225,19 @@ def test_new_ids_share_the_one_scale_of_the_logits(tmp_path):
 
 
 @torch.no_grad()
+def test_an_added_token_is_generated(tmp_path):
+    """The export suppresses ids that its tokenizer does not have, and added tokens get these ids."""
+    model = load(exported(tmp_path, model={"vocab_size": 260})[1])
+    assert model.generation_config.suppress_tokens == [257, 258, 259]
+    model.resize_token_embeddings(270)
+    model.get_output_embeddings().weight.zero_()
+    hidden = model.model(torch.tensor([[97]])).last_hidden_state[0, -1]
+    model.get_output_embeddings().weight[258] = hidden
+    new = model.generate(torch.tensor([[97]]), max_new_tokens=1, do_sample=False)[0, -1]
+    assert new == 258
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mean", [True, False])
 def test_new_rows_of_embedding_head_and_logit_scale(pair, tmp_path, mean, dtype):

@@ -144,6 +144,16 @@ def test_broken_folders_are_not_imported(folder, tmp_path, capsys):
     assert mentions(refused(words, capsys), str(tmp_path / "run"), "--out")
 
 
+def test_a_tokenizer_with_more_ids_than_the_model_is_not_imported(folder, tmp_path, capsys):
+    shutil.copytree(folder, tmp_path / "hf")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"<x{number}>" for number in range(40)])
+    tokenizer.save_pretrained(tmp_path / "hf")
+    complaint = refused(["import", tmp_path / "hf", "--out", tmp_path / "run"], capsys)
+    assert mentions(complaint, str(tmp_path / "hf"), len(tokenizer)) and "resize_token_embeddings" in complaint
+    assert not (tmp_path / "run").exists()
+
+
 def test_weights_of_another_shape_or_tokenizer_are_refused_as_init(folder, corpus, tmp_path, capsys):
     import_folder(folder, tmp_path / "back")
     train = ["train", "--init", tmp_path / "back", "--data", corpus, "--out", tmp_path / "new"]

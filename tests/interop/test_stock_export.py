@@ -22,7 +22,7 @@ from antransformer.cli import main
 from antransformer.data import Tokenizer, byte_tokenizer, train_bpe
 from antransformer.errors import CheckpointError, ConfigError, MachineError, MissingExtraError
 from antransformer.inference import fold, generate
-from antransformer.interop import exaone4, gguf_writer, stock_export, verification
+from antransformer.interop import exaone4, gguf_writer, serving, stock_export, verification
 from antransformer.interop.export import export
 from antransformer.interop.formats import GGUF_DTYPES
 from antransformer.interop.gguf_tokenizer import LLAMA3_PATTERN, gguf_tokenizer
@@ -148,6 +148,7 @@ def test_ids_outside_the_tokenizer_are_not_generated(tmp_path):
     export(*runs.open_checkpoint(tmp_path / "run"), tmp_path / "hf", format="qwen3")
     generation = json.loads((tmp_path / "hf/generation_config.json").read_text())
     assert generation["suppress_tokens"] == list(range(257, 300)) and generation["eos_token_id"] == END
+    assert "llama-server" not in (tmp_path / "hf/README.md").read_text()  # llama.cpp's Qwen3 rotates whole heads
 
 
 def test_the_card_of_a_standard_architecture(trained, tmp_path):
@@ -509,6 +510,19 @@ def test_a_server_stops_during_a_request(trained, llama_cpp):
     assert not client.is_alive()
     with pytest.raises(OSError):
         opener.open(f"{address}/v1/models", timeout=10)
+
+
+def test_a_server_that_ends_is_an_error(trained, llama_cpp, monkeypatch, capsys):
+    wait = serving.Server.wait
+
+    def kill_and_wait(server):
+        server.process.kill()
+        wait(server)
+
+    monkeypatch.setattr(serving.Server, "wait", kill_and_wait)
+    assert main(["serve", "--checkpoint", str(trained("angpt")), "--port", "0"]) == 1
+    complaint = capsys.readouterr().err
+    assert complaint.count("\n") == 1 and mentions(complaint, -9)
 
 
 def test_a_file_that_llama_cpp_cannot_load_is_an_error(trained, llama_cpp, tmp_path, monkeypatch):

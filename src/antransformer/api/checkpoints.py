@@ -141,8 +141,10 @@ def export(
 @contextlib.contextmanager
 def serve(
     checkpoint: str | Path | None = None, *, gguf: str | Path | None = None, port: int = 8080, dtype: str | None = None
-) -> Iterator[str]:
-    """Serve a model with an OpenAI-compatible interface on this machine, while the context is open; yields its address.
+) -> Iterator[serving.Server]:
+    """Serve a model with an OpenAI-compatible interface on this machine, while the context is open.
+
+    Yields its address, a string, whose method ``wait`` blocks while the server runs.
 
     Args:
         checkpoint: run folder, or one checkpoint; it is exported to a temporary GGUF file.

@@ -12,7 +12,6 @@ examples:
 
 import argparse
 import signal
-import threading
 from pathlib import Path
 
 import antransformer
@@ -36,8 +35,11 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(parsed: argparse.Namespace) -> None:
-    """Serve until Ctrl-C or SIGTERM."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the temporary file is removed
+    """Serve until Ctrl-C, SIGTERM or SIGHUP."""
+    for name in ("SIGTERM", "SIGHUP"):  # so that the temporary file is removed; there is no SIGHUP on Windows
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, signal.default_int_handler)
     serving = antransformer.serve(parsed.checkpoint, gguf=parsed.gguf, port=parsed.port, dtype=parsed.dtype)
     with serving as address:
         print(f"serving at {address}/v1; press Ctrl-C to stop", flush=True)
@@ -46,6 +48,6 @@ def run(parsed: argparse.Namespace) -> None:
             flush=True,
         )
         try:
-            threading.Event().wait()
+            address.wait()
         except KeyboardInterrupt:
             return

@@ -55,7 +55,7 @@ def read(path: Path, text_field: str = TEXT_FIELD, start: float = 0.0, whole: bo
         text_field: field of JSON lines or column of parquet that holds the text. Dots select inside nested records.
         start: fraction of the file to skip. The next complete document is the first one. Compressed files cannot be
             skipped into, and are read from their beginning.
-        whole: do not cut long documents of JSON lines and parquet.
+        whole: do not cut long documents.
 
     Raises:
         DataError: the file is broken, missing or not text.
@@ -70,7 +70,7 @@ def read(path: Path, text_field: str = TEXT_FIELD, start: float = 0.0, whole: bo
             records = _json_lines(path, text_field, start)
             yield from records if whole else split_long(records)
         else:
-            yield from _plain_text(path, start)
+            yield from _plain_text(path, start, whole)
 
 
 def unreadable(path: Path, text_field: str = TEXT_FIELD) -> str | None:
@@ -209,17 +209,18 @@ def _blocks(path: Path, start: float) -> Documents:
         yield decoder.decode(b"", final=True), file.tell()
 
 
-def _plain_text(path: Path, start: float) -> Documents:
+def _plain_text(path: Path, start: float, whole: bool) -> Documents:
+    sections = iter if whole else split_long
     rest, position = "", 0
     for block, position in _blocks(path, start):
         *complete, rest = (rest + block).split(SEPARATOR)
-        yield from split_long((text, position) for text in complete)
+        yield from sections((text, position) for text in complete)
         # The last characters may be the beginning of a separator, so the cut must leave them in rest.
-        while len(rest) > MAX_CHARACTERS + len(SEPARATOR):
+        while not whole and len(rest) > MAX_CHARACTERS + len(SEPARATOR):
             end = _section_end(rest)
             yield rest[:end], position
             rest = rest[end:]
-    yield from split_long(iter([(rest, position)]))
+    yield from sections(iter([(rest, position)]))
 
 
 def split_long(documents: Documents) -> Documents:

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from antransformer.data.checks import DTYPES, sample_digest
 from antransformer.errors import DataError
-from antransformer.files import writing
+from antransformer.files import new_parents, writing
 from antransformer.lock import HOLDER_FILE, LOCK_FILE, lock
 
 FORMAT = "antransformer-shards"
@@ -161,30 +161,33 @@ def new_folder(out: Path) -> Iterator[Path]:
     partial = out.with_name(out.name + ".partial")
     if partial.is_symlink() or (partial.is_dir() and not all(map(_is_own, partial.iterdir()))):
         raise DataError(f"{partial}: not written by prepare: move it, or choose another folder")
-    missing = [parent for parent in partial.parents if not parent.exists()]  # the innermost first
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"{out}: cannot be created ({error.strerror}); choose another folder") from error
-    with lock(partial):
+    with new_parents(partial):
         try:
-            for path in partial.iterdir():
-                if path.name not in LOCK_FILES:
-                    path.unlink()  # left by a killed process
-            with writing(out):
-                yield partial
-            require_unused(out)  # it may have been filled during the hours that tokenizing can take
-            if out.exists():
-                out.rmdir()
-            partial.rename(out)  # with the lock, so that no other process can take the folder before
-            for name in LOCK_FILES:
-                (out / name).unlink(missing_ok=True)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            with suppress(OSError):  # another process has written something there
-                for parent in missing:
-                    parent.rmdir()
-            raise
+            partial.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"{out}: cannot be created ({error.strerror}); choose another folder") from error
+        with lock(partial), _filled(partial, out):
+            yield partial
+
+
+@contextmanager
+def _filled(partial: Path, out: Path) -> Iterator[None]:
+    """Empty a folder that this process has locked; rename it at the end, or remove it after an error."""
+    try:
+        for path in partial.iterdir():
+            if path.name not in LOCK_FILES:
+                path.unlink()  # left by a killed process
+        with writing(out):
+            yield
+        require_unused(out)  # it may have been filled during the hours that tokenizing can take
+        if out.exists():
+            out.rmdir()
+        partial.rename(out)  # with the lock, so that no other process can take the folder before
+        for name in LOCK_FILES:
+            (out / name).unlink(missing_ok=True)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def write_meta(folder: Path, meta: dict[str, Any], version: int = VERSION) -> None:

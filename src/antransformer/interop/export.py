@@ -16,15 +16,17 @@ from safetensors import SafetensorError
 
 from antransformer.data import Tokenizer
 from antransformer.data.pad_token import PAD_TOKEN, with_pad_token
+from antransformer.data.tokenizers import CONFIG_FILE
 from antransformer.errors import CheckpointError, ConfigError, MachineError, UsageError
 from antransformer.extras import require
-from antransformer.files import quoted
+from antransformer.files import new_parents, quoted, read_json
 from antransformer.interop.formats import FORMATS
 from antransformer.interop.import_hf import exported_name
 from antransformer.interop.model_card import card
 from antransformer.interop.progress_bars import progress_bars_disabled
 from antransformer.interop.register import register
 from antransformer.interop.stock_export import check_form, export_gguf, write_stock_model
+from antransformer.interop.stock_folder import write_json
 from antransformer.interop.verification import Verification, reference, verify_folder
 from antransformer.models.registry import get
 from antransformer.training.checkpointing.checkpoint import Checkpoint, restore
@@ -96,6 +98,9 @@ def export(
         rows = checkpoint.model.vocab_size if format == "native" else None
         library = transformers_tokenizer(tokenizer, checkpoint.model.context, rows)
         library.save_pretrained(folder)
+        # transformers 5 writes the name of a class that transformers 4 and engines built on it do not have.
+        settings = read_json(folder / CONFIG_FILE)
+        write_json(folder / CONFIG_FILE, {**settings, "tokenizer_class": "PreTrainedTokenizerFast"})
         if format == "native":
             write_model(checkpoint, tokenizer, library.pad_token_id, folder, getattr(torch, dtype), max_shard_size)
             verification = verify_native(folder, checkpoint, dtype)
@@ -131,17 +136,18 @@ def new_folder(folder: Path) -> Iterator[Path]:
         raise ConfigError(f"{folder} is not an empty folder: choose another --out")
     partial = folder.with_name(f".partial-{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{folder} cannot be created: {error.strerror}; choose another --out") from error
-    try:
-        yield partial
-        partial.replace(folder)
-    except (OSError, SafetensorError) as error:
-        raise MachineError(f"{folder} cannot be written: {getattr(error, 'strerror', None) or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with new_parents(partial):
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{folder} cannot be created: {error.strerror}; choose another --out") from error
+        try:
+            yield partial
+            partial.replace(folder)
+        except (OSError, SafetensorError) as error:
+            raise MachineError(f"{folder} cannot be written: {getattr(error, 'strerror', None) or error}") from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_model(

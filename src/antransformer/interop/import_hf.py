@@ -60,6 +60,11 @@ def import_folder(source: Path, target: Path) -> Path:
             f"tokenizer.save_pretrained({str(source)!r})"
         )
     tokenizer = Tokenizer.load(source)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise DataError(
+            f"{source}: its tokenizer has {tokenizer.vocab_size} ids and its model {config.vocab_size}: call "
+            "model.resize_token_embeddings(len(tokenizer)) after adding tokens, and save both again"
+        )
     # On the meta device until the shapes are checked: a wrong config must not allocate huge tensors.
     with torch.device("meta"):
         model = build(config)

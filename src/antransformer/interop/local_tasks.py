@@ -11,10 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from antransformer.data.readers import (
-    COMPRESSED,
-    JSON_LINES,
-    PARQUET,
-    SEPARATOR,
     TEXT_FIELD,
     data_errors,
     read,
@@ -150,7 +146,7 @@ def find_file(task: str, folder: Path) -> Path:
     # Releases spell names differently: ARC-Easy-Test.jsonl, arc_easy_test.jsonl.
     files = {str(path.relative_to(folder)).lower().replace("-", "_"): path for path in paths}
     for pattern in patterns:
-        matches = [files[name] for name in fnmatch.filter(files, pattern)]
+        matches = [files[name] for name in files if fnmatch.fnmatch(f"/{name}", f"*/{pattern}")]
         if len(matches) > 1:
             names = ", ".join(str(path.relative_to(folder)) for path in matches)
             raise DataError(f"{folder}: more than one file for {task}: {names}; keep only one of them")
@@ -225,10 +221,8 @@ def documents(path: Path, field: str = TEXT_FIELD) -> list[Row]:
         require_file(path)
     if reason := unreadable(path, field):
         raise DataError(f"{path}: {reason}; give a file of text, JSON lines or parquet")
-    plain = path.suffix.lower() not in (*COMPRESSED, *JSON_LINES, PARQUET)
-    # read cuts long documents into sections, and lm_eval scores whole ones.
-    texts = read_utf8(path).split(SEPARATOR) if plain else [text for text, _ in read(path, field, whole=True)]
-    rows = [{"text": text} for text in texts if text.strip()]
+    # lm_eval scores whole documents.
+    rows = [{"text": text} for text, _ in read(path, field, whole=True) if text.strip()]
     if not rows:
         raise DataError(f"{path}: contains no text")
     return rows

@@ -9,6 +9,7 @@ import torch
 from antransformer.data import Tokenizer
 from antransformer.data.mixture_spec import Part, format_mixture, parse_mixture, parse_stage
 from antransformer.errors import CheckpointError
+from antransformer.interop.gguf_writer import check_sizes
 from antransformer.models import ModelConfig, build
 from antransformer.models.registry import get
 from antransformer.training.checkpointing.checkpoint import Checkpoint
@@ -82,6 +83,9 @@ ENGINES = """
 |---|---|
 | vLLM | `vllm serve {name} --dtype {dtype}` |
 | MLX | `mlx_lm.generate --model {name} --prompt Once` |
+"""
+
+LLAMA_CPP = """\
 | llama.cpp | `llama-server -m {name}.gguf`, with the file of `antransformer export --format gguf` |
 | ollama | `ollama create {name} -f Modelfile`, where the Modelfile is `FROM ./{name}.gguf` |
 """
@@ -120,6 +124,15 @@ This run belongs to an experiment with the following result.
 {figures}"""
 
 
+def engines(config: ModelConfig, name: str, format: str, dtype: str) -> str:
+    """Return the commands of engines that run a model in a standard architecture."""
+    try:
+        check_sizes(config, format, "f32", name)
+    except CheckpointError:
+        return ENGINES.format(name=name, dtype=dtype)
+    return (ENGINES + LLAMA_CPP).format(name=name, dtype=dtype)
+
+
 def card(
     checkpoint: Checkpoint,
     tokenizer: Tokenizer,
@@ -156,7 +169,7 @@ def card(
         parameters=parameter_count(config),
         notice="" if native else NOTICE.format(label=LABELS[format]),
         loading=NATIVE_LOADING if native else STOCK_LOADING,
-        engines="" if native else ENGINES.format(name=name, dtype=dtype),
+        engines="" if native else engines(config, name, format, dtype),
         context=config.context,
         end=tokenizer.decode([tokenizer.end_of_text]),
         end_id=tokenizer.end_of_text,

@@ -157,9 +157,12 @@ class AntransformerForCausalLM(AntransformerPreTrainedModel, GenerationMixin):
         """Change the number of ids in embedding, head and logit scale; arguments as in transformers.
 
         By default new rows are at the mean of the old ones, which is close to zero. ``mean_resizing=False`` draws them
-        as at initialization, with about unit norm. New entries of the logit scale have their initial value.
+        as at initialization, with about unit norm. New entries of the logit scale have their initial value. All ids can
+        be generated afterwards, also those that the tokenizer of the export did not have.
         """
         embedding = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        if new_num_tokens is not None:
+            self.generation_config.suppress_tokens = None
         if self.logit_scale is not None and self.config.logit_scale != "scalar":
             self.logit_scale.resize(len(embedding.weight))
         return embedding

@@ -20,6 +20,16 @@ from antransformer.training.checkpointing.checkpoint import Checkpoint
 from antransformer.training.run_folder import run_folder_of
 
 
+class Server(str):
+    """Address of a running server."""
+
+    process: "subprocess.Popen[str]"
+
+    def wait(self) -> None:
+        """Block while the server runs; raises MachineError when it ends."""
+        raise MachineError(f"llama.cpp ended with status {self.process.wait()}: start it again")
+
+
 def check_port(port: int) -> None:
     """Raise ConfigError if nothing can listen on a port of this machine."""
     if not 0 <= port < 2**16:
@@ -33,7 +43,7 @@ def check_port(port: int) -> None:
 
 
 @contextlib.contextmanager
-def serve_checkpoint(checkpoint: Checkpoint, tokenizer: Tokenizer, dtype: str, port: int) -> Iterator[str]:
+def serve_checkpoint(checkpoint: Checkpoint, tokenizer: Tokenizer, dtype: str, port: int) -> Iterator[Server]:
     """Export a checkpoint to a temporary GGUF file and serve it; yields the address.
 
     Raises:
@@ -49,7 +59,7 @@ def serve_checkpoint(checkpoint: Checkpoint, tokenizer: Tokenizer, dtype: str, p
 
 
 @contextlib.contextmanager
-def serve_file(file: Path, port: int, name: str | None = None) -> Iterator[str]:
+def serve_file(file: Path, port: int, name: str | None = None) -> Iterator[Server]:
     """Serve a GGUF file under a name, by default its own; yields the address. The server ends with the context.
 
     Raises:
@@ -71,11 +81,13 @@ def serve_file(file: Path, port: int, name: str | None = None) -> Iterator[str]:
             server.kill()
 
 
-def _address(server: "subprocess.Popen[str]", file: Path) -> str:
+def _address(server: "subprocess.Popen[str]", file: Path) -> Server:
     """Address that a server process reports when it is ready."""
     assert server.stdout is not None
     line = server.stdout.readline()
     message: dict[str, str] = json.loads(line) if line else {}
     if "address" not in message:
         raise MachineError(message.get("error", f"llama.cpp ended with status {server.wait()} while it loaded {file}"))
-    return message["address"]
+    address = Server(message["address"])
+    address.process = server
+    return address

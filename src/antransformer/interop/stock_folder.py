@@ -43,7 +43,7 @@ def configuration(stock: StockModel, end_of_text: int, dtype: torch.dtype) -> di
     content = {
         "architectures": [CLASSES[stock.layout]],
         "model_type": stock.layout,
-        "dtype": str(dtype).removeprefix("torch."),
+        **dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch.")),
         "vocab_size": config.vocab_size,
         "hidden_size": config.width,
         "intermediate_size": config.mlp_hidden,
