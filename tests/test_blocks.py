@@ -365,6 +365,7 @@ def test_an_exported_program_has_no_operator_of_this_package():
     ("make", "part"),
     [
         (lambda: EncoderBlock(MLP(64), Attention(64, 4)), "Attention"),
+        (lambda: DecoderBlock(Attention(64, 4), torch.nn.MultiheadAttention(64, 4), MLP(64)), "MultiheadAttention"),
         (lambda: MLP(64, activation="gelu"), "gelu"),
         (lambda: antransformer.build("angpt"), "ModelConfig"),
         (lambda: antransformer.normalize_(torch.nn.Linear), "Linear"),

@@ -67,6 +67,8 @@ class DecoderBlock(EncoderBlock):
 
     def __init__(self, attention: Attention, cross: Attention, mlp: nn.Module) -> None:
         super().__init__(attention, mlp)
+        if not isinstance(cross, Attention):
+            raise TypeError(f"cross must be antransformer.nn.Attention, got {type(cross).__name__}")
         _require_width(cross, attention.width)
         self.cross = cross
         self.cross_residual = Residual(attention.width)

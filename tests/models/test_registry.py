@@ -19,9 +19,11 @@ from antransformer.models.registry import BUILT_IN, Architecture
 from antransformer.reporting.labels import style_of
 from antransformer.results.comparison import Results
 from antransformer.training import defaults
+from antransformer.training.checkpointing import checkpoint
 from antransformer.training.config import resolve_config
 from antransformer.training.metrics import read_metrics
 from antransformer.training.muon import build_muon
+from antransformer.training.optimizer import make_optimizer
 from helpers.messages import mentions
 from helpers.small import SMALL_OPTIONS
 
@@ -239,6 +241,54 @@ def test_state_that_the_constructor_sets_is_trained_saved_and_loaded(installed, 
     assert (
         main(["train", "--init=run1", "--data", str(corpus), "--tokens=512", "--batch-tokens=256", "--out=tuned"]) == 0
     )
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_a_run_with_a_parameter_that_gets_no_gradient_resumes(fresh, tmp_path, optimizer):
+    class Toy(registry.get("gpt+").cls):
+        def __init__(self, config):
+            super().__init__(config)
+            self.first = nn.Parameter(torch.ones(4))
+            self.blocks[0].frozen = nn.Parameter(torch.ones(8, 8), requires_grad=False)
+
+    registry.register(replace(registry.get("gpt+"), name="toy", cls=Toy))
+    settings = {"preset": "pico", "model": {"architecture": "toy"}, "optimizer": optimizer}
+    config = resolve_config(settings, vocab_size=64)
+    tokens, states = torch.arange(20).view(2, 10), []
+    for resumed in (False, True):
+        model = build(config.model)
+        made = make_optimizer(model, config)
+        if resumed:
+            saved = checkpoint.newest(tmp_path, print)
+            model.load_state_dict(checkpoint.restore(saved, torch.device("cpu")).state_dict())
+            checkpoint.load_optimizer(saved, model, made)
+        else:
+            model.loss(tokens, tokens).backward()
+            made.step()
+            checkpoint.save(tmp_path, 1, model, made, {}, keep=1)
+        made.zero_grad()
+        model.loss(tokens, tokens).backward()
+        made.step()
+        states.append(model.state_dict())
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+def test_muon_takes_a_projection_of_grouped_queries_as_one_matrix(fresh):
+    class Grouped(registry.get("gpt+").cls):
+        def __init__(self, config):
+            super().__init__(config)
+            self.blocks[0].other = nn.ModuleDict({"qkv_proj": nn.Linear(config.width, 2 * config.width, bias=False)})
+
+    registry.register(replace(registry.get("gpt+"), name="toy", cls=Grouped))
+    config = resolve_config({"preset": "pico", "model": {"architecture": "toy"}, "optimizer": "muon"}, vocab_size=64)
+    model = build(config.model)
+    optimizer = build_muon(model, config)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    before = model.blocks[0].other["qkv_proj"].weight.detach().clone()
+    optimizer.step()
+    assert not torch.equal(model.blocks[0].other["qkv_proj"].weight, before)
 
 
 def test_muon_refuses_weights_in_blocks_that_are_not_matrices(fresh):

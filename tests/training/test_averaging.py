@@ -9,11 +9,13 @@ import yaml
 from safetensors.torch import load_file
 
 from antransformer import load
-from antransformer.bounds import norms
+from antransformer.bounds import Bound, norms
 from antransformer.cli import main
 from antransformer.data import Dataset
 from antransformer.errors import CheckpointError, NewerCheckpointError
+from antransformer.models import ModelConfig, build
 from antransformer.training import run_folder
+from antransformer.training.averaging import WeightAverage
 from antransformer.training.checkpointing import checkpoint
 from antransformer.training.metrics import read_metrics
 from antransformer.training.trainer import Trainer
@@ -82,6 +84,17 @@ def test_average_equals_a_loop_over_the_weights_of_all_steps_and_is_within_its_b
     for bound in bounds:
         assert norms(bound).max() <= 1 + 1e-6, bound.name
         assert not bound.strict or norms(bound).min() >= 1 - 1e-6, bound.name
+
+
+def test_the_name_of_a_strict_bound_may_be_any(monkeypatch):
+    model = build(ModelConfig.preset("pico", "angpt", vocab_size=64))
+    monkeypatch.setattr(model, "bounds", lambda: [Bound("rows", model.embedding.weight, strict=True)])
+    average = WeightAverage(model, window=2)
+    with torch.no_grad():
+        model.embedding.weight.copy_(torch.nn.functional.normalize(torch.randn_like(model.embedding.weight)))
+    average.update()
+    average.update()
+    assert average.weights["embedding.weight"].norm(dim=1).sub(1).abs().max() < 1e-5
 
 
 def test_a_window_of_less_than_one_step_averages_nothing(corpus, tmp_path):

@@ -123,6 +123,28 @@ def test_constant_scales_fit_activations_weights_and_gradients(monkeypatch):
     assert all(2**-8 < ratio < 2 for ratio in gradients)  # e5m2 ranges from 2^-14 to 2^15
 
 
+@pytest.mark.parametrize("architecture", ["angpt", "ngpt"])
+def test_the_scale_of_out_proj_fits_values_of_unit_norm_and_of_unit_heads(architecture):
+    """Heads of nGPT share a norm of 1, so their elements have deviation 1 / sqrt(width)."""
+    model = converted(architecture, width=256, head_dim=16)
+    width = {"angpt": 16, "ngpt": 256}[architecture]
+    for block in model.blocks:
+        (out_proj,) = (module for name, module in block.named_modules() if name.endswith("out_proj"))
+        assert out_proj.scales[0] == float8.HEADROOM / width**0.5
+
+
+def test_the_scale_of_gradients_does_not_depend_on_the_micro_batch():
+    data, gradients = tokens(), []
+    for parts in (1, 4):
+        model = model_of("angpt")
+        float8.convert(model, torch.device("cpu"), batch_tokens=4 * 16)
+        for part in data.chunk(parts):
+            (model.loss(part[:, :-1], part[:, 1:]) / parts).backward()
+        gradients.append({name: value.grad for name, value in model.named_parameters()})
+    for name, value in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], value, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_fp8_changes_loss_and_gradients_only_slightly(architecture):
     (loss, gradients), (plain_loss, plain) = (loss_and_gradients(make(architecture)) for make in (converted, model_of))

@@ -73,8 +73,8 @@ class ModelConfig:
         **POSITIVE,
     )
     gate_scale: str = setting(
-        "angpt: constant factor on the gate before SiLU. sqrt_width gives the gate a standard deviation of 1/2, "
-        "sqrt_mlp of 1, none is the paper's printed form",
+        "angpt: constant factor on the gate before SiLU. sqrt_width gives the gate a standard deviation of 1/2 with "
+        "mlp_ratio 4, sqrt_mlp of 1, none is the paper's printed form",
         None,
         choices=("sqrt_mlp", "sqrt_width", "none"),
     )

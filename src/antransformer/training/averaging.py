@@ -36,8 +36,9 @@ class WeightAverage:
         self.model, self.decay, self.updates = model, 1 - 1 / max(1.0, window), 0
         self.parameters = dict(model.named_parameters())
         self.weights = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        averaged = {id(parameter): self.weights[name] for name, parameter in self.parameters.items()}
         self.strict_bounds = [
-            replace(bound, parameter=self.weights[bound.name]) for bound in model.bounds() if bound.strict
+            replace(bound, parameter=averaged[id(bound.parameter)]) for bound in model.bounds() if bound.strict
         ]
 
     def update(self) -> None:

@@ -45,12 +45,13 @@ def check(config: ModelConfig, device: torch.device) -> None:
             raise ConfigError(f"precision fp8 needs {name} to be a multiple of {BLOCK}, got {getattr(config, name)}")
 
 
-def convert(model: Decoder, device: torch.device) -> None:
+def convert(model: Decoder, device: torch.device, batch_tokens: int | None = None) -> None:
     """Make the linear layers of all blocks compute in FP8, in place. Parameters keep their names and values.
 
     Args:
         model: model on any device.
         device: device on which it will run.
+        batch_tokens: tokens of a step on this rank, over which the loss is a mean; None if a step is one forward pass.
 
     Raises:
         ConfigError: see ``check``.
@@ -59,16 +60,18 @@ def convert(model: Decoder, device: torch.device) -> None:
     for block in model.blocks:
         for name, module in block.named_modules():
             if isinstance(module, bounded.Linear):
-                # Inputs have unit norm. The input of out_proj is the concatenation of heads that have unit norm each.
-                fan_in = model.config.head_dim if name.endswith("out_proj") else module.weight.shape[1]
+                width: float = module.weight.shape[1]  # of an input of unit norm
+                if name.endswith("out_proj"):
+                    # Each head has the norm of its values: 1 with anGPT's factor sqrt(width / head_dim), less without.
+                    width /= block.get_submodule(name.removesuffix("out_proj") + "qkv_proj").factor ** 2
                 module.__class__ = StaticLinear
                 assert isinstance(module, StaticLinear)
-                module.scales = unit_scales(fan_in, *module.weight.shape)
+                module.scales, module.batch_tokens = unit_scales(width, *module.weight.shape), batch_tokens
             elif isinstance(module, nn.Linear):
                 module.__class__ = DynamicLinear
 
 
-def unit_scales(input_width: int, fan_out: int, fan_in: int) -> tuple[float, float, float]:
+def unit_scales(input_width: float, fan_out: int, fan_in: int) -> tuple[float, float, float]:
     """Scales of (inputs, weights, gradients per token) of a bounded linear layer, as powers of two.
 
     Elements of a vector of unit norm have standard deviation 1 / sqrt(width).
@@ -78,7 +81,7 @@ def unit_scales(input_width: int, fan_out: int, fan_in: int) -> tuple[float, flo
     return HEADROOM * power_of_two(input_width), power_of_two(fan_in), power_of_two(fan_out)
 
 
-def power_of_two(width: int) -> float:
+def power_of_two(width: float) -> float:
     """Nearest power of two to 1 / sqrt(width). Division by it does not round."""
     return 2.0 ** -round(math.log2(width) / 2)
 
@@ -87,12 +90,13 @@ class StaticLinear(bounded.Linear):
     """Bounded linear layer in FP8 with constant scales. Its factor is multiplied into the scale of the product."""
 
     scales: tuple[float, float, float]
+    batch_tokens: int | None = None  # tokens of a step on this rank; None if it is one forward pass
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """Map (..., fan_in) to (..., fan_out)."""
         weight = self.weight if scale is None else self.weight * scale.to(self.weight.dtype).unsqueeze(1)
         x_scale, weight_scale, gradient_scale = self.scales
-        tokens = x.shape[:-1].numel()
+        tokens = self.batch_tokens or x.shape[:-1].numel()
         y: Tensor = Product.apply(x, weight, self.factor, x_scale, weight_scale, gradient_scale / tokens)
         return y if self.bias is None else y + self.bias
 

@@ -46,7 +46,9 @@ def build_muon(model: Decoder, config: TrainConfig, beta2: float | None = None) 
     other = next((name for name, weight in blocks.items() if weight.ndim != 2), None)
     if other is not None:
         raise ConfigError(f"Muon trains matrices, and {other} has {blocks[other].ndim} axes: use --optimizer adam")
-    fused = [blocks.pop(name) for name in list(blocks) if name.endswith("qkv_proj.weight")]
+    # Others of this name, of grouped queries for example, are matrices as any other.
+    rows = 3 * config.model.width
+    fused = [blocks.pop(n) for n, weight in [*blocks.items()] if n.endswith("qkv_proj.weight") and len(weight) == rows]
     groups = [{"params": list(blocks.values())}, {"params": fused, "head_dim": config.model.head_dim}]
     muon = Muon(
         groups,

@@ -385,23 +385,26 @@ def require_shapes(weights: TensorFiles, target: Mapping[str, Tensor], origin: P
 
 
 def load_optimizer(checkpoint: Checkpoint, model: Decoder, optimizer: Optimizer) -> None:
-    """Restore the optimizer's moments and step counts.
+    """Restore the optimizer's moments and step counts. Parameters that never had a gradient have none.
 
     Raises:
         CheckpointError: names or shapes of the moments differ.
     """
-    saved = checkpoint.tensors("optimizer")
+    saved, names = checkpoint.tensors("optimizer"), _optimizer_names(model, optimizer)
+    with_moments = {name.rpartition(".")[0] for name in saved.shapes}
     parameters = [(group, parameter) for group in optimizer.param_groups for parameter in group["params"]]
     state = {
         name: {moment: _empty_moment(moment, parameter) for moment in optimizer_state_keys(group)}
-        for name, (group, parameter) in zip(_optimizer_names(model, optimizer), parameters, strict=True)
+        for name, (group, parameter) in zip(names, parameters, strict=True)
+        if name in with_moments
     }
     moments = {f"{name}.{moment}": value for name, tensors in state.items() for moment, value in tensors.items()}
     if saved.shapes != {name: value.shape for name, value in moments.items()}:
         raise CheckpointError(f"{checkpoint.path}: the optimizer state belongs to another model")
     saved.read_into(moments)
     # load_state_dict identifies parameters by their position.
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": dict(enumerate(state.values()))})
+    by_position = {position: state[name] for position, name in enumerate(names) if name in state}
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": by_position})
 
 
 def restore(checkpoint: Checkpoint, device: torch.device) -> Decoder:

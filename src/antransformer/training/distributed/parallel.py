@@ -210,7 +210,7 @@ def make_model(
     with torch.device("meta") if on_meta else contextlib.nullcontext():
         model = build(config.model)
     if config.precision == "fp8":
-        float8.convert(model, device)
+        float8.convert(model, device, config.batch_tokens // dist_ctx.data_parallel_size)
     if dist_ctx.world_size == 1:
         if config.activation_checkpointing:
             apply_activation_checkpointing(model)
@@ -283,7 +283,8 @@ def set_timeouts(mesh: DeviceMesh, seconds: int) -> None:
 def apply_fsdp(model: Decoder, mesh: DeviceMesh, precision: torch.dtype) -> None:
     """Shard each block, and then the rest of the model, over a (replicate, shard) mesh.
 
-    Matrix products run in ``precision``; gradients are reduced in float32.
+    Parameters are gathered in ``precision``, so that the residual stream has this dtype too; gradients are reduced in
+    float32.
     """
     policy = MixedPrecisionPolicy()
     if precision != torch.float32:
