@@ -142,6 +142,16 @@ def test_a_run_folder_of_other_settings_or_data_is_refused(finished, corpus, tmp
         result.write_text(content)
 
 
+def test_a_run_with_a_setting_that_the_new_call_leaves_out_is_refused(corpus, tmp_path):
+    dataset = Dataset.open(corpus)
+    create_run_folder(tmp_path / "short", job("short", schedule="cosine", decay_fraction=0.2).config, dataset)
+    queue = RunQueue(tmp_path, dataset, ["cpu"], RecordedProgress())
+    queue.require_settings(tmp_path / "short", job("short", schedule="cosine", decay_fraction=0.2).config)
+    with pytest.raises(ConfigError) as error:
+        queue.require_settings(tmp_path / "short", job("short", schedule="cosine").config)
+    assert all(part in str(error.value) for part in ("decay_fraction", "0.2", "--out"))
+
+
 def test_the_error_of_a_worker_that_cannot_write_its_result_names_the_run_folder(corpus, tmp_path):
     broken, dataset = job("broken"), Dataset.open(corpus)
     create_run_folder(tmp_path / "broken", broken.config, dataset)

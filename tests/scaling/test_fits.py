@@ -193,6 +193,13 @@ def test_trials_of_separate_rates_give_no_law_of_the_learning_rate(tmp_path):
     assert any(note.startswith(LAWS["lr"][0]) for note in fits["angpt"].notes)
 
 
+def test_rates_that_are_scaled_to_each_width_give_no_law():
+    rows = grid_search()
+    assert "lr" in fit(Observations(rows, rows))[0].laws
+    (fitted,) = fit(Observations(rows, rows, scaled=frozenset({"angpt"})))
+    assert "lr" not in fitted.laws and any(note.startswith(LAWS["lr"][0]) for note in fitted.notes)
+
+
 def test_a_variant_counts_under_its_architecture_with_its_own_batch(tmp_path):
     results = experiment(2_000_000, 4e-3)
     renamed = [
@@ -220,6 +227,14 @@ def test_laws_are_of_one_optimizer(tmp_path):
     with pytest.raises(DataError) as raised:
         read_observations([*mixed, folder(4_000_000, **{"angpt": "muon", "gpt+": "muon"})])
     assert mentions(raised.value, "gpt+", "muon", "adam", "4000000-muon-muon")
+    several = experiment(2_000_000, 4e-3)
+    by_variant = {"gpt+": "adam", "angpt": "muon", "angpt-adam": "adam"}
+    several, method = replace(several, setup={**several.setup, "optimizers": by_variant}), several.variants[1]
+    (tmp_path / "both").mkdir()
+    replace(several, variants=(*several.variants, replace(method, name="angpt-adam"))).save(tmp_path / "both")
+    with pytest.raises(DataError) as raised:
+        read_observations([tmp_path / "both"])
+    assert mentions(raised.value, "angpt", "muon", "adam", str(tmp_path / "both"))
     assert "optimizer" not in fit_optima([BestSettings("angpt", n, 8192, 1e-3) for n in (1e6, 4e6)])[0].content()
 
 
@@ -273,6 +288,8 @@ def test_the_exponent_of_the_learning_rate_over_steps_is_recovered(tmp_path, cap
     assert fitted.laws["lr"].exponent == pytest.approx(-0.2 - 0.4, abs=0.01)
     shortest = [row for row in rows if row.tokens == 100 * 2048]
     assert fit(Observations(shortest, shortest))[0].horizon is None
+    close = length_search((1e6, 4e6), (1000, 1050))
+    assert fit(Observations(close, close))[0].horizon is None
     one_size = write_table(tmp_path / "runs.csv", length_search((1e6,), (100, 1600)))
     assert main(["fit", str(one_size), "--json", str(tmp_path / "laws.json"), "--out", str(tmp_path / "charts")]) == 0
     content = json.loads((tmp_path / "laws.json").read_text())["angpt"]["horizon"]

@@ -65,10 +65,10 @@ def bowl(config):
     return 3 + 0.1 * off + 10 / config.model.width + 100 / config.tokens
 
 
-def sweeper(corpus, loss=bowl, **choices):
+def sweeper(corpus, loss=bowl, common=COMMON, **choices):
     dataset = Dataset.open(corpus)
     cells = {"architectures": ["angpt", "gpt+"], "sizes": ["nano"], "tokens": [20_000], "batches": [512]}
-    sweep_plan = plan(COMMON, dataset.vocab_size, **{**cells, "trials": 3, **choices})
+    sweep_plan = plan(common, dataset.vocab_size, **{**cells, "trials": 3, **choices})
     return Sweeper(sweep_plan, dataset, FakeQueue(loss), lambda words: None)
 
 
@@ -166,11 +166,12 @@ def test_finished_runs_are_not_counted_as_missing(corpus):
 
 
 def test_fit_recovers_the_laws_of_a_sweep(corpus, tmp_path):
-    results = run_sweep(corpus, widths=WIDTHS, batches=[256, 512, 1024], tokens=[20_480, 40_960])
+    common, choices = {**COMMON, "lr_width": 0}, {"batches": [256, 512, 1024], "tokens": [20_480, 40_960]}
+    results = run_sweep(corpus, common=common, widths=WIDTHS, **choices)
     results.save(tmp_path)
     assert Sweep.load(tmp_path) == results
     observed = read_observations([tmp_path])
-    assert observed.searches == observed.runs == tuple(sweep_observations(results))
+    assert observed.searches == observed.runs == tuple(sweep_observations(results)) and not observed.scaled
     laws = {fitted.name: fitted.laws for fitted in fit(observed)}
     assert laws["gpt+"]["lr"].exponent == pytest.approx(-0.5, abs=0.02)
     assert laws["angpt"]["lr"].exponent == pytest.approx(0.0, abs=0.02)
@@ -184,6 +185,8 @@ def test_the_report_gives_the_exponent_of_the_best_rate_and_the_regret(corpus, t
     assert regret(budget, "gpt+", widest) == pytest.approx(0.1 * math.log(2) ** 2, abs=0.02)
     assert regret(budget, "angpt", budget.optima("angpt")[-1]) == pytest.approx(0, abs=1e-3)
     pytest.importorskip("matplotlib")
+    results.save(tmp_path)
+    assert read_observations([tmp_path]).scaled == {"gpt+", "angpt"}
     page, *charts = sweep_report.write(results, tmp_path)
     assert {path.name for path in charts} == {
         f"{name}.png" for name in ("loss-lr", "best-lr", "coordinates", "rotation", "logits")
@@ -247,6 +250,13 @@ def test_the_best_rate_of_the_smallest_size_at_the_edge_has_a_regret(corpus):
         rows = run_sweep(corpus, loss=lambda config: config.lr, lrs=[rate, 1.5 * rate], widths=WIDTHS)
         (budget,) = token_budgets(replace(rows, coord_check=()))
         assert regret(budget, "angpt", budget.optima("angpt")[-1]) == pytest.approx(0, abs=1e-9)
+
+
+def test_sizes_of_one_width_have_no_law_over_width(corpus):
+    results = run_sweep(corpus, widths=WIDTHS[:2])
+    runs = tuple(replace(run, width=WIDTHS[0]) for run in results.runs)
+    (budget,) = token_budgets(replace(results, runs=runs))
+    assert law(budget, "angpt") is None
 
 
 def test_a_damaged_sweep_is_refused(corpus, tmp_path):

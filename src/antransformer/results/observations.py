@@ -69,12 +69,14 @@ class Observations:
         optimizers: optimizer of each architecture's runs, where the results record it.
         separate: architectures for which a comparison searched several learning rates. Its trials are not in
             ``searches``, since ``lr`` was the rate of a part of the model.
+        scaled: architectures with a sweep of widths, whose rates are scaled to each width: ``lr`` is the rate of one.
     """
 
     searches: tuple[Observation, ...]
     runs: tuple[Observation, ...]
     optimizers: Mapping[str, str] = field(default_factory=dict)
     separate: frozenset[str] = frozenset()
+    scaled: frozenset[str] = frozenset()
 
 
 def read_observations(paths: Sequence[Path]) -> Observations:
@@ -89,6 +91,7 @@ def read_observations(paths: Sequence[Path]) -> Observations:
     folders: dict[Path, Sweep | Results] = {}
     optimizers: dict[str, str] = {}
     separate: set[str] = set()
+    scaled: set[str] = set()
     seen: set[str] = set()
     for path in paths:
         real_path = os.path.realpath(path)  # Path.resolve raises on a loop of links
@@ -100,6 +103,7 @@ def read_observations(paths: Sequence[Path]) -> Observations:
             rows = sweep_observations(sweep)
             searches += rows
             runs += rows
+            scaled |= _scaled_by_width(sweep)
             optimizer = sweep.setup.get("optimizer")
             _add_optimizers(optimizers, {run.architecture: optimizer for run in sweep.runs}.items(), path)
         elif path.is_dir():
@@ -122,12 +126,24 @@ def read_observations(paths: Sequence[Path]) -> Observations:
             searches += rows
             runs += rows
     _check_shared(folders)
-    return Observations(tuple(searches), tuple(runs), optimizers, frozenset(separate))
+    return Observations(tuple(searches), tuple(runs), optimizers, frozenset(separate), frozenset(scaled))
+
+
+def _scaled_by_width(sweep: Sweep) -> set[str]:
+    """Architectures whose widths have rates that are scaled from one width."""
+    rules = dict(entry.rsplit(" ", 1) for entry in sweep.setup.get("lr_width", []))
+    return {check.architecture for check in sweep.coord_check if rules.get(check.architecture, "0") != "0"}
 
 
 def _add_optimizers(known: dict[str, str], used: Iterable[tuple[str, str | None]], path: Path) -> None:
     """Add the optimizers of one folder; an architecture must have the same one everywhere, since rates depend on it."""
+    here: dict[str, str] = {}
     for architecture, optimizer in used:
+        if optimizer and here.setdefault(architecture, optimizer) != optimizer:
+            raise DataError(
+                f"{path} trains {architecture} with {here[architecture]} and with {optimizer}, which have different "
+                "laws: compare the optimizers in separate folders"
+            )
         if optimizer and known.setdefault(architecture, optimizer) != optimizer:
             raise DataError(
                 f"{path} trains {architecture} with {optimizer}, other results with {known[architecture]}: fit them "

@@ -150,9 +150,12 @@ class RunQueue:
             saved["precision"] = str(choose_precision("auto", torch.device(self.devices[0]))).removeprefix("torch.")
         # Other validation windows give another loss, so a resumed run may change them but a cached result may not.
         free = {*(MUTABLE_ON_RESUME - {"eval_tokens"}), *except_for}
-        for key, value in flatten(to_mapping(self._resolved(config))).items():
-            if key not in free and saved.get(key) != value:
-                raise ConfigError(f"{folder} was run with {key} {saved.get(key)}, not {value}: choose another --out")
+        new = flatten(to_mapping(self._resolved(config)))
+        for key in {**new, **saved}:  # a mapping has no settings that are None
+            if key not in free and saved.get(key) != new.get(key):
+                raise ConfigError(
+                    f"{folder} was run with {key} {saved.get(key)}, not {new.get(key)}: choose another --out"
+                )
 
     def _execute(self, jobs: Sequence[Job]) -> dict[str, RunResult]:
         """Run jobs on all devices, each served by a thread that waits for one worker process at a time."""

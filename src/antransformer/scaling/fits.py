@@ -157,6 +157,9 @@ def _fit_architecture(name: str, observed: Observations, bins: int | None) -> Fi
             f"{' and '.join(confounded)}: from runs with {min(ratios):.3g} to {max(ratios):.3g} tokens per parameter, "
             "so the law over N includes the effect of the tokens"
         )
+    if name in observed.scaled and "lr" in laws:
+        del laws["lr"]
+        notes.append(f"{LAWS['lr'][0]}: no law, since a sweep of widths scales its rates to each width")
     if name in observed.separate:
         notes.append(
             f"{LAWS['lr'][0]}: without the comparisons that searched separate learning rates of parts of the model"

@@ -226,6 +226,9 @@ def _interpolated_minimum(x: Array, y: Array) -> tuple[float, float, bool]:
 # Power laws
 
 
+MIN_LENGTH_RATIO = 1.2  # between closer lengths the best rates differ by less than their error
+
+
 def horizon(parameters: Array, tokens: Array, batches: Array, lrs: Array) -> Horizon | None:
     """Least-squares fit of log lr over log steps, with one exponent and a coefficient for each size.
 
@@ -233,13 +236,13 @@ def horizon(parameters: Array, tokens: Array, batches: Array, lrs: Array) -> Hor
         parameters, tokens, batches, lrs: one entry for each best learning rate.
 
     Returns:
-        The law, or None if no size has two lengths.
+        The law, or None if no size has two lengths that differ by more than a factor of 1.2.
     """
     steps, sizes = tokens / batches, np.unique(parameters)
     u, v = _centered(np.log(steps), parameters), _centered(np.log(lrs), parameters)
-    variation = float(u @ u)
-    if variation < 1e-9:  # lengths of one size that differ by rounding only
+    if np.ptp(u) < math.log(MIN_LENGTH_RATIO):
         return None
+    variation = float(u @ u)
     slope = float(u @ v) / variation
     degrees_of_freedom = len(u) - len(sizes) - 1
     margin = math.inf

@@ -34,6 +34,7 @@ class Laws:
         horizon: exponent of the best learning rate over steps, and the tokens per parameter at which its law over N
             holds; None if unknown.
         optimizer: optimizer that the law of the learning rate was measured with; None if unknown.
+        is_surface_determined: whether the runs determined the five coefficients of L(N, D).
     """
 
     powers: dict[str, PowerLaw]
@@ -41,18 +42,21 @@ class Laws:
     surface: Surface | None
     horizon: tuple[float, float] | None = None
     optimizer: str | None = None
+    is_surface_determined: bool = True
 
     @property
     def compute(self) -> Interval | None:
         """Range of 6 N D in which the best size is known; None without a law of it."""
-        if self.surface:
+        if self.surface and self.is_surface_determined:
             low, high = zip(self.surface.sizes, self.surface.tokens, strict=True)
             return FLOPS_PER_PARAMETER * math.prod(low), FLOPS_PER_PARAMETER * math.prod(high)
         return self.powers["size"].span if "size" in self.powers else None
 
     def best_size(self, compute: float) -> float:
         """Number of parameters with the lowest loss for 6 N D; needs a law, so ``self.compute`` must not be None."""
-        return float(self.surface.best_size(compute) if self.surface else self.powers["size"](compute))
+        if self.surface and self.is_surface_determined:
+            return float(self.surface.best_size(compute))
+        return float(self.powers["size"](compute))
 
 
 @dataclass(frozen=True)
@@ -171,6 +175,8 @@ def _laws(content: Mapping[str, Any]) -> Laws:
         surface,
         (_exponent(horizon["exponent"]), _positive(horizon["tokens_per_parameter"])) if horizon else None,
         _optimizer(content["optimizer"]) if content.get("optimizer") else None,
+        # Files of published laws have no covariance.
+        not surface or not content["surface"].get("covariance") or all(map(math.isfinite, sum(surface.covariance, ()))),
     )
 
 

@@ -23,7 +23,7 @@ from antransformer.scaling.law_files import LawFile, Laws, extrapolation_note, f
 from antransformer.training import defaults
 from antransformer.training.cost_model import throughput
 from antransformer.training.cost_model.memory import Layout, Memory, estimate_memory
-from antransformer.training.optimizer_registry import OPTIMIZERS
+from antransformer.training.optimizer_registry import OPTIMIZERS, OptimizerSpec
 from antransformer.wording import counted
 
 HEAD_DIM = 64
@@ -96,6 +96,7 @@ class Plan:
         notes: warnings, one line each.
         laws: file of scaling laws that was used; None without a file for the architecture.
         optimizer: optimizer that ``lr`` is for.
+        own_rate: name and value of the rate that the optimizer has in addition, such as muon_lr.
     """
 
     config: ModelConfig
@@ -115,6 +116,7 @@ class Plan:
     notes: tuple[str, ...]
     laws: LawFile | None = None
     optimizer: str = "adam"
+    own_rate: tuple[str, float] | None = None
 
     @property
     def compute(self) -> float:
@@ -149,6 +151,7 @@ class Plan:
             "batch_tokens": self.batch * self.config.context,
             "micro_batch_size": self.layout.micro_batch_size,
             "lr": self.lr,
+            **({self.own_rate[0]: self.own_rate[1]} if self.own_rate else {}),
             "lr_width": self.lr_width,
             "lr_horizon": self.lr_horizon,
             "horizon_exponent": self.horizon_exponent,
@@ -252,6 +255,7 @@ def plan_run(config: ModelConfig, tokens: float, cluster: Cluster, laws: Laws | 
             f"the run has {format_quantity(run_tokens)} tokens instead of {format_quantity(tokens)}, "
             "to fill its batches"
         )
+    optimizer = (laws.optimizer if laws and "lr" in laws.powers else None) or "adam"
     lr_horizon, exponent = _horizon(config, parameters, batch * config.context, laws)
     mfu = mfu or throughput.expected_mfu(config, layout, cluster.gpu, cluster.network)
     seconds = throughput.flops_per_token(config) * run_tokens / (cluster.peak_flops * mfu)
@@ -271,7 +275,8 @@ def plan_run(config: ModelConfig, tokens: float, cluster: Cluster, laws: Laws | 
         hours=seconds / 3600,
         sources=(batch_source, lr_source),
         notes=tuple(notes),
-        optimizer=(laws.optimizer if laws and "lr" in laws.powers else None) or "adam",
+        optimizer=optimizer,
+        own_rate=_own_rate(config, lr, OPTIMIZERS[optimizer]),
     )
 
 
@@ -307,6 +312,14 @@ def _horizon(config: ModelConfig, parameters: int, batch_tokens: int, laws: Laws
     elif defaults.is_small(config):
         return defaults.SMALL_LR_STEPS, exponent
     return max(1, round(ratio * parameters / batch_tokens)), min(max(0.0, exponent), MAX_HORIZON_EXPONENT)
+
+
+def _own_rate(config: ModelConfig, lr: float, optimizer: OptimizerSpec) -> tuple[str, float] | None:
+    """Rate that an optimizer has in addition to ``lr``, in proportion to it as in the runs of a sweep."""
+    if not optimizer.lr_setting:
+        return None
+    ratio = defaults.optimizer_lr(config, optimizer) / defaults.learning_rate(config)
+    return optimizer.lr_setting, float(f"{lr * ratio:.3g}")
 
 
 def _uses_small_default(name: str, config: ModelConfig, laws: Laws | None) -> bool:

@@ -82,9 +82,9 @@ def token_budgets(sweep: Sweep) -> list[TokenBudget]:
 def law(budget: TokenBudget, architecture: str) -> PowerLaw | None:
     """Best learning rate as a power law of width or size, from bracketed optima; None from fewer than two."""
     known = [size for size in budget.optima(architecture) if size.known_lr]
-    if len(known) < 2:
-        return None
     x = np.array([budget.axis_value(size.parameters) for size in known])
+    if len(np.unique(x)) < 2:
+        return None
     return power_law(x, np.array([size.best.lr for size in known]))
 
 

@@ -63,7 +63,9 @@ def convert(model: Decoder, device: torch.device, batch_tokens: int | None = Non
                 width: float = module.weight.shape[1]  # of an input of unit norm
                 if name.endswith("out_proj"):
                     # Each head has the norm of its values: 1 with anGPT's factor sqrt(width / head_dim), less without.
-                    width /= block.get_submodule(name.removesuffix("out_proj") + "qkv_proj").factor ** 2
+                    qkv_proj = block.get_submodule(name.removesuffix("out_proj") + "qkv_proj")
+                    assert isinstance(qkv_proj, bounded.Linear)
+                    width /= qkv_proj.factor**2
                 module.__class__ = StaticLinear
                 assert isinstance(module, StaticLinear)
                 module.scales, module.batch_tokens = unit_scales(width, *module.weight.shape), batch_tokens
