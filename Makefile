@@ -54,6 +54,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 		{ echo "$(PYTHON) is older than 3.11: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 2; }
 	@echo "setting up $(VENV) (a few minutes the first time)"
 	@$(PYTHON) -m venv $(VENV)
-	@# Without compiling 20,000 files, of which few are imported.
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
+	@# Here, since processes write no bytecode where PYTHONDONTWRITEBYTECODE is set, and each compiles torch again. On all
+	@# cores, while pip compiles on one. Some packages hold templates that are not valid Python.
+	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib src > /dev/null 2>&1 || true
 	@touch $@
