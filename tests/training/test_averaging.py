@@ -201,6 +201,7 @@ def test_checkpoint_with_a_damaged_average_is_skipped(corpus, tmp_path, how):
     assert trainer.done == 15 and mentions(notes[0], "state.json" if how == "unlisted" else "average.safetensors")
 
 
+@pytest.mark.slow  # tests/training/test_trainer.py compiles a run
 def test_average_is_the_same_compiled(corpus, tmp_path):
     averages = {}
     for name, compiled in (("plain", False), ("compiled", True)):
