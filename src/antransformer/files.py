@@ -39,7 +39,8 @@ def require_file(path: Path) -> None:
 @contextlib.contextmanager
 def new_parents(path: Path) -> Iterator[None]:
     """After an error, remove the parents of a path that did not exist before, as far as they are empty."""
-    missing = [parent for parent in path.parents if not parent.exists()]  # the innermost first
+    # The innermost first. Path.exists would raise an error without permission.
+    missing = [parent for parent in path.parents if not os.path.exists(parent)]  # noqa: PTH110
     try:
         yield
     except BaseException:

@@ -336,7 +336,7 @@ def test_a_failure_removes_the_parents_that_it_created(tmp_path: Path) -> None:
 def test_a_mount_point_is_refused_before_the_work(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path / "volume")
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "volume")
     (tmp_path / "volume").mkdir()
     calls: list[int] = []
     with pytest.raises(DataError) as error:

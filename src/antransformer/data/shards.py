@@ -135,7 +135,7 @@ class ShardWriter:
 
 def require_unused(out: Path) -> None:
     """Raise ``DataError`` unless a folder can be created here: the path is free, or an empty folder."""
-    if out.is_mount():
+    if os.path.ismount(out):  # Path.is_mount would raise an error without permission
         raise DataError(f"{out}: a mount point, which cannot be replaced; choose a folder inside it")
     if out.is_dir():
         if any(out.iterdir()):

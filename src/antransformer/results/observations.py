@@ -131,8 +131,10 @@ def read_observations(paths: Sequence[Path]) -> Observations:
 
 def _scaled_by_width(sweep: Sweep) -> set[str]:
     """Architectures whose widths have rates that are scaled from one width."""
-    rules = dict(entry.rsplit(" ", 1) for entry in sweep.setup.get("lr_width", []))
-    return {check.architecture for check in sweep.coord_check if rules.get(check.architecture, "0") != "0"}
+    rules = sweep.setup.get("lr_width")  # such as "angpt 128"; results of an earlier release have none
+    if not isinstance(rules, list):
+        return set()
+    return {check.architecture for check in sweep.coord_check if f"{check.architecture} 0" not in rules}
 
 
 def _add_optimizers(known: dict[str, str], used: Iterable[tuple[str, str | None]], path: Path) -> None:
