@@ -17,7 +17,10 @@ if not torch.cuda.is_available():
 
 
 def pytest_collection_finish() -> None:
-    """Keep the garbage collector from the many objects of imported packages, which took 6% of the time of all tests."""
+    """Keep the garbage collector from the objects of imported packages.
+
+    They took 6% of the CPU time of the tests of models and diagnostics.
+    """
     gc.collect()
     gc.freeze()
 

@@ -45,18 +45,22 @@ class Laws:
     is_surface_determined: bool = True
 
     @property
+    def size_surface(self) -> Surface | None:
+        """L(N, D) if it may choose the model size, which an undetermined one may not."""
+        return self.surface if self.is_surface_determined else None
+
+    @property
     def compute(self) -> Interval | None:
         """Range of 6 N D in which the best size is known; None without a law of it."""
-        if self.surface and self.is_surface_determined:
-            low, high = zip(self.surface.sizes, self.surface.tokens, strict=True)
+        if surface := self.size_surface:
+            low, high = zip(surface.sizes, surface.tokens, strict=True)
             return FLOPS_PER_PARAMETER * math.prod(low), FLOPS_PER_PARAMETER * math.prod(high)
         return self.powers["size"].span if "size" in self.powers else None
 
     def best_size(self, compute: float) -> float:
         """Number of parameters with the lowest loss for 6 N D; needs a law, so ``self.compute`` must not be None."""
-        if self.surface and self.is_surface_determined:
-            return float(self.surface.best_size(compute))
-        return float(self.powers["size"](compute))
+        surface = self.size_surface
+        return float(surface.best_size(compute) if surface else self.powers["size"](compute))
 
 
 @dataclass(frozen=True)
