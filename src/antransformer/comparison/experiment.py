@@ -160,15 +160,18 @@ class Plan:
     def runs_of(self, name: str, most: bool = False) -> dict[int, int]:
         """Return the fewest runs of a variant at each budget, or the most.
 
-        With the fewest, the second pass confirms the values of the first, so its grids have run before. With the most,
-        no value is confirmed, and every grid is extended as far as it may be.
+        With the fewest, the second pass confirms the values of the first, so its grids have run before, except that of
+        ``lr``: in the first pass the separate rates follow it. With the most, no value is confirmed, and every grid is
+        extended as far as it may be.
         """
+        spec = next(spec for spec in self.specs if spec.name == name)
+        separate = not {*SEPARATE_RATES}.isdisjoint(spec.hyperparameters)
         counts: Counter[int] = Counter()
         for tokens in self.search_budgets():
             for index, part in enumerate(self.rounds(tokens)):
                 if name not in part.settings:
                     continue
-                if part.pass_number == 1 or most:
+                if part.pass_number == 1 or most or (separate and part.settings[name] == "lr"):
                     # After the first round, the middle of a grid is the best trial of the round before.
                     counts[tokens] += part.trials - (index > 0)
                 counts[tokens] += (2 if part.neighbour_factor else 0) + (EXTENSIONS if most else 0)
@@ -280,8 +283,12 @@ class Experiment:
             if center
         }
 
+        def rounded(name: str, value: float) -> float:
+            # The centre is run as it is: rounded, an exact default would be another run.
+            return value if value == centers[name] else round_sig(value)
+
         def jobs_of(name: str, value: float) -> list[Job]:
-            return [self.job(states[name], tokens, TRIAL_SEED, {settings[name]: round_sig(value)})]
+            return [self.job(states[name], tokens, TRIAL_SEED, {settings[name]: rounded(name, value)})]
 
         search = GridSearch(self.queue, jobs_of)
         search.run_grids(grids, lambda name, losses: extension(losses, part.trials, part.ratio))
@@ -295,10 +302,10 @@ class Experiment:
             self.trial_results += [result for results in search.results[name].values() for result in results]
             folders = {value: search.results[name][value][0].name for value in losses}
             states[name].trials += [
-                Trial(setting, round_sig(value), losses[value], folders[value], tokens, part.pass_number)
+                Trial(setting, rounded(name, value), losses[value], folders[value], tokens, part.pass_number)
                 for value in sorted(losses)
             ]
-            states[name].tuned[tokens][setting] = round_sig(best_value(losses))
+            states[name].tuned[tokens][setting] = rounded(name, best_value(losses))
 
     def current(self, config: TrainConfig, setting: str) -> Any:
         """Return the value of a setting; for a separate rate that is not set, the rate that it is derived from."""
