@@ -33,6 +33,7 @@ from antransformer.training import run_folder
 from antransformer.training.checkpointing import checkpoint
 from antransformer.training.config import resolve_config
 from antransformer.training.distributed import parallel
+from antransformer.training.schedule import SHAPES
 from antransformer.training.trainer import Trainer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a script does not have tests/ on its path
@@ -105,11 +106,19 @@ FOUR_PROCESS_CASES |= {
     "documents-compiled": {"parallel": "fsdp", "document_mask": True, "compile": True},
     "tensor-bfloat16": {"parallel": "fsdp", "tensor_parallel": 2, "precision": "bfloat16"},
 }
+# Every schedule with and without averages, in both recipes: slow tests with two processes.
+SCHEDULE_CASES = {
+    f"{recipe}-{schedule}": {"recipe": recipe, "schedule": schedule, "parallel": strategy, **options}
+    for recipe, strategy, options in (("paper", "ddp", {}), ("best", "fsdp", {"ema": 0.3}))
+    for schedule in SHAPES
+}
+for name in ("paper-wsd", "best-wsd"):
+    SCHEDULE_CASES[name]["decay_fraction"] = 0.6
 
 
 def config_of(corpus, name):
     """Return the settings of a case: ``STEPS`` steps of 8 windows."""
-    case = (CASES | FOUR_PROCESS_CASES)[name]
+    case = (CASES | FOUR_PROCESS_CASES | SCHEDULE_CASES)[name]
     base = {
         "recipe": "paper",
         "precision": "float32",
