@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from antransformer import factors, functional
+from antransformer import factors, functional, kernels
 from antransformer.benchmarks.timing import peak_memory
 from antransformer.kernels import chunked_cross_entropy
 from helpers.messages import mentions
@@ -319,3 +319,24 @@ def test_the_full_logits_are_never_in_memory():
     full_size = 16 * 128 * 10_000 * 4
     peak = peak_memory(lambda: functional.cross_entropy(hidden, weight, targets).backward(), torch.device("cpu"))
     assert peak < full_size / 4
+
+
+class OnGpu:
+    """Has the attributes of a tensor on a GPU that choose a kernel."""
+
+    is_cuda = True
+
+
+class Chosen(torch.nn.Module):
+    """Adds 1 where the operators for compiled models on GPUs are chosen."""
+
+    def forward(self, x):
+        return x + kernels.is_compiled_for_gpu(OnGpu())
+
+
+def test_operators_for_compiled_models_are_chosen_by_the_compiler_only():
+    x, model = torch.zeros(2), Chosen()
+    assert torch.compile(model, backend="eager", fullgraph=True)(x).tolist() == [1, 1]
+    assert model(x).tolist() == [0, 0]
+    for strict in (False, True) if kernels.KNOWS_EXPORT else (False,):
+        assert torch.export.export(model, (x,), strict=strict).module()(x).tolist() == [0, 0]

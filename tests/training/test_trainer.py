@@ -271,6 +271,15 @@ def test_a_compiler_that_fails_for_single_blocks_is_a_warning_too():
     torch.testing.assert_close(loss(tokens, tokens), model.loss(tokens, tokens))
 
 
+def test_a_run_compiles_nothing_after_its_start(corpus, tmp_path, monkeypatch):
+    graphs = []
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=lambda graph, _: graphs.append(1) or graph))
+    trainer = start(corpus, tmp_path / "run", tokens=256 * 2, eval_tokens=512, compile=True)
+    assert len(graphs) == 2  # with gradients and without
+    trainer.run()
+    assert len(graphs) == 2
+
+
 def test_validation_uses_the_compiled_loss(corpus, tmp_path):
     trainer = start(corpus, tmp_path / "run", tokens=256, compile=True)
     compiled, calls = trainer.loss, []

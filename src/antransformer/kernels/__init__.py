@@ -15,6 +15,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+# torch 2.11 compiles is_exporting() as a constant, True.
+KNOWS_EXPORT = torch.__version__ >= (2, 12)
+
 
 def use_triton(x: Tensor) -> bool:
     """Whether to run a Triton kernel on this tensor: it is on a GPU, not being compiled, and Triton is installed."""
@@ -24,7 +27,7 @@ def use_triton(x: Tensor) -> bool:
 def is_autocast(x: Tensor) -> bool:
     """Whether autocast casts this operand of a matrix product; there is no autocast on the meta device."""
     device = x.device.type
-    return x.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return x.dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device)
 
 
 def device_of(x: Tensor) -> AbstractContextManager[object]:
@@ -34,7 +37,7 @@ def device_of(x: Tensor) -> AbstractContextManager[object]:
 
 def is_compiled_for_gpu(x: Tensor) -> bool:
     """Whether ``torch.compile`` traces for a GPU; an exported program must not have operators of this package."""
-    return x.is_cuda and torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    return x.is_cuda and torch.compiler.is_dynamo_compiling() and not (KNOWS_EXPORT and torch.compiler.is_exporting())
 
 
 def row_sizes(width: int) -> dict[str, int]:

@@ -56,12 +56,13 @@ def compiled_loss(
     mode = "reduce-overhead" if not by_block and use_cuda_graphs(config, device, sequences) else None
     loss: Loss = model.loss if by_block else torch.compile(model.loss, mode=mode)
     tokens = torch.zeros(sequences, config.model.context, dtype=torch.int64, device=device)
+    targets = torch.zeros_like(tokens)  # a graph for one tensor in both places would not be used by the steps
     try:
         with autocast(device, precision):
-            value = loss(tokens, tokens)
+            value = loss(tokens, targets)
         value.backward()
         with torch.no_grad(), autocast(device, precision):  # without gradients the compiler makes another graph
-            loss(tokens, tokens)
+            loss(tokens, targets)
     except Exception as error:
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
             raise
