@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from antransformer import functional
-from antransformer.benchmarks.timing import machine_info
+from antransformer.benchmarks.timing import Benchmark, machine_info, make_rows
 from antransformer.cli import main
 from antransformer.lock import lock
 from antransformer.selftest import PARTS, checkpoints, program, speed
-from antransformer.selftest.checks import Setup
+from antransformer.selftest.checks import Check, Setup
 from helpers.commands import refused
 from helpers.messages import mentions
 
@@ -33,11 +33,12 @@ def complete(tmp_path_factory):
 def check_outcomes(result, parts, passed):
     folder, content, status = result
     assert status == 0
-    assert [part["part"] for part in content["parts"]] == list(parts)
+    functions = [(part, function.__name__) for part in parts for function in program.CHECKS[part]]
+    assert [(result["part"], result["function"]) for result in content["parts"]] == functions
     assert not (folder / program.ERRORS).exists()
-    outcomes = [check["passed"] for part in content["parts"] for check in part["checks"]]
+    outcomes = [check["passed"] for result in content["parts"] for check in result["checks"]]
     assert outcomes.count(True) >= passed
-    assert all(part["checks"] for part in content["parts"])
+    assert all(result["checks"] for result in content["parts"])
     assert content["machine"]["device"] == "cpu"
 
 
@@ -49,7 +50,7 @@ def test_short_parts_pass_on_a_cpu(complete):
 def test_the_report_has_a_row_for_every_figure(complete):
     folder, content, _ = complete
     rows = [line for line in (folder / program.REPORT).read_text().splitlines() if line.startswith("| ")]
-    assert len(rows) == len(SHORT_PARTS) + sum(len(part["checks"]) for part in content["parts"])
+    assert len(rows) == len(SHORT_PARTS) + sum(len(result["checks"]) for result in content["parts"])
 
 
 @pytest.mark.slow
@@ -59,15 +60,36 @@ def test_all_parts_pass_on_a_cpu_and_the_comparison_has_its_losses(tmp_path):
     results = json.loads((complete[0] / "compare" / "results.json").read_text())
     losses = [run["loss"] for variant in results["variants"] for run in variant["runs"]]
     assert len(losses) == 6
-    figures = next(part for part in complete[1]["parts"] if part["part"] == "training")["checks"]
+    figures = next(result for result in complete[1]["parts"] if result["part"] == "training")["checks"]
     assert f"{losses[0]:.4f}" in " ".join(check["figure"] for check in figures)
 
 
 def test_finished_parts_are_not_run_again(complete, monkeypatch, capsys):
     folder, content, _ = complete
-    monkeypatch.setattr(program, "CHECKS", {})
+    monkeypatch.setattr(program, "run_function", None)
     assert main(["selftest", "--device", "cpu", "--parts", *SHORT_PARTS, "--out", str(folder)]) == 0
-    assert str(sum(len(part["checks"]) for part in content["parts"])) in capsys.readouterr().out
+    assert str(sum(len(result["checks"]) for result in content["parts"])) in capsys.readouterr().out
+
+
+def test_what_failed_is_run_again_after_a_change_of_the_package(tmp_path, monkeypatch):
+    calls = []
+
+    def good(setup):
+        calls.append("good")
+        yield Check("a", "1", "1", True)
+
+    def bad(setup):
+        calls.append("bad")
+        yield Check("b", "2", "1", len(calls) > 2)
+
+    monkeypatch.setitem(program.CHECKS, "kernels", (bad, good))
+    words = ["selftest", "--device", "cpu", "--parts", "kernels", "--out", str(tmp_path / "out")]
+    assert [main(words), main(words)] == [1, 1]
+    assert calls == ["bad", "good"]
+    monkeypatch.setattr(program, "source_digest", lambda: "another")
+    assert [main(words), main(words)] == [0, 0]
+    assert calls == ["bad", "good", "bad"]
+    assert "another" in (tmp_path / "out" / program.REPORT).read_text()
 
 
 def test_a_wrong_kernel_fails(tmp_path, monkeypatch, capsys):
@@ -90,7 +112,8 @@ def test_a_check_that_raises_is_a_failure_and_the_rest_is_run(tmp_path, monkeypa
     monkeypatch.setitem(program.CHECKS, "checkpoints", (broken, checkpoints.on_cpu))
     folder = tmp_path / "out"
     assert main(["selftest", "--device", "cpu", "--parts", "checkpoints", "--out", str(folder)]) == 1
-    checks = json.loads((folder / "results.json").read_text())["parts"][0]["checks"]
+    results = json.loads((folder / "results.json").read_text())["parts"]
+    checks = [check for result in results for check in result["checks"]]
     assert [check["passed"] for check in checks] == [False, True]
     assert "no such device" in checks[0]["figure"]
     assert "test_selftest.py" in (folder / program.ERRORS).read_text()
@@ -100,16 +123,39 @@ def test_a_device_that_fails_after_a_part_ends_the_call_and_the_next_one_continu
     def fail(device):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(program, "CHECKS", {name: (lambda setup: iter(()),) for name in PARTS})
+    def first(setup):
+        yield Check("a", "1")
+
+    def second(setup):
+        yield Check("b", "2")
+
+    monkeypatch.setattr(program, "CHECKS", dict.fromkeys(PARTS, (first, second)))
     words = ["selftest", "--device", "cpu", "--out", str(tmp_path / "out")]
     with monkeypatch.context() as patch:
         patch.setattr(program, "release_memory", fail)
         assert main(words) == 1
-    first = next(iter(PARTS))
-    assert mentions(capsys.readouterr().err, first, "illegal memory access")
-    assert [part["part"] for part in json.loads((tmp_path / "out" / "results.json").read_text())["parts"]] == [first]
+    kept = [next(iter(PARTS)), "first"]
+    assert mentions(capsys.readouterr().err, kept[0], "illegal memory access")
+    results = json.loads((tmp_path / "out" / "results.json").read_text())["parts"]
+    assert [[result["part"], result["function"]] for result in results] == [kept]
     assert main(words) == 0
-    assert len(json.loads((tmp_path / "out" / "results.json").read_text())["parts"]) == len(PARTS)
+    assert len(json.loads((tmp_path / "out" / "results.json").read_text())["parts"]) == 2 * len(PARTS)
+
+
+def test_a_variant_of_ours_that_fails_is_a_failed_check(tmp_path, monkeypatch):
+    """GPT+ fails, so no ratio refers to it; another library may be missing."""
+    times = {"angpt": [2.0], "x-transformers": [1.0]}
+    problems = {"gpt+": "OutOfMemoryError: no memory", "qwen3": "missing"}
+    rows = make_rows({"mode": "compiled"}, times, 100, problems=problems)
+    monkeypatch.setattr(speed, "bench_step", lambda *_: Benchmark("step", {}, rows))
+    monkeypatch.setattr(speed, "free_memory", lambda device: 141e9)
+    monkeypatch.setattr(speed, "_memory", lambda *_: Check("memory", "1"))
+    setup = Setup(torch.device("cuda"), tmp_path, 1.0, lambda _: None)
+    passed = {check.name.split()[-1]: check.passed for check in speed.peers(setup)}
+    assert passed == {"angpt": None, "x-transformers": None, "gpt+": False, "qwen3": None}
+    assert sum("nan" in check.figure for check in speed.peers(setup)) == 2
+    passed = {check.name.split()[-1]: check.passed for check in speed.steps_125m(setup)}
+    assert passed["angpt"] is passed["gpt+"] is False
 
 
 @pytest.mark.parametrize(("free", "batch"), [(141e9, 16), (24e9, 8), (1e9, 1)])
@@ -139,7 +185,7 @@ def test_a_second_self_test_of_the_same_folder_is_refused(tmp_path, capsys):
 
 
 HERE = machine_info(torch.device("cpu"))
-PART = {"part": "kernels", "seconds": 1.0, "checks": []}
+PART = {"part": "kernels", "function": "fp8", "seconds": 1.0, "source": "1a", "checks": []}
 
 
 def kept(*parts, machine=HERE):

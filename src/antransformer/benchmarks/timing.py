@@ -24,7 +24,7 @@ from antransformer.training.device import cpu_name
 from antransformer.training.profiling import silence_profiler
 
 Times = dict[str, dict[str, list[float]]]  # part of the work -> variant -> seconds of each round
-PACKAGES = ("torch", "transformers", "x-transformers", "nGPT-pytorch", "tokenizers")
+PACKAGES = ("torch", "triton", "transformers", "x-transformers", "nGPT-pytorch", "tokenizers")
 GPU_REPEATS = 3  # calls in a row
 
 

@@ -2,9 +2,9 @@
 
 On a GPU, results are compared with the CPU, and speed with the goals of the project.
 
-Every part prints a table. Results of finished parts are kept in --out, and the same command continues with the rest.
-At the end, report.md in that folder has all tables. On a GPU all parts take about an hour; a CPU runs all of them in
-miniature.
+Every part prints a table. Results are kept in --out. The same command continues with the rest, and repeats what failed
+if the package was changed since. At the end, report.md in that folder has all tables. On a GPU all parts take about an
+hour; a CPU runs all of them in miniature.
 
 Exit status 1 means that a check failed.
 
@@ -45,7 +45,7 @@ def add_arguments(parser: Parser) -> None:
         "--minutes",
         type=float,
         metavar="N",
-        help="start no part with less than 9 of N minutes left (default: no limit)",
+        help="start nothing with less than 5 of N minutes left, and the part training only with 9 (default: no limit)",
     )
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="folder of results and runs (default runs/selftest-DEVICE)"
@@ -79,10 +79,10 @@ def run(parsed: argparse.Namespace) -> None:
     if not console.is_terminal:
         console.width = TABLE_WIDTH
 
-    def show(result: program.Result) -> None:
+    def show(part: str, results: list[program.Result]) -> None:
         table = new_table("check", "figure", "limit", "result")
-        table.title = f"{result.part}, {result.seconds:.0f} s"
-        for check in result.checks:
+        table.title = f"{part}, {sum(result.seconds for result in results):.0f} s"
+        for check in (check for result in results for check in result.checks):
             table.add_row(check.name, check.figure, check.limit, program.outcome(check))
         console.print(table)
 
@@ -93,6 +93,7 @@ def run(parsed: argparse.Namespace) -> None:
         parsed.json.write_text(json.dumps(program.content(setup, results), indent=2) + "\n", encoding="utf-8")
     checks = [check for result in results.values() for check in result.checks]
     failures = [check.name for check in checks if check.passed is False]
-    print(f"{len(results)} of {len(PARTS)} parts, {counted(len(checks), 'figure')}; tables: {folder / program.REPORT}")
+    finished = sum(len(program.results_of(results, part)) == len(program.CHECKS[part]) for part in PARTS)
+    print(f"{finished} of {len(PARTS)} parts, {counted(len(checks), 'figure')}; tables: {folder / program.REPORT}")
     if failures:
         raise MachineError(f"{counted(len(failures), 'check')} failed: {'; '.join(failures)}")

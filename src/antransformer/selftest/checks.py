@@ -77,6 +77,11 @@ def at_most(name: str, value: float, limit: float) -> Check:
     return Check(name, f"{value:.3g}", f"<= {limit:g}", bool(value <= limit))
 
 
+def failed(name: str, reason: str) -> Check:
+    """Failed check of something that must not raise."""
+    return Check(name, reason, "no error", False)
+
+
 def equal(name: str, holds: bool) -> Check:
     """Check that two results are equal."""
     return Check(name, "equal" if holds else "different", "equal", holds)

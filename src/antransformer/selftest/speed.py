@@ -19,7 +19,7 @@ from antransformer.benchmarks.timing import Row, alternate, make_rows, time_call
 from antransformer.benchmarks.train_step import StepSettings, bench_step, make_step
 from antransformer.errors import MachineError
 from antransformer.models import ModelConfig
-from antransformer.selftest.checks import Check, Setup, triton_kernels
+from antransformer.selftest.checks import Check, Setup, failed, triton_kernels
 from antransformer.training import float8
 from antransformer.training.cost_model.memory import Layout, estimate_memory
 from antransformer.training.cost_model.throughput import peak_flops
@@ -28,6 +28,7 @@ from antransformer.training.resources import free_memory
 
 OURS = ("gpt+", "ngpt", "angpt")
 PEERS = ("gpt+", "angpt", "qwen3", "x-transformers", "ngpt-pytorch")
+OTHERS = ("qwen3", "qwen3 static", "x-transformers", "ngpt-pytorch")  # variants of libraries that may be missing
 BATCHES = {"125m": 16, "0.5b": 8}
 MFU = {"125m": 0.35, "0.5b": 0.5}
 STEP_RATIO = 1.0  # time of anGPT's step over that of GPT+; the paper measures 1.0275
@@ -49,8 +50,10 @@ def steps_half_billion(setup: Setup) -> Iterator[Check]:
 def peers(setup: Setup) -> Iterator[Check]:
     """Compiled steps against other libraries, as far as they are installed."""
     settings = _step_settings(setup, "125m", PEERS[:2] if setup.miniature else PEERS, modes=("compiled",))
-    for row in bench_step(settings, setup.log).rows:
-        yield Check(f"125m compiled, {row.variant}", f"{_speed(row)}, {_relative(row):.3f} of GPT+'s speed")
+    rows = bench_step(settings, setup.log).rows
+    for row in rows:
+        name = f"125m compiled, {row.variant}"
+        yield _problem(name, row) or Check(name, f"{_speed(row)}, {_over_gpt_plus(row, rows):.3f} of GPT+'s speed")
 
 
 def fp8(setup: Setup) -> Iterator[Check]:
@@ -93,7 +96,8 @@ def optimizer(setup: Setup) -> Iterator[Check]:
         for row in rows:
             if row.variant == WITH_BOUNDS:
                 name = f"125m {row.task['architecture']}, optimizer with bounds over without"
-                yield Check(f"{name}, {'kernel' if fused else 'plain torch'}", f"{1 / _relative(row):.3f} of the time")
+                name += f", {'kernel' if fused else 'plain torch'}"
+                yield _problem(name, row) or Check(name, f"{1 / _relative(row):.3f} of the time")
 
 
 def generation(setup: Setup) -> Iterator[Check]:
@@ -112,18 +116,18 @@ def generation(setup: Setup) -> Iterator[Check]:
     )
     for row in bench_generate(settings, setup.log).rows:
         task = f"125m {row.task['mode']}, batch {row.task['batch']}, {row.task['part']}, {row.variant}"
-        yield Check(task, f"{_speed(row)}, {_relative(row):.3f} of the folded anGPT's speed")
+        yield _problem(task, row) or Check(task, f"{_speed(row)}, {_relative(row):.3f} of the folded anGPT's speed")
 
 
 def _steps(setup: Setup, preset: str) -> Iterator[Check]:
     settings = _step_settings(setup, preset, OURS, modes=MODES)
-    for row in bench_step(settings, setup.log).rows:
+    rows = bench_step(settings, setup.log).rows
+    for row in rows:
         name = f"{preset} {row.task['mode']}, {row.variant}"
-        if row.problem:
-            fits = not row.problem.startswith(torch.OutOfMemoryError.__name__)
-            yield Check(name, f"failed: {row.problem}", *(("no error", False) if fits else ()))
+        if problem := _problem(name, row):
+            yield problem
             continue
-        slowdown = 1 / _relative(row)
+        slowdown = 1 / _over_gpt_plus(row, rows)
         compiled = row.task["mode"] == "compiled"
         text = f"{_speed(row)}, step time {slowdown:.3f} of GPT+'s"
         if row.variant == "angpt" and compiled:
@@ -197,10 +201,25 @@ def _rounds(setup: Setup) -> int:
     return 1 if setup.miniature else 15
 
 
+def _problem(name: str, row: Row) -> Check | None:
+    """Return the check of a row without figures: failed, unless the variant is another library's."""
+    if row.problem is None:
+        return None
+    return Check(name, f"failed: {row.problem}") if row.variant in OTHERS else failed(name, row.problem)
+
+
 def _speed(row: Row) -> str:
-    return f"{row.speed.median:,.0f} tokens/s" if row.speed else f"failed: {row.problem}"
+    assert row.speed is not None
+    return f"{row.speed.median:,.0f} tokens/s"
 
 
 def _relative(row: Row) -> float:
-    """Speed over the baseline's; NaN for a variant that failed."""
-    return row.ratio.median if row.ratio else math.nan
+    """Speed over the speed of the first row with figures."""
+    assert row.ratio is not None
+    return row.ratio.median
+
+
+def _over_gpt_plus(row: Row, rows: Sequence[Row]) -> float:
+    """Speed over GPT+'s in the same mode; NaN if GPT+ failed."""
+    failures = {other.task["mode"] for other in rows if other.variant == "gpt+" and other.problem}
+    return math.nan if row.task["mode"] in failures else _relative(row)
