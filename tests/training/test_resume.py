@@ -1,6 +1,7 @@
 """Resuming an interrupted run, with bit-identical results or a clear refusal."""
 
 import contextlib
+import itertools
 import json
 import random
 import re
@@ -36,6 +37,8 @@ from helpers.trainers import (
     wait_for_step,
     weights,
 )
+
+STOPS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 
 @pytest.mark.parametrize("options", OPTIMIZED, ids="-".join)
@@ -93,7 +96,7 @@ def test_run_killed_at_a_random_step_resumes_bit_identically(corpus, tmp_path, c
     assert weights(tmp_path / "killed", 200) == weights(tmp_path / "uninterrupted", 200), kill_at
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", STOPS)
 def test_signal_saves_a_checkpoint_and_prints_the_command_to_resume(corpus, tmp_path, number):
     process = subprocess.Popen(
         command(corpus, tmp_path / "run", "--tokens", "2M", "--checkpoint-every", "100000", "--eval-every", "100000"),
@@ -116,33 +119,38 @@ def test_signal_saves_a_checkpoint_and_prints_the_command_to_resume(corpus, tmp_
     assert trainer.done == step
 
 
-@pytest.mark.parametrize(
-    ("number", "variable"),
-    [(signal.SIGHUP, None), (signal.SIGTERM, "RANK"), (signal.SIGTERM, "ANTRANSFORMER_FORWARDED_SIGNALS")],
-)
-def test_a_signal_that_arrives_twice_for_one_stop_counts_once(number, variable, monkeypatch):
+class SignalError(Exception):
+    """Raised by a signal that would end a run."""
+
+
+def raise_error(*_):
+    raise SignalError
+
+
+@pytest.fixture
+def raising_signals():
+    before = [(number, signal.signal(number, raise_error)) for number in STOPS]
+    yield
+    for number, handler in before:
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("raising_signals")
+@pytest.mark.parametrize("variable", [None, "RANK", "ANTRANSFORMER_FORWARDED_SIGNALS"])
+def test_signals_that_follow_in_the_same_stop_are_ignored(variable, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     if variable:
         monkeypatch.setenv(variable, "1")
-    previous = signal.signal(number, signal.default_int_handler)
-    try:
-        with StopSignals() as signals:
-            signal.raise_signal(number)
-            signal.raise_signal(number)
-        assert signals.received is number and signal.getsignal(number) is signal.default_int_handler
-    finally:
-        signal.signal(number, previous)
-
-
-def test_a_second_sigterm_of_a_run_without_a_parent_stops_at_once(monkeypatch):
-    monkeypatch.delenv("RANK", raising=False)
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        with StopSignals(), pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGTERM)
-            signal.raise_signal(signal.SIGTERM)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    ignored = {"SIGINT": ["SIGHUP"], "SIGTERM": ["SIGHUP"], "SIGHUP": ["SIGHUP", "SIGTERM"]}
+    if variable:
+        ignored["SIGTERM"] = ["SIGHUP", "SIGTERM"]
+    for first, second in itertools.product(STOPS, repeat=2):
+        stops = second.name not in ignored[first.name]
+        with pytest.raises(SignalError) if stops else contextlib.nullcontext(), StopSignals() as signals:
+            signal.raise_signal(first)
+            signal.raise_signal(second)
+        assert signals.received is first
+        assert all(signal.getsignal(number) is raise_error for number in STOPS)
 
 
 def test_hangup_stays_ignored_under_nohup():
