@@ -9,6 +9,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,9 +21,11 @@ from antransformer.data import Dataset
 from antransformer.errors import CheckpointError, ConfigError, DivergedError, RunStoppedError
 from antransformer.training import launch, run_folder
 from antransformer.training.config import LEGACY_DEFAULTS
+from antransformer.training.metrics import read_metrics
 from antransformer.training.run_folder import saved_config
 from antransformer.training.stop_signals import StopSignals
 from antransformer.training.trainer import Trainer
+from helpers.faults import timeless_metrics
 from helpers.messages import mentions
 from helpers.small import SMALL_OPTIONS, Notes
 from helpers.trainers import (
@@ -163,6 +166,27 @@ def test_hangup_stays_ignored_under_nohup():
         assert received == [None] and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, previous)
+
+
+@pytest.mark.usefixtures("raising_signals")
+@pytest.mark.parametrize("step", [10, 15])
+def test_validation_and_samples_that_a_stop_left_out_are_made_up(corpus, tmp_path, monkeypatch, step):
+    options = {"eval_every": 10, "sample_every": 5}
+    start(corpus, tmp_path / "uninterrupted", **options).run()
+    stopped = start(corpus, tmp_path / "stopped", **options)
+    update = stopped.update
+    stopped.update = lambda number: (signal.raise_signal(signal.SIGTERM) if number == step else None, update(number))[1]
+    with pytest.raises(RunStoppedError):
+        stopped.run()
+    last = read_metrics(tmp_path / "stopped/metrics.jsonl")[-1]
+    assert last["step"] == step and not {"val_loss", "samples"} & last.keys()
+    tracked = []
+    tracker = SimpleNamespace(write=tracked.append, close=lambda: None)
+    monkeypatch.setattr("antransformer.training.trainer.open_trackers", lambda *_: [tracker])
+    resume(corpus, tmp_path / "stopped")[0].run()
+    assert timeless_metrics(tmp_path / "stopped") == timeless_metrics(tmp_path / "uninterrupted")
+    assert [line["step"] for line in tracked] == list(range(step, 21))
+    assert tracked[0].keys() == {"step", "samples", *(["val_loss", "bits_per_byte"] if step == 10 else [])}
 
 
 @pytest.mark.parametrize("saved", [0, 5])

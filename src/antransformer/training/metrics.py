@@ -92,6 +92,9 @@ class MetricsLog:
             is 0, earlier lines are kept in a file whose name ends in ``.old``, unless that has more lines.
         name: name of the file.
         trackers: receive every line too.
+
+    Attributes:
+        last: last line of the file before the first ``write``; empty without one.
     """
 
     def __init__(self, folder: Path, after: int, name: str = METRICS_FILE, trackers: Sequence[Tracker] = ()) -> None:
@@ -101,7 +104,8 @@ class MetricsLog:
         old = self.path.with_name(f"{name}.old")
         if not after and len(earlier) > len(read_lines(old)):  # the checkpoints may be missing by mistake
             self.path.replace(old)
-        replace_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
+        replace_text(self.path, _text(lines))
+        self.last = lines[-1] if lines else {}
         self._trackers = trackers
 
     def write(self, line: Mapping[str, Any]) -> None:
@@ -119,6 +123,17 @@ class MetricsLog:
             raise MachineError(f"{self.path} cannot be written: {error.strerror}") from error
         for tracker in self._trackers:
             tracker.write(line)
+
+    def complete(self, values: Mapping[str, Any]) -> None:
+        """Add values to ``last``, in the file and in the trackers; called before the first ``write``.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        lines = [*read_lines(self.path)[:-1], {**self.last, **values}]
+        replace_text(self.path, _text(lines))
+        for tracker in self._trackers:
+            tracker.write({"step": self.last["step"], **values})
 
     def close(self) -> None:
         """Close the trackers."""
@@ -144,6 +159,10 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         if isinstance(line, dict) and type(line.get("step")) is int and _has_numbers(line):
             lines.append(line)
     return lines
+
+
+def _text(lines: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(line) + "\n" for line in lines)
 
 
 def _has_numbers(line: Mapping[str, Any]) -> bool:

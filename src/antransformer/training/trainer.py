@@ -224,14 +224,16 @@ class Trainer:
             WriteError, MachineError: a checkpoint or the metrics could not be written.
         """
         config = self.config
-        log = None if self.dist_ctx.rank else self._open_log()
+        trackers = [] if self.dist_ctx.rank else open_trackers(config, self.folder, self.done)
+        log = None if self.dist_ctx.rank else MetricsLog(self.folder, self.done, trackers=trackers)
         pending: list[tuple[Tensor, Tensor]] = []  # kept on the device, since reading them waits for it
-        started, first = time.perf_counter(), self.done
         line: MetricsLine | None = None
         announcement = None if self.dist_ctx.rank else "finishing the step and saving; Ctrl-C to stop at once"
         signals = StopSignals(announcement)
         self.reporter.step(self.done)
         try:
+            self._make_up(log)
+            started, first = time.perf_counter(), self.done
             watch = ThreadWatch(self.device, self.reporter.log, compiled=self.config.compile is True)
             with signals, watch, profiler or contextlib.nullcontext(), self.writer:
                 while self.done < config.steps:
@@ -283,10 +285,6 @@ class Trainer:
     def _advice(self) -> str:
         return f"continue with: antransformer train --out {quoted(self.folder)} --resume"
 
-    def _open_log(self) -> MetricsLog:
-        trackers = open_trackers(self.config, self.folder, self.done)
-        return MetricsLog(self.folder, self.done, trackers=trackers)
-
     def _agree_to_stop(self, signals: "StopSignals") -> signal.Signals | None:
         """Signal for which all ranks stop after this step; None to continue.
 
@@ -308,7 +306,7 @@ class Trainer:
         return Due(
             evaluate=last or (self.done % config.eval_every == 0 and stopping is None),
             save=last or stopping is not None or not all(self.done % interval for interval in intervals),
-            sample=config.sample_every is not None and self.done % config.sample_every == 0,
+            sample=config.sample_every is not None and self.done % config.sample_every == 0 and stopping is None,
             log=self.done % config.log_every == 0,
         )
 
@@ -318,14 +316,31 @@ class Trainer:
         Raises:
             DivergedError: a weight or the validation loss is NaN or Inf.
         """
-        if due.evaluate:
-            line.update(self.evaluate())  # type: ignore[typeddict-item]  # it has no keys beyond its own
-        self._require_finite_weights(line)
-        if due.sample:
-            line["samples"] = samples(self.model, self.average, self.dataset, self.dist_ctx.rank == 0)
+        # The last update may have spoiled the weights, which must not be saved then.
+        self._require_finite("largest row norm", line["largest_row_norm"])
+        line.update(self._validation_and_samples(due.evaluate, due.sample))  # type: ignore[typeddict-item]
         if log is not None:
             log.write(line)
         self.reporter.metrics(line)
+
+    def _validation_and_samples(self, evaluate: bool, sample: bool) -> dict[str, Any]:
+        added: dict[str, Any] = {}
+        if evaluate:
+            added |= self.evaluate()
+            self._require_finite("validation loss", added["val_loss"])
+        if sample:
+            added["samples"] = samples(self.model, self.average, self.dataset, self.dist_ctx.rank == 0)
+        return added
+
+    def _make_up(self, log: MetricsLog | None) -> None:
+        """Add the validation and the samples that a stop left out to the metrics line of its step."""
+        due, line = self._due(None), log.last if log is not None else {}
+        missing = line.get("step") == self.done < self.config.steps
+        evaluate = self.dist_ctx.all_reduce_max(missing and due.evaluate and "val_loss" not in line)
+        sample = self.dist_ctx.all_reduce_max(missing and due.sample and "samples" not in line)
+        added = self._validation_and_samples(bool(evaluate), bool(sample))
+        if added and log is not None:
+            log.complete(added)
 
     def update(self, step: int) -> list[tuple[Tensor, Tensor]]:
         """Take one optimizer step.
@@ -439,12 +454,9 @@ class Trainer:
                     raise self._not_finite(f"the {name} is {value} at step {step}")
         return {"loss": float(values[:, 0].mean()), "grad_norm": float(pending[-1][1])}
 
-    def _require_finite_weights(self, line: MetricsLine) -> None:
-        # The last update may have spoiled the weights, which must not be saved then.
-        values = {"largest row norm": line["largest_row_norm"], "validation loss": line.get("val_loss", 0.0)}
-        for name, value in values.items():
-            if not math.isfinite(value):
-                raise self._not_finite(f"the {name} is {value} at step {self.done}")
+    def _require_finite(self, name: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise self._not_finite(f"the {name} is {value} at step {self.done}")
 
     def _not_finite(self, problem: str) -> DivergedError:
         with contextlib.suppress(WriteError):
