@@ -95,7 +95,8 @@ def run(parsed: argparse.Namespace) -> None:
     except (RunStoppedError, DivergedError, WriteError) as error:
         if is_rank_0:
             raise
-        raise SystemExit(1) from error  # all ranks raise the same error, and one message is enough
+        # All ranks raise the same error, and one message is enough.
+        raise SystemExit(error.status if isinstance(error, RunStoppedError) else 1) from error
     if is_rank_0:
         result = trained.result
         print(

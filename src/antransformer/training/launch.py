@@ -12,7 +12,7 @@ from typing import Any
 from antransformer.data import Dataset
 from antransformer.data.mixture import open_mixture
 from antransformer.data.mixture_spec import absolute, absolute_mixture, absolute_stage
-from antransformer.errors import CheckpointError, ConfigError
+from antransformer.errors import CheckpointError, ConfigError, DivergedError, WriteError
 from antransformer.lock import lock
 from antransformer.models.config import PAPER_VOCABULARY
 from antransformer.settings import Count, Words
@@ -120,7 +120,12 @@ def train(
                 extension.describe_finished(config, folder) if finished else _description(trainer, dataset, dist_ctx)
             )
             traced = profile and dist_ctx.rank == 0
-            return folder, trainer.run(profile_steps(folder / "profile.json", reporter.log) if traced else None)
+            try:
+                return folder, trainer.run(profile_steps(folder / "profile.json", reporter.log) if traced else None)
+            except (DivergedError, WriteError):  # raised on all ranks
+                # The first exit ends all ranks: let rank 0 close its trackers before.
+                dist_ctx.barrier()
+                raise
 
 
 def _open(open_data: OpenData, verify: bool, name: str) -> Dataset:

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -35,17 +36,44 @@ def test_a_mistake_of_several_processes_is_one_line(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_rank_that_the_agent_ended_after_its_message_does_not_set_the_status(tmp_path):
-    told, ended = tmp_path / "a.json", tmp_path / "b.json"
-    for file in (told, ended):
-        file.touch()
-    failures = {
-        rank: SimpleNamespace(timestamp=0, error_file=str(file), exitcode=code, message=f"{rank}", signal_name=str)
-        for rank, (file, code) in enumerate([(ended, -15), (told, 2)])
-    }
-    assert launcher._first_failure(SimpleNamespace(failures=failures)) == ("1", 2)
-    del failures[1]
-    assert launcher._first_failure(SimpleNamespace(failures=failures)) == ("0", 143)
+@pytest.mark.parametrize(
+    ("codes", "told", "expected"),
+    [
+        ((-15, 2), (0, 1), ("1", 2)),
+        ((-15, 1), (0,), ("0", 1)),  # the agent ended rank 0, which had left its message and was closing trackers
+        ((-15, -15), (0,), ("0", 143)),
+        ((-9, 1), (), ("rank 0", 137)),
+    ],
+)
+def test_the_status_is_of_a_rank_that_the_agent_did_not_end(tmp_path, codes, told, expected):
+    failures = {}
+    for rank, code in enumerate(codes):
+        file = tmp_path / f"{rank}.json"
+        if rank in told:
+            file.touch()
+        failures[rank] = SimpleNamespace(
+            timestamp=0, error_file=str(file), exitcode=code, message=f"{rank}", signal_name=str
+        )
+    message, status = launcher._first_failure(SimpleNamespace(failures=failures))
+    assert expected[0] in message and status == expected[1]
+
+
+def test_a_diverged_rank_0_closes_its_trackers_before_another_rank_exits(corpus, tmp_path, monkeypatch):
+    def close():
+        time.sleep(0.5)
+        append(tmp_path / "events", "closed")
+
+    def action(words):
+        monkeypatch.setattr("antransformer.training.trainer.open_trackers", lambda *_: [SimpleNamespace(close=close)])
+        try:
+            return main(words)
+        finally:
+            append(tmp_path / "events", "exit")
+
+    words = ["train", f"--data={corpus}", f"--out={tmp_path / 'run'}", "--device=cpu", "--lr=1e38", *TEN_STEPS]
+    failed = fork_ranks(2, tmp_path, action, words)
+    assert failed.returncode == 1 and failed.stderr.count("error: ") == 1
+    assert (tmp_path / "events").read_text().split() == ["closed", "exit", "exit"]
 
 
 def test_torchruns_own_summary_has_the_message_of_the_rank(tmp_path):

@@ -112,6 +112,8 @@ def _first_failure(error: object) -> tuple[str, int]:
     # The agent ends the other ranks after a failure, also one that has left its message and is about to exit.
     rank, failure = min(reported, key=lambda item: item[1].exitcode < 0) if reported else failures[0]
     status = failure.exitcode
+    if reported and status < 0:
+        status = next((other.exitcode for _, other in failures if other.exitcode > 0), status)
     reason = f"was killed by {failure.signal_name()}" if status < 0 else f"exited with status {status}"
     message = str(failure.message) if reported else f"antransformer: rank {rank} {reason}"
     return message, 128 - status if status < 0 else status
