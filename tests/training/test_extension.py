@@ -1,10 +1,12 @@
 """Extending a run to more tokens: equal to a longer run, or with a second rise of the learning rate."""
 
+import json
 import math
 import re
 import shutil
 
 import pytest
+import yaml
 
 import antransformer
 from antransformer.errors import CheckpointError, ConfigError, UsageError
@@ -12,7 +14,7 @@ from antransformer.interop.model_card import learning_rate
 from antransformer.settings import Count
 from antransformer.training import run_folder
 from antransformer.training.config import resolve_config
-from antransformer.training.extension import describe_finished
+from antransformer.training.extension import LENGTH_SETTINGS, describe_finished
 from antransformer.training.extension import extend as extend_config
 from antransformer.training.metrics import read_metrics
 from antransformer.training.schedule import SHAPES
@@ -177,12 +179,20 @@ def test_rewarmed_run_needs_a_checkpoint_from_its_rewarm_on(corpus, tmp_path):
     extend(tmp_path / "run", 12, rewarm=0.5)
     for step in (10, 12):
         (tmp_path / f"run/checkpoints/step-{step:08d}/model.safetensors").write_bytes(b"")
-    with pytest.raises(CheckpointError) as error:
-        antransformer.train(out=tmp_path / "run", resume=True)
-    assert mentions(error.value, tmp_path / "run", 10, 5)
+    for options in ({}, {"tokens": STEP * 20}, {"tokens": STEP * 20, "rewarm": 0.2}):
+        with pytest.raises(CheckpointError) as error:
+            antransformer.train(out=tmp_path / "run", resume=True, **options)
+        assert mentions(error.value, tmp_path / "run", 10, 5, "state.json", *LENGTH_SETTINGS)
     with pytest.raises(CheckpointError) as error:
         antransformer.train(config=tmp_path / "run/config.yaml", out=tmp_path / "again")
-    assert mentions(error.value, 10, 0) and not (tmp_path / "again").exists()
+    assert mentions(error.value, 10, 0, *LENGTH_SETTINGS[2:]) and not (tmp_path / "again").exists()
+    # As the first error advises:
+    state = json.loads((tmp_path / "run/checkpoints/step-00000005/state.json").read_text())
+    config = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    settings = {name: value for name, value in state["extra"]["settings"].items() if name in LENGTH_SETTINGS}
+    config = {name: value for name, value in config.items() if name not in LENGTH_SETTINGS} | settings
+    (tmp_path / "run/config.yaml").write_text(yaml.safe_dump(config))
+    assert antransformer.train(out=tmp_path / "run", resume=True).result.step == 10
 
 
 def test_model_card_tells_schedule_and_rewarm(corpus, tmp_path):

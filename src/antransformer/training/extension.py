@@ -17,8 +17,9 @@ from antransformer.training.config import TrainConfig
 from antransformer.training.learning_rates import peak_rates
 from antransformer.wording import counted
 
+REWARM_SETTINGS = ("rewarm_from", "rewarm_ratio", "rewarm_steps")
 # Settings that differ between a longer run and its checkpoints from before the extension.
-LENGTH_SETTINGS = ("tokens", "initial_tokens", "rewarm_from", "rewarm_ratio", "rewarm_steps")
+LENGTH_SETTINGS = ("tokens", "initial_tokens", *REWARM_SETTINGS)
 
 
 def read_rewarm(value: Any, resume: bool) -> float:
@@ -69,9 +70,11 @@ def extend(config: TrainConfig, tokens: Count, step: int, rewarm: float | None, 
         folder: run folder, for messages.
 
     Raises:
-        CheckpointError: the decay has begun and ``rewarm`` is None, or there is no checkpoint to rewarm.
+        CheckpointError: the decay has begun and ``rewarm`` is None, there is no checkpoint to rewarm, or ``step`` is
+            before an earlier rewarm.
         ConfigError: ``rewarm`` and ``decay_fraction`` exceed 1 together.
     """
+    require_rewarm_step(config, step, folder)
     longer = replace(config, tokens=tokens, initial_tokens=config.initial_tokens or config.tokens)
     if rewarm is None:
         if step > config.decay_start and config.min_lr_ratio < 1:
@@ -114,9 +117,14 @@ def extends(config: TrainConfig, settings: Mapping[str, Any], step: int) -> bool
 def require_rewarm_step(config: TrainConfig, step: int, folder: Path) -> None:
     """Raise ``CheckpointError`` if a rewarmed run would train from before the step where its rate rose again."""
     if step < (config.rewarm_from or 0):
+        *names, last = LENGTH_SETTINGS if step else REWARM_SETTINGS
+        listed = f"{', '.join(names)} and {last}"
+        remedy = f"remove {listed}"
+        if step:
+            remedy = f"set {listed} as in the state.json of that checkpoint (remove those that it lacks)"
         raise CheckpointError(
             f"{folder}: config.yaml raises the learning rate after step {config.rewarm_from:,} of a run, but training "
-            f"would start from step {step:,}: restore a later checkpoint, or remove the rewarm settings"
+            f"would start from step {step:,}: restore a later checkpoint, or {remedy}"
         )
 
 
