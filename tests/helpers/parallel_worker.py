@@ -309,6 +309,8 @@ def fail_on_the_last_rank(trainer, dist_ctx, name):
         else:
             assert mentions(str(error), str(start + FAILURE)), error
             assert trainer.done == start + FAILURE
+            if name != "broken":
+                assert mentions(str(error), "--resume", "--processes", str(dist_ctx.world_size)), error
     else:
         raise AssertionError("the run did not end")
     finally:

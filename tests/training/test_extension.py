@@ -14,6 +14,7 @@ from antransformer.interop.model_card import learning_rate
 from antransformer.settings import Count
 from antransformer.training import run_folder
 from antransformer.training.config import resolve_config
+from antransformer.training.distributed.parallel import DistributedContext
 from antransformer.training.extension import LENGTH_SETTINGS, describe_finished
 from antransformer.training.extension import extend as extend_config
 from antransformer.training.metrics import read_metrics
@@ -269,6 +270,14 @@ def test_a_run_of_a_constant_rate_is_extended_without_a_rise(corpus, tmp_path):
     assert "--rewarm" not in describe_finished(run_folder.saved_config(tmp_path / "run"), tmp_path / "run")
     extend(tmp_path / "run", 12)
     assert set(rates(tmp_path / "run").values()) == {1e-2}
+
+
+@pytest.mark.parametrize(("machines", "processes"), [(1, ["3"]), (2, [])])
+def test_the_suggested_command_starts_as_many_processes_on_one_machine(corpus, tmp_path, machines, processes):
+    start(corpus, tmp_path / "run", tokens=STEP * 8)
+    dist_ctx = DistributedContext(world_size=3 * machines, local_world_size=3)
+    text = describe_finished(run_folder.saved_config(tmp_path / "run"), tmp_path / "run", dist_ctx)
+    assert re.findall(r"--processes (\S+)", text) == processes and "--tokens 4096" in text
 
 
 @pytest.mark.parametrize(("decay_fraction", "rewarm"), [(0.5, 0.1), (0.95, 0.05), (None, 0.1), (1.0, None)])

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from antransformer.errors import CheckpointError, ConfigError
-from antransformer.files import quoted
 from antransformer.settings import Count, convert, shown
 from antransformer.training.config import TrainConfig
+from antransformer.training.distributed.parallel import SINGLE_PROCESS, DistributedContext
 from antransformer.training.learning_rates import peak_rates
+from antransformer.training.run_folder import resume_command
 from antransformer.wording import counted
 
 REWARM_SETTINGS = ("rewarm_from", "rewarm_ratio", "rewarm_steps")
@@ -128,15 +129,15 @@ def require_rewarm_step(config: TrainConfig, step: int, folder: Path) -> None:
         )
 
 
-def describe_finished(config: TrainConfig, folder: Path) -> str:
+def describe_finished(config: TrainConfig, folder: Path, dist_ctx: DistributedContext = SINGLE_PROCESS) -> str:
     """One line about a run with no steps left, and how to train longer."""
     decayed, largest = config.steps > config.decay_start and config.min_lr_ratio < 1, _largest_rewarm(config)
     if decayed and not largest:
         return f"{folder} is finished at step {config.steps:,}: start a new run with another --out to train longer"
     rewarm = f" --rewarm {min(0.1, largest):g}" if decayed else ""
     return (
-        f"{folder} is finished at step {config.steps:,}; train longer with: antransformer train --out {quoted(folder)} "
-        f"--resume --tokens {2 * config.tokens}{rewarm}"
+        f"{folder} is finished at step {config.steps:,}; train longer with: {resume_command(folder, dist_ctx)} "
+        f"--tokens {2 * config.tokens}{rewarm}"
     )
 
 

@@ -115,10 +115,10 @@ def train(
                     run_folder.save_config(folder, config)
             if config is not saved:
                 reporter.log(extension.describe(config, trainer.done))
-            finished = trainer.done == config.steps
-            reporter.log(
-                extension.describe_finished(config, folder) if finished else _description(trainer, dataset, dist_ctx)
-            )
+            if trainer.done == config.steps:
+                reporter.log(extension.describe_finished(config, folder, dist_ctx))
+            else:
+                reporter.log(_description(trainer, dataset, dist_ctx))
             traced = profile and dist_ctx.rank == 0
             try:
                 return folder, trainer.run(profile_steps(folder / "profile.json", reporter.log) if traced else None)

@@ -215,3 +215,10 @@ def open_checkpoint(
 def run_folder_of(opened: Checkpoint) -> Path:
     """Run folder that contains a checkpoint."""
     return opened.path.resolve().parent.parent
+
+
+def resume_command(folder: Path, dist_ctx: DistributedContext = SINGLE_PROCESS) -> str:
+    """Return the command that resumes a run, on one machine with the same number of processes."""
+    one_machine = dist_ctx.world_size == dist_ctx.local_world_size
+    processes = f" --processes {dist_ctx.world_size}" if one_machine and dist_ctx.world_size > 1 else ""
+    return f"antransformer train --out {quoted(folder)} --resume{processes}"

@@ -36,7 +36,7 @@ from antransformer.training.distributed.parallel import (
 from antransformer.training.learning_rates import peak_rates
 from antransformer.training.metrics import MetricsLine, MetricsLog, Validation, mixed_validation
 from antransformer.training.optimizer import make_optimizer
-from antransformer.training.run_folder import CHECKPOINTS, open_checkpoint, run_folder_of
+from antransformer.training.run_folder import CHECKPOINTS, open_checkpoint, resume_command, run_folder_of
 from antransformer.training.samples import samples
 from antransformer.training.stop_signals import StopSignals
 from antransformer.training.threads import ThreadWatch
@@ -258,7 +258,7 @@ class Trainer:
                         self.writer.wait()
                         raise RunStoppedError(
                             f"stopped at step {self.done} by {stopping.name}; checkpoint saved to {path}; "
-                            f"{self._advice()}",
+                            f"continue with: {resume_command(self.folder, self.dist_ctx)}",
                             stopping,
                         )
                     started, first = time.perf_counter(), self.done
@@ -274,16 +274,14 @@ class Trainer:
     def _interrupted(self, received: signal.Signals) -> RunStoppedError:
         """Return the error of a second signal, which stops a run before it has saved."""
         saved = max(checkpoint.step_folders(self.folder / CHECKPOINTS), key=checkpoint.step_of, default=None)
+        advice = f"continue with: {resume_command(self.folder, self.dist_ctx)}"
         if saved is None:
             outcome = "no checkpoint was written, and there is no earlier one"
         elif checkpoint.step_of(saved) == self.done:
-            outcome = f"checkpoint saved to {saved}; {self._advice()}"
+            outcome = f"checkpoint saved to {saved}; {advice}"
         else:
-            outcome = f"no checkpoint of step {self.done} was written; the newest is {saved}; {self._advice()}"
+            outcome = f"no checkpoint of step {self.done} was written; the newest is {saved}; {advice}"
         return RunStoppedError(f"stopped at once by a second {received.name}: {outcome}", received)
-
-    def _advice(self) -> str:
-        return f"continue with: antransformer train --out {quoted(self.folder)} --resume"
 
     def _agree_to_stop(self, signals: "StopSignals") -> signal.Signals | None:
         """Signal for which all ranks stop after this step; None to continue.
