@@ -126,22 +126,32 @@ def test_nan_loss_stops_the_run(corpus, tmp_path, monkeypatch):
     assert max(losses(tmp_path / "run")) <= 12
 
 
-def test_infinite_weights_are_never_saved(corpus, tmp_path):
+@pytest.mark.parametrize("dimensions", [1, 2])
+def test_infinite_weights_are_never_saved(corpus, tmp_path, dimensions):
     trainer = start(corpus, tmp_path / "run", tokens=256 * 3, checkpoint_every=1, log_every=1)
     step = trainer.optimizer.step
 
     def broken_step():
         step()
         if trainer.done == 1:  # the second update
+            weight = next(weight for weight in trainer.model.parameters() if weight.ndim == dimensions)
             with torch.no_grad():
-                trainer.model.lm_head.weight[3, 4] = math.inf
+                weight.view(-1)[0] = math.inf
 
     trainer.optimizer.step = broken_step
     with pytest.raises(DivergedError) as error:
         trainer.run()
-    assert mentions(error.value, "inf", 2, f"{tmp_path}/run/checkpoints/step-00000001")
+    assert mentions(str(error.value).lower(), "inf", 2, f"{tmp_path}/run/checkpoints/step-00000001")
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000001"]
     assert set(losses(tmp_path / "run")) == {1}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_run_with_a_much_too_large_rate_of_the_vectors_is_diverged(corpus, tmp_path, architecture):
+    trainer = start(corpus, tmp_path / "run", vector_lr=1e38, model={"architecture": architecture})
+    with pytest.raises(DivergedError):
+        trainer.run()
+    assert not checkpoint.step_folders(tmp_path / "run/checkpoints")
 
 
 def test_infinite_gradient_stops_the_run(corpus, tmp_path):

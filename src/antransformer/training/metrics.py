@@ -15,7 +15,7 @@ from antransformer.errors import MachineError
 from antransformer.files import replace_text
 from antransformer.models import Decoder
 from antransformer.nn import Residual
-from antransformer.training.distributed.parallel import full_tensor
+from antransformer.training.distributed.parallel import full_tensor, local_shard
 from antransformer.training.trackers import Tracker
 
 METRICS_FILE = "metrics.jsonl"
@@ -186,3 +186,9 @@ def mean_alpha(model: Decoder) -> Tensor | None:
     """Mean residual step size over all layers and coordinates; None if the architecture has none."""
     alphas = [full_tensor(module.alpha()).mean() for module in model.modules() if isinstance(module, Residual)]
     return torch.stack(alphas).mean() if alphas else None
+
+
+@torch.no_grad()
+def has_finite_weights(model: Decoder) -> bool:
+    """Return whether all weights on this rank are finite; this waits for the device."""
+    return bool(torch.stack([local_shard(weight).isfinite().all() for weight in model.parameters()]).all())

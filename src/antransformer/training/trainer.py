@@ -228,8 +228,7 @@ class Trainer:
         log = None if self.dist_ctx.rank else MetricsLog(self.folder, self.done, trackers=trackers)
         pending: list[tuple[Tensor, Tensor]] = []  # kept on the device, since reading them waits for it
         line: MetricsLine | None = None
-        announcement = None if self.dist_ctx.rank else "finishing the step and saving; Ctrl-C to stop at once"
-        signals = StopSignals(announcement)
+        signals = StopSignals(None if self.dist_ctx.rank else "finishing the step and saving; Ctrl-C to stop at once")
         self.reporter.step(self.done)
         try:
             self._make_up(log)
@@ -316,6 +315,9 @@ class Trainer:
         """
         # The last update may have spoiled the weights, which must not be saved then.
         self._require_finite("largest row norm", line["largest_row_norm"])
+        self._require_finite("mean residual step size", line["mean_alpha"] or 0.0)
+        if self.dist_ctx.all_reduce_max(not metrics.has_finite_weights(self.model)):
+            raise self._not_finite(f"a weight is NaN or Inf at step {self.done}")
         line.update(self._validation_and_samples(due.evaluate, due.sample))  # type: ignore[typeddict-item]
         if log is not None:
             log.write(line)
