@@ -1,6 +1,7 @@
 """The training loop: metrics, validation, precision, and runs that diverge."""
 
 import math
+import os
 import time
 from functools import partial
 
@@ -166,6 +167,26 @@ def test_data_outside_the_vocabulary_is_refused(corpus, tmp_path):
     with pytest.raises(DataError) as error:
         start(corpus, tmp_path / "run", model={"vocab_size": 200})
     assert mentions(error.value, corpus, "model.vocab_size", 256, 200, 257)
+
+
+def test_metrics_are_flushed_to_the_disk_before_a_checkpoint(corpus, tmp_path, monkeypatch):
+    trainer = start(corpus, tmp_path / "run", tokens=256 * 6, checkpoint_every=3)
+    file, events = tmp_path / "run/metrics.jsonl", []
+    fsync, save = os.fsync, trainer.writer.save
+
+    def recorded_fsync(descriptor):
+        if file.exists() and os.path.samestat(os.fstat(descriptor), file.stat()):
+            events.append(("flush", max(losses(tmp_path / "run"))))
+        fsync(descriptor)
+
+    def recorded_save(step, *arguments):
+        events.append(("save", step))
+        return save(step, *arguments)
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    trainer.writer.save = recorded_save
+    trainer.run()
+    assert events == [("flush", 3), ("save", 3), ("flush", 6), ("save", 6)]
 
 
 def test_incomplete_metrics_line_is_ignored(corpus, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
@@ -108,8 +109,8 @@ class MetricsLog:
         self.last = lines[-1] if lines else {}
         self._trackers = trackers
 
-    def write(self, line: Mapping[str, Any]) -> None:
-        """Append one line, which has at least the key ``step``.
+    def write(self, line: Mapping[str, Any], flush: bool = False) -> None:
+        """Append one line, which has at least the key ``step``; ``flush`` forces the file to the disk.
 
         Raises:
             ValueError: a value is NaN or infinite.
@@ -119,6 +120,9 @@ class MetricsLog:
         try:
             with self.path.open("a", encoding="utf-8") as file:  # opened for each line, so that none stays in a buffer
                 file.write(text)
+                if flush:
+                    file.flush()
+                    os.fsync(file.fileno())
         except OSError as error:
             raise MachineError(f"{self.path} cannot be written: {error.strerror}") from error
         for tracker in self._trackers:

@@ -320,7 +320,7 @@ class Trainer:
             raise self._not_finite(f"a weight is NaN or Inf at step {self.done}")
         line.update(self._validation_and_samples(due.evaluate, due.sample))  # type: ignore[typeddict-item]
         if log is not None:
-            log.write(line)
+            log.write(line, flush=due.save)  # a power loss must not leave a checkpoint without its metrics
         self.reporter.metrics(line)
 
     def _validation_and_samples(self, evaluate: bool, sample: bool) -> dict[str, Any]:
