@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 # torch 2.11 compiles is_exporting() as a constant, True.
-KNOWS_EXPORT = torch.__version__ >= (2, 12)
+KNOWS_EXPORT = torch.__version__ >= "2.12"
 
 
 def use_triton(x: Tensor) -> bool:
