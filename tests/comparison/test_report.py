@@ -278,6 +278,21 @@ def test_summary_uses_only_the_finished_runs_of_the_baseline(diverged, speed, fi
     assert set(re.findall(r"[\d.]+x", text)) == {number for number in figures if number.endswith("x")}
 
 
+def test_summary_compares_variants_of_the_same_recipe():
+    def trained(architecture, recipe, speed):
+        item = variant(f"{architecture}-{recipe}", speed)
+        return replace(item, settings={**item.settings, "architecture": architecture})
+
+    plain, angpt = trained("gpt+", "paper", 1.0), trained("angpt", "best", 1.7)
+    recipes = {f"{name}-{recipe}": recipe for name in ("gpt+", "angpt") for recipe in ("paper", "best")}
+    muon = replace(trained("gpt+", "best", 1.7), runs=angpt.runs)
+    text = summary(experiment(plain, muon, angpt, recipes=recipes))
+    assert "1.00x" in text and "1.7" not in text
+    alone = summary(experiment(plain, angpt, recipes=recipes))
+    assert "1.7" in alone and "recipe" in alone and "recipe" not in text
+    assert "recipe" not in summary(experiment(plain, angpt))  # results of an earlier release
+
+
 def test_summary_of_bounds():
     runs = [Run(budget, 1, loss, 1.0, 0.1, "r") for budget, loss in zip(BUDGETS[:2], (3.0, 1.0), strict=True)]
     shape = {"budgets": BUDGETS[:2], "seeds": (1,)}
@@ -570,6 +585,14 @@ def test_holm_corrects_for_the_number_of_tests():
         [0.03, 0.06, math.nan, 0.06, 0.02], nan_ok=True
     )
     assert statistics.holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+def test_summary_of_an_ablation_tells_an_increase_that_is_not_significant():
+    noisy = ablated("a", 0.02)
+    runs = tuple(replace(run, loss=run.loss + noise) for run, noise in zip(noisy.runs, (-0.2, 0.3, -0.1), strict=True))
+    texts = [summary(ablation(item, ablated("b", -0.001))) for item in (replace(noisy, runs=runs), noisy)]
+    assert ["not significant" in text for text in texts] == [True, False]
+    assert all("+0.0" in text for text in texts)
 
 
 def test_page_of_an_ablation(tmp_path):

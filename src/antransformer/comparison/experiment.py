@@ -374,7 +374,8 @@ class Experiment:
 
     def setup(self, seconds: float, results: Iterable[RunResult]) -> dict[str, Any]:
         """Return what all runs share, for the report; ``seconds`` is the wall time of this call."""
-        config = self.config(self.states[0], self.plan.budgets[-1], TRIAL_SEED)
+        configs = {state.spec.name: self.config(state, self.plan.budgets[-1], TRIAL_SEED) for state in self.states}
+        config = configs[self.states[0].spec.name]
         return {
             **provenance(self.dataset, self.queue, seconds, results),
             "preset": config.preset,
@@ -382,10 +383,8 @@ class Experiment:
             "layers": config.model.layers,
             "context": config.model.context,
             "batch_tokens": config.batch_tokens,
-            "optimizers": {
-                state.spec.name: self.config(state, self.plan.budgets[-1], TRIAL_SEED).optimizer
-                for state in self.states
-            },
+            "optimizers": {name: config.optimizer for name, config in configs.items()},
+            "recipes": {name: config.recipe for name, config in configs.items()},
             "validation_tokens": int(config.eval_tokens),
             "lr_trials": self.plan.lr_trials,
             "tuning_trials": self.plan.tuning_trials,

@@ -70,9 +70,9 @@ class PairwiseSpeedup:
         return f"{sign}{self.clamp_to_bound(point, ratio, seconds):.2f}x"
 
 
-def final_difference(results: Results, variant: Variant) -> Difference:
-    """Difference of a variant from the baseline at the largest budget, with the paired t-test."""
-    return paired_difference(*(_final_losses(results, item) for item in (results.baseline, variant)))
+def final_difference(results: Results, variant: Variant, baseline: Variant | None = None) -> Difference:
+    """Difference of a variant from another, by default the baseline, at the largest budget, with the paired t-test."""
+    return paired_difference(*(_final_losses(results, item) for item in (baseline or results.baseline, variant)))
 
 
 def variant_differences(results: Results) -> list[Difference]:

@@ -11,7 +11,7 @@ from antransformer.comparison.findings import PairwiseSpeedup, final_difference,
 from antransformer.comparison.statistics import Speedup
 from antransformer.comparison.tuning import tuning_scope
 from antransformer.reporting.labels import display_name, format_count, style_of
-from antransformer.results.comparison import Results, Run, Trial, Variant
+from antransformer.results.comparison import Results, Run, Trial, Variant, architecture_of
 from antransformer.wording import counted
 
 METHOD = "angpt"
@@ -27,13 +27,33 @@ def main_variant(results: Results) -> Variant:
     return next((item for item in results.variants[1:] if item.name == METHOD), results.variants[-1])
 
 
+def compared_with(results: Results, variant: Variant) -> Variant:
+    """Return the variant that the summary compares with: one like the baseline, but trained as ``variant``.
+
+    It has the architecture of the baseline and the recipe and optimizer of ``variant``. Without one it is the baseline.
+    """
+    same = (item for item in results.variants if architecture_of(item) == architecture_of(results.baseline))
+    alike = (item for item in same if item is not variant and _training(results, item) == _training(results, variant))
+    return next(alike, results.baseline)
+
+
+def _training(results: Results, variant: Variant) -> tuple[str | None, str | None]:
+    """Recipe and optimizer of a variant, None in results of an earlier release."""
+    recipe, optimizer = (results.setup.get(key, {}).get(variant.name) for key in ("recipes", "optimizers"))
+    return recipe, optimizer
+
+
 # Comparison
 
 
 def _comparison_summary(results: Results) -> str:
     variant = main_variant(results)
-    speedup = _speedup_clause(results, PairwiseSpeedup.measure(results, variant, results.baseline))
-    sentences = [f"{speedup}.", _loss_sentence(results, variant), _diverged_sentence(results), _doubt(results, variant)]
+    baseline = compared_with(results, variant)
+    pair = PairwiseSpeedup.measure(results, variant, baseline)
+    sentences = [f"{_speedup_clause(results, pair)}.", _loss_sentence(results, pair), _diverged_sentence(results)]
+    if _training(results, variant) != _training(results, baseline):
+        sentences.append(f"{style_of(variant.name).label} also has another recipe or optimizer.")
+    sentences.append(_doubt(results, pair))
     return " ".join(filter(None, sentences))
 
 
@@ -111,9 +131,9 @@ def _direction(pair: PairwiseSpeedup, point: Speedup) -> int:
     return -1 if high < math.inf and pair.clamp_to_bound(point, high) <= 1 else 0
 
 
-def _loss_sentence(results: Results, variant: Variant) -> str:
-    difference = final_difference(results, variant)
-    start, name = f"With {format_count(results.budgets[-1])} tokens", style_of(variant.name).label
+def _loss_sentence(results: Results, pair: PairwiseSpeedup) -> str:
+    difference = final_difference(results, pair.variant, pair.baseline)
+    start, name = f"With {format_count(results.budgets[-1])} tokens", style_of(pair.variant.name).label
     if math.isnan(difference.mean):
         return f"{start} the losses cannot be compared, since a run diverged."
     if difference.mean == 0:
@@ -135,10 +155,10 @@ def _diverged_sentence(results: Results) -> str:
     return f"Diverged runs: {', '.join(counts)}." if counts else ""
 
 
-def _doubt(results: Results, variant: Variant) -> str:
+def _doubt(results: Results, pair: PairwiseSpeedup) -> str:
     """Return what speaks against the tuning of the two variants compared: best values at an edge, and rising losses."""
     doubts = []
-    for item in (results.baseline, variant):
+    for item in (pair.baseline, pair.variant):
         label = style_of(item.name).label
         for setting, tokens in dict.fromkeys((trial.setting, trial.tokens) for trial in item.trials):
             if item.best_at_edge(setting, tokens):
@@ -182,7 +202,9 @@ def _ablation_summary(results: Results) -> str:
     if means[worst] <= 0:
         return sentence
     label = style_of(variants[worst].name).label
-    return f"{sentence} The largest increase in loss is {means[worst]:+.3f} nats, for {label}."
+    tested = not math.isnan(differences[worst].p)
+    note = " (not significant)" if tested and not is_significant[worst] else ""
+    return f"{sentence} The largest increase in loss is {means[worst]:+.3f} nats, for {label}{note}."
 
 
 # Parts of sentences

@@ -131,6 +131,12 @@ class Variant:
         return {item.tokens: item for item in self.chosen}[tokens]
 
 
+def architecture_of(variant: Variant) -> str:
+    """Name of a variant's architecture."""
+    name: str = variant.settings.get("architecture", variant.name)
+    return name
+
+
 @dataclass(frozen=True)
 class Results:
     """Results of an experiment.

@@ -16,7 +16,7 @@ from antransformer.errors import DataError
 from antransformer.files import require_file
 from antransformer.results import comparison as comparison_results
 from antransformer.results import sweep as sweep_results
-from antransformer.results.comparison import Results, Variant
+from antransformer.results.comparison import Results, Variant, architecture_of
 from antransformer.results.records import LARGEST, SMALLEST
 from antransformer.results.sweep import Sweep
 
@@ -114,10 +114,10 @@ def read_observations(paths: Sequence[Path]) -> Observations:
                 raise DataError(f"{path} is an ablation, whose variants have one size: give sweeps or comparisons")
             try:
                 searches += _trial_observations(comparison)
-                separate |= {_architecture(item) for item in comparison.variants if _has_separate_rates(item)}
+                separate |= {architecture_of(item) for item in comparison.variants if _has_separate_rates(item)}
                 runs += _run_observations(comparison)
                 by_variant = comparison.setup.get("optimizers", {})
-                used = ((_architecture(item), by_variant.get(item.name)) for item in comparison.variants)
+                used = ((architecture_of(item), by_variant.get(item.name)) for item in comparison.variants)
                 _add_optimizers(optimizers, used, path)
             except (KeyError, TypeError, ValueError) as error:
                 raise DataError(f"{path / comparison_results.FILE} lacks a value that a fit needs ({error})") from None
@@ -183,12 +183,7 @@ def _run_observations(results: Results) -> list[Observation]:
 
 def _observation(variant: Variant, results: Results, tokens: int, lr: float, loss: float) -> Observation:
     batch = variant.settings.get("batch_tokens", results.setup["batch_tokens"])
-    return Observation(_architecture(variant), *map(float, (variant.parameters, tokens, batch, lr, loss)))
-
-
-def _architecture(variant: Variant) -> str:
-    name: str = variant.settings.get("architecture", variant.name)
-    return name
+    return Observation(architecture_of(variant), *map(float, (variant.parameters, tokens, batch, lr, loss)))
 
 
 def _check_shared(folders: Mapping[Path, Sweep | Results]) -> None:
