@@ -300,6 +300,16 @@ def test_modules_that_are_added_after_bind_are_bounded_too():
     assert max(module.weight.norm(dim=1).max() for module in model) <= 1 + 1e-6
 
 
+def test_parameters_that_replace_others_are_bounded():
+    model = torch.nn.Sequential(Linear(8, 8))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    antransformer.bind(model, optimizer)
+    model[0].weight = torch.nn.Parameter(3 * model[0].weight.detach())
+    optimizer.param_groups[0]["params"] = [model[0].weight]
+    optimizer.step()
+    assert model[0].weight.norm(dim=1).max() <= 1 + 1e-6
+
+
 def test_frozen_parameters_are_not_projected():
     model = torch.nn.Sequential(Linear(8, 8), Linear(8, 8))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -334,6 +344,22 @@ def test_only_a_method_declares_bounds():
     model = torch.nn.Sequential(torch.nn.Linear(8, 8))
     model.register_buffer("bounds", torch.zeros(2))
     assert antransformer.normalize_(model) is model
+
+
+def test_a_method_with_arguments_does_not_declare_bounds():
+    model = torch.nn.Sequential(Linear(8, 8))
+    model.bounds = lambda x: x
+    antransformer.bind(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+@pytest.mark.parametrize(
+    "declare", [lambda weight: bounds.Bound("w", weight[0]), lambda weight: bounds.Bound("w", weight, axis=2)]
+)
+def test_a_declared_bound_that_cannot_hold_is_refused(declare):
+    model = torch.nn.Linear(8, 8)
+    model.bounds = lambda: [bounds.Bound("good", model.weight), declare(model.weight)]
+    with pytest.raises(ValueError, match="w"):
+        antransformer.bind(model, torch.optim.SGD(model.parameters(), lr=0.1))
 
 
 def test_a_computed_weight_is_refused():

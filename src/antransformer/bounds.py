@@ -10,6 +10,7 @@ but does not print the projection. Strict bounds are those of nGPT (arXiv:2410.0
 ``normalize_(model)`` gives bounded rows to a model of plain torch modules.
 """
 
+import inspect
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -77,9 +78,15 @@ def collect_bounds(module: nn.Module) -> list[Bound]:
 
 
 def declares_bounds(module: nn.Module) -> bool:
-    """Whether a module has a method ``bounds``; an attribute or a submodule of this name is something else."""
+    """Whether a module has a method ``bounds()``; a submodule or a method with other arguments is something else."""
     declared = getattr(module, "bounds", None)
-    return callable(declared) and not isinstance(declared, nn.Module)
+    if not callable(declared) or isinstance(declared, nn.Module):
+        return False
+    try:
+        inspect.signature(declared).bind()
+    except TypeError:
+        return False
+    return True
 
 
 def norms(bound: Bound) -> Tensor:
@@ -142,7 +149,8 @@ def bind(model: nn.Module, optimizer: Optimizer) -> RemovableHandle:
     Raises:
         TypeError: the arguments are not a module and an optimizer, or the model has no bounds, or a bounded weight is
             computed by a parametrization.
-        ValueError: none of its bounded parameters is in the optimizer.
+        ValueError: none of its bounded parameters is in the optimizer, or a declared bound has no parameter of the
+            model or an axis that the parameter does not have.
     """
     if not isinstance(model, nn.Module) or not hasattr(optimizer, "register_step_post_hook"):
         kinds = f"({type(model).__name__}, {type(optimizer).__name__})"
@@ -159,7 +167,8 @@ def bind(model: nn.Module, optimizer: Optimizer) -> RemovableHandle:
             f"{type(model).__name__} has no bounds: call antransformer.normalize_(model) first, build it from "
             "antransformer.nn, or give it a method bounds() -> list[Bound]"
         )
-    bounds, parameters = _bounds_of(optimizer, declared), _parameter_count(optimizer)
+    _check_bounds(declared, model)
+    bounds, parameters = _bounds_of(optimizer, declared), _parameters_of(optimizer)
     if declared and not bounds:
         raise ValueError(
             "the optimizer has none of the model's bounded parameters: build it from model.parameters() of this model "
@@ -168,8 +177,9 @@ def bind(model: nn.Module, optimizer: Optimizer) -> RemovableHandle:
 
     def project(_optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
         nonlocal bounds, parameters
-        if _parameter_count(optimizer) != parameters:
-            bounds, parameters = _bounds_of(optimizer, collect_bounds(model)), _parameter_count(optimizer)
+        now = _parameters_of(optimizer)
+        if list(map(id, now)) != list(map(id, parameters)):
+            bounds, parameters = _bounds_of(optimizer, collect_bounds(model)), now
         project_(bound for bound in bounds if bound.parameter.requires_grad)
 
     # A hook of the optimizer works in any training loop, including the Hugging Face Trainer.
@@ -178,14 +188,24 @@ def bind(model: nn.Module, optimizer: Optimizer) -> RemovableHandle:
 
 def _bounds_of(optimizer: Optimizer, declared: Iterable[Bound]) -> list[Bound]:
     # By identity: an optimizer may have only some of the parameters, and knows no names.
-    optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    optimized = {id(parameter) for parameter in _parameters_of(optimizer)}
     # A tied weight once: two programs of a kernel must not project the same rows.
     found = {(id(bound.parameter), bound.axis, bound.strict): bound for bound in declared}
     return [bound for bound in found.values() if id(bound.parameter) in optimized]
 
 
-def _parameter_count(optimizer: Optimizer) -> int:
-    return sum(len(group["params"]) for group in optimizer.param_groups)
+def _parameters_of(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _check_bounds(declared: Iterable[Bound], model: nn.Module) -> None:
+    known = {id(parameter) for parameter in model.parameters()}
+    for bound in declared:
+        weight = bound.parameter
+        if id(weight) not in known:
+            raise ValueError(f"the bound of {bound.name} is for a tensor that is not a parameter of the model")
+        if not -weight.ndim <= bound.axis < weight.ndim:
+            raise ValueError(f"the bound of {bound.name} has axis {bound.axis}, but shape {tuple(weight.shape)}")
 
 
 class Scale(nn.Module):
