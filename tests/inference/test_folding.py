@@ -40,6 +40,17 @@ def test_folding_keeps_the_function(options):
     assert (model.logit_scale() - 1).abs().mean() > 0.1 and model.blocks[0].mlp_residual.alpha().std() > 0.01
 
 
+def test_the_state_of_a_folded_model_is_complete():
+    model, other = model_of(), model_of()
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attention.score_scale.fill_(9.0)
+    folded, loaded = fold(model), fold(other)
+    loaded.load_state_dict(folded.state_dict())
+    with torch.no_grad():
+        assert torch.equal(loaded(some_tokens()), folded(some_tokens()))
+
+
 def test_folding_is_exact_in_double_precision():
     model = model_of().double()
     with torch.no_grad():

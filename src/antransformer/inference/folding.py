@@ -39,6 +39,14 @@ class FoldedBlock(nn.Module):
         self.down_proj = nn.Linear(hidden, width, bias=False)
         self.mlp_gain = nn.Parameter(torch.empty(width))
 
+    def get_extra_state(self) -> Tensor:
+        """Return the score scale (), which is a number outside the parameters."""
+        return torch.tensor(self.score_scale, dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Set the score scale from a ``state_dict``."""
+        self.score_scale = float(state)
+
     def forward(self, x: Tensor, ctx: AttentionContext) -> Tensor:
         """Map the residual stream (B, T, d) to the residual stream after the block (B, T, d)."""
         q, k, v = split_heads(self.qkv_proj(x), self.head_dim)
