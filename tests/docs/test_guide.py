@@ -66,7 +66,8 @@ def test_a_model_is_normalized_trained_and_made_plain_again():
     torch.manual_seed(0)
 
     def make():
-        return nn.Sequential(nn.Embedding(20, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+        other = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))  # keeps its own parametrization
+        return nn.Sequential(nn.Embedding(20, 8), nn.LayerNorm(8), other, nn.Linear(8, 3))
 
     scope = {"torch": torch, "antransformer": antransformer, "model": make()}
     exec(first.split("\n", 1)[1] + second, scope)  # all but the loading
@@ -76,6 +77,9 @@ def test_a_model_is_normalized_trained_and_made_plain_again():
     again = make()
     again.load_state_dict(scope["plain"](model))
     assert torch.equal(again(tokens), model(tokens))
+    head = antransformer.normalize_(nn.Linear(8, 3))
+    assert scope["plain"](head).keys() == {"weight", "bias"}
+    assert torch.equal(scope["plain"](head)["weight"], head.weight)
 
 
 def test_by_the_guides_rule_steps_turn_the_stream_as_far_at_four_times_the_width():
