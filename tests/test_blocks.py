@@ -193,6 +193,11 @@ def test_a_mask_is_boolean_and_may_have_one_axis():
         functional.attention(q, q, q, mask=torch.zeros(3, 3))
 
 
+def test_an_initial_value_of_0_is_refused_since_it_would_never_change():
+    with pytest.raises(errors.ConfigError):
+        Residual(8, alpha=0.0)
+
+
 def test_a_query_with_no_visible_key_gives_zero_and_no_nan():
     q = torch.randn(1, 3, 2, 8, requires_grad=True)
     mask = torch.tensor([[True, True, True], [False, False, False], [True, False, False]])

@@ -141,6 +141,15 @@ def test_interpolate_norm_agrees_with_its_two_steps_forward_and_backward(shape, 
         torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance * theirs.abs().max().item())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_interpolate_norm_takes_a_wider_second_tensor(dtype):
+    x, y, alpha = random(4, 8).to(dtype).requires_grad_(), random(4, 8, seed=1), torch.full((8,), 0.3)
+    z = functional.interpolate_norm(x, y, alpha)
+    z.sum().backward()
+    assert z.dtype == x.grad.dtype == dtype
+    torch.testing.assert_close(z, functional.interpolate_norm(x.double(), y, alpha.double()).to(dtype))
+
+
 @pytest.mark.parametrize(("y", "alpha"), [((1, 5, 8), (8,)), ((5, 8), (8,)), ((2, 5, 8), (4,)), ((2, 5, 8), (1, 8))])
 def test_interpolate_norm_refuses_tensors_of_other_shapes(y, alpha):
     with pytest.raises(ValueError) as error:

@@ -223,7 +223,7 @@ def interpolate_norm_forward(x: Tensor, y: Tensor, alpha: Tensor) -> tuple[Tenso
         from antransformer.kernels import interpolate_norm as kernel
 
         return kernel.forward(x, y, alpha)
-    precision = torch.promote_types(x.dtype, torch.float32)
+    precision = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
     inverse = inverse_norm(torch.linalg.vector_norm(y, dim=-1, keepdim=True, dtype=precision), NORM_EPS)
     x_weight, y_weight, _ = _interpolation_weights(alpha.to(precision))
     z, other = (y * inverse).mul_(y_weight), x * x_weight

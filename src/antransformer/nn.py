@@ -25,11 +25,11 @@ class ScaledParameter(nn.Module):
 
     Args:
         size: number of entries.
-        init: initial value of s.
+        init: initial value of s, not 0, which would have no gradient.
         scale: initial value of the surrogate, positive. A smaller scale lets s move faster.
 
     Raises:
-        ConfigError: the scale is not positive.
+        ConfigError: the scale is not positive, or the initial value is 0.
 
     >>> s = ScaledParameter(256, init=0.05, scale=0.03)
     >>> with torch.no_grad():
@@ -42,6 +42,8 @@ class ScaledParameter(nn.Module):
         super().__init__()
         if not scale > 0:
             raise ConfigError(f"scale must be positive, got {scale}")
+        if not init:
+            raise ConfigError("the initial value must not be 0: s = (init / scale) * value would never change")
         self.init, self.scale = init, scale
         self.value = nn.Parameter(torch.empty(size))
         self.reset_parameters()
