@@ -162,6 +162,49 @@ def test_a_stream_of_invalid_bytes_is_their_text():
     assert "".join(stream_text(tokenizer, ids)) == tokenizer.decode(ids)
 
 
+@pytest.fixture
+def fallback_tokenizer():
+    """Tokenizer whose first 256 ids are bytes, with the decoder of Llama."""
+    pieces = [f"<0x{byte:02X}>" for byte in range(256)]
+    pieces += ["<unk>", "</s>", "\u2581", "\u2581a", "a", "\ufffd"]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    library = tokenizers.Tokenizer(models.BPE(vocabulary, merges=[], byte_fallback=True, unk_token="<unk>"))
+    space = decoders.Replace("\u2581", " ")
+    library.decoder = decoders.Sequence([space, decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    library.add_special_tokens(["</s>"])
+    return Tokenizer(library, "fallback")
+
+
+def test_a_stream_of_byte_pieces_is_their_text(fallback_tokenizer):
+    generator, decode = random.Random(0), fallback_tokenizer.decode
+    characters = [list(text.encode()) for text in ("€", "é", "🎉", "\ufffd", " ", "日本語a")]
+    mixed = [*characters, *([number] for number in range(256, 262)), [0xFF], [0xE2]]  # the last two are invalid
+    after_prompt = 0
+    for number in range(600):
+        alphabet = mixed if number % 2 else characters
+        ids = [token for part in generator.choices(alphabet, k=generator.randint(1, 20)) for token in part]
+        assert "".join(stream_text(fallback_tokenizer, ids)) == decode(ids), ids
+        prompt, rest = ids[: len(ids) // 2], ids[len(ids) // 2 :]
+        if decode(ids).startswith(decode(prompt)):  # otherwise the prompt ends within a character
+            after_prompt += 1
+            assert decode(prompt) + "".join(stream_text(fallback_tokenizer, rest, prompt)) == decode(ids), ids
+    assert after_prompt > 200
+    assert list(stream_text(fallback_tokenizer, [*"a€".encode(), 260, 260])) == ["a€a", "a"]
+
+
+def test_an_invalid_byte_after_a_prompt_of_byte_pieces_leaves_the_prompt(fallback_tokenizer):
+    prompt = list("日本語".encode())
+    assert "".join(stream_text(fallback_tokenizer, [0xFF, 260], prompt)) == "\ufffda"
+
+
+@pytest.mark.parametrize("ids", [[0xE2, 0x82, 0xAC] * 1000, [0xFF] * 3000, [260] * 3000, [261] * 3000])
+def test_streaming_takes_time_linear_in_the_length(fallback_tokenizer, monkeypatch, ids):
+    decoded, decode = [], fallback_tokenizer.decode
+    monkeypatch.setattr(fallback_tokenizer, "decode", lambda ids: decoded.append(len(ids)) or decode(ids))
+    assert "".join(stream_text(fallback_tokenizer, ids)) == decode(ids)
+    assert sum(decoded) < 60 * len(ids)
+
+
 @pytest.mark.parametrize(
     ("mark", "split", "decoder"),
     [("\u2581", pre_tokenizers.Metaspace(), decoders.Metaspace()), ("", pre_tokenizers.WhitespaceSplit(), None)],

@@ -94,6 +94,11 @@ class Tokenizer:
         """Return the ids of the special tokens, which no text is encoded to."""
         return _special_tokens(self._library)
 
+    def byte_pieces(self) -> set[int]:
+        """Return the ids of the pieces <0x00> to <0xFF>. Each is one byte of a character that has no piece."""
+        ids = (self._library.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
+        return {number for number in ids if number is not None}
+
     def byte_lengths(self) -> NDArray[np.int64]:
         """Return the UTF-8 size of the text of each id, int64 [vocab_size]; that of special tokens is 0.
 

@@ -1,7 +1,7 @@
 """Sampling of token sequences from a model."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -128,7 +128,10 @@ def sample(
 
 
 def stream_text(tokenizer: Tokenizer, ids: Iterable[int], prompt: Sequence[int] = ()) -> Iterator[str]:
-    """Yield the text of ids piece by piece. An incomplete UTF-8 character is held back until its last byte.
+    """Yield the text of ids piece by piece; the pieces add up to the decoded text.
+
+    An incomplete UTF-8 character is held back until its last byte. A run of byte pieces is held back until its end,
+    since the decoder replaces all its bytes by U+FFFD if one is invalid.
 
     Args:
         tokenizer: tokenizer of the ids.
@@ -136,20 +139,44 @@ def stream_text(tokenizer: Tokenizer, ids: Iterable[int], prompt: Sequence[int] 
         prompt: ids before them. Many tokenizers drop the space of a token that begins a text.
     """
     incomplete = "\N{REPLACEMENT CHARACTER}"  # at the end of a text, it may become another character
-    # As many ids as the last character can have: its last id alone would be decoded as an incomplete one.
-    known, pending = list(prompt[-2 * MAX_TOKENS_PER_CHARACTER :]), []
-    shown = len(tokenizer.decode(known))
-    for token in ids:
-        pending.append(token)
+    byte_pieces = tokenizer.byte_pieces()
+    known, pending = _last_ids(prompt, byte_pieces), []
+    before = tokenizer.decode(known)
+    shown = len(before)
+    for run in _byte_runs(ids, byte_pieces):
+        pending += run
         decoded = tokenizer.decode([*known, *pending])
+        if not decoded.startswith(before):  # the new bytes changed the text of a run that the prompt began
+            known, shown, decoded = [], 0, tokenizer.decode(pending)
+        before = ""
         text = decoded.removesuffix(incomplete)
         if len(text) > shown:
             yield text[shown:]
             shown = len(text)
         if text == decoded or len(pending) > MAX_TOKENS_PER_CHARACTER:
-            # Enough ids to hold the last character whole.
-            known, pending = [*known, *pending][-2 * MAX_TOKENS_PER_CHARACTER :], []
+            known, pending = _last_ids([*known, *pending], byte_pieces), []
             shown = len(tokenizer.decode(known).removesuffix(incomplete))
     rest = tokenizer.decode([*known, *pending])[shown:]
     if rest:
         yield rest
+
+
+def _byte_runs(ids: Iterable[int], byte_pieces: Container[int]) -> Iterator[list[int]]:
+    """Yield each id in a list of its own, after the byte pieces before it."""
+    run = []
+    for token in ids:
+        run.append(token)
+        if token not in byte_pieces:
+            yield run
+            run = []
+    if run:
+        yield run
+
+
+def _last_ids(ids: Sequence[int], byte_pieces: Container[int]) -> list[int]:
+    """Return the run of byte pieces at the end and the ids before it that hold the last character whole."""
+    start = len(ids)
+    while start and ids[start - 1] in byte_pieces:
+        start -= 1
+    # A part of a character would be decoded as an incomplete one.
+    return list(ids[max(0, start - 2 * MAX_TOKENS_PER_CHARACTER) :])
