@@ -9,15 +9,16 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from tokenizers import normalizers
 
 from antransformer.cli import main
 from antransformer.cli.diagnose import print_tables
-from antransformer.data import Dataset
-from antransformer.diagnostics.diagnose import diagnose
+from antransformer.data import Dataset, byte_tokenizer
+from antransformer.diagnostics.diagnose import diagnose, text_tokens
 from antransformer.diagnostics.diagnosis import FactorError, Spread
 from antransformer.diagnostics.measurement import record
 from antransformer.diagnostics.summary import MAX_COMPACT_RATIO, format_number, summarize
-from antransformer.errors import CheckpointError
+from antransformer.errors import CheckpointError, DataError
 from antransformer.models import ModelConfig, build
 from antransformer.models.ablations import ABLATIONS
 from antransformer.models.registry import BUILT_IN
@@ -428,5 +429,15 @@ def test_other_data_is_refused(runs, corpus, tmp_path, capsys):
     assert main([str(word) for word in train]) == 0
     capsys.readouterr()
     assert data.vocab_size != data.max_token < 300
-    error_of(["--checkpoint", larger_run, "--data", larger], capsys, larger, data.vocab_size, 257)
+    error_of(["--checkpoint", larger_run, "--data", larger], capsys, larger)
     assert not (larger_run / "diagnose.png").exists()
+
+
+def test_data_of_another_tokenizer_with_the_same_vocabulary_is_refused(corpus):
+    dataset, tokenizer = Dataset.open(corpus), byte_tokenizer()
+    config = ModelConfig(architecture="angpt", vocab_size=257, width=128, layers=2, context=24, head_dim=32)
+    assert text_tokens(dataset, tokenizer, config, 48).shape == (2, 24)
+    tokenizer._library.normalizer = normalizers.Lowercase()
+    assert tokenizer.vocabulary() == dataset.tokenizer().vocabulary()
+    with pytest.raises(DataError, match=re.escape(str(corpus))):
+        text_tokens(dataset, tokenizer, config, 48)

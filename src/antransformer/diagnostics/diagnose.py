@@ -41,17 +41,17 @@ def text_tokens(dataset: Dataset, tokenizer: Tokenizer, config: ModelConfig, cou
 
     Raises:
         ConfigError: count is less than one sequence.
-        DataError: the data has another vocabulary, or no document is long enough.
+        DataError: the data has another tokenizer, or no document is long enough.
     """
     if dataset.max_token >= config.vocab_size:
         raise DataError(
             f"{dataset.path}: token id {dataset.max_token} is outside the model's vocabulary of {config.vocab_size}: "
             "give --data that was prepared with the run's tokenizer"
         )
-    if dataset.vocab_size != tokenizer.vocab_size:
+    if dataset.tokenizer().encoding_rules() != tokenizer.encoding_rules():
         raise DataError(
-            f"{dataset.path}: its tokenizer has {dataset.vocab_size:,} ids, the run's tokenizer "
-            f"{tokenizer.vocab_size:,}: give --data that was prepared with the run's tokenizer"
+            f"{dataset.path}: its tokenizer differs from the run's: give --data that was prepared with the run's "
+            "tokenizer"
         )
     if count < config.context:
         raise ConfigError(f"tokens must be at least one sequence of {config.context:,}, got {count:,}")
