@@ -1,9 +1,10 @@
 """Mistakes of a newcomer: the message names what would be right, and nothing is left behind."""
 
 import pytest
+from tokenizers import normalizers
 
 from antransformer.cli import main
-from antransformer.data import Dataset, prepare
+from antransformer.data import Dataset, Tokenizer, prepare
 from antransformer.errors import ConfigError, DataError, MissingExtraError
 from antransformer.settings import NAMES_ELSEWHERE
 from antransformer.training.config import resolve_config
@@ -77,6 +78,29 @@ def test_the_advice_for_data_of_another_tokenizer_works(corpus, tmp_path):
     prepare([text], tmp_path / "fitting", tokenizer=run, val_inputs=[val])
     dataset = Dataset.open(tmp_path / "fitting")
     check_data(resolve_config(settings, dataset.vocab_size), dataset)
+
+
+@pytest.mark.parametrize("other", ["normalizer", "end of text"])
+def test_an_initial_model_of_another_tokenizer_with_the_same_vocabulary_is_refused(corpus, tmp_path, other):
+    run, added = tmp_path / "run", "<|user|>"
+    path = start(corpus, run, tokens=256, batch_tokens=256, model={"vocab_size": 258}).run().checkpoint
+    tokenizer = Tokenizer.load(run)
+    tokenizer._library.add_special_tokens([added])
+    tokenizer.save(run / "tokenizer.json")
+    (tmp_path / "text.txt").write_text("some words and more words\n" * 400)
+    (tmp_path / "val.txt").write_text("some more words\n" * 100)
+    prepare([tmp_path / "text.txt"], tmp_path / "data", tokenizer=str(run), val_inputs=[tmp_path / "val.txt"])
+    more = {"tokens": 256, "batch_tokens": 256, "init": str(path), "model": {"vocab_size": 258}}
+    start(tmp_path / "data", tmp_path / "tuned", **more)
+    if other == "normalizer":
+        tokenizer._library.normalizer = normalizers.Lowercase()
+    else:
+        tokenizer.end_of_text = tokenizer.vocabulary()[added]
+    tokenizer.save(run / "tokenizer.json")
+    assert Tokenizer.load(run).vocabulary() == Dataset.open(tmp_path / "data").tokenizer().vocabulary()
+    with pytest.raises(DataError) as error:
+        start(tmp_path / "data", tmp_path / "refused", **more)
+    assert mentions(str(error.value), "--tokenizer", str(run))
 
 
 def test_a_folder_of_text_and_an_exported_model_are_recognized(tmp_path, capsys):

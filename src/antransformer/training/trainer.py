@@ -204,10 +204,10 @@ class Trainer:
         initial, tokenizer = open_checkpoint(init, self.reporter.log, self.dist_ctx)
         if initial.model != self.config.model:
             raise CheckpointError(f"{initial.path}: its model differs from the one in the settings")
-        if tokenizer.vocabulary() != self.dataset.tokenizer().vocabulary():
+        if tokenizer.encoding_rules() != self.dataset.tokenizer().encoding_rules():
             raise DataError(
-                f"{self.config.data}: its tokenizer differs from the one of {init}: prepare the data with "
-                f"--tokenizer {quoted(run_folder_of(initial))}"
+                f"{self.config.data}: its tokenizer or end-of-text token differs from {init}'s: prepare it "
+                f"with --tokenizer {quoted(run_folder_of(initial))}"
             )
         checkpoint.load_weights(initial, initial.inference_kind, self.model.state_dict())
         self.reporter.log(f"starting from the weights of {initial.path}")
