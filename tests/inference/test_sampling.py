@@ -50,9 +50,24 @@ def test_the_cache_changes_nothing(model, temperature):
 def test_prompts_of_different_lengths_are_independent(model, temperature):
     options = {"max_new_tokens": 25, "temperature": temperature}
     batched = continued(model, PROMPTS, seed=7, **options)
-    single = [continued(model, [prompt], seed=7 + number, **options)[0] for number, prompt in enumerate(PROMPTS)]
-    assert batched == single
+    assert batched[0] == continued(model, PROMPTS[:1], seed=7, **options)[0]
+    for number in (1, 2):
+        prompts = [PROMPTS[number] if other == number else [12, 13] for other in range(number + 1)]
+        assert batched[number] == continued(model, prompts, seed=7, **options)[number]
     assert len({tuple(tokens) for tokens in batched}) == 3
+
+
+def test_prompts_and_consecutive_seeds_give_different_samples(model):
+    prompts, options = [[1, 2, 3]] * 3, {"max_new_tokens": 12, "temperature": 1.0}
+    samples = [tokens for seed in range(3) for tokens in continued(model, prompts, seed=seed, **options)]
+    assert len({tuple(tokens) for tokens in samples}) == 9
+    assert samples[:3] == continued(model, prompts, **options)
+
+
+def test_the_seed_of_the_second_prompt_is_the_same_in_every_process(model):
+    options = {"max_new_tokens": 12, "temperature": 1.0}
+    second = continued(model, [[4], [1, 2, 3]], seed=5, **options)[1]
+    assert second == continued(model, [[1, 2, 3]], seed=7124615275160947, **options)[0]
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """Sampling of token sequences from a model."""
 
+import hashlib
 import math
 from collections.abc import Container, Iterable, Iterator, Sequence
 
@@ -41,7 +42,7 @@ def generate(
             that ``top_k`` leaves.
         vocab_size: larger ids are never sampled; for models with more logits than the tokenizer has ids.
         stop: ids that end a sequence and are not returned, usually the end-of-text token.
-        seed: prompt i draws from a generator of its own, seeded with seed + i.
+        seed: seed of the first prompt. The generator of prompt i > 0 is seeded with a hash of seed and i.
         use_cache: keep keys and values of earlier tokens. Without the cache every step computes them again, with the
             same result.
 
@@ -62,7 +63,7 @@ def generate(
             raise ConfigError(f"{name} must be {permitted}, got {value}")
     device, context = model.embedding.weight.device, model.config.context
     # One generator per prompt: a sample must not depend on the other prompts of the batch.
-    generators = [torch.Generator(device).manual_seed(seed + number) for number in range(len(prompts))]
+    generators = [torch.Generator(device).manual_seed(_prompt_seed(seed, number)) for number in range(len(prompts))]
     stop = frozenset(stop)
 
     # A nested generator, so that wrong options raise at the call and not at the first step.
@@ -87,6 +88,13 @@ def generate(
                 new, cache = window(model, sequences)  # positions shift with the window, so the cache starts anew
 
     return steps()
+
+
+def _prompt_seed(seed: int, number: int) -> int:
+    """Return the seed of the prompt with this number in the batch. The hash keeps consecutive seeds independent."""
+    if number == 0:
+        return seed
+    return int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:7])
 
 
 def window(model: Decoder, sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Cache]:
