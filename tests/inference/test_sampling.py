@@ -3,6 +3,7 @@
 import random
 import re
 
+import numpy as np
 import pytest
 import tokenizers
 import torch
@@ -108,18 +109,37 @@ def test_ids_outside_the_tokenizer_are_never_sampled(model):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("max_new_tokens", 0), ("temperature", float("nan")), ("top_k", 0), ("top_p", 1.5), ("seed", -1)],
+    [
+        ("max_new_tokens", 0),
+        ("temperature", float("nan")),
+        ("top_k", 0),
+        ("top_p", 1.5),
+        ("seed", -1),
+        ("vocab_size", 0),
+        ("vocab_size", -5),
+        ("prompts", [[1, 50]]),
+        ("prompts", [[-1]]),
+    ],
 )
 def test_options_out_of_range_are_refused_at_the_call(model, name, value):
     with pytest.raises(ConfigError, match=rf"\b{name}\b") as error:
         generate(model, **{"prompts": [[1]], "max_new_tokens": 3, name: value})
-    assert str(value) in str(error.value)
+    assert str(value[-1][-1] if name == "prompts" else value) in str(error.value)
 
 
-@pytest.mark.parametrize("prompts", [[], [[1], []]])
-def test_a_missing_or_empty_prompt_is_refused_at_the_call(model, prompts):
+@pytest.mark.parametrize(
+    "prompts",
+    [[], [[1], []], [1, 2], torch.tensor([1, 2]), np.array([1, 2]), torch.zeros(1, 0), torch.ones(1, 2), ["a"]],
+)
+def test_a_missing_or_empty_prompt_or_one_without_ids_is_refused_at_the_call(model, prompts):
     with pytest.raises(ConfigError, match=r"(?i)\bprompts?\b"):
         generate(model, prompts, max_new_tokens=3)
+
+
+@pytest.mark.parametrize("convert", [torch.tensor, np.array, lambda rows: [torch.tensor(row) for row in rows]])
+def test_prompts_may_be_tensors_and_arrays(model, convert):
+    rows, options = [[1, 2, 3], [4, 5, 6]], {"max_new_tokens": 3, "temperature": 0}
+    assert continued(model, convert(rows), **options) == continued(model, rows, **options)
 
 
 def test_broken_weights_raise(model):

@@ -2,7 +2,9 @@
 
 import hashlib
 import math
+import operator
 from collections.abc import Container, Iterable, Iterator, Sequence
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ MAX_TOKENS_PER_CHARACTER = 8  # after more tokens without a complete character, 
 
 def generate(
     model: Decoder,
-    prompts: Sequence[Sequence[int]],
+    prompts: Iterable[Iterable[SupportsIndex]],
     *,
     max_new_tokens: int,
     temperature: float = 1.0,
@@ -34,7 +36,7 @@ def generate(
 
     Args:
         model: model in evaluation mode, on any device.
-        prompts: token ids of each prompt, at least one.
+        prompts: token ids of each prompt, at least one, as lists, tensors or arrays.
         max_new_tokens: maximum number of tokens to generate for each prompt.
         temperature: divisor of the logits; 0 takes the most likely token.
         top_k: sample only among the K most likely tokens.
@@ -47,28 +49,29 @@ def generate(
             same result.
 
     Raises:
-        ConfigError: there is no prompt, a prompt is empty, or an option is out of range.
+        ConfigError: there is no prompt, a prompt is empty or not a sequence of ids of the model, or an option is out of
+            range.
         CheckpointError: during generation, if the logits are not finite.
     """
-    if not prompts or not all(prompts):
-        raise ConfigError("a prompt has no tokens: give at least one")
+    starts = _token_ids(prompts, model.embedding.weight.shape[0])
     for name, value, valid, permitted in (
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
         ("temperature", temperature, 0 <= temperature < float("inf"), "at least 0 and finite"),
         ("top_k", top_k, top_k is None or top_k >= 1, "at least 1"),
         ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
+        ("vocab_size", vocab_size, vocab_size is None or vocab_size >= 1, "at least 1"),
         ("seed", seed, 0 <= seed < 2**62, "at least 0 and below 2^62"),
     ):
         if not valid:
             raise ConfigError(f"{name} must be {permitted}, got {value}")
     device, context = model.embedding.weight.device, model.config.context
     # One generator per prompt: a sample must not depend on the other prompts of the batch.
-    generators = [torch.Generator(device).manual_seed(_prompt_seed(seed, number)) for number in range(len(prompts))]
+    generators = [torch.Generator(device).manual_seed(_prompt_seed(seed, number)) for number in range(len(starts))]
     stop = frozenset(stop)
 
     # A nested generator, so that wrong options raise at the call and not at the first step.
     def steps() -> Iterator[list[int | None]]:
-        sequences, ended = [list(prompt) for prompt in prompts], [False] * len(prompts)
+        sequences, ended = [list(start) for start in starts], [False] * len(starts)
         new, cache = window(model, sequences)
         for _ in range(max_new_tokens):
             logits = next_logits(model, new, cache)
@@ -88,6 +91,20 @@ def generate(
                 new, cache = window(model, sequences)  # positions shift with the window, so the cache starts anew
 
     return steps()
+
+
+def _token_ids(prompts: Iterable[Iterable[SupportsIndex]], count: int) -> list[list[int]]:
+    """Return the ids of prompts as lists, which are not empty, or raise ConfigError. Valid ids are below ``count``."""
+    try:
+        sequences = [[operator.index(token) for token in prompt] for prompt in prompts]
+    except TypeError as error:
+        raise ConfigError("prompts must be sequences of token ids, such as [[1, 2, 3], [4]]") from error
+    if not sequences or not all(sequences):
+        raise ConfigError("a prompt has no tokens: give at least one")
+    for token in (token for sequence in sequences for token in sequence):
+        if not 0 <= token < count:
+            raise ConfigError(f"prompts must have token ids from 0 to {count - 1}, got {token}")
+    return sequences
 
 
 def _prompt_seed(seed: int, number: int) -> int:
