@@ -40,12 +40,15 @@ def read_rewarm(value: Any, resume: bool) -> float:
 def check_length(config: TrainConfig, tokens: int, rewarm: float | None, folder: Path) -> None:
     """Check that a run can be resumed with a length of ``tokens``: its own, or at least one step more.
 
+    A job that is restarted or queued again repeats its arguments, so ``rewarm`` may be the one that the run has.
+
     Raises:
         CheckpointError: the length is shorter, or less than one step longer.
-        ConfigError: ``rewarm`` is given, and the length is the run's own.
+        ConfigError: ``rewarm`` is given, the length is the run's own, and the run was not extended with this value.
     """
     if tokens == config.tokens:
-        if rewarm is not None:
+        applied = config.rewarm_from is not None and config.rewarm_steps
+        if rewarm is not None and applied != _rise(rewarm, config.steps - (config.rewarm_from or 0)):
             raise ConfigError(
                 f"rewarm needs more tokens than the {config.tokens:,} of {folder}: raise tokens, or omit rewarm"
             )
@@ -91,8 +94,12 @@ def extend(config: TrainConfig, tokens: Count, step: int, rewarm: float | None, 
         right = "lower rewarm" if _largest_rewarm(config) else "start a new run with another --out"
         raise ConfigError(f"rewarm {rewarm:g} and decay_fraction {config.decay_fraction:g} exceed 1 together: {right}")
     added = tokens // config.batch_tokens - step
-    rise = max(1, int(rewarm * added))
-    return replace(longer, rewarm_from=step, rewarm_ratio=config.lr_at(step, 1.0), rewarm_steps=rise)
+    return replace(longer, rewarm_from=step, rewarm_ratio=config.lr_at(step, 1.0), rewarm_steps=_rise(rewarm, added))
+
+
+def _rise(rewarm: float, added: int) -> int:
+    """Number of the added steps over which the learning rate rises."""
+    return max(1, int(rewarm * added))
 
 
 def extends(config: TrainConfig, settings: Mapping[str, Any], step: int) -> bool:

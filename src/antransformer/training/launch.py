@@ -158,9 +158,7 @@ def _resumed_run(
         raise CheckpointError("a run to resume needs its folder: give it with out (--out)")
     others = {name: value for name, value in settings.items() if name != "tokens"}
     config = run_folder.resumed_config(folder, others)
-    # torchrun repeats the arguments of the first start, so a restart may find its --rewarm applied.
-    restart = job_number("TORCHELASTIC_RESTART_COUNT", 0) > 0
-    extension.check_length(config, settings.get("tokens", config.tokens), None if restart else rewarm, folder)
+    extension.check_length(config, settings.get("tokens", config.tokens), rewarm, folder)
     return open_mixture(config.data, config.data_from, open_data), _with_absolute_paths(config), folder
 
 
