@@ -94,3 +94,40 @@ def test_reading_counts_the_seconds_of_this_process_and_of_others():
     second = threads.read()
     wall, cores, own = (after - before for after, before in zip(second, first, strict=True))
     assert cores - own > 0.1 and own < wall
+
+
+class Library:
+    """C library that records the calls of mallopt."""
+
+    def __init__(self):
+        self.calls = []
+
+    def mallopt(self, *arguments):
+        self.calls.append(arguments)
+
+
+@pytest.mark.parametrize(
+    ("device", "platform", "variable", "count"),
+    [
+        ("cpu", "linux", None, 2),
+        ("cpu", "linux", "MALLOC_TRIM_THRESHOLD_", 0),
+        ("cpu", "darwin", None, 0),
+        ("cuda", "linux", None, 0),
+    ],
+)
+def test_memory_of_freed_tensors_is_kept_on_a_cpu_unless_the_user_chose(device, platform, variable, count, monkeypatch):
+    library = Library()
+    for name in threads.MALLOC_OPTIONS:
+        monkeypatch.delenv(name, raising=False)
+    if variable:
+        monkeypatch.setenv(variable, "1")
+    monkeypatch.setattr(threads.sys, "platform", platform)
+    monkeypatch.setattr(threads.ctypes, "CDLL", lambda _: library)
+    threads.keep_freed_memory(torch.device(device))
+    assert len(library.calls) == count
+
+
+def test_a_c_library_without_the_function_is_left_as_it_is(monkeypatch):
+    monkeypatch.setattr(threads.sys, "platform", "linux")
+    monkeypatch.setattr(threads.ctypes, "CDLL", lambda _: object())
+    threads.keep_freed_memory(torch.device("cpu"))

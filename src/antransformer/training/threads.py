@@ -1,4 +1,4 @@
-"""Number of CPU threads of a run, adapted to what other processes use.
+"""CPU threads and memory of a run: as many threads as other processes leave room for, and memory that is used again.
 
 The threads of a matrix product wait for each other without releasing their cores. Where another process has taken one
 of the cores, the product waits for the thread that does not run, and training slows down to a small fraction. With a
@@ -8,7 +8,10 @@ A number that the user chose (``OMP_NUM_THREADS``) is kept, and a compiled model
 not exist, which is everywhere but on Linux, no number changes.
 """
 
+import contextlib
+import ctypes
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +23,24 @@ INTERVAL = 2.0  # seconds between two readings
 MARGIN = 0.5  # cores that others may use beyond the free ones before a thread is taken away
 STATISTICS = Path("/proc/stat")
 CLOCK = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
+
+# Parameters of glibc's mallopt, and the largest values that it takes.
+MALLOC_OPTIONS = {"MALLOC_MMAP_THRESHOLD_": (-3, 1 << 30), "MALLOC_TRIM_THRESHOLD_": (-1, (1 << 31) - 1)}
+
+
+def keep_freed_memory(device: torch.device) -> None:
+    """Let glibc keep the memory of freed tensors on a CPU for later ones, in the whole process.
+
+    By default it returns large blocks to the system, which clears their pages for the next tensor. Every step frees and
+    allocates the same tensors, so this takes up to a fifth of the time (docs/speed.md). Environment variables of the
+    user with these options take precedence. Other C libraries are left as they are.
+    """
+    if device.type != "cpu" or sys.platform != "linux" or any(name in os.environ for name in MALLOC_OPTIONS):
+        return
+    with contextlib.suppress(AttributeError):  # musl has no mallopt
+        mallopt = ctypes.CDLL(None).mallopt
+        for option, value in MALLOC_OPTIONS.values():
+            mallopt(option, value)
 
 
 class Reading(NamedTuple):

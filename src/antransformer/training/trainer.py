@@ -39,7 +39,7 @@ from antransformer.training.optimizer import make_optimizer
 from antransformer.training.run_folder import CHECKPOINTS, open_checkpoint, resume_command, run_folder_of
 from antransformer.training.samples import samples
 from antransformer.training.stop_signals import StopSignals
-from antransformer.training.threads import ThreadWatch
+from antransformer.training.threads import ThreadWatch, keep_freed_memory
 from antransformer.training.trackers import open_trackers
 
 # Ranks agree on the largest number that one of them reports: 0, a signal, or this number beyond all signals.
@@ -129,6 +129,7 @@ class Trainer:
         self.batches = Prefetcher(windows, config.batch_size, dist_ctx.data_parallel_rank, dist_ctx.data_parallel_size)
         self.validation = dataset.split("val")  # text for probes
         self.device = choose_device(config.device, dist_ctx.local_rank, dist_ctx.local_world_size)
+        keep_freed_memory(self.device)
         self.precision = choose_precision(config.precision, self.device)
         torch.manual_seed(config.seed)
         self.model = make_model(config, dist_ctx, self.device, self.precision)
