@@ -151,7 +151,15 @@ def test_restarted_ranks_do_not_meet_ranks_of_an_earlier_start():
     """Four starts share one store, as under torchrun; the second is killed before all ranks have met."""
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     for attempt, delays in enumerate([(0, 0), (0, 3), (0, 0.3), (0.3, 0)]):
-        ranks = [fork(exchange_attempts, server.port, rank, attempt, delay) for rank, delay in enumerate(delays)]
+        # No rank connects before all are forked: the server's thread looks up their names, and a fork meanwhile would
+        # copy a lock that nothing releases.
+        gate, forked = os.pipe()
+        ranks = [
+            fork(exchange_attempts, server.port, rank, attempt, delay, gate, forked)
+            for rank, delay in enumerate(delays)
+        ]
+        os.close(forked)
+        os.close(gate)
         if attempt == 1:
             time.sleep(0.5)
             for pid in ranks:
@@ -159,7 +167,9 @@ def test_restarted_ranks_do_not_meet_ranks_of_an_earlier_start():
         assert {status_of(pid) for pid in ranks} == {-signal.SIGKILL if attempt == 1 else 0}
 
 
-def exchange_attempts(port, rank, attempt, delay):
+def exchange_attempts(port, rank, attempt, delay, gate, forked):
+    os.close(forked)
+    os.read(gate, 1)  # until the parent has closed its end too
     time.sleep(delay)
     store = fresh_store(dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False), rank, 2)
     store.set(f"{rank}", str(attempt))
