@@ -47,8 +47,7 @@ def check_length(config: TrainConfig, tokens: int, rewarm: float | None, folder:
         ConfigError: ``rewarm`` is given, the length is the run's own, and the run was not extended with this value.
     """
     if tokens == config.tokens:
-        applied = config.rewarm_from is not None and config.rewarm_steps
-        if rewarm is not None and applied != _rise(rewarm, config.steps - (config.rewarm_from or 0)):
+        if rewarm is not None and config.rewarm_steps != _rise(rewarm, config.steps - (config.rewarm_from or 0)):
             raise ConfigError(
                 f"rewarm needs more tokens than the {config.tokens:,} of {folder}: raise tokens, or omit rewarm"
             )

@@ -32,8 +32,8 @@ def keep_freed_memory(device: torch.device) -> None:
     """Let glibc keep the memory of freed tensors on a CPU for later ones, in the whole process.
 
     By default it returns large blocks to the system, which clears their pages for the next tensor. Every step frees and
-    allocates the same tensors, so this takes up to a fifth of the time (docs/speed.md). Environment variables of the
-    user with these options take precedence. Other C libraries are left as they are.
+    allocates the same tensors, so this took up to 18% of the time of a step (docs/speed.md). Environment variables of
+    the user with these options take precedence. Other C libraries are left as they are.
     """
     if device.type != "cpu" or sys.platform != "linux" or any(name in os.environ for name in MALLOC_OPTIONS):
         return
