@@ -202,7 +202,6 @@ def train(
             return TrainingProgress(config.steps, enabled=rank == 0)
         return contextlib.nullcontext(NullReporter() if progress is False else progress)
 
-    resume = resume or launch.is_restart(folder)
     trained = launch.train(checked, folder, open_data, open_reporter, resume=resume, rewarm=rewarm, profile=profile)
     return TrainedRun(*trained)
 

@@ -67,7 +67,8 @@ def train(
         folder: run folder; None selects the first free ``runs/ARCHITECTURE-PRESET``.
         open_data: returns the dataset of a name or path; on most ranks without verifying its files.
         open_reporter: returns the reporter of this rank, given the config and the rank.
-        resume: continue the run in ``folder`` from its latest checkpoint. More tokens than it has extend the run.
+        resume: continue the run in ``folder`` from its latest checkpoint. More tokens than it has extend the run. A
+            restart by torchrun resumes in any case.
         rewarm: fraction of the added steps over which the learning rate of an extended run rises to its peak.
         profile: write a trace of steps ``FIRST`` to ``LAST`` to ``profile.json`` in the run folder.
 
@@ -79,6 +80,9 @@ def train(
         RunStoppedError, DivergedError, WriteError: the run ended early; raised on all ranks.
     """
     with init_distributed() as dist_ctx, contextlib.ExitStack() as held:
+        # All ranks look before one of them creates the run, and one that sees it decides for all: on another node the
+        # cache of a network file system may hide it.
+        resume = any(dist_ctx.gather_or_raise(lambda: resume or is_restart(folder)))
         if not resume:
             notify = LOG.warning if dist_ctx.rank == 0 else LOG.debug
             settings = run_folder.with_initial_model(settings, notify, dist_ctx)

@@ -17,6 +17,7 @@ import torch
 from antransformer.cli import main
 from antransformer.data import Dataset
 from antransformer.errors import ConfigError
+from antransformer.training import launch
 from antransformer.training import run_folder as run
 from antransformer.training.checkpointing import checkpoint
 from antransformer.training.distributed.parallel import DistributedContext, make_model
@@ -305,6 +306,18 @@ def test_the_command_line_resumes_a_run_of_two_processes(corpus, tmp_path, singl
     (error,) = re.findall(r"^antransformer: .*", repeated.stderr, re.M)
     assert mentions(error, *f"{tmp_path / 'run'} --out --resume".split())
     assert "cli/train.py" not in repeated.stderr  # no traceback of ours; torchrun prints its own
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a process with a GPU cannot be forked")
+def test_all_ranks_resume_a_restarted_run_that_one_of_them_sees(corpus, tmp_path, monkeypatch):
+    command = ["train", "--data", corpus, "--out", tmp_path / "run", *OPTIONS, f"--tokens={256 * STEPS}"]
+    assert main([str(word) for word in command]) == 0
+    finished = lines_of(tmp_path / "run")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setattr(launch, "is_restart", lambda folder: os.environ["RANK"] == "0")
+    result = fork_ranks(2, tmp_path, main, [str(word) for word in command])
+    assert result.returncode == 0, result.stderr
+    assert lines_of(tmp_path / "run") == finished
 
 
 def test_two_processes_extend_a_run(corpus, tmp_path):
