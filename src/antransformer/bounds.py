@@ -13,7 +13,7 @@ but does not print the projection. Strict bounds are those of nGPT (arXiv:2410.0
 import inspect
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -71,7 +71,8 @@ def collect_bounds(module: nn.Module) -> list[Bound]:
         assert isinstance(module.original, Tensor)
         return [Bound("original", module.original)]
     return [
-        replace(bound, name=f"{name}.{bound.name}")
+        # Not dataclasses.replace: exported models have a class of their own for bounds.
+        Bound(f"{name}.{bound.name}", bound.parameter, bound.axis, bound.strict)
         for name, child in module.named_children()
         for bound in collect_bounds(child)
     ]

@@ -284,3 +284,18 @@ def test_a_fine_tuned_export_is_imported_in_its_bounds(tmp_path, caplog, archite
     excess = torch.cat([norms(item).flatten() for item in back.bounds()]) - 1
     assert (excess.max() < 1e-5) == bound
     torch.testing.assert_close(back(tokens), model(tokens).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("auto", ["AutoModel", "AutoModelForCausalLM"])
+def test_a_model_inside_another_module_is_bound(tmp_path, auto):
+    model = getattr(transformers, auto).from_pretrained(exported(tmp_path)[1])
+    outer = nn.ModuleDict({"model": model, "value": antransformer.nn.Head(SIZES["width"], 1)})
+    optimizer = torch.optim.SGD(outer.parameters(), lr=1.0)
+    antransformer.bind(outer, optimizer)
+    sum(parameter.square().sum() for parameter in outer.parameters()).backward()
+    for parameter in outer.parameters():
+        parameter.grad.neg_()
+    optimizer.step()
+    matrices = [parameter for parameter in outer.parameters() if parameter.ndim == 2]
+    assert len(matrices) == len(model.bounds()) + 1 > 5 * SIZES["layers"]
+    assert max(matrix.norm(dim=1).max() for matrix in matrices) < 1 + 1e-5

@@ -53,7 +53,7 @@ class Block(GradientCheckpointingLayer):
 
 
 class AntransformerPreTrainedModel(PreTrainedModel):
-    """Superclass of the base model and the language model: flags for transformers, and the initialization."""
+    """Superclass of the base model and the language model: flags for transformers, bounds and initialization."""
 
     config: AntransformerConfig
     config_class = AntransformerConfig
@@ -66,6 +66,14 @@ class AntransformerPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": Block, "attentions": Attention}
+
+    def bounds(self) -> list[Bound]:
+        """Constraints on the weights; an empty list for an architecture without bounds."""
+        # The method has the name and the result that antransformer.bind looks for.
+        bound = PARTS[self.config.architecture].bound
+        # By name, so that matrices of adapters have no bound: those of LoRA start at zero.
+        matrices = [item for item in self.named_parameters() if item[0].endswith(BOUNDED)]
+        return [bound(name, weight) for name, weight in matrices] if bound else []
 
     def _init_weights(self, module: nn.Module) -> None:
         """Initialize a module: rows of about unit norm, where ``antransformer.build`` draws exact ones."""
@@ -142,14 +150,6 @@ class AntransformerForCausalLM(AntransformerPreTrainedModel, GenerationMixin):
         size = 1 if config.logit_scale == "scalar" else config.vocab_size
         self.logit_scale = ScaledParameter(size, 1.0, config.s_scale) if scaled_head else None
         self.post_init()
-
-    def bounds(self) -> list[Bound]:
-        """Constraints on the weights; an empty list for an architecture without bounds."""
-        # The method has the name and the result that antransformer.bind looks for.
-        bound = PARTS[self.config.architecture].bound
-        # By name, so that matrices of adapters have no bound: those of LoRA start at zero.
-        matrices = [item for item in self.named_parameters() if item[0].endswith(BOUNDED)]
-        return [bound(name, weight) for name, weight in matrices] if bound else []
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
