@@ -142,6 +142,17 @@ def test_prompts_may_be_tensors_and_arrays(model, convert):
     assert continued(model, convert(rows), **options) == continued(model, rows, **options)
 
 
+@pytest.mark.parametrize("convert", [torch.tensor, np.array])
+def test_stop_ids_may_be_a_tensor_or_an_array(model, convert):
+    first = continued(model, [[1, 2]], max_new_tokens=1, temperature=0)[0][0]
+    assert continued(model, [[1, 2]], max_new_tokens=3, temperature=0, stop=convert([first])) == [[]]
+
+
+def test_stop_tokens_that_are_no_ids_are_refused(model):
+    with pytest.raises(TypeError):
+        generate(model, [[1, 2]], max_new_tokens=3, stop="end")
+
+
 def test_broken_weights_raise(model):
     with torch.no_grad():
         model.embedding.weight.fill_(float("nan"))

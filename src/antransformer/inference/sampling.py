@@ -25,7 +25,7 @@ def generate(
     top_k: int | None = None,
     top_p: float = 1.0,
     vocab_size: int | None = None,
-    stop: Iterable[int] = (),
+    stop: Iterable[SupportsIndex] = (),
     seed: int = 0,
     use_cache: bool = True,
 ) -> Iterator[list[int | None]]:
@@ -67,7 +67,7 @@ def generate(
     device, context = model.embedding.weight.device, model.config.context
     # One generator per prompt: a sample must not depend on the other prompts of the batch.
     generators = [torch.Generator(device).manual_seed(_prompt_seed(seed, number)) for number in range(len(starts))]
-    stop = frozenset(stop)
+    ends = frozenset(map(operator.index, stop))  # a tensor is not equal to its number as a key
 
     # A nested generator, so that wrong options raise at the call and not at the first step.
     def steps() -> Iterator[list[int | None]]:
@@ -79,7 +79,7 @@ def generate(
                 raise CheckpointError("logits are not finite: the weights contain NaN or Inf, or training diverged")
             sampled = sample(logits[:, :vocab_size], temperature, top_k, top_p, generators)
             tokens = sampled.tolist()
-            ended = [done or token in stop for done, token in zip(ended, tokens, strict=True)]
+            ended = [done or token in ends for done, token in zip(ended, tokens, strict=True)]
             if all(ended):
                 return
             yield [None if done else token for done, token in zip(ended, tokens, strict=True)]
