@@ -41,6 +41,18 @@ def test_an_imported_run_is_equal_to_the_exported_one(tmp_path):
         assert all(torch.equal(value, back[name]) for name, value in ours.state_dict().items())
 
 
+@pytest.mark.parametrize(("before", "after"), [("50KB", "5GB"), ("5GB", "50KB")])
+def test_a_folder_that_was_saved_again_in_files_of_another_size_is_imported(tmp_path, before, after):
+    folder = exported(tmp_path, max_shard_size=before)[1]
+    model = load(folder)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.5)
+    model.save_pretrained(folder, max_shard_size=after)
+    import_folder(folder, tmp_path / "back")
+    back = checkpoint.restore(runs.open_checkpoint(tmp_path / "back")[0], torch.device("cpu"))
+    assert torch.equal(back.lm_head.weight, model.lm_head.weight)
+
+
 def test_an_import_that_fails_can_be_repeated(folder, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise WriteError("no space left")

@@ -137,8 +137,9 @@ def own_fields(content: dict[str, Any], file: Path) -> dict[str, Any]:
 
 def weight_files(source: Path) -> list[Path]:
     """Return the paths of the weight files, one or several; raises CheckpointError."""
+    single = [source / WEIGHTS_FILE]
     if not (source / INDEX_FILE).is_file():
-        return [source / WEIGHTS_FILE]
+        return single
     weight_map = read_json(source / INDEX_FILE).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{source / INDEX_FILE}: weight_map is missing")
@@ -147,7 +148,9 @@ def weight_files(source: Path) -> list[Path]:
         # No separators, so that no entry can point outside the folder.
         if not re.fullmatch(r"[\w.-]+\.safetensors", file):
             raise CheckpointError(f"{source / INDEX_FILE}: {file!r} is not a weight file in the same folder")
-    return [source / file for file in files]
+    shards = [source / file for file in files]
+    # transformers removes the shards of an earlier save, but not their index.
+    return single if single[0].is_file() and not any(shard.exists() for shard in shards) else shards
 
 
 def read_json(path: Path) -> dict[str, Any]:
