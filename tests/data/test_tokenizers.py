@@ -160,14 +160,16 @@ def test_only_special_tokens_end_a_text(tmp_path: Path) -> None:
     assert mentions(error.value, "--end-of-text", "</s>")
 
 
-def test_a_model_that_encodes_text_to_the_end_of_text_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("end", ["</s>", "<\u2581s>"])
+def test_a_model_that_encodes_text_to_the_end_of_text_is_refused(tmp_path: Path, end: str) -> None:
     """A Unigram model may have the token as a piece, as those of SentencePiece do."""
-    pieces = [("<unk>", 0.0), ("</s>", 0.0), *((letter, -3.0) for letter in "abcd<>/s")]
+    pieces = [("<unk>", 0.0), (end, 0.0), *((letter, -3.0) for letter in "abcd<>/s")]
     library = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=0))
-    library.add_special_tokens(["</s>", "<end>"])
+    library.decoder = tokenizers.decoders.Metaspace()  # replaces U+2581 by a space
+    library.add_special_tokens([end, "<end>"])
     library.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(DataError) as error:
-        module.load_encoder(tmp_path)
+        module.load_encoder(tmp_path, end)
     assert mentions(error.value, tmp_path, "--end-of-text", 1) and "<end>" in str(error.value)
     assert module.load_encoder(tmp_path, "<end>").end_of_text == 10
 

@@ -56,6 +56,21 @@ def test_the_tokenizer_has_our_ids_and_round_trips(tokenizers):
     assert theirs.model_max_length == 48
 
 
+def test_an_end_of_text_token_that_is_decoded_to_another_text_keeps_its_id(tmp_path):
+    from tokenizers import Tokenizer as Library
+    from tokenizers import decoders, models, pre_tokenizers
+
+    end = "<\uff5cend\u2581of\u2581sentence\uff5c>"
+    library = Library(models.BPE({"<unk>": 0, end: 1, "\u2581": 2, "a": 3, "b": 4}, [], unk_token="<unk>"))
+    library.pre_tokenizer, library.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    library.add_special_tokens(["<unk>", end])
+    ours = Tokenizer(library, "metaspace", end)
+    folder = exported(tmp_path, tokenizer=ours, model={"vocab_size": 5})[1]
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    assert ours.decode([1]) != end
+    assert theirs.eos_token_id == theirs.bos_token_id == 1 and len(theirs) == 5
+
+
 def test_the_class_of_the_tokenizer_exists_in_older_transformers(tmp_path):
     _, native = exported(tmp_path)
     make_run(tmp_path / "gpt+", "gpt+")

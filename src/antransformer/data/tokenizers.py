@@ -85,10 +85,15 @@ class Tokenizer:
         vocabulary: dict[str, int] = self._library.get_vocab(with_added_tokens=True)
         return vocabulary
 
+    @property
+    def end_of_text_token(self) -> str | None:
+        """Token that ends a document, as it is in the vocabulary; ``decode`` may give another text."""
+        token: str | None = self._library.id_to_token(self.end_of_text)
+        return token
+
     def has_end_of_text(self) -> bool:
         """Return whether ``end_of_text`` is a special token, or one with a usual name, as in data of older versions."""
-        token = self._library.id_to_token(self.end_of_text)
-        return token in END_OF_TEXT_NAMES or self.end_of_text in self.special_tokens().values()
+        return self.end_of_text_token in END_OF_TEXT_NAMES or self.end_of_text in self.special_tokens().values()
 
     def special_tokens(self) -> dict[str, int]:
         """Return the ids of the special tokens, which no text is encoded to."""
@@ -133,7 +138,7 @@ class Tokenizer:
         """
         path = Path(path)
         replace_text(path, self.to_json())
-        token = self._library.id_to_token(self.end_of_text)
+        token = self.end_of_text_token
         if token is not None and token != _usual_end_of_text(self._library):
             replace_text(path.parent / CONFIG_FILE, json.dumps({"eos_token": token}))
 
@@ -297,7 +302,7 @@ def load_tokenizer(spec: str | Path, end_of_text: str | None = None) -> Tokenize
     special = tokenizer.special_tokens()
     if tokenizer.end_of_text not in special.values():
         raise DataError(
-            f"tokenizer {spec}: the end-of-text token {tokenizer.decode([tokenizer.end_of_text])} is not a special "
+            f"tokenizer {spec}: the end-of-text token {tokenizer.end_of_text_token} is not a special "
             f"token, so that it may occur in a text; choose one with --end-of-text ({', '.join(list(special)[:10])})"
         )
     return tokenizer
@@ -310,7 +315,7 @@ def load_encoder(spec: str | Path, end_of_text: str | None = None) -> Tokenizer:
         DataError: a text is, since the token is also a piece of a Unigram model, for example; or as there.
     """
     tokenizer = load_tokenizer(spec, end_of_text)
-    token = tokenizer.decode([tokenizer.end_of_text])
+    token = tokenizer.end_of_text_token
     if tokenizer.end_of_text in tokenizer.encode(f"{token} a{token}b"):
         raise DataError(
             f"tokenizer {spec}: a text with {token} is encoded to the end-of-text token {tokenizer.end_of_text}; "

@@ -249,7 +249,7 @@ def transformers_tokenizer(tokenizer: Tokenizer, context: int, rows: int | None 
     library = tokenizers.Tokenizer.from_str(json.dumps(content, ensure_ascii=False))
     if rows is not None:
         library = with_pad_token(library, rows)
-    end = tokenizer.decode([tokenizer.end_of_text])
+    end = tokenizer.end_of_text_token
     return PreTrainedTokenizerFast(
         tokenizer_object=library,
         bos_token=end,

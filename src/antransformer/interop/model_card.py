@@ -171,7 +171,7 @@ def card(
         loading=NATIVE_LOADING if native else STOCK_LOADING,
         engines="" if native else engines(config, name, format, dtype),
         context=config.context,
-        end=tokenizer.decode([tokenizer.end_of_text]),
+        end=tokenizer.end_of_text_token,
         end_id=tokenizer.end_of_text,
         verification=verification,
         tuning=fine_tuning(config, format),
