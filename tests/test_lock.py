@@ -9,17 +9,27 @@ import sys
 import pytest
 
 from antransformer.errors import ConfigError, MachineError
-from antransformer.lock import lock
+from antransformer.lock import lock, new_path
 from helpers.messages import mentions
 
 HOLD = """
 import sys
 from pathlib import Path
-from antransformer.lock import lock
-with lock(Path(sys.argv[1])):
+from antransformer.lock import lock, new_path
+with {function}(Path(sys.argv[1])) as path:
+    if path:
+        path.write_text("part")
     print("held", flush=True)
     sys.stdin.read()
 """
+
+
+def holding(function, path):
+    """Process that is inside ``lock`` or ``new_path``."""
+    command = [sys.executable, "-c", HOLD.format(function=function), str(path)]
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == b"held\n"
+    return holder
 
 
 def assert_held(folder, pid):
@@ -30,9 +40,7 @@ def assert_held(folder, pid):
 
 def test_a_folder_is_locked_until_its_holder_ends(tmp_path):
     folder = tmp_path / "new"
-    command = [sys.executable, "-c", HOLD, str(folder)]
-    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert holder.stdout.readline() == b"held\n"
+    holder = holding("lock", folder)
     assert_held(folder, holder.pid)
     assert_held(folder, holder.pid)  # the first attempt has not erased the process id
     holder.kill()
@@ -96,3 +104,25 @@ def test_a_full_disk_is_not_the_mistake_of_the_user(tmp_path, monkeypatch):
             pass
         assert mentions(error.value, folder)
     assert tmp_path.exists() and not (tmp_path / "new").exists()
+
+
+def test_a_path_is_written_by_one_process_at_a_time(tmp_path):
+    target = tmp_path / "new/model.gguf"
+    holder = holding("new_path", target)
+    with pytest.raises(ConfigError) as error, new_path(target):
+        pass
+    assert mentions(error.value, holder.pid, "--out")
+    holder.kill()
+    holder.wait()
+    with new_path(target) as path:
+        assert not path.exists()  # what the killed process has written is removed
+        path.write_text("whole")
+    assert target.read_text() == "whole" and [*target.parent.iterdir()] == [target]
+
+
+def test_an_error_leaves_no_part_of_a_new_path(tmp_path):
+    with pytest.raises(OSError, match="inside"), new_path(tmp_path / "new/folder") as path:
+        path.mkdir()
+        (path / "file").touch()
+        raise OSError("inside")
+    assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Lock that lets only one process at a time work in a folder."""
+"""Lock that lets only one process at a time work in a folder, or write a new file or folder."""
 
 import contextlib
 import errno
@@ -11,7 +11,7 @@ from pathlib import Path
 from filelock import BaseFileLock, FileLock, Timeout
 
 from antransformer.errors import ConfigError, MachineError
-from antransformer.files import FULL_DISK, read_text, replace_text
+from antransformer.files import FULL_DISK, new_parents, read_text, replace_text
 
 LOG = logging.getLogger(__name__)
 LOCK_FILE = ".lock"
@@ -50,6 +50,28 @@ def lock(folder: Path) -> Iterator[None]:
     finally:
         (folder / HOLDER_FILE).unlink(missing_ok=True)
         file_lock.release()
+
+
+@contextlib.contextmanager
+def new_path(target: Path) -> Iterator[Path]:
+    """Path in a locked hidden folder next to ``target``; it is renamed to ``target`` when the context ends.
+
+    After an error nothing is left. What a killed process has left, the next one removes.
+
+    Raises:
+        ConfigError, MachineError: as in ``lock``, of the hidden folder.
+        OSError: the path cannot be renamed.
+    """
+    hidden = target.with_name(f".partial-{target.name}")
+    with new_parents(hidden), lock(hidden):
+        partial = hidden / target.name
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.unlink(missing_ok=True)
+            yield partial
+            partial.replace(target)
+        finally:
+            shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _acquire(file_lock: BaseFileLock, folder: Path) -> None:

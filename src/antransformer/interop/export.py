@@ -19,7 +19,7 @@ from antransformer.data.pad_token import PAD_TOKEN, with_pad_token
 from antransformer.data.tokenizers import CONFIG_FILE
 from antransformer.errors import CheckpointError, ConfigError, MachineError, UsageError
 from antransformer.extras import require
-from antransformer.files import new_parents, quoted, read_json
+from antransformer.files import check_folder_target, quoted, read_json
 from antransformer.interop.formats import FORMATS
 from antransformer.interop.import_hf import exported_name
 from antransformer.interop.model_card import card
@@ -28,6 +28,7 @@ from antransformer.interop.register import register
 from antransformer.interop.stock_export import check_form, export_gguf, write_stock_model
 from antransformer.interop.stock_folder import write_json
 from antransformer.interop.verification import Verification, reference, verify_folder
+from antransformer.lock import new_path
 from antransformer.models.registry import get
 from antransformer.training.checkpointing.checkpoint import Checkpoint, restore
 from antransformer.training.run_folder import CHECKPOINTS
@@ -126,28 +127,23 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """Create a hidden folder, which is renamed to ``folder`` when the context ends, and removed after an error.
 
     Raises:
-        ConfigError: the folder is not empty or cannot be created.
+        ConfigError: the folder is not empty or cannot be created, or another process writes it.
         MachineError: files cannot be written.
     """
     if folder.is_symlink() and not folder.exists():
         raise ConfigError(f"{folder} is a link to nothing: choose another --out")
     folder = Path(os.path.realpath(folder))  # Path.resolve raises on a loop of links
-    if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
+    check_folder_target(folder)
+    if folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(f"{folder} is not an empty folder: choose another --out")
-    partial = folder.with_name(f".partial-{folder.name}")
-    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
-    with new_parents(partial):
-        try:
-            partial.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"{folder} cannot be created: {error.strerror}; choose another --out") from error
-        try:
+    if os.path.ismount(folder):
+        raise ConfigError(f"{folder} is a mount point, which cannot be replaced: choose a folder inside it as --out")
+    try:
+        with new_path(folder) as partial:
+            partial.mkdir()
             yield partial
-            partial.replace(folder)
-        except (OSError, SafetensorError) as error:
-            raise MachineError(f"{folder} cannot be written: {getattr(error, 'strerror', None) or error}") from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise MachineError(f"{folder} cannot be written: {getattr(error, 'strerror', None) or error}") from error
 
 
 def write_model(

@@ -17,6 +17,7 @@ from antransformer.interop.qwen3 import qwen3
 from antransformer.interop.stock_folder import write_folder
 from antransformer.interop.stock_weights import StockModel
 from antransformer.interop.verification import Reference, Verification, reference, verify_folder, verify_gguf
+from antransformer.lock import new_path
 from antransformer.models.registry import get
 from antransformer.training.checkpointing.checkpoint import Checkpoint, restore
 from antransformer.training.run_folder import run_folder_of
@@ -76,25 +77,20 @@ def export_gguf(checkpoint: Checkpoint, tokenizer: Tokenizer, file: Path, dtype:
     check_file_target("--out", file)
     if os.path.lexists(file):
         raise ConfigError(f"{file} exists: choose another --out")
-    partial = file.with_name(f".partial-{file.name}")
-    if partial.is_dir():
-        raise ConfigError(f"{partial} is a folder: remove it, or choose another --out")
     require("gguf", "gguf")
     where = str(checkpoint.path)
     gguf_writer.check_sizes(checkpoint.model, FORMS[checkpoint.model.architecture], dtype, where)
     vocabulary = gguf_tokenizer(tokenizer, checkpoint.model.vocab_size, where)
     if vocabulary.normalizes:
         LOG.warning("the tokenizer normalizes text to NFC, and llama.cpp does not: normalize prompts to NFC first")
-    stock, expected = stock_model(checkpoint, dtype in gguf_writer.FLOAT16_DTYPES)
     name = run_folder_of(checkpoint).name
-    try:
-        gguf_writer.write_gguf(stock, vocabulary, tokenizer.end_of_text, partial, name, dtype)
+    with new_path(file) as partial:
+        stock, expected = stock_model(checkpoint, dtype in gguf_writer.FLOAT16_DTYPES)
+        try:
+            gguf_writer.write_gguf(stock, vocabulary, tokenizer.end_of_text, partial, name, dtype)
+        except OSError as error:
+            # Of a full disk numpy reports only the numbers of bytes.
+            raise MachineError(f"{file} cannot be written: {error.strerror or f'is the disk full? {error}'}") from error
         verification = verify_gguf(partial, stock, tokenizer, expected)
         verification.require_accurate(dtype)
-        partial.replace(file)
-    except OSError as error:
-        # Of a full disk numpy reports only the numbers of bytes.
-        raise MachineError(f"{file} cannot be written: {error.strerror or f'is the disk full? {error}'}") from error
-    finally:
-        partial.unlink(missing_ok=True)
     return verification
