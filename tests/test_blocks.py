@@ -304,6 +304,12 @@ def test_bounds_of_a_users_model_hold_after_real_steps():
     assert model.inputs.bias.norm() > 0.3 and model.norm.weight.norm() > 2
 
 
+def test_attention_with_an_adapter_around_a_projection_can_be_printed():
+    attention = Attention(64, heads=4, kv_heads=2)
+    attention.q_proj = nn.ModuleDict({"base": attention.q_proj, "adapter": Linear(64, 64)})
+    assert "heads=4, kv_heads=2" in repr(attention)
+
+
 def test_bounds_of_a_submodule_are_collected_and_a_method_bounds_takes_precedence():
     language = antransformer.build(antransformer.ModelConfig(vocab_size=20, width=64, layers=1, head_dim=32))
     both = nn.ModuleDict({"language": language, "head": Linear(64, 2)})

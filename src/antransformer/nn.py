@@ -300,6 +300,7 @@ class Attention(nn.Module):
                 f"rotary must be in [0, 1] and select an even number of a head's {head_dim} coordinates, got {rotary}"
             )
         self.width, self.head_dim, self.causal, self.window = width, head_dim, causal, window
+        self.heads, self.kv_heads = heads, kv_heads
         nu_qkv = factors.linear(width, head_dim)  # gives each head unit norm, not their concatenation
         self.q_proj = Linear(width, width, nu_qkv)
         self.k_proj = Linear(width, kv_heads * head_dim, nu_qkv)
@@ -335,9 +336,8 @@ class Attention(nn.Module):
 
     def extra_repr(self) -> str:
         """Heads, masks and rotary width, for ``print(model)``."""
-        heads, kv_heads = (len(proj.weight) // self.head_dim for proj in (self.q_proj, self.k_proj))
-        rotary = f"{self.rotary_dim} of {self.head_dim}"
-        return f"heads={heads}, kv_heads={kv_heads}, causal={self.causal}, window={self.window}, rotary={rotary}"
+        heads, rotary = f"heads={self.heads}, kv_heads={self.kv_heads}", f"{self.rotary_dim} of {self.head_dim}"
+        return f"{heads}, causal={self.causal}, window={self.window}, rotary={rotary}"
 
 
 @torch.no_grad()
