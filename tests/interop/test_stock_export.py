@@ -320,6 +320,8 @@ def test_tokenizers_that_llama_cpp_does_not_have_are_refused(tmp_path, capsys, m
     words = ["export", "--checkpoint", tmp_path / "run", "--format", "gguf", "--out", tmp_path / "model.gguf"]
     assert mentions(refused(words, capsys), str(tmp_path / "run"), "--format exaone4")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    antransformer.export(tmp_path / "run", tmp_path / "hf", format="exaone4")
+    assert "llama-server" not in (tmp_path / "hf/README.md").read_text()
 
 
 def test_a_vocabulary_that_merges_do_not_make_is_refused():

@@ -9,6 +9,7 @@ import torch
 from antransformer.data import Tokenizer
 from antransformer.data.mixture_spec import Part, format_mixture, parse_mixture, parse_stage
 from antransformer.errors import CheckpointError
+from antransformer.interop.gguf_tokenizer import gguf_tokenizer
 from antransformer.interop.gguf_writer import check_sizes
 from antransformer.models import ModelConfig, build
 from antransformer.models.registry import get
@@ -124,10 +125,11 @@ This run belongs to an experiment with the following result.
 {figures}"""
 
 
-def engines(config: ModelConfig, name: str, format: str, dtype: str) -> str:
+def engines(config: ModelConfig, tokenizer: Tokenizer, name: str, format: str, dtype: str) -> str:
     """Return the commands of engines that run a model in a standard architecture."""
     try:
         check_sizes(config, format, "f32", name)
+        gguf_tokenizer(tokenizer, config.vocab_size, name)
     except CheckpointError:
         return ENGINES.format(name=name, dtype=dtype)
     return (ENGINES + LLAMA_CPP).format(name=name, dtype=dtype)
@@ -169,7 +171,7 @@ def card(
         parameters=parameter_count(config),
         notice="" if native else NOTICE.format(label=LABELS[format]),
         loading=NATIVE_LOADING if native else STOCK_LOADING,
-        engines="" if native else engines(config, name, format, dtype),
+        engines="" if native else engines(config, tokenizer, name, format, dtype),
         context=config.context,
         end=tokenizer.end_of_text_token,
         end_id=tokenizer.end_of_text,
