@@ -263,7 +263,7 @@ def texts_of_the_library():
     return [Path(sysconfig.get_path("stdlib"), name).read_text() for name in ("argparse.py", "ast.py")] + TEXTS * 3
 
 
-def imported(pre_tokenizer, normalizer=None, added=(), ignore_merges=False):
+def imported(pre_tokenizer, normalizer=None, added=(), ignore_merges=False, **flags):
     """Tokenizer as published models have it."""
     library = Library(models.BPE(ignore_merges=ignore_merges))
     library.pre_tokenizer, library.decoder = pre_tokenizer, decoders.ByteLevel()
@@ -272,7 +272,7 @@ def imported(pre_tokenizer, normalizer=None, added=(), ignore_merges=False):
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     options = {"vocab_size": 800, "special_tokens": ["<|endoftext|>"], "initial_alphabet": alphabet}
     library.train_from_iterator(texts_of_the_library(), trainers.BpeTrainer(**options, show_progress=False))
-    library.add_tokens([AddedToken(text, normalized=True) for text in added])
+    library.add_tokens([AddedToken(text, **{"normalized": True, **flags}) for text in added])
     return Tokenizer(library, "imported")
 
 
@@ -313,6 +313,8 @@ def test_llama_cpp_reads_an_end_of_text_token_in_a_prompt(trained, tmp_path, lla
         lambda: imported(pre_tokenizers.ByteLevel(add_prefix_space=True)),
         lambda: imported(GPT2, normalizers.Lowercase()),
         lambda: imported(pre_tokenizers.Sequence([pre_tokenizers.Digits(), GPT2])),
+        lambda: imported(GPT2, added=["<tag>"], lstrip=True),
+        lambda: imported(GPT2, added=["<tag>"], single_word=True),
     ],
 )
 def test_tokenizers_that_llama_cpp_does_not_have_are_refused(tmp_path, capsys, make):

@@ -21,6 +21,7 @@ LLAMA3_PATTERN = "|".join(
     )
 )
 IGNORES_MERGES = {"gpt-2": False, "llama-bpe": True}  # how llama.cpp encodes a pre-token that is in the vocabulary
+MATCHING_FLAGS = ("lstrip", "rstrip", "single_word")  # of added tokens; llama.cpp does not have them
 ADVICE = "use --format exaone4 (anGPT) or qwen3 (GPT+), whose folder has the tokenizer.json"
 
 # Token types of the format
@@ -68,6 +69,12 @@ def gguf_tokenizer(tokenizer: Tokenizer, vocab_size: int, where: str) -> GGUFTok
     if bool(model.get("ignore_merges")) != IGNORES_MERGES[pre] and not merges_make_every_token(content):
         raise CheckpointError(f"{where}: the merges of its tokenizer do not make every token of it: {ADVICE}")
     added = {token["id"]: token for token in content["added_tokens"]}
+    for token in added.values():
+        # No text is encoded to a special token.
+        if not token["special"] and any(token[flag] for flag in MATCHING_FLAGS):
+            raise CheckpointError(
+                f"{where}: llama.cpp would match the added token {token['content']!r} elsewhere: {ADVICE}"
+            )
     names = {number: text for text, number in tokenizer.vocabulary().items()}
     tokens = [names.get(number, f"[PAD{number}]") for number in range(vocab_size)]
     types = [token_type(number, names, added) for number in range(vocab_size)]
