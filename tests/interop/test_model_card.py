@@ -77,13 +77,16 @@ def test_the_card_has_only_the_scores_of_its_step(tmp_path):
     part = {"task": "blimp_part", "metric": "acc", "value": 0.25, "stderr": None, "items": 8}
     group = {**part, "task": "blimp", "value": 0.5, "stderr": 0.125, "items": 1000}
     infinite = {**part, "task": "book.txt", "value": None}
+    private = {**part, "task": "/home/me/wiki.txt"}
     results = [{"name": "blimp", "scores": [group, part]}, {"name": "book.txt", "scores": [infinite]}]
+    results.append({"name": "/home/me/wiki.txt", "scores": [private]})
     file = tmp_path / "run/evaluation.json"
     file.write_text(json.dumps({"step": 20, "results": results}))
     opened, tokenizer = runs.open_checkpoint(tmp_path / "run")
     text = card(opened, tokenizer, "name", "native", "float32", "checked")
     assert "| blimp | acc | 0.5000 ± 0.1250 | 1,000 |" in text
     assert "blimp_part" not in text and "book.txt" not in text
+    assert "| wiki.txt | acc |" in text and "/home/me" not in text
     file.write_text(file.read_text().replace("20", "10"))
     other = card(opened, tokenizer, "name", "native", "float32", "checked")
     assert "blimp" not in other and other.count("\n## ") == text.count("\n## ") - 1

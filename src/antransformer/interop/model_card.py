@@ -279,6 +279,7 @@ def evaluation_rows(folder: Path, step: int) -> Iterator[str]:
             for score in [score for score in scores if score["task"] == result["name"]] or scores:
                 if score["value"] is not None:
                     error = "" if score["stderr"] is None else f" ± {score['stderr']:.4f}"
-                    yield f"| {score['task']} | {score['metric']} | {score['value']:.4f}{error} | {score['items']:,} |"
+                    task = Path(score["task"]).name  # of a text file; its path is private
+                    yield f"| {task} | {score['metric']} | {score['value']:.4f}{error} | {score['items']:,} |"
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file} is broken: delete it or run antransformer evaluate again") from error
