@@ -133,7 +133,7 @@ def test_broken_folders_are_not_imported(folder, tmp_path, capsys):
     other = error_after(
         "config.json", lambda text: text.replace('"model_type": "antransformer"', '"model_type": "gpt2"')
     )
-    assert mentions(other, source, "'gpt2'", "'antransformer'")
+    assert mentions(other, source, "'gpt2'", "'antransformer'", "--format native")
     missing = error_after("config.json", lambda text: text.replace('"hidden_size"', '"hidden"'))
     assert mentions(missing, f"{source}/config.json", "hidden_size")
     spelled = error_after("config.json", lambda text: text.replace(": 64", ': "64"'))

@@ -108,7 +108,10 @@ def read_config(source: Path) -> ModelConfig:
     file = source / "config.json"
     content = read_json(file)
     if content.get("model_type") != MODEL_TYPE:
-        raise CheckpointError(f"{source}: model_type is {content.get('model_type')!r}, but must be {MODEL_TYPE!r}")
+        raise CheckpointError(
+            f"{source}: model_type is {content.get('model_type')!r}, but must be {MODEL_TYPE!r}: "
+            "export with --format native, and import that folder"
+        )
     version = content.get("format_version", 1)
     if version not in (1, VERSION):
         raise CheckpointError(f"{file}: format_version is {version!r}, but must be at most {VERSION}")
