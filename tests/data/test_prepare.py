@@ -158,6 +158,19 @@ def test_tokenizer_sample_is_spread_over_compressed_files(tmp_path: Path) -> Non
     assert positions[0] < 50 and positions[-1] > 450
 
 
+@pytest.mark.parametrize(("count", "words"), [(2000, 50), (3, 100_000)])
+def test_tokenizer_sample_of_short_files_and_long_documents_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, words: int
+) -> None:
+    monkeypatch.setattr(readers, "MAX_CHARACTERS", 4096)
+    for number in range(count):
+        (tmp_path / f"{number:04}.txt").write_text(" ".join(f"слово {number * words + word}" for word in range(words)))
+    split = TrainValSplit.find([tmp_path], (), 0.01)
+    limit = split.bytes // 5
+    sample = split.training_sample(limit)
+    assert 0 <= sum(len(text.encode()) for text in sample) - limit <= 2 * readers.MAX_CHARACTERS
+
+
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc to name an open file")
 def test_all_files_are_flushed_to_disk_before_the_rename(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -145,13 +145,18 @@ class TrainValSplit:
 
     def _spaced_sample(self, limit: int) -> list[str]:
         sample: list[str] = []
+        size, wanted = 0, 0.0
         for path, start, share in self.corpus.positions(SAMPLE_POSITIONS):
-            size = 0
+            # Summed over the positions: short files leave some of their share to the next ones, and a long document
+            # takes some of theirs.
+            wanted += limit * share
+            if size >= wanted:
+                continue
             for document in _assign_splits(read(path, self.corpus.text_field, start), self.val_fraction, self.val_tail):
                 if document.split == "train" and not document.text.isspace():
                     sample.append(document.text)
                     size += document.bytes
-                if size >= limit * share:
+                if size >= wanted:
                     break
         return sample
 

@@ -155,7 +155,8 @@ class Corpus:
     def positions(self, count: int) -> Iterator[tuple[Path, float, float]]:
         """Yield evenly spaced positions in the corpus: file, fraction of the file, share of the corpus to read there.
 
-        Compressed files can only be read from their beginning, so that each of them has one position.
+        Compressed files can only be read from their beginning, so that each of them has at most one position. A file
+        without a position has a share of 0: it can continue the text of the files before it.
         """
         start, total, number = 0, max(1, self.bytes), 0
         for path in self.files:
@@ -164,7 +165,7 @@ class Corpus:
             while number < count and number * total // count < start + size:
                 inside.append((number * total // count - start) / size)
                 number += 1
-            if inside and path.name.lower().endswith(COMPRESSED):
+            if not inside or path.name.lower().endswith(COMPRESSED):
                 yield path, 0.0, len(inside) / count
             else:
                 yield from ((path, fraction, 1 / count) for fraction in inside)
