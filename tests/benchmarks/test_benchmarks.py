@@ -20,6 +20,7 @@ from antransformer.benchmarks.settings import MASKED_VARIANTS, VARIANTS
 from antransformer.benchmarks.timing import Benchmark, Quartiles, Row, alternate, make_rows, peak_memory, quartiles
 from antransformer.cli import main
 from antransformer.cli.bench import DEFAULTS, result_table
+from antransformer.data import ShuffledWindows
 from antransformer.errors import MachineError
 from antransformer.inference import fold
 from antransformer.inference.sampling import next_logits, window
@@ -291,6 +292,20 @@ def test_prepare_and_loading_are_timed(tmp_path, capsys):
     capsys.readouterr()
     assert main([*words, "--tokenizer", str(tmp_path / "none.json")]) == 2
     assert mentions(capsys.readouterr().err, tmp_path / "none.json", "byte", "tokenizer.json")
+
+
+def test_a_thread_reads_the_next_batch_ahead_of_the_timing(tmp_path, monkeypatch):
+    steps, read = [], ShuffledWindows.batch
+
+    def batch(windows, step, *arguments, **options):
+        steps.append(step)
+        return read(windows, step, *arguments, **options)
+
+    monkeypatch.setattr(ShuffledWindows, "batch", batch)
+    (tmp_path / "text.txt").write_text("<|endoftext|>".join(map(str, range(30))))
+    words = ["bench", "data", "--text", str(tmp_path / "text.txt"), "--tokenizer", "byte", "--batch", "2", *OPTIONS]
+    assert main([*words, "--rounds", "3"]) == 0
+    assert sorted(steps)[:8] == [0, 0, 1, 1, 2, 2, 3, 3]  # of each variant, the warm-up included
 
 
 def test_table_fits_into_80_columns():

@@ -130,9 +130,8 @@ def _time_loading(settings: DataSettings, log: Callable[[str], None]) -> list[Ro
         torch.manual_seed(0)
         with device:
             model, _, optimizer = our_setup(shape, "angpt")
-        numbers = count()
 
-        def step(source: Callable[[int], Batch]) -> dict[str, float]:
+        def step(source: Callable[[int], Batch], numbers: Iterator[int]) -> dict[str, float]:
             start = time.perf_counter()
             tokens, targets = source(next(numbers))
             waited = time.perf_counter() - start
@@ -148,7 +147,8 @@ def _time_loading(settings: DataSettings, log: Callable[[str], None]) -> list[Ro
             SYNCHRONOUS: partial(windows.batch, global_batch=settings.batch),
             PREFETCHED: Prefetcher(windows, settings.batch).batch,
         }
-        timers = {name: partial(step, source) for name, source in sources.items()}
+        # Each variant takes consecutive steps, as training does: a thread reads ahead only the step after the last one.
+        timers = {name: partial(step, source, count()) for name, source in sources.items()}
         times, problems = alternate(timers, settings.rounds, log)
     tokens = settings.batch * shape.context
     return [
