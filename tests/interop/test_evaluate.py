@@ -217,6 +217,15 @@ def test_the_likelihood_of_an_answer_is_that_of_our_own_model(run, model):
     assert (scorer.cut, scorer.done, scorer.total) == (1, 4, 4)
 
 
+def test_a_text_before_several_answers_of_one_token_is_counted_once(run):
+    scorer, question = scorer_of(run, batch_size=4), "x" * 400
+    requests = [Instance("loglikelihood", {}, (question, answer), number) for number, answer in enumerate("ABCD")]
+    scorer.loglikelihood(requests, disable_tqdm=True)
+    scorer.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (question,), 0)], disable_tqdm=True)
+    windows = math.ceil(len(question) / CONTEXT)
+    assert (scorer.cut, scorer.done, scorer.total) == (1, 1 + windows, 1 + windows)
+
+
 def test_scores_do_not_depend_on_the_batch_size(run):
     single, batched = (scorer_of(run, size).loglikelihood(pairs(), disable_tqdm=True) for size in (1, 4))
     assert [value for value, _ in batched] == pytest.approx([value for value, _ in single], rel=1e-5)

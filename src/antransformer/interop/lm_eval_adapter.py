@@ -77,23 +77,24 @@ class Scorer(HFLM):  # type: ignore[misc]  # lm_eval has no types
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihoods of full texts, which are scored in consecutive windows."""
         lengths = [len(self.tok_encode(request.args[0])) for request in requests]
-        self.total = sum(math.ceil(length / self.max_length) for length in lengths)
+        self.total += sum(math.ceil(length / self.max_length) for length in lengths)
         values: list[float] = super().loglikelihood_rolling(requests, disable_tqdm)
         return values
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], *arguments: Any, **options: Any
     ) -> list[tuple[float, bool]]:
-        for _, context, continuation in requests:
+        for _, _, continuation in requests:
             if not 0 < len(continuation) <= self.max_length:
                 raise DataError(f"an answer has {len(continuation)} tokens: the model accepts 1 to {self.max_length}")
-            self.cut += len(context) + len(continuation) > self.max_length + 1
         rolling = "override_bs" in options
         # With its logits cache, lm_eval reads texts that differ only in their last token once. The cache is wrong for
         # rolling windows: windows of a repetitive text can have equal tokens but score different numbers of them.
         self.logits_cache = not rolling
         if not rolling:
-            self.total = len({(*context, *continuation[:-1]) for _, context, continuation in requests})
+            texts = {(*context, *continuation[:-1]) for _, context, continuation in requests}
+            self.total += len(texts)
+            self.cut += sum(len(text) > self.max_length for text in texts)
         values: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, *arguments, **options)
         return values
 
