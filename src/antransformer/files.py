@@ -96,7 +96,14 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Replace a UTF-8 file atomically and force it to the disk; after an error the old file is intact."""
+    """Replace a UTF-8 file atomically and force it to the disk; after an error the old file is intact.
+
+    A pipe or a device, such as /dev/null, is written and not replaced.
+    """
+    if path.exists() and not path.is_file():
+        with writing(path):
+            path.write_text(text, encoding="utf-8")
+        return
     partial = path.with_name(f"{path.name}.partial")
     partial.unlink(missing_ok=True)  # left by a killed write, or a link to another file
     try:

@@ -1,5 +1,6 @@
 """Odd inputs of every verb: one line, status 2, and nothing left behind."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -82,6 +83,13 @@ def test_a_device_is_written_and_not_read(place, capsys):
     words = ["bench", "optimizer", "--rounds=1", "--preset=pico", "--model.vocab-size=300", "--json=/dev/full"]
     assert main(words) == 1
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_pipe_receives_the_scores_and_stays_a_pipe(place, capsys):
+    reader = os.open("pipe", os.O_RDONLY | os.O_NONBLOCK)
+    assert main(["evaluate", "--checkpoint", "run", "--text", "file", "--device", "cpu", "--out", "pipe"]) == 0
+    assert Path("pipe").is_fifo() and "results" in json.loads(os.read(reader, 1 << 16))
+    os.close(reader)
 
 
 @pytest.mark.parametrize(
