@@ -14,7 +14,7 @@ import torch
 import antransformer
 from antransformer.cli import main
 from antransformer.data import readers
-from antransformer.errors import CheckpointError
+from antransformer.errors import CheckpointError, DataError
 from antransformer.inference import perplexity as scoring
 from antransformer.inference.perplexity import perplexity, rolling_windows
 from helpers.commands import refused
@@ -124,6 +124,14 @@ def test_documents_are_read_as_by_prepare(run, book, tmp_path, capsys):
     captured = capsys.readouterr()
     assert "items" in captured.out and "error" not in captured.out  # a perplexity has no standard error
     assert str(results[0]["texts"]) not in captured.err.split()  # windows, which the table does not count
+
+
+def test_a_limit_ends_the_reading(run, tmp_path):
+    (tmp_path / "lines.jsonl").write_text('{"text": "one"}\n{"text": "two"}\nbroken')
+    options = {"texts": [tmp_path / "lines.jsonl"], "device": "cpu", "out": tmp_path / "scores.json"}
+    assert antransformer.evaluate(run, limit=2, **options).scores[0].items == 2
+    with pytest.raises(DataError):
+        antransformer.evaluate(run, limit=3, **options)
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "txt", "txt.gz"])

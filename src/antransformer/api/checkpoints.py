@@ -234,7 +234,7 @@ def evaluate(
     if task_data is not None and not tasks:
         raise ConfigError(f"task_data {task_data} belongs to tasks, and none is given: omit it, or name the tasks")
     # All files are read before anything is scored: a missing one must not surface after hours.
-    read = {str(name): [row["text"] for row in documents(Path(name), text_field)][:limit] for name in texts}
+    read = {str(name): [row["text"] for row in documents(Path(name), text_field, limit)] for name in texts}
     torch_device, results = choose_device(device), []
     with EvaluationProgress(enabled=progress) as display:
         if tasks:

@@ -7,6 +7,7 @@ import fnmatch
 import json
 import re
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -206,12 +207,13 @@ def split_articles(content: str) -> list[str]:
     return [article for article in articles if article.strip()]
 
 
-def documents(path: Path, field: str = TEXT_FIELD) -> list[Row]:
-    """Return the documents of a file that ``prepare`` reads: plain text, JSON lines or parquet.
+def documents(path: Path, field: str = TEXT_FIELD, limit: int | None = None) -> list[Row]:
+    """Return the first ``limit`` documents of a file that ``prepare`` reads: plain text, JSON lines or parquet.
 
     Args:
         path: the file. In plain text the literal ``<|endoftext|>`` separates documents.
         field: field of JSON lines or column of parquet that holds the text.
+        limit: maximum number of documents; the file is not read further.
 
     Raises:
         DataError: the file cannot be read, is not UTF-8, or is empty.
@@ -222,7 +224,8 @@ def documents(path: Path, field: str = TEXT_FIELD) -> list[Row]:
     if reason := unreadable(path, field):
         raise DataError(f"{path}: {reason}; give a file of text, JSON lines or parquet")
     # lm_eval scores whole documents.
-    rows = [{"text": text} for text, _ in read(path, field, whole=True) if text.strip()]
+    found = ({"text": text} for text, _ in read(path, field, whole=True) if text.strip())
+    rows = list(islice(found, limit))
     if not rows:
         raise DataError(f"{path}: contains no text")
     return rows
