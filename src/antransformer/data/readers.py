@@ -213,8 +213,12 @@ def _plain_text(path: Path, start: float, whole: bool) -> Documents:
     sections = iter if whole else split_long
     rest, position = "", 0
     for block, position in _blocks(path, start):
-        *complete, rest = (rest + block).split(SEPARATOR)
-        yield from sections((text, position) for text in complete)
+        # Only the new text is searched: a document may be many blocks long, and += extends a string in place.
+        begin = max(0, len(rest) - len(SEPARATOR))
+        rest += block
+        if rest.find(SEPARATOR, begin) >= 0:
+            *complete, rest = rest.split(SEPARATOR)
+            yield from sections((text, position) for text in complete)
         # The last characters may be the beginning of a separator, so the cut must leave them in rest.
         while not whole and len(rest) > MAX_CHARACTERS + len(SEPARATOR):
             end = _section_end(rest)
