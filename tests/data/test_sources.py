@@ -403,6 +403,14 @@ def test_parquet_without_text_names_its_columns(tmp_path: Path) -> None:
     assert mentions(refusal(tmp_path / "a.parquet"), *["'text'", "['body']"])
     pq.write_table(pa.table({"text": [1, 2]}), tmp_path / "b.parquet")
     assert mentions(refusal(tmp_path / "b.parquet"), *["'text'", "int64"])
+    pq.write_table(pa.Table.from_arrays([pa.array(["one"])] * 2, names=["text", "text"]), tmp_path / "c.parquet")
+    assert mentions(refusal(tmp_path / "c.parquet"), *["2", "'text'"])
+
+
+def test_a_column_with_a_dot_is_read_next_to_a_struct_of_the_same_path(tmp_path: Path) -> None:
+    table = pa.table({"doc": [{"body": "nested"}], "doc.body": ["flat"]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert [text for text, _ in parquet_texts(tmp_path / "a.parquet", "doc.body")] == ["flat"]
 
 
 def test_a_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,7 @@ def parquet_texts(path: Path, column: str, start: float = 0.0) -> Iterator[tuple
                 batch = whole.slice(max(0, skipped - rows))
                 rows += whole.num_rows
                 # Parquet gives no byte position, so progress is estimated from the rows.
-                yield from ((text or "", size * rows // total) for text in _texts(batch.column(0), names[1:]))
+                yield from ((text or "", size * rows // total) for text in _texts(batch.column(names[0]), names[1:]))
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not a complete parquet file ({' '.join(str(error).split())})") from error
 
@@ -47,8 +47,10 @@ def _require_text(path: Path, schema: Any, column: str, names: list[str]) -> Non
     kind: Any = None
     found = list(schema.names)
     for name in names:
-        if name not in found:
-            raise DataError(f"{path}: no {column!r} column, found {found[:10]}; choose one with --text-field")
+        if (count := found.count(name)) != 1:
+            raise DataError(
+                f"{path}: {count or 'no'} {column!r} columns, found {found[:10]}; choose one with --text-field"
+            )
         field = schema.field(name) if kind is None else kind.field(name)
         kind = field.type
         found = [kind.field(number).name for number in range(kind.num_fields)] if types.is_struct(kind) else []
