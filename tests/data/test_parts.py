@@ -57,6 +57,15 @@ def test_shards_roll_over_as_in_one_process(text: Path, tmp_path: Path, monkeypa
     assert list(notes.parent.iterdir()) == [notes]
 
 
+def test_parts_inside_the_input_folder_are_joined(text: Path, tmp_path: Path) -> None:
+    whole = prepare(text, tmp_path / "whole", val_fraction=0.2)
+    for part in ("1/2", "2/2"):
+        prepare_part(text, text / "data", part, val_fraction=0.2)
+        (text / f"job-{part[0]}.out").write_text("a log")
+    assert prepare_part(text, text / "data", "1/2", val_fraction=0.2) is None
+    assert join_parts(text / "data").digest == whole.digest
+
+
 def test_the_command_line_resumes_and_joins(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["prepare", str(text), "--out", str(tmp_path / "out"), "--val-fraction", "0.2", "--part"]
     join = ["prepare", "--out", str(tmp_path / "out"), "--join"]

@@ -76,7 +76,7 @@ def prepare_part(
             "end_of_text": encoder.end_of_text,
         }
         for key, value in {"tokenizer_sha256": digest, "sources": sources, **options}.items():
-            if saved[key] != value:
+            if _differs(key, saved[key], value):
                 raise DataError(f"{folder}: its {key} differs from this call; remove it to prepare it again")
         return None
     log_left_out(split)
@@ -99,7 +99,7 @@ def join_parts(out: str | Path, progress: Progress | None = None, shard_tokens: 
     metas = [_read(folder) for folder in folders]
     first = metas[0]
     for folder, meta in zip(folders, metas, strict=True):
-        different = [key for key in SHARED if meta[key] != first[key]]
+        different = [key for key in SHARED if _differs(key, meta[key], first[key])]
         if different:
             raise DataError(
                 f"{folder}: its {different[0]} differs from {folders[0].name}; remove it and prepare it again"
@@ -172,6 +172,13 @@ def _read(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise DataError(f"{folder}: cannot be read ({error}); remove it and prepare this part again") from error
     return meta
+
+
+def _differs(key: str, value: Any, other: Any) -> bool:
+    """Return whether two parts differ in an entry of ``meta.json``. Skipped files may differ: a log, or other parts."""
+    if key == "sources":
+        value, other = ([{**source, "skipped": None} for source in sources] for sources in (value, other))
+    return bool(value != other)
 
 
 def _copy(path: Path, sha256: str, writer: ShardWriter, dtype: str, advance: Callable[[int], None]) -> None:
