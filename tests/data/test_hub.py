@@ -9,7 +9,7 @@ import pytest
 import zstandard
 
 from antransformer.cli import main
-from antransformer.data import Dataset, prepare
+from antransformer.data import Dataset, preparation, prepare
 from antransformer.data.hub import HubDataset, _explain
 from antransformer.data.sources import Corpus
 from antransformer.errors import DataError
@@ -90,6 +90,16 @@ def test_wrong_parameters_are_one_line(
     assert main(["prepare", f"hf://{tables}{query}", "--out", str(tmp_path / "out")]) == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and fact in message and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("wrong", ["split=none", "field=none"])
+def test_a_wrong_validation_dataset_is_found_before_any_text_is_tokenized(
+    tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    monkeypatch.setattr(preparation, "write_tokens", lambda *arguments: pytest.fail("the text was tokenized"))
+    with pytest.raises(DataError) as caught:
+        prepare([f"hf://{tables}"], tmp_path / "out", val_inputs=[f"hf://{tables}?{wrong}"])
+    assert mentions(str(caught.value), wrong, "none")
 
 
 def test_the_same_records_twice_are_refused(tables: Path, tmp_path: Path) -> None:

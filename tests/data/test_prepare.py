@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tokenizers
 
@@ -133,6 +135,20 @@ def test_bpe_is_trained_on_the_training_text(corpus: Path, tmp_path: Path) -> No
     assert len(tokenizer.encode(" word")) == 1
     assert len(tokenizer.encode(" quixotic")) > 3
     assert documents(dataset, "val")[3] == "3 quixotic"
+
+
+@pytest.mark.parametrize("name", ["fields.jsonl", "fields.ndjson", "columns.parquet", "blank.txt"])
+def test_mistakes_in_later_inputs_are_found_before_any_text_is_tokenized(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(preparation, "write_tokens", lambda *arguments: pytest.fail("the text was tokenized"))
+    for ending in ("jsonl", "ndjson"):
+        (tmp_path / f"fields.{ending}").write_text('\n{"content": "one"}\n')
+    pq.write_table(pa.table({"content": ["one"]}), tmp_path / "columns.parquet")
+    (tmp_path / "blank.txt").write_text(" \n")
+    assert mentions(refusal([corpus], tmp_path / "out", val_inputs=[tmp_path / name]), name)
+    if name != "blank.txt":
+        assert mentions(refusal([corpus, tmp_path / name], tmp_path / "out"), name, "'content'")
 
 
 def test_tokenizer_sample_is_spread_over_the_training_documents(corpus: Path) -> None:

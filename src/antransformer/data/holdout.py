@@ -86,6 +86,7 @@ class TrainValSplit:
             for dataset in val_corpus.hub:
                 if dataset in corpus.hub:
                     raise DataError(f"{dataset.url}: for both training and validation; remove it from one of them")
+            next(val_corpus.documents())  # raises an error if it is empty, before the training text is tokenized
             return cls(corpus, val_corpus, 0.0)
         if val_fraction is not None:
             _require_both_splits(corpus, val_fraction)

@@ -1,6 +1,7 @@
 """Texts in a column of a parquet file."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +23,35 @@ def parquet_texts(path: Path, column: str, start: float = 0.0) -> Iterator[tuple
         DataError: the file is broken, or the column is missing or does not hold text.
         MissingExtraError: pyarrow is not installed.
     """
+    with _opened(path, column) as (file, names):
+        size, total = path.stat().st_size, max(1, file.metadata.num_rows)
+        skipped, rows, first = int(start * file.metadata.num_rows), 0, 0
+        while first < file.num_row_groups - 1 and rows + file.metadata.row_group(first).num_rows <= skipped:
+            rows += file.metadata.row_group(first).num_rows
+            first += 1
+        groups = list(range(first, file.num_row_groups))
+        for whole in file.iter_batches(batch_size=BATCH_ROWS, row_groups=groups, columns=[column]):
+            batch = whole.slice(max(0, skipped - rows))
+            rows += whole.num_rows
+            # Parquet gives no byte position, so progress is estimated from the rows.
+            yield from ((text or "", size * rows // total) for text in _texts(batch.column(names[0]), names[1:]))
+
+
+def check_parquet(path: Path, column: str) -> None:
+    """Check that a file has a column of text, without reading it; arguments and errors as in ``parquet_texts``."""
+    with _opened(path, column):
+        pass
+
+
+@contextmanager
+def _opened(path: Path, column: str) -> Iterator[tuple[Any, list[str]]]:
+    """Open a file, and check its column; yields it with the names of the column and the fields inside it."""
     pyarrow, parquet = require("pyarrow", "data"), require("pyarrow.parquet", "data")
     try:
         with parquet.ParquetFile(path) as file:
             names = [column] if column in file.schema_arrow.names else column.split(".")
             _require_text(path, file.schema_arrow, column, names)
-            size, total = path.stat().st_size, max(1, file.metadata.num_rows)
-            skipped, rows, first = int(start * file.metadata.num_rows), 0, 0
-            while first < file.num_row_groups - 1 and rows + file.metadata.row_group(first).num_rows <= skipped:
-                rows += file.metadata.row_group(first).num_rows
-                first += 1
-            groups = list(range(first, file.num_row_groups))
-            for whole in file.iter_batches(batch_size=BATCH_ROWS, row_groups=groups, columns=[column]):
-                batch = whole.slice(max(0, skipped - rows))
-                rows += whole.num_rows
-                # Parquet gives no byte position, so progress is estimated from the rows.
-                yield from ((text or "", size * rows // total) for text in _texts(batch.column(names[0]), names[1:]))
+            yield file, names
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not a complete parquet file ({' '.join(str(error).split())})") from error
 

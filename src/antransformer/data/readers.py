@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from antransformer.data.parquet import parquet_texts
+from antransformer.data.parquet import check_parquet, parquet_texts
 from antransformer.errors import DataError
 from antransformer.extras import require
 
@@ -77,10 +77,10 @@ def unreadable(path: Path, text_field: str = TEXT_FIELD) -> str | None:
     """Return why ``read`` would find no text in a file, in a few words; None if it is expected to.
 
     Of plain text only some blocks are read. They must be UTF-8, and the first one must not have a NUL
-    or the signature of a PDF.
+    or the signature of a PDF. Of JSON lines the first record is read, and of parquet the schema.
 
     Raises:
-        DataError: the file cannot be opened.
+        DataError: the file cannot be opened, or does not have the field.
         MissingExtraError: pyarrow or zstandard is needed and not installed.
     """
     ending = base_ending(path)
@@ -90,10 +90,12 @@ def unreadable(path: Path, text_field: str = TEXT_FIELD) -> str | None:
         if path.stat().st_size == 0:
             return "empty"
         if ending == PARQUET:
-            require("pyarrow.parquet", "data")
+            check_parquet(path, text_field)
         elif ending == ".json":
             return None if _is_json_lines(path, text_field) else f"JSON, but not JSON lines with a {text_field!r} field"
-        elif ending not in JSON_LINES:
+        elif ending in JSON_LINES:
+            next(_json_lines(path, text_field), None)
+        else:
             return _binary_format(path)
     return None
 

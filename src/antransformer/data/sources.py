@@ -74,8 +74,8 @@ class Corpus:
 
         An input ``hf://...`` is a dataset of the hub, see ``HubDataset``.
 
-        A file in two inputs counts once. Some blocks of plain text are decoded, so that most broken files are reported
-        before hours of tokenization and not after.
+        A file in two inputs counts once. Some blocks of plain text, the first record of JSON lines and of hub datasets,
+        and the schema of parquet are checked. Most mistakes are therefore reported before hours of tokenization.
 
         Raises:
             DataError: an input does not exist, matches nothing, or contains no readable text.
@@ -89,6 +89,7 @@ class Corpus:
                 hub.append(HubDataset.parse(str(name), text_field))
                 if hub[-1] in hub[:-1]:
                     raise DataError(f"{name}: the same records as {hub[hub.index(hub[-1])].url}; remove one of them")
+                next(hub[-1].documents(), None)
                 sources.append(Source(str(name), 0, 0, {}))
                 continue
             skipped: Skipped = {}
