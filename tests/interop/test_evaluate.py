@@ -196,6 +196,13 @@ def test_files_are_found_up_to_two_folders_deep(tmp_path, task, path):
     assert find_file(task, tmp_path) == tmp_path / path
 
 
+def test_spellings_of_one_name_are_two_files(tmp_path):
+    write(tmp_path, {"ARC-Easy-Test.jsonl": "", "arc_easy_test.jsonl": ""})
+    with pytest.raises(DataError) as caught:
+        find_file("arc_easy", tmp_path)
+    assert mentions(str(caught.value), "ARC-Easy-Test.jsonl", "arc_easy_test.jsonl")
+
+
 # The model
 
 

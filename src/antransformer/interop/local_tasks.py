@@ -145,12 +145,12 @@ def find_file(task: str, folder: Path) -> Path:
         raise DataError(f"--task-data {folder}: no such folder")
     paths = [path for depth in ("*", "*/*", "*/*/*") for path in sorted(folder.glob(depth)) if path.is_file()]
     # Releases spell names differently: ARC-Easy-Test.jsonl, arc_easy_test.jsonl.
-    files = {str(path.relative_to(folder)).lower().replace("-", "_"): path for path in paths}
+    names = {path: str(path.relative_to(folder)).lower().replace("-", "_") for path in paths}
     for pattern in patterns:
-        matches = [files[name] for name in files if fnmatch.fnmatch(f"/{name}", f"*/{pattern}")]
+        matches = [path for path, name in names.items() if fnmatch.fnmatch(f"/{name}", f"*/{pattern}")]
         if len(matches) > 1:
-            names = ", ".join(str(path.relative_to(folder)) for path in matches)
-            raise DataError(f"{folder}: more than one file for {task}: {names}; keep only one of them")
+            found = ", ".join(str(path.relative_to(folder)) for path in matches)
+            raise DataError(f"{folder}: more than one file for {task}: {found}; keep only one of them")
         if matches:
             return matches[0]
     raise DataError(f"{folder}: no file for {task}; expected {', '.join(patterns)}")
