@@ -7,7 +7,6 @@ import json
 import lzma
 import os
 import sys
-import time
 import tracemalloc
 from pathlib import Path
 from random import Random
@@ -65,14 +64,6 @@ def test_documents_do_not_depend_on_the_block_size(tmp_path: Path, monkeypatch: 
     assert texts(path) == documents
     assert "".join(documents) == text.replace("<|endoftext|>", "")
     assert max(map(len, documents)) <= 40
-
-
-def test_the_time_for_a_long_document_is_linear_in_its_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "BLOCK_BYTES", 1 << 10)
-    path = write(tmp_path / "a.txt", "word and more\n" * (1 << 18))
-    start = time.process_time()  # 4 s if every block copied the text before it, 0.01 s otherwise
-    [(text, _)] = readers.read(path, whole=True)
-    assert len(text) == path.stat().st_size and time.process_time() - start < 1
 
 
 @pytest.mark.parametrize(
