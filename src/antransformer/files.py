@@ -95,12 +95,17 @@ def writing(path: Path) -> Iterator[None]:
         raise
 
 
+def is_stream(path: Path) -> bool:
+    """Whether a path is a device such as /dev/null, or a pipe."""
+    return path.is_char_device() or path.is_fifo()
+
+
 def replace_text(path: Path, text: str) -> None:
     """Replace a UTF-8 file atomically and force it to the disk; after an error the old file is intact.
 
-    A pipe or a device, such as /dev/null, is written and not replaced.
+    A device or a pipe is written to and not replaced, or ``--json /dev/null`` would put a file in place of the device.
     """
-    if path.exists() and not path.is_file():
+    if is_stream(path):
         with writing(path):
             path.write_text(text, encoding="utf-8")
         return
@@ -128,7 +133,9 @@ def check_file_target(option: str, path: Path, endings: tuple[str, ...] = ()) ->
         raise ConfigError(f"{option} {path}: the file name of a figure must end in {', '.join(endings)}")
     if path.is_dir() or not path.parent.is_dir():
         raise ConfigError(f"{option} {path}: give a file name in an existing folder")
-    if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+    # A stream is written in place. A file is replaced by a new one in its folder.
+    writable = is_stream(path) or os.access(path.parent, os.W_OK)
+    if not writable or (path.exists() and not os.access(path, os.W_OK)):
         raise ConfigError(f"{option} {path}: cannot be written: choose another file")
 
 

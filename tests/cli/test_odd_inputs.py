@@ -85,11 +85,18 @@ def test_a_device_is_written_and_not_read(place, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_a_pipe_receives_the_scores_and_stays_a_pipe(place, capsys):
-    reader = os.open("pipe", os.O_RDONLY | os.O_NONBLOCK)
-    assert main(["evaluate", "--checkpoint", "run", "--text", "file", "--device", "cpu", "--out", "pipe"]) == 0
-    assert Path("pipe").is_fifo() and "results" in json.loads(os.read(reader, 1 << 16))
-    os.close(reader)
+@pytest.mark.parametrize(
+    "words",
+    [
+        "fit compared --out charts --json pipe",
+        "evaluate --checkpoint run --text file --device cpu --out pipe",
+        "bench optimizer --rounds 1 --preset pico --model.vocab-size 300 --json pipe",
+    ],
+)
+def test_results_go_through_a_pipe_and_do_not_replace_it(place, words, capsys):
+    with os.fdopen(os.open("pipe", os.O_RDONLY | os.O_NONBLOCK), encoding="utf-8") as reader:
+        assert main(words.split()) == 0
+        assert json.loads(reader.read()) and Path("pipe").is_fifo()
 
 
 @pytest.mark.parametrize(
