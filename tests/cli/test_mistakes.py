@@ -35,6 +35,18 @@ def test_an_unknown_option_names_the_one_that_is_meant(option, meant, capsys):
     assert mentions(capsys.readouterr().err.replace("?", " "), option, meant)
 
 
+@pytest.mark.parametrize("words", ["--resume train", "--data data/mine train", "--preset=pico train", "--dry-run"])
+def test_an_option_before_the_verb_is_named_with_its_place(words, capsys):
+    assert main(words.split()) == 2
+    option = words.split()[0].partition("=")[0]
+    assert mentions(capsys.readouterr().err, f"antransformer VERB {option}")
+
+
+def test_a_folder_is_no_config_file(tmp_path, capsys):
+    assert main(["train", "--config", str(tmp_path), "--out", str(tmp_path / "run")]) == 2
+    assert mentions(capsys.readouterr().err, str(tmp_path), "config.yaml")
+
+
 def test_an_unknown_key_names_the_one_that_is_meant():
     for key, meant in (("width", "model.width"), ("n_embd", "model.width"), ("max_steps", "tokens"), ("lrr", "lr")):
         with pytest.raises(ConfigError) as error:

@@ -70,8 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         _require_text(words)
-        # Before the verb there are only options without values, so the first other word is the verb.
-        chosen = next((word for word in words if not word.startswith("-")), None)
+        chosen = _verb(words)
         if chosen is not None and chosen not in VERBS:
             raise UsageError(f"unknown verb {chosen!r}{nearest(chosen, VERBS) or ': choose from ' + ', '.join(VERBS)}")
         parsed = make_parser(chosen).parse(words)
@@ -103,6 +102,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _complain("stopped by SIGINT", 130)
     return 0
+
+
+def _verb(words: Sequence[str]) -> str | None:
+    """Return the first word, or None if it is missing or an option of the program.
+
+    Raises:
+        UsageError: the first word is an option of a verb.
+    """
+    first = words[0] if words else "--help"
+    if not first.startswith("-"):
+        return first
+    name = first.partition("=")[0]
+    if name not in ("-h", "--help", "--version"):
+        raise UsageError(f"{name} comes before the verb: write antransformer VERB {name} (see antransformer --help)")
+    return None
 
 
 def _require_text(words: Sequence[str]) -> None:

@@ -23,6 +23,8 @@ def read_config(name: str) -> dict[str, Any]:
     shipped = shipped_configs()
     if name in shipped:
         return read_settings(shipped[name])
+    if Path(name).is_dir():
+        raise ConfigError(f"{name} is a folder: give a config file, such as the config.yaml of a run")
     if not Path(name).is_file():
         raise ConfigError(f"no config file {name}{nearest(name, shipped) or ': the package has ' + ', '.join(shipped)}")
     return read_settings(Path(name))
