@@ -59,7 +59,7 @@ def add_arguments(parser: Parser) -> None:
         action=argparse.BooleanOptionalAction,
         help="also search embed_lr, head_lr and, with AdamW, vector_lr, the learning rates of embedding, head and "
         "vectors, before these hyperparameters and with the same number of values. They take the place of s_scale, "
-        "which only divides vector_lr (default: unless --tuning-trials is 1)",
+        "which only divides vector_lr (default: on, except with --tuning-trials 1)",
     )
     add_experiment_arguments(parser, lr_trials=3, out="runs/compare-PRESET")
 

@@ -39,8 +39,8 @@ class TrainConfig:
         "python-stdlib",
     )
     data_from: Words | None = setting(
-        "other data for the end of training: the fraction of training before it, then as in data, such as 0.8 web:0.5 "
-        "code:0.5 (default: data for all of training)",
+        "data for the last part of training: the fraction of training at which it begins, then sources as in data, "
+        "such as 0.8 web:0.5 code:0.5 (default: data for all of training)",
         None,
     )
     init: str | None = setting(
