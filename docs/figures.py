@@ -1,5 +1,7 @@
 """Figures of results.md and method.md, drawn from the numbers of their tables and from two diagnoses.
 
+The figure of a comparison (comparison.svg) is not among them: it is in the report of ``compare``.
+
 python docs/figures.py                               # figures of results.md
 antransformer diagnose --checkpoint RUN --json FILE  # for both runs of method.md
 python docs/figures.py ANGPT.json GPT+.json          # figures of method.md, in addition
