@@ -52,6 +52,14 @@ def test_new_empty_and_unknown_folders_are_free(tmp_path):
         require_own_folder(tmp_path / "notes/todo.txt", "compare")
 
 
+def test_a_report_of_unknown_origin_is_not_replaced(tmp_path):
+    fill(tmp_path, ["report.html"])
+    require_own_folder(tmp_path, "fit")  # writes no report
+    for verb in ("compare", "ablate", "sweep"):
+        with pytest.raises(ConfigError, match=r"report\.html"):
+            require_own_folder(tmp_path, verb)
+
+
 @pytest.mark.parametrize("verb", ["compare", "ablate", "sweep", "fit", "train", "prepare", "demo", "selftest"])
 @pytest.mark.parametrize("content", ["train", "prepare", "export", "unfinished sweep", "compare", "ablate", "selftest"])
 def test_verbs_refuse_the_output_of_another_and_change_nothing(tmp_path, corpus, capsys, monkeypatch, verb, content):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from antransformer.errors import ConfigError
 from antransformer.files import check_folder_target, read_json
+from antransformer.reporting.html import FILE as REPORT_FILE
 from antransformer.results import comparison, sweep
 from antransformer.training import run_folder
 
@@ -17,6 +18,7 @@ DESCRIPTIONS = {
     "sweep": "a sweep",
     "selftest": "a selftest",
 }
+EXPERIMENTS = ("compare", "ablate", "sweep")
 RUNS = "runs"  # folder of the runs of an experiment
 
 
@@ -24,12 +26,15 @@ def require_own_folder(folder: Path, verb: str, option: str = "--out") -> None:
     """Check that the folder of an option is free for the output of a verb, or holds its earlier output.
 
     Raises:
-        ConfigError: the path or a parent of it is a file, or the folder holds the output of another verb.
+        ConfigError: the path or a parent of it is a file, or the folder holds the output of another verb, or a report
+            of unknown origin that an experiment would replace.
     """
     check_folder_target(folder, option)
     writer = writer_of(folder)
     if writer not in (None, verb):
         raise ConfigError(f"{folder} holds {DESCRIPTIONS[writer]}: choose another {option}")
+    if writer is None and verb in EXPERIMENTS and (folder / REPORT_FILE).exists():
+        raise ConfigError(f"{folder} holds a {REPORT_FILE} that {verb} did not write: choose another {option}")
 
 
 def writer_of(folder: Path) -> str | None:
