@@ -20,6 +20,7 @@ from antransformer.results.comparison import ChosenSettings, Results, Run, Trial
 from antransformer.results.observations import BestSettings, Observation, Observations, read_observations
 from antransformer.scaling.charts import charts
 from antransformer.scaling.fits import LAWS, fit, fit_optima
+from antransformer.training.config_files import format_settings
 from helpers.messages import mentions
 
 HEADER = "architecture,parameters,tokens,batch,lr,loss"
@@ -31,6 +32,18 @@ gpt+,32.10e6,25,1.1e-2
 gpt+,62.28e6,31,5.3e-3
 gpt+,127.08e6,134,7.7e-3
 """
+TRAINED = {
+    "optimizer": "adam",
+    "schedule": "cosine",
+    "min_lr_ratio": 0.01,
+    "ema": 0.0,
+    "lr_width": 0,
+    "lr_horizon": 0,
+    "horizon_exponent": 0.0,
+    "precision": "float32",
+    "document_mask": False,
+    "model": {"width": 64},
+}
 SIZES = (30e6, 60e6, 120e6, 240e6)
 RATIOS = (1.25, 5, 20, 80)
 BATCH, LR = (2.25e-3, 0.984), (0.065, -0.178)
@@ -96,9 +109,16 @@ def experiment(size, best_lr, kind="compare", searches=(2_000_000,), **setup):
     return Results(kind, setup, (1_000_000, 2_000_000, 4_000_000), (1, 2), tuple(variants))
 
 
-def write_folder(path, *args, **kwargs):
+def write_folder(path, *args, trained=None, **kwargs):
+    """Write the results of a comparison, and the config of its runs if ``trained`` gives their settings."""
     path.mkdir()
-    experiment(*args, **kwargs).save(path)
+    results = experiment(*args, **kwargs)
+    results.save(path)
+    if trained is not None:
+        for folder in {run.folder for variant in results.variants for run in variant.runs}:
+            (path / "runs" / folder).mkdir(parents=True)
+            config = {**TRAINED, **trained, "model": {**TRAINED["model"], **trained.get("model", {})}}
+            (path / "runs" / folder / "config.yaml").write_text(format_settings(config))
     return path
 
 
@@ -236,6 +256,65 @@ def test_laws_are_of_one_optimizer(tmp_path):
         read_observations([tmp_path / "both"])
     assert mentions(raised.value, "angpt", "muon", "adam", str(tmp_path / "both"))
     assert "optimizer" not in fit_optima([BestSettings("angpt", n, 8192, 1e-3) for n in (1e6, 4e6)])[0].content()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "other"),
+    [
+        ("schedule", "linear", "cosine"),
+        ("decay_fraction", 0.2, None),
+        ("min_lr_ratio", 0.1, 0.01),
+        ("ema", 0.05, 0.0),
+        ("precision", "bfloat16", "float32"),
+        ("document_mask", True, False),
+    ],
+)
+def test_laws_are_of_runs_that_were_trained_alike(name, value, other, tmp_path, capsys):
+    folders = [write_folder(tmp_path / str(size), size, 4e-3, trained={}) for size in (2_000_000, 4_000_000)]
+    assert len(read_observations(folders).runs) == 2 * 2 * 6
+    folders.append(write_folder(tmp_path / "different", 8_000_000, 4e-3, trained={name: value}))
+    assert main(["fit", *map(str, folders), "--out", str(tmp_path / "charts")]) == 2
+    captured = capsys.readouterr()
+    assert mentions(captured.err, folders[-1], name, value, other) and captured.err.count("\n") == 1
+    assert not (tmp_path / "charts").exists()
+    # The precision of a run of an earlier release, and the settings of deleted runs, are unknown.
+    write_folder(tmp_path / "earlier", 8_000_000, 4e-3, trained={"precision": "auto"})
+    write_folder(tmp_path / "deleted", 16_000_000, 4e-3)
+    assert len(read_observations([*folders[:2], tmp_path / "earlier", tmp_path / "deleted"]).runs) == 4 * 2 * 6
+
+
+def test_losses_with_common_and_with_separate_rates_give_no_common_law(tmp_path):
+    common, results = write_folder(tmp_path / "common", 2_000_000, 4e-3), experiment(8_000_000, 4e-3)
+    added = [replace(trial, setting="embed_lr") for trial in results.variants[1].trials_of("lr", 2_000_000)]
+    method = replace(results.variants[1], trials=(*results.variants[1].trials, *added))
+    (tmp_path / "separate").mkdir()
+    replace(results, variants=(results.baseline, method)).save(tmp_path / "separate")
+    with pytest.raises(DataError) as raised:
+        read_observations([common, tmp_path / "separate"])
+    assert mentions(raised.value, tmp_path / "separate", "angpt", "separate_rates")
+
+
+def test_rates_are_those_at_the_length_of_the_run(tmp_path):
+    horizon = {"lr_horizon": 250, "horizon_exponent": 0.5}
+    for name, trained in (("exact", {}), ("horizon", horizon)):
+        write_folder(tmp_path / name, 2_000_000, 4e-3, searches=(500_000, 2_048_000), trained=trained)
+    exact, scaled = (read_observations([tmp_path / name]) for name in ("exact", "horizon"))
+    for ours, given in ((scaled.searches, exact.searches), (scaled.runs, exact.runs)):
+        for row, same in zip(ours, given, strict=True):
+            assert row.lr == pytest.approx(same.lr * min(1, (250 / (row.tokens // 2048)) ** 0.5))
+    assert {row.tokens: row.lr for row in scaled.searches}[2_048_000] == pytest.approx(4e-3 * 4 / 2)
+
+
+def test_comparisons_of_several_widths_with_a_rate_for_one_of_them_give_no_law_of_the_rate(tmp_path):
+    widths = {64: 2_000_000, 128: 8_000_000}
+    for lr_width, has_law in ((0, True), (128, False)):
+        folders = [
+            write_folder(
+                tmp_path / f"{lr_width}-{width}", size, 4e-3, trained={"lr_width": lr_width, "model": {"width": width}}
+            )
+            for width, size in widths.items()
+        ]
+        assert all(("lr" in fitted.laws) == has_law for fitted in fit(read_observations(folders)))
 
 
 def test_an_optimum_at_an_edge_is_left_out_with_a_note():

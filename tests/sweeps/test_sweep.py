@@ -177,6 +177,16 @@ def test_fit_recovers_the_laws_of_a_sweep(corpus, tmp_path):
     assert laws["angpt"]["lr"].exponent == pytest.approx(0.0, abs=0.02)
 
 
+def test_rates_are_scaled_at_all_widths_but_the_one_that_they_are_for(corpus, tmp_path):
+    for name, choices, scaled in (
+        ("one width", {"sizes": ["pico", "nano"]}, set()),
+        ("several widths", {"sizes": ["nano", "32m"], "common": {**COMMON, "lr_width": 128}}, {"angpt", "gpt+"}),
+    ):
+        (tmp_path / name).mkdir()
+        sweeper(corpus, trials=1, **choices).run().save(tmp_path / name)
+        assert read_observations([tmp_path / name]).scaled == scaled
+
+
 def test_the_report_gives_the_exponent_of_the_best_rate_and_the_regret(corpus, tmp_path):
     results = run_sweep(corpus, widths=WIDTHS, trials=5)
     (budget,) = token_budgets(results)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,11 +17,26 @@ from antransformer.files import require_file
 from antransformer.results import comparison as comparison_results
 from antransformer.results import sweep as sweep_results
 from antransformer.results.comparison import Results, Variant, architecture_of
+from antransformer.results.folder import RUNS
 from antransformer.results.records import LARGEST, SMALLEST
 from antransformer.results.sweep import Sweep
+from antransformer.training import run_folder
+from antransformer.training.config import LEGACY_DEFAULTS
+from antransformer.training.defaults import horizon_factor
 
 # Losses are comparable only where these values of ``setup`` are equal; the error message names them so.
 SHARED = {"data_digest": "data", "validation_tokens": "validation windows", "context": "context length"}
+# A law is of runs with the same values of these. Other settings depend on the size by default, or are searched.
+TRAINING = (
+    "optimizer",
+    "separate_rates",
+    "schedule",
+    "decay_fraction",
+    "min_lr_ratio",
+    "ema",
+    "precision",
+    "document_mask",
+)
 
 
 @dataclass(frozen=True)
@@ -33,7 +48,7 @@ class Observation:
         parameters: number of learnable parameters.
         tokens: tokens of the run.
         batch: tokens of one step.
-        lr: peak learning rate.
+        lr: peak learning rate at the length of the run.
         loss: validation loss in nats per token; infinite where the run diverged.
     """
 
@@ -69,7 +84,7 @@ class Observations:
         optimizers: optimizer of each architecture's runs, where the results record it.
         separate: architectures for which a comparison searched several learning rates. Its trials are not in
             ``searches``, since ``lr`` was the rate of a part of the model.
-        scaled: architectures with a sweep of widths, whose rates are scaled to each width: ``lr`` is the rate of one.
+        scaled: architectures with runs whose rates are scaled to their width: ``lr`` is the rate of another width.
     """
 
     searches: tuple[Observation, ...]
@@ -83,13 +98,14 @@ def read_observations(paths: Sequence[Path]) -> Observations:
     """Read sweep folders, comparison folders and CSV tables into one set of observations.
 
     Raises:
-        DataError: a path cannot be read, is given twice, is an ablation, or was measured on other data or with another
-            optimizer than another path.
+        ConfigError: the config of a run cannot be read.
+        DataError: a path cannot be read, is given twice, is an ablation, or was measured on other data or trained with
+            other settings than another path.
     """
     searches: list[Observation] = []
     runs: list[Observation] = []
     folders: dict[Path, Sweep | Results] = {}
-    optimizers: dict[str, str] = {}
+    trained: list[tuple[Path, str, Mapping[str, Any]]] = []  # path, architecture and settings of a run
     separate: set[str] = set()
     scaled: set[str] = set()
     seen: set[str] = set()
@@ -104,53 +120,86 @@ def read_observations(paths: Sequence[Path]) -> Observations:
             searches += rows
             runs += rows
             scaled |= _scaled_by_width(sweep)
-            optimizer = sweep.setup.get("optimizer")
-            _add_optimizers(optimizers, {run.architecture: optimizer for run in sweep.runs}.items(), path)
+            trained += ((path, *settings) for settings in _sweep_settings(sweep, path))
         elif path.is_dir():
-            if not (path / comparison_results.FILE).is_file():
-                raise DataError(f"{path} has no {sweep_results.FILE} and no {comparison_results.FILE}")
-            folders[path] = comparison = Results.load(path)
-            if comparison.kind == "ablate":
-                raise DataError(f"{path} is an ablation, whose variants have one size: give sweeps or comparisons")
+            folders[path] = comparison = _load_comparison(path)
+            settings_of = {item.name: _variant_settings(item, comparison, path) for item in comparison.variants}
             try:
-                searches += _trial_observations(comparison)
-                separate |= {architecture_of(item) for item in comparison.variants if _has_separate_rates(item)}
-                runs += _run_observations(comparison)
-                by_variant = comparison.setup.get("optimizers", {})
-                used = ((architecture_of(item), by_variant.get(item.name)) for item in comparison.variants)
-                _add_optimizers(optimizers, used, path)
+                searches += _trial_observations(comparison, settings_of)
+                runs += _run_observations(comparison, settings_of)
+                scaled |= {architecture_of(item) for item in comparison.variants if _is_scaled(settings_of[item.name])}
             except (KeyError, TypeError, ValueError) as error:
                 raise DataError(f"{path / comparison_results.FILE} lacks a value that a fit needs ({error})") from None
+            separate |= {architecture_of(item) for item in comparison.variants if _has_separate_rates(item)}
+            trained += ((path, architecture_of(item), settings_of[item.name]) for item in comparison.variants)
         else:
             rows = read_table(path, Observation)
             searches += rows
             runs += rows
     _check_shared(folders)
+    optimizers = _check_training(trained)
     return Observations(tuple(searches), tuple(runs), optimizers, frozenset(separate), frozenset(scaled))
 
 
+def _load_comparison(path: Path) -> Results:
+    if not (path / comparison_results.FILE).is_file():
+        raise DataError(f"{path} has no {sweep_results.FILE} and no {comparison_results.FILE}")
+    comparison = Results.load(path)
+    if comparison.kind == "ablate":
+        raise DataError(f"{path} is an ablation, whose variants have one size: give sweeps or comparisons")
+    return comparison
+
+
 def _scaled_by_width(sweep: Sweep) -> set[str]:
-    """Architectures whose widths have rates that are scaled from one width."""
+    """Architectures with runs whose rates are scaled from another width."""
     rules = sweep.setup.get("lr_width")  # such as "angpt 128"; results of an earlier release have none
     if not isinstance(rules, list):
         return set()
-    return {check.architecture for check in sweep.coord_check if f"{check.architecture} 0" not in rules}
+    sizes = {(run.architecture, run.width) for run in sweep.runs}
+    return {name for name, width in sizes if f"{name} {width}" not in rules and f"{name} 0" not in rules}
 
 
-def _add_optimizers(known: dict[str, str], used: Iterable[tuple[str, str | None]], path: Path) -> None:
-    """Add the optimizers of one folder; an architecture must have the same one everywhere, since rates depend on it."""
-    here: dict[str, str] = {}
-    for architecture, optimizer in used:
-        if optimizer and here.setdefault(architecture, optimizer) != optimizer:
-            raise DataError(
-                f"{path} trains {architecture} with {here[architecture]} and with {optimizer}, which have different "
-                "laws: compare the optimizers in separate folders"
-            )
-        if optimizer and known.setdefault(architecture, optimizer) != optimizer:
-            raise DataError(
-                f"{path} trains {architecture} with {optimizer}, other results with {known[architecture]}: fit them "
-                "separately"
-            )
+def _is_scaled(settings: Mapping[str, Any]) -> bool:
+    return bool(settings.get("lr_width")) and settings["lr_width"] != settings["model"]["width"]
+
+
+def _sweep_settings(sweep: Sweep, path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Architecture and settings of one run of each cell: a later call may have added cells on another machine."""
+    cells = {(run.architecture, run.size, run.tokens, run.batch): run.folder for run in sweep.runs}
+    optimizer = sweep.setup.get("optimizer")
+    return [(name, _run_settings(path / RUNS / run, optimizer, False)) for (name, *_), run in cells.items()]
+
+
+def _variant_settings(variant: Variant, results: Results, path: Path) -> dict[str, Any]:
+    """Settings of one run of a variant."""
+    optimizer = results.setup.get("optimizers", {}).get(variant.name)
+    separate = any(trial.setting == "embed_lr" for trial in variant.trials)
+    return _run_settings(path / RUNS / variant.runs[0].folder, optimizer, separate)
+
+
+def _run_settings(folder: Path, optimizer: str | None, separate_rates: bool) -> dict[str, Any]:
+    """Settings of a run: those in its folder, unless that was deleted, and those that the results record."""
+    settings: dict[str, Any] = {}
+    if (folder / run_folder.CONFIG_FILE).is_file():
+        settings = {**LEGACY_DEFAULTS, "decay_fraction": None, **run_folder.saved_settings(folder)}
+    if settings.get("precision") == "auto":  # an earlier release did not save what it chose
+        del settings["precision"]
+    return {**settings, **({"optimizer": optimizer} if optimizer else {}), "separate_rates": separate_rates}
+
+
+def _check_training(trained: Iterable[tuple[Path, str, Mapping[str, Any]]]) -> dict[str, str]:
+    """Return the optimizer of each architecture; raises DataError if its runs differ in one of ``TRAINING``."""
+    known: dict[str, dict[str, Any]] = {}
+    for path, architecture, settings in trained:
+        for name in (name for name in TRAINING if name in settings):
+            value = settings[name]
+            first = known.setdefault(architecture, {}).setdefault(name, value)
+            if first != value:
+                raise DataError(
+                    f"{path} trains {architecture} with {name} {value}, other runs with {first}: one law does not hold "
+                    "for both, so fit them separately"
+                )
+    return {architecture: settings["optimizer"] for architecture, settings in known.items() if "optimizer" in settings}
 
 
 def sweep_observations(sweep: Sweep) -> list[Observation]:
@@ -159,9 +208,9 @@ def sweep_observations(sweep: Sweep) -> list[Observation]:
     return [Observation(**{name: getattr(run, name) for name in names}) for run in sweep.runs]
 
 
-def _trial_observations(results: Results) -> list[Observation]:
+def _trial_observations(results: Results, settings_of: Mapping[str, Mapping[str, Any]]) -> list[Observation]:
     return [
-        _observation(variant, results, trial.tokens, trial.value, trial.loss)
+        _observation(variant, results, trial.tokens, trial.value, trial.loss, settings_of[variant.name])
         for variant in results.variants
         if not _has_separate_rates(variant)
         for tokens in dict.fromkeys(trial.tokens for trial in variant.trials)
@@ -173,17 +222,23 @@ def _has_separate_rates(variant: Variant) -> bool:
     return any(trial.setting.endswith("_lr") for trial in variant.trials)
 
 
-def _run_observations(results: Results) -> list[Observation]:
+def _run_observations(results: Results, settings_of: Mapping[str, Mapping[str, Any]]) -> list[Observation]:
     return [
-        _observation(variant, results, run.tokens, variant.settings_at(run.tokens)["lr"], run.loss)
+        _observation(
+            variant, results, run.tokens, variant.settings_at(run.tokens)["lr"], run.loss, settings_of[variant.name]
+        )
         for variant in results.variants
         for run in variant.runs
     ]
 
 
-def _observation(variant: Variant, results: Results, tokens: int, lr: float, loss: float) -> Observation:
+def _observation(
+    variant: Variant, results: Results, tokens: int, lr: float, loss: float, settings: Mapping[str, Any]
+) -> Observation:
     batch = variant.settings.get("batch_tokens", results.setup["batch_tokens"])
-    return Observation(architecture_of(variant), *map(float, (variant.parameters, tokens, batch, lr, loss)))
+    # With a horizon that the user gave, lr is the rate of a shorter run.
+    factor = horizon_factor(settings.get("lr_horizon", 0), tokens // batch, settings.get("horizon_exponent", 0.0))
+    return Observation(architecture_of(variant), *map(float, (variant.parameters, tokens, batch, lr * factor, loss)))
 
 
 def _check_shared(folders: Mapping[Path, Sweep | Results]) -> None:

@@ -159,7 +159,7 @@ def _fit_architecture(name: str, observed: Observations, bins: int | None) -> Fi
         )
     if name in observed.scaled and "lr" in laws:
         del laws["lr"]
-        notes.append(f"{LAWS['lr'][0]}: no law, since a sweep of widths scales its rates to each width")
+        notes.append(f"{LAWS['lr'][0]}: no law, since the rates are scaled to each width")
     if name in observed.separate:
         notes.append(
             f"{LAWS['lr'][0]}: without the comparisons that searched separate learning rates of parts of the model"
