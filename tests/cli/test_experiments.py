@@ -11,6 +11,7 @@ from antransformer.cli import main
 from antransformer.comparison.ablate import suite
 from antransformer.results.comparison import Results
 from antransformer.results.observations import read_observations
+from antransformer.runs import timing
 from helpers.messages import mentions
 from helpers.small import SMALL_OPTIONS
 
@@ -80,7 +81,7 @@ def test_the_same_command_runs_nothing_again_and_more_seeds_add_the_missing_runs
     assert len(after) == 10 and before.items() <= after.items()
 
 
-def test_compare_searches_at_every_budget_and_a_new_budget_is_searched_too(corpus, tmp_path, capfd):
+def test_compare_searches_at_every_budget_and_a_new_budget_is_searched_too(corpus, tmp_path, capfd, monkeypatch):
     options = ["--lr-trials=2", "--seeds=1", "--budgets", "2560"]
     assert main(compare(corpus, tmp_path, *options)) == 0
     first = Results.load(tmp_path)
@@ -100,6 +101,9 @@ def test_compare_searches_at_every_budget_and_a_new_budget_is_searched_too(corpu
     searches = read_observations([tmp_path]).searches
     assert {row.tokens for row in searches} == {2560, 5120}
     assert len(searches) == sum(len(item.trials) for item in results.variants)
+    monkeypatch.setattr(timing, "seconds_per_token", None)  # a finished comparison is not timed
+    assert main(compare(corpus, tmp_path, *options, "5120")) == 0
+    assert marks_of_runs(capfd.readouterr().out)["new"] == 0
 
 
 @pytest.mark.slow  # 40 runs; tests/comparison/test_experiment.py has the rules of the search
