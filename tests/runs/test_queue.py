@@ -18,6 +18,7 @@ import torch
 from antransformer.cli import main
 from antransformer.data import Dataset
 from antransformer.errors import ConfigError, DataError, MachineError
+from antransformer.lock import lock
 from antransformer.runs import queue
 from antransformer.runs.queue import Job, RunQueue, default_devices
 from antransformer.training.checkpointing import checkpoint
@@ -176,6 +177,22 @@ def test_two_signals_at_once_still_stop_the_workers(corpus, tmp_path):
     assert process.returncode == 130 and workers_exit(tmp_path, 5)
 
 
+def test_a_repeated_signal_does_not_wait_for_the_workers(corpus, tmp_path):
+    process, _ = start_comparison(corpus, tmp_path, "1M")
+    for pid in workers_of(tmp_path):
+        os.kill(pid, signal.SIGSTOP)  # as in a step of minutes
+    os.kill(process.pid, signal.SIGINT)
+    assert "SIGINT" in process.stderr.readline()
+    time.sleep(1)
+    os.kill(process.pid, signal.SIGINT)
+    try:
+        process.communicate(timeout=30)
+        assert process.returncode == 130 and workers_exit(tmp_path, 5)
+    finally:
+        for pid in workers_of(tmp_path):
+            os.kill(pid, signal.SIGKILL)
+
+
 def comparison(corpus, out, tokens):
     """Words of the command line of a comparison of two runs."""
     effort = ["--seeds=1", "--lr-trials=1", "--tuning-trials=1", "--recipe=paper", "--workers=2"]
@@ -236,6 +253,17 @@ def test_workers_of_a_stopped_comparison_save_checkpoints_and_exit(corpus, tmp_p
     if sent == signal.SIGTERM:
         assert errors.count("\n") == 2 and errors.count("SIGTERM") == 2
         assert {"0", "2"} <= set(re.findall(r"\b\d+\b", errors))  # finished and planned runs
+
+
+def test_a_run_that_another_worker_has_not_left_yet_is_not_started(corpus, tmp_path):
+    dataset, kept = Dataset.open(corpus), job("kept", keep=True)
+    create_run_folder(tmp_path / "kept", kept.config, dataset)
+    queue = RunQueue(tmp_path, dataset, ["cpu"], RecordedProgress())
+    with workers_in_process():
+        with lock(tmp_path / "kept"), pytest.raises(ConfigError, match=str(os.getpid())):
+            queue.run([kept])
+        assert not checkpoint.step_folders(tmp_path / "kept" / "checkpoints")
+        assert RunQueue(tmp_path, dataset, ["cpu"], RecordedProgress()).run([kept])["kept"].loss < math.log(257)
 
 
 @needs_proc

@@ -188,8 +188,12 @@ class RunQueue:
                         thread.join(0.2)
                         if stop.received:
                             self._stop_workers()
-            except KeyboardInterrupt:  # a second SIGINT can arrive before the loop has seen the first
-                self._stop_workers()
+            except KeyboardInterrupt:
+                with self.lock:
+                    killed = [*self.processes] if self.stopping else []
+                for process in killed:
+                    process.kill()  # it may be in a long step
+                self._stop_workers()  # a second SIGINT can arrive before the loop has seen the first
                 for thread in threads:
                     thread.join()
                 raise

@@ -26,6 +26,7 @@ from antransformer.data.mixture import open_mixture
 from antransformer.diagnostics.probes import PROBE_TOKENS, probe
 from antransformer.errors import AntransformerError, DivergedError, RunStoppedError, UsageError
 from antransformer.files import replace_text
+from antransformer.lock import lock
 from antransformer.training import run_folder
 from antransformer.training.device import cpu_name, is_out_of_memory
 from antransformer.training.metrics import METRICS_FILE, MetricsLine, MetricsLog, read_metrics
@@ -72,7 +73,8 @@ def main(arguments: list[str]) -> int:
     torch.set_num_threads(int(arguments[3]))
     threading.Thread(target=stop_with_parent, daemon=True).start()
     try:
-        train(folder, data, device, int(arguments[4]))
+        with lock(folder):  # the worker of a killed experiment may be saving its checkpoint
+            train(folder, data, device, int(arguments[4]))
     except RunStoppedError as error:
         send(error=str(error))
         return error.status
