@@ -269,6 +269,31 @@ def test_sizes_of_one_width_have_no_law_over_width(corpus):
     assert law(budget, "angpt") is None
 
 
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [
+        # By tokens per parameter, rounded to whole batches: the largest size was not run at the first.
+        (
+            {"nano": (5.02e6, 20e6), "32m": (160e6, 639e6), "62m": (1.2e9,)},
+            [{"nano": 5.02e6, "32m": 160e6}, {"nano": 20e6, "32m": 639e6, "62m": 1.2e9}],
+        ),
+        ({"nano": (10e6, 11e6), "32m": (320e6, 352e6)}, [{"nano": 10e6, "32m": 320e6}, {"nano": 11e6, "32m": 352e6}]),
+        ({"nano": (1e6, 4e6), "32m": (4e6,)}, [{"nano": 1e6}, {"nano": 4e6, "32m": 4e6}]),  # by tokens
+    ],
+)
+def test_a_budget_has_the_sizes_that_were_run_at_it(lengths, expected):
+    parameters = {"nano": 1_000_000, "32m": 32_000_000, "62m": 60_000_000}
+    runs = tuple(
+        SweepRun("angpt", size, 128, parameters[size], int(count), 256, 0.01, 0, 3.0, 1.0, 0.1, f"{size}-{count}")
+        for size, counts in lengths.items()
+        for count in counts
+    )
+    budgets = token_budgets(Sweep({}, runs))
+    names = {count: name for name, count in parameters.items()}
+    assert [{names[row.parameters]: row.tokens for row in budget.rows} for budget in budgets] == expected
+    assert len({budget.slug for budget in budgets}) == len(budgets)
+
+
 def test_a_damaged_sweep_is_refused(corpus, tmp_path):
     sweeper(corpus).run().save(tmp_path)
     content = json.loads((tmp_path / "sweep.json").read_text())

@@ -1,8 +1,9 @@
 """Charts of a sweep: loss over learning rate, best learning rate over size, and activations over width."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,9 @@ from antransformer.figure_style import INK, PAPER, SIZE, new_figure
 from antransformer.reporting.figure import Chart, budget_ticks, legend, log_ticks, mark_diverged, styled
 from antransformer.reporting.labels import format_count, style_of
 from antransformer.results.observations import Observation, column, sweep_observations
-from antransformer.results.sweep import Sweep
+from antransformer.results.sweep import Sweep, SweepRun
 from antransformer.scaling.fits import SizeOptimum, optima_of
-from antransformer.scaling.fitting import PowerLaw, akima, mean_losses, optimum, power_law
+from antransformer.scaling.fitting import MIN_LENGTH_RATIO, PowerLaw, akima, mean_losses, optimum, power_law
 
 COLUMNS = 3  # of panels
 MIN_LOSS_RANGE = 0.15  # nats above the best loss that a panel shows at least
@@ -60,23 +61,38 @@ class TokenBudget:
 
 
 def token_budgets(sweep: Sweep) -> list[TokenBudget]:
-    """Token budgets of a sweep, ascending; each size has a run at every one."""
-    tokens_of_size: dict[str, set[int]] = {}
-    for run in sweep.runs:
-        tokens_of_size.setdefault(run.size, set()).add(run.tokens)
-    count = max(map(len, tokens_of_size.values()))
+    """Token budgets of a sweep, ascending, with the sizes that have runs at each."""
     widths = {float(run.parameters): run.width for run in sweep.runs} if sweep.coord_check else {}
+    lengths = _lengths(sweep.runs)
     budgets = []
-    for index in range(count):
-        # A size with fewer token counts, after runs were added for others, repeats its largest.
-        chosen = {size: sorted(tokens)[min(index, len(tokens) - 1)] for size, tokens in tokens_of_size.items()}
-        runs = [run for run in sweep.runs if run.tokens == chosen[run.size]]
-        rows = tuple(row for row, run in zip(sweep_observations(sweep), sweep.runs, strict=True) if run in runs)
+    for index, length in enumerate(lengths):
+        runs = [run for run in sweep.runs if (run.size, run.tokens) in length]
+        rows = tuple(sweep_observations(replace(sweep, runs=tuple(runs))))
         ratio = np.median([run.tokens / run.parameters for run in runs])
-        same = len(set(chosen.values())) == 1
+        same = len({tokens for _, tokens in length}) == 1
         name = f"{format_count(runs[0].tokens)} tokens" if same else f"about {ratio:.3g} tokens per parameter"
-        budgets.append(TokenBudget(name, f"-{index + 1}" if count > 1 else "", rows, widths))
+        budgets.append(TokenBudget(name, f"-{index + 1}" if len(lengths) > 1 else "", rows, widths))
     return budgets
+
+
+def _lengths(runs: Sequence[SweepRun]) -> list[set[tuple[str, int]]]:
+    """Size and tokens of runs of one length, by ascending length.
+
+    Runs have one length at equal tokens or, if the sizes have their own, at about equal tokens per parameter.
+    """
+    parameters = {run.size: run.parameters for run in runs}
+    sizes = {(run.size, run.tokens) for run in runs}
+    shared = len({tokens for _, tokens in sizes}) == max(Counter(size for size, _ in sizes).values())
+    lengths: list[set[tuple[str, int]]] = []
+    shortest = 0.0
+    for length, size, tokens in sorted(
+        (tokens / (1 if shared else parameters[size]), size, tokens) for size, tokens in sizes
+    ):
+        if length > shortest * (1 if shared else MIN_LENGTH_RATIO) or size in {name for name, _ in lengths[-1]}:
+            lengths.append(set())
+            shortest = length
+        lengths[-1].add((size, tokens))
+    return lengths
 
 
 def law(budget: TokenBudget, architecture: str) -> PowerLaw | None:
