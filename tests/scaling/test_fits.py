@@ -14,8 +14,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+import antransformer
 from antransformer.cli import main
-from antransformer.errors import DataError
+from antransformer.errors import ConfigError, DataError
 from antransformer.results.comparison import ChosenSettings, Results, Run, Trial, Variant
 from antransformer.results.observations import BestSettings, Observation, Observations, read_observations
 from antransformer.scaling.charts import charts
@@ -450,6 +451,14 @@ def test_a_usage_error_gives_one_line_and_status_2(arguments, words, tmp_path, c
     assert all(word in captured.err for word in words), captured.err
     assert captured.err.count("\n") == 1 and captured.out == ""
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("bins", [0, -3])
+def test_a_number_of_bins_below_1_is_refused(bins, tmp_path):
+    source = write_table(tmp_path / "runs.csv", grid_search(sizes=SIZES[:2]))
+    with pytest.raises(ConfigError) as raised:
+        antransformer.fit(source, bins=bins)
+    assert mentions(raised.value, "bins", 1, bins)
 
 
 def test_missing_packages_are_named(tmp_path, capsys, monkeypatch):

@@ -126,11 +126,13 @@ def fit(
         bins: log-spaced bins of compute; by default four per decade.
 
     Raises:
-        ConfigError: neither or both of ``results`` and ``optima`` are given.
+        ConfigError: neither or both of ``results`` and ``optima`` are given, or ``bins`` is below 1.
         DataError: a file cannot be read, or no architecture has two sizes.
     """
     if bool(results) == bool(optima):
         raise ConfigError("give either RESULTS (folders or CSV files with losses) or --optima FILE")
+    if bins is not None and bins < 1:
+        raise ConfigError(f"bins must be at least 1, got {bins}")
     require("scipy", "analysis")
     if optima:
         return laws.fit_optima(read_table(Path(optima), BestSettings))
