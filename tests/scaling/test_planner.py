@@ -152,6 +152,10 @@ def test_a_default_rate_has_a_width_and_the_rate_of_a_law_has_none(fits, capsys)
     assert (with_muon.optimizer, with_muon.lr) == ("muon", by_law.lr)
     # In the proportion of a sweep with recipe paper: the defaults are 0.04 and 0.012.
     assert with_muon.muon_lr == pytest.approx(by_law.lr * 0.04 / 0.012, rel=0.01)
+    # Above the sizes of the paper's fits too, where ``train`` has no default.
+    law = ["--fits", fits.with_name("with-lr.json")]
+    large = config_of(plan_output(capsys, "--tokens", "20B", "--size", "7B", "--gpus", 64, *law))
+    assert large.optimizer == "muon" and large.muon_lr / large.lr > with_muon.muon_lr / with_muon.lr
     assert config_of(plan_output(capsys, "--tokens", "1B", "--size", "62m")).lr_width == 0
 
 

@@ -318,8 +318,8 @@ def _own_rate(config: ModelConfig, lr: float, optimizer: OptimizerSpec) -> tuple
     """Rate that an optimizer has in addition to ``lr``, in proportion to it as in the runs of a sweep."""
     if not optimizer.lr_setting:
         return None
-    ratio = defaults.optimizer_lr(config, optimizer) / defaults.learning_rate(config)
-    return optimizer.lr_setting, float(f"{lr * ratio:.3g}")
+    default, _ = _value_and_source("lr", config, None)
+    return optimizer.lr_setting, float(f"{lr * defaults.optimizer_lr(config, optimizer) / default:.3g}")
 
 
 def _uses_small_default(name: str, config: ModelConfig, laws: Laws | None) -> bool:
