@@ -19,7 +19,7 @@ from antransformer.scaling import fitting as scaling
 from antransformer.scaling import law_files as laws
 from antransformer.scaling import planner
 from antransformer.scaling.fits import fit
-from antransformer.scaling.law_files import nearest_shipped, predict, read_laws
+from antransformer.scaling.law_files import format_quantity, nearest_shipped, predict, read_laws
 from antransformer.scaling.planner import Cluster
 from antransformer.training.config import resolve_config
 from antransformer.training.config_files import read_yaml
@@ -114,6 +114,15 @@ def test_tokens_and_a_preset_give_a_config(capsys):
     config = config_of(plan_output(capsys, "--tokens", "100B", "--size", "0.5b"))
     assert (config.preset, config.model.width, config.model.layers) == ("0.5b", 1024, 24)
     assert config.tokens == pytest.approx(100e9, rel=1e-3)
+
+
+def test_a_size_that_no_model_has_is_reported(capsys):
+    def reported(size):
+        out = plan_output(capsys, "--tokens", "1B", "--size", size)
+        nearest = format_quantity(parameter_count(config_of(out).model))
+        return any(line.startswith("- ") and nearest in line for line in out.splitlines())
+
+    assert reported("1M") and not reported("32M") and not reported("32m")
 
 
 def test_a_run_shorter_than_its_batch_is_reported(capsys):

@@ -54,11 +54,13 @@ def plan_for_budget(
         raise ConfigError(f"--mfu must be at most 1, got {mfu}")
     if size is not None:
         run_tokens = _in_range("tokens", convert(tokens, Count, "--tokens"))
-        config = sized(str(size), template)
+        config, wanted = sized(str(size), template)
         compute = 6.0 * run_tokens * parameter_count(config)
         file = read_laws(fits) if fits else nearest_shipped(template.architecture, compute)
         laws = file.by_architecture.get(template.architecture) if file else None
-        return replace(planner.plan_run(config, run_tokens, cluster, laws, share), laws=file)
+        made = planner.plan_run(config, run_tokens, cluster, laws, share)
+        notes = made.notes + planner.size_note("--size", wanted or made.parameters, made.parameters)
+        return replace(made, laws=file, notes=notes)
     (name,) = given
     budget = positive(name, budgets[name])
     compute = budget if name == "flops" else cluster.peak_flops * (share or ASSUMED_MFU) * budget * 3600
@@ -72,16 +74,16 @@ def plan_for_budget(
     return replace(made, laws=file)
 
 
-def sized(size: str, template: ModelConfig) -> ModelConfig:
-    """Return the template in the size of a preset, or with about that number of parameters."""
+def sized(size: str, template: ModelConfig) -> tuple[ModelConfig, int | None]:
+    """Return the template in the size of a preset, or with about that number of parameters, and this number."""
     if size.lower() in PRESETS:
         preset = PRESETS[size.lower()]
-        return planner.resized(template, preset["width"], preset["layers"])
+        return planner.resized(template, preset["width"], preset["layers"]), None
     try:
         parameters = convert(size, Count, "--size")
     except ConfigError:
         raise ConfigError(f"--size must be one of {', '.join(PRESETS)}, or a number such as 7B, got {size}") from None
-    return planner.config_of_size(_in_range("size", parameters), template)
+    return planner.config_of_size(_in_range("size", parameters), template), parameters
 
 
 def positive(name: str, value: Any) -> float:

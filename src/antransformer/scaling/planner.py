@@ -182,15 +182,18 @@ def plan_for_flops(
     config = config_of_size(best_size, template)
     tokens = flops / (FLOPS_PER_PARAMETER * defaults.parameter_count(config))
     plan = plan_run(config, tokens, cluster, laws, mfu)
-    notes = plan.notes
-    if not _about_equal(plan.parameters, best_size):
-        notes += (
-            f"the best size is {format_quantity(best_size)} parameters; "
-            f"the nearest possible one has {format_quantity(plan.parameters)}",
-        )
+    notes = plan.notes + size_note("the best size", best_size, plan.parameters)
     if extrapolation := extrapolation_note("compute", flops, laws.compute or (flops, flops)):
         notes += (f"best size: {extrapolation}",)
     return replace(plan, notes=notes)
+
+
+def size_note(name: str, wanted: float, parameters: int) -> tuple[str, ...]:
+    """Note that the number of parameters is not the wanted one, as the only entry; empty if it is."""
+    if _about_equal(parameters, wanted):
+        return ()
+    nearest = f"the nearest possible one has {format_quantity(parameters)}"
+    return (f"{name} is {format_quantity(wanted)} parameters; {nearest}",)
 
 
 def plan_for_hours(
