@@ -400,6 +400,7 @@ def test_an_architecture_with_one_size_is_no_error_next_to_others():
         (f"{HEADER}\nangpt,1e6,1e7,2048,1e-3\n", r"runs\.csv: .*1.*2.*\bloss\b.*''"),
         (f"{HEADER}\nangpt,1e6,inf,2048,1e-3,3\n", r"runs\.csv: .*1.*2.*\btokens\b.*\binf\b"),
         (f"{HEADER}\nangpt,1e6,1e7,2048,1e-3,nan\n", r"runs\.csv: .*1.*2.*\bloss\b.*\bnan\b"),
+        (f"{HEADER},loss\nangpt,1e6,1e7,2048,1e-3,3,9\n", r"runs\.csv: .*\bloss\b"),
         (f"{HEADER}\n,1e6,1e7,2048,1e-3,3\n", r"runs\.csv: .*1.*2.*\barchitecture\b"),
         (f"{HEADER}\nangpt,1e6,1e7,2048,1e-3,3\nangpt,1e6,1e7,2048,2e-3,2.9\n", r"\bangpt\b"),
         (b"PK\x03\x04\xff\xfe", r"runs\.csv: .*\butf-8\b"),

@@ -270,6 +270,9 @@ def read_table(path: Path, row_type: Callable[..., Row]) -> list[Row]:
                 raise DataError(
                     f"{path}: the header has no column {' or '.join(missing)}: it must have {','.join(columns)}"
                 )
+            repeated = [name for name in columns if list(lines.fieldnames or ()).count(name) > 1]
+            if repeated:
+                raise DataError(f"{path}: the header has several columns {' and '.join(repeated)}: keep one of each")
             rows = [
                 row_type(
                     **{name: _value(line, name, f"{path}: row {number} (line {lines.line_num})") for name in columns}
