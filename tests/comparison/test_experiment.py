@@ -410,6 +410,17 @@ def test_budgets_are_rounded_down_to_full_batches():
     assert compare.plan(COMMON, ["gpt+", "angpt"], (3000, 6000)).budgets == (2816, 5888)
 
 
+@pytest.mark.parametrize("tokens", [-5, -256, 100])
+def test_lengths_below_one_batch_are_refused(tokens):
+    for plan in (
+        lambda: compare.plan(COMMON, ["gpt+", "angpt"], BUDGETS, trial_tokens=tokens),
+        lambda: ablate.plan(COMMON, ["no-lerp"], [tokens]),
+    ):
+        with pytest.raises(ConfigError) as error:
+            plan()
+        assert mentions(error.value, 256)
+
+
 def test_default_and_given_budgets():
     assert compare.budgets_of(8_000_000) == (2_000_000, 4_000_000, 8_000_000)
     assert compare.budgets_of(0, ["20M", "5M"]) == (5_000_000, 20_000_000)

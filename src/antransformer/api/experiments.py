@@ -126,7 +126,7 @@ def ablate(
     planned = ablations.plan(
         _shared_settings(settings, quick),
         only,
-        comparisons.budgets_of(length, [length]),
+        [length],
         seeds=seeds,
         lr_trials=lr_trials,
         trial_tokens=convert(trial_tokens, Count, "trial_tokens"),

@@ -101,7 +101,7 @@ def full_batches(budgets: Sequence[int], batch_tokens: int) -> tuple[int, ...]:
         ConfigError: a budget is less than one batch, or two budgets have the same number of batches.
     """
     trained = tuple(budget // batch_tokens * batch_tokens for budget in budgets)
-    if not all(trained):
+    if min(trained) < 1:
         raise ConfigError(
             f"a budget of {min(budgets):,} tokens is less than one batch of {batch_tokens:,}: raise --tokens or "
             "--budgets, or lower --batch-tokens"
