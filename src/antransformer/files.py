@@ -100,15 +100,20 @@ def is_stream(path: Path) -> bool:
     return path.is_char_device() or path.is_fifo()
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Replace a UTF-8 file atomically and force it to the disk; after an error the old file is intact.
+def write_result(path: Path, text: str) -> None:
+    """Write a UTF-8 file that the user has named, as ``replace_text`` does; write into a device or a pipe.
 
-    A device or a pipe is written to and not replaced, or ``--json /dev/null`` would put a file in place of the device.
+    Replacing /dev/null by a file would break the system.
     """
     if is_stream(path):
         with writing(path):
             path.write_text(text, encoding="utf-8")
-        return
+    else:
+        replace_text(path, text)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Replace a UTF-8 file atomically and force it to the disk; after an error the old file is intact."""
     partial = path.with_name(f"{path.name}.partial")
     partial.unlink(missing_ok=True)  # left by a killed write, or a link to another file
     try:

@@ -179,13 +179,17 @@ def test_two_signals_at_once_still_stop_the_workers(corpus, tmp_path):
 
 def test_a_repeated_signal_does_not_wait_for_the_workers(corpus, tmp_path):
     process, _ = start_comparison(corpus, tmp_path, "1M")
-    for pid in workers_of(tmp_path):
+    workers = workers_of(tmp_path)
+    for pid in workers:
         os.kill(pid, signal.SIGSTOP)  # as in a step of minutes
-    os.kill(process.pid, signal.SIGINT)
-    assert "SIGINT" in process.stderr.readline()
-    time.sleep(1)
-    os.kill(process.pid, signal.SIGINT)
     try:
+        os.kill(process.pid, signal.SIGINT)
+        assert "SIGINT" in process.stderr.readline()
+        deadline = time.monotonic() + 30
+        while not all(has_pending(pid, signal.SIGTERM) for pid in workers):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGINT)
         process.communicate(timeout=30)
         assert process.returncode == 130 and workers_exit(tmp_path, 5)
     finally:
@@ -226,6 +230,12 @@ def workers_of(out):
         if "runs.worker" in command and str(out) in command:
             pids.append(int(path.parent.name))
     return pids
+
+
+def has_pending(pid, number):
+    """Return whether a stopped process has received a signal."""
+    (mask,) = re.findall(r"ShdPnd:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return bool(int(mask, 16) >> (number - 1) & 1)
 
 
 def workers_exit(out, seconds=60):

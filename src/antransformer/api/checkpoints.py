@@ -13,7 +13,7 @@ from antransformer.comparison.summary import summary
 from antransformer.data import Tokenizer
 from antransformer.data.readers import TEXT_FIELD
 from antransformer.errors import ConfigError
-from antransformer.files import check_json_target, replace_text
+from antransformer.files import check_json_target, write_result
 from antransformer.inference.folding import folded_where_possible
 from antransformer.inference.perplexity import perplexity
 from antransformer.inference.text import continue_text
@@ -246,7 +246,7 @@ def evaluate(
             results = [*scored, *results]
     settings = {"checkpoint": str(source.path), "step": source.step, "batch_size": batch_size, "limit": limit}
     content = {**settings, "results": [asdict(result) for result in results]}
-    replace_text(path, json.dumps(content, indent=2) + "\n")
+    write_result(path, json.dumps(content, indent=2) + "\n")
     return Evaluation(source, tuple(results), path)
 
 

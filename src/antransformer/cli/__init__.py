@@ -110,7 +110,7 @@ def _verb(words: Sequence[str]) -> str | None:
     Raises:
         UsageError: the first word is an option of a verb.
     """
-    first = words[0] if words else "--help"
+    first = next((word for word in words if word != "--"), "--help")
     if not first.startswith("-"):
         return first
     name = first.partition("=")[0]

@@ -46,7 +46,7 @@ from antransformer.benchmarks.settings import MASKED_VARIANTS, MODES, SHAPE, VAR
 from antransformer.cli.options import Parser, add_config, add_device_argument, settings_of
 from antransformer.cli.tables import TableConsole, new_table
 from antransformer.errors import ConfigError, UsageError
-from antransformer.files import check_json_target, replace_text
+from antransformer.files import check_json_target, write_result
 from antransformer.models.config import PAPER_VOCABULARY, ModelConfig, preset_sizes
 from antransformer.training.config import normalize_settings
 
@@ -160,7 +160,7 @@ def run(parsed: argparse.Namespace) -> None:
     shared = {"rounds": parsed.rounds, "device": device, "dtype": choose_precision(parsed.dtype, device)}
     benchmark = BENCHMARKS[parsed.benchmark](parsed, shared)
     if parsed.json:  # before the tables, whose reader may close the pipe
-        replace_text(parsed.json, json.dumps(benchmark.content(device), indent=2) + "\n")
+        write_result(parsed.json, json.dumps(benchmark.content(device), indent=2) + "\n")
     console = TableConsole()
     if not console.is_terminal:
         console.width = TABLE_WIDTH  # lines in a file or pipe are not cut

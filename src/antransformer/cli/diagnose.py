@@ -23,7 +23,7 @@ from antransformer.diagnostics.diagnosis import LEGEND, Diagnosis, FactorError, 
 from antransformer.diagnostics.figure import diagnosis_figure
 from antransformer.diagnostics.summary import format_number, summarize
 from antransformer.errors import CheckpointError, MissingExtraError
-from antransformer.files import FIGURE_FORMATS, check_file_target, check_json_target, replace_text
+from antransformer.files import FIGURE_FORMATS, check_file_target, check_json_target, write_result
 from antransformer.settings import Count, convert
 
 USAGE = "antransformer diagnose --checkpoint RUN [options]"
@@ -78,7 +78,7 @@ def run(parsed: argparse.Namespace) -> None:
     if parsed.json:
         source = {"checkpoint": str(checkpoint.path), "step": checkpoint.step, "data": dataset.name}
         content = {**source, **asdict(diagnosis), "summary": summarize(diagnosis)}
-        replace_text(parsed.json, json.dumps(content, indent=2) + "\n")
+        write_result(parsed.json, json.dumps(content, indent=2) + "\n")
         written.append(f"measurements: {parsed.json}")
     try:
         diagnosis_figure(diagnosis, title, figure_path)

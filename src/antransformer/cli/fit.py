@@ -29,7 +29,7 @@ import antransformer
 from antransformer.cli.options import Parser, number
 from antransformer.cli.tables import TableConsole, new_table
 from antransformer.errors import MissingExtraError
-from antransformer.files import check_json_target, replace_text
+from antransformer.files import check_json_target, write_result
 from antransformer.reporting.labels import format_count, style_of
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def run(parsed: argparse.Namespace) -> None:
         print_laws(fit)
     if parsed.json:
         content = {fit.name: fit.content() for fit in fits}
-        replace_text(parsed.json, json.dumps(content, indent=2, allow_nan=False) + "\n")
+        write_result(parsed.json, json.dumps(content, indent=2, allow_nan=False) + "\n")
         print(f"numbers: {parsed.json}")
     from antransformer.scaling.charts import charts
 

@@ -23,7 +23,7 @@ import antransformer
 from antransformer.cli.options import Parser, number
 from antransformer.cli.tables import TableConsole, new_table
 from antransformer.errors import ConfigError
-from antransformer.files import check_file_target, quoted, replace_text
+from antransformer.files import check_file_target, quoted, write_result
 from antransformer.models import registry
 from antransformer.models.config import PAPER_VOCABULARY, PRESETS
 from antransformer.reporting.labels import style_of
@@ -85,7 +85,7 @@ def run(parsed: argparse.Namespace) -> None:
     print_plan(plan)
     config = config_text(plan)
     if parsed.out:
-        replace_text(parsed.out, config)
+        write_result(parsed.out, config)
         print(f"next: antransformer train --config {quoted(parsed.out)} --data FOLDER")
     else:
         print(config, end="")

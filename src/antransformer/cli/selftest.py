@@ -22,7 +22,7 @@ from pathlib import Path
 from antransformer.cli.options import Parser, add_device_argument
 from antransformer.cli.tables import TableConsole, new_table
 from antransformer.errors import ConfigError, MachineError
-from antransformer.files import check_json_target, replace_text
+from antransformer.files import check_json_target, write_result
 from antransformer.selftest import PARTS
 from antransformer.wording import counted
 
@@ -90,7 +90,7 @@ def run(parsed: argparse.Namespace) -> None:
     with lock(folder):
         results = program.run(setup, parsed.parts, parsed.minutes, show)
     if parsed.json:
-        replace_text(parsed.json, json.dumps(program.content(setup, results), indent=2) + "\n")
+        write_result(parsed.json, json.dumps(program.content(setup, results), indent=2) + "\n")
     checks = [check for result in results.values() for check in result.checks]
     failures = [check.name for check in checks if check.passed is False]
     finished = sum(len(program.results_of(results, part)) == len(program.CHECKS[part]) for part in PARTS)
