@@ -206,8 +206,13 @@ def comparison(corpus, out, tokens):
 
 def start_comparison(corpus, out, tokens):
     """Start a comparison in a process; return it and the folder of its first run when that has trained a step."""
+    # A shell ignores SIGINT in its background jobs, which may be these tests.
+    program = (
+        "import signal, sys; from antransformer.cli import main; "
+        "signal.signal(signal.SIGINT, signal.default_int_handler); sys.exit(main(sys.argv[1:]))"
+    )
     process = subprocess.Popen(
-        [sys.executable, "-m", "antransformer", *comparison(corpus, out, tokens)],
+        [sys.executable, "-c", program, *comparison(corpus, out, tokens)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
