@@ -1,12 +1,14 @@
 """Lines of progress: the first after a few seconds, then every half minute, none for short work."""
 
+import io
 import time
 
 import pytest
+from rich.console import Console
 
 from antransformer import pace
 from antransformer.pace import Pace, format_duration, heartbeat
-from antransformer.progress import EvaluationProgress, ExperimentProgress, PrepareProgress, TrainingProgress
+from antransformer.progress import EvaluationProgress, ExperimentProgress, PrepareProgress, TrainingProgress, new_bar
 from helpers.messages import mentions
 
 
@@ -134,3 +136,11 @@ def test_displays_print_at_least_every_half_minute_and_nothing_unless_enabled(cl
     captured = capsys.readouterr()
     lines = (captured.out + captured.err).splitlines()
     assert 4 <= len(lines) <= 5 and all(mentions(line, 200) for line in lines)
+
+
+def test_a_bar_shows_brackets_in_the_name_of_a_file():
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    bar = new_bar("{task.description}", console, enabled=True)
+    bar.add_task("notes[draft].txt", numbers="1 [MB]")
+    console.print(bar.get_renderable())
+    assert mentions(console.file.getvalue(), "notes[draft].txt", "[MB]")

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 def new_bar(text: str, console: Console, enabled: bool, transient: bool = False) -> Progress:
     """Return a bar with a text, the field ``numbers`` and the time left; it is hidden if there is no terminal."""
     return Progress(
-        TextColumn(text),
+        TextColumn(text, markup=False),  # names of files may contain brackets
         BarColumn(bar_width=None),
         TaskProgressColumn(),
-        TextColumn("{task.fields[numbers]}"),
+        TextColumn("{task.fields[numbers]}", markup=False),
         TimeRemainingColumn(compact=True),
         console=console,
         disable=not (enabled and console.is_terminal),
