@@ -9,6 +9,7 @@ from antransformer.comparison import ablate, compare
 from antransformer.comparison.estimate import estimate
 from antransformer.comparison.experiment import Experiment, Plan, VariantSpec
 from antransformer.comparison.tuning import tuning_label, tuning_scope
+from antransformer.comparison.variants import named_variants
 from antransformer.data import Dataset
 from antransformer.errors import ConfigError, DataError
 from antransformer.models import registry
@@ -65,8 +66,12 @@ def values_of(variant, setting="lr"):
     return {tokens: [trial.value for trial in variant.trials_of(setting, tokens)] for tokens in budgets}
 
 
+def plan_of(settings, names, budgets, *arguments, **effort):
+    return compare.plan(settings, named_variants(names), budgets, *arguments, **effort)
+
+
 def experiment(corpus, loss, architectures=("gpt+", "angpt"), **effort):
-    plan = compare.plan(COMMON, architectures, BUDGETS, **effort)
+    plan = plan_of(COMMON, architectures, BUDGETS, **effort)
     return Experiment(plan, Dataset.open(corpus), FakeQueue(loss), lambda words: None)
 
 
@@ -124,21 +129,21 @@ def test_the_budget_of_the_only_search_is_rounded_as_the_budgets_are(corpus):
 
 def test_an_exponent_needs_its_horizon():
     with pytest.raises(ConfigError) as error:
-        compare.plan({**COMMON, "horizon_exponent": 0.5}, ("gpt+", "angpt"), BUDGETS)
+        plan_of({**COMMON, "horizon_exponent": 0.5}, ("gpt+", "angpt"), BUDGETS)
     assert mentions(error.value, "horizon_exponent", "lr_horizon")
 
 
 def test_variants_of_the_same_settings_are_refused():
     for names in (("angpt", "angpt-paper"), ("gpt+", "angpt-muon-paper", "angpt-paper-muon")):
         with pytest.raises(ConfigError) as error:
-            compare.plan(COMMON, names, BUDGETS)
+            plan_of(COMMON, names, BUDGETS)
         assert mentions(error.value, *names[-2:])
-    compare.plan(COMMON, ("angpt", "angpt-best", "angpt-muon"), BUDGETS)
+    plan_of(COMMON, ("angpt", "angpt-best", "angpt-muon"), BUDGETS)
 
 
 def test_cautious_decay_is_for_the_variants_that_have_decay(corpus):
     for names in (("gpt+", "angpt"), ("angpt", "gpt+")):
-        plan = compare.plan({**COMMON, "cautious_weight_decay": True}, names, BUDGETS, seeds=1)
+        plan = plan_of({**COMMON, "cautious_weight_decay": True}, names, BUDGETS, seeds=1)
         made = Experiment(plan, Dataset.open(corpus), FakeQueue(lambda config: 3.0), print)
         decays = {state.spec.name: made.config(state, BUDGETS[0], 1).cautious_weight_decay for state in made.states}
         assert decays == {"gpt+": True, "angpt": False}
@@ -155,7 +160,7 @@ def test_default_rates_are_not_called_tuned(corpus):
 
 def test_default_rates_are_those_of_train_for_the_length_of_the_run(corpus):
     budgets, common = (256 * 100, 256 * 1600), {**COMMON, "recipe": "best"}
-    plan = compare.plan(common, ("gpt+", "angpt-muon"), budgets, seeds=1)
+    plan = plan_of(common, ("gpt+", "angpt-muon"), budgets, seeds=1)
     made = Experiment(plan, Dataset.open(corpus), FakeQueue(lambda config: 3.0), print)
     muon = made.run().variants[1]
     for tokens in budgets:
@@ -168,7 +173,7 @@ def test_default_rates_are_those_of_train_for_the_length_of_the_run(corpus):
 
 
 def test_a_horizon_that_the_user_gives_scales_searched_rates_too(corpus):
-    plan = compare.plan({**COMMON, "lr_horizon": 10, "horizon_exponent": 0.5}, ("gpt+", "angpt"), BUDGETS, lr_trials=3)
+    plan = plan_of({**COMMON, "lr_horizon": 10, "horizon_exponent": 0.5}, ("gpt+", "angpt"), BUDGETS, lr_trials=3)
     made = Experiment(plan, Dataset.open(corpus), FakeQueue(bowl({"gpt+": 8e-3, "angpt": 1.2e-2})), print)
     results = made.run()
     assert values_of(results.variants[1])[BUDGETS[0]] == [4e-3, 6e-3, 1.2e-2, 2.4e-2, 3.6e-2]
@@ -223,7 +228,7 @@ def test_each_setting_has_the_same_number_of_trials_and_the_plan_counts_them(cor
 
 
 def test_the_estimate_counts_what_is_left(corpus, tmp_path):
-    plan = compare.plan(COMMON, ("gpt+", "angpt"), BUDGETS, lr_trials=3, tuning_trials=3, seeds=2)
+    plan = plan_of(COMMON, ("gpt+", "angpt"), BUDGETS, lr_trials=3, tuning_trials=3, seeds=2)
     made = Experiment(plan, Dataset.open(corpus), RunQueue(tmp_path, Dataset.open(corpus), ["cpu"], None), print)
     lines = []
     first = estimate(made, lines.append)
@@ -255,7 +260,7 @@ def test_an_ablation_without_a_search_has_a_single_estimate(corpus, tmp_path):
 
 def test_a_longer_budget_adds_its_own_runs_only(corpus):
     def names_at(budgets):
-        plan = compare.plan(COMMON, ("gpt+", "angpt"), budgets, lr_trials=3, seeds=2)
+        plan = plan_of(COMMON, ("gpt+", "angpt"), budgets, lr_trials=3, seeds=2)
         queue = FakeQueue(bowl({"gpt+": 1.6e-2, "angpt": 1.2e-2}))
         Experiment(plan, Dataset.open(corpus), queue, print).run()
         return {name for call in queue.calls for name in call}
@@ -338,11 +343,11 @@ def test_muon_and_normuon_each_search_the_rate_that_they_share(corpus):
 
 
 def test_a_comparison_with_muon_for_all_variants(corpus):
-    plan = compare.plan({**COMMON, "optimizer": "muon"}, ("gpt+", "angpt"), BUDGETS, lr_trials=2, tuning_trials=2)
+    plan = plan_of({**COMMON, "optimizer": "muon"}, ("gpt+", "angpt"), BUDGETS, lr_trials=2, tuning_trials=2)
     results = Experiment(plan, Dataset.open(corpus), FakeQueue(bowl({"gpt+": 8e-3, "angpt": 1.2e-2})), print).run()
     tuned = [{trial.setting for trial in item.trials} for item in results.variants]
     assert tuned == [{"lr", "muon_lr", "model.init_std", "weight_decay"}, {"lr", "muon_lr", "model.s_scale"}]
-    specs = compare.variant_specs(("gpt+-paper", "gpt+"))
+    specs = compare.variant_specs(named_variants(("gpt+-paper", "gpt+")))
     assert [spec.rates for spec in specs] == [("lr",), ("lr", "muon_lr")]
     assert [spec.hyperparameters for spec in specs] == [("model.init_std", "weight_decay")] * 2
 
@@ -355,7 +360,7 @@ def test_each_variant_may_have_a_recipe_of_its_own(corpus):
     assert style_of("gpt+-best").label != style_of("gpt+").label and "best" in style_of("gpt+-best").label
     for name, part in (("gptx-best", "gptx"), ("angpt-bets", "angpt-bets")):
         with pytest.raises(ConfigError, match=part):
-            compare.plan(COMMON, ("gpt+", name), BUDGETS)
+            plan_of(COMMON, ("gpt+", name), BUDGETS)
 
 
 def test_variants_differ_only_in_the_model_and_tuned_settings(corpus):
@@ -407,13 +412,13 @@ def test_results_are_saved_and_loaded(corpus, tmp_path, monkeypatch, program, ex
 
 
 def test_budgets_are_rounded_down_to_full_batches():
-    assert compare.plan(COMMON, ["gpt+", "angpt"], (3000, 6000)).budgets == (2816, 5888)
+    assert plan_of(COMMON, ["gpt+", "angpt"], (3000, 6000)).budgets == (2816, 5888)
 
 
 @pytest.mark.parametrize("tokens", [-5, -256, 100])
 def test_lengths_below_one_batch_are_refused(tokens):
     for plan in (
-        lambda: compare.plan(COMMON, ["gpt+", "angpt"], BUDGETS, trial_tokens=tokens),
+        lambda: plan_of(COMMON, ["gpt+", "angpt"], BUDGETS, trial_tokens=tokens),
         lambda: ablate.plan(COMMON, ["no-lerp"], [tokens]),
     ):
         with pytest.raises(ConfigError) as error:
@@ -439,16 +444,16 @@ def test_wrong_plans_are_refused_before_any_run(corpus):
         (["gpt+", "angpt"], (2560, 2600), 1, (2560, 256)),
     ):
         with pytest.raises(ConfigError) as error:
-            compare.plan(COMMON, names, budgets, seeds=seeds)
+            plan_of(COMMON, names, budgets, seeds=seeds)
         assert mentions(error.value, *parts)
     long = {"model": {**SMALL, "context": 10**6}, "batch_tokens": 10**6}
     with pytest.raises(DataError) as error:
-        Experiment(compare.plan(long, ["gpt+", "angpt"], (10**6,)), Dataset.open(corpus), FakeQueue(None), print)
+        Experiment(plan_of(long, ["gpt+", "angpt"], (10**6,)), Dataset.open(corpus), FakeQueue(None), print)
     longest = max(shard.tokens for shard in Dataset.open(corpus).split("train").shards)
     assert mentions(error.value, "context", 10**6, "train", longest)
     small = {**COMMON, "model": {**SMALL, "vocab_size": 20}}
     with pytest.raises(DataError) as error:
-        Experiment(compare.plan(small, ["gpt+", "angpt"], BUDGETS), Dataset.open(corpus), FakeQueue(None), print)
+        Experiment(plan_of(small, ["gpt+", "angpt"], BUDGETS), Dataset.open(corpus), FakeQueue(None), print)
     assert mentions(error.value, "model.vocab_size", 20, Dataset.open(corpus).max_token)
 
 
@@ -516,13 +521,13 @@ def test_separate_rates_are_searched_around_what_they_are_derived_from(corpus):
     folders = {run.folder for run in results.baseline.runs}
     assert f"gpt+-{BUDGETS[0]}-lr0.008-embed_lr0.024-head_lr0.00267-seed1" in folders
     with pytest.raises(ConfigError):
-        compare.plan(COMMON, ("gpt+", "angpt"), BUDGETS, separate_rates=True)
+        plan_of(COMMON, ("gpt+", "angpt"), BUDGETS, separate_rates=True)
 
 
 def test_with_separate_rates_the_fewest_runs_are_those_of_a_search_that_confirms_every_default(corpus):
     common = {**COMMON, "model": {**SMALL, "width": 96}}  # at this width the default of init_std has many digits
     effort = {"separate_rates": True, "lr_trials": 3, "tuning_trials": 3, "seeds": 1}
-    plan = compare.plan(common, ("gpt+", "angpt"), BUDGETS[:2], **effort)
+    plan = plan_of(common, ("gpt+", "angpt"), BUDGETS[:2], **effort)
     names = ("lr", "embed_lr", "head_lr", "vector_lr", "weight_decay", "model.init_std", "model.s_scale")
     defaults = {}
 
@@ -583,7 +588,7 @@ def test_a_searched_setting_cannot_be_given_for_all_runs():
 
 def test_the_quick_comparison_needs_no_more_tokens_than_an_hour_allows():
     """Two CPU cores train 0.5M to 0.73M tokens per minute at this size; extended grids add to the plan."""
-    plan = compare.plan(compare.QUICK, ("gpt+", "angpt"), compare.QUICK_BUDGETS, True, lr_trials=3, tuning_trials=3)
+    plan = plan_of(compare.QUICK, ("gpt+", "angpt"), compare.QUICK_BUDGETS, True, lr_trials=3, tuning_trials=3)
     planned = [plan.runs_of(spec.name) for spec in plan.specs]
     fewest = [dict.fromkeys(plan.budgets, 3 + 5 + 2 * searched) for searched in (5, 3)]
     for counts in fewest:

@@ -66,10 +66,10 @@ def test_seeds_and_tuned_values_may_be_zero(tmp_path, comparison):
 
 
 def test_another_format_or_a_later_version_is_refused(tmp_path, comparison):
-    for change in ({"version": 5}, {"version": "4"}, {"version": 0}, {"format": "antransformer-sweep"}):
+    for change in ({"version": 6}, {"version": "5"}, {"version": 0}, {"format": "antransformer-sweep"}):
         with pytest.raises(DataError) as error:
             load_results(tmp_path, {**comparison, **change})
-        assert mentions(error.value, tmp_path / "results.json", "antransformer-results", 4)
+        assert mentions(error.value, tmp_path / "results.json", "antransformer-results", 5)
 
 
 def test_a_comparison_of_version_1_has_variants_and_the_new_names_of_settings():

@@ -39,12 +39,15 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def _argument(value: Any, hint: Any, name: str) -> Any:
-    if value is None and type(None) in typing.get_args(hint):
+    alternatives = typing.get_args(hint)
+    if value is None and type(None) in alternatives:
         return None
     if hint in CONVERTED:
         return convert(value, hint, name)
     if hint in PATHS:
         as_path(name, value, "a file or folder")  # not converted: the text may also be a name, as of a tokenizer
+    if len(alternatives) == 2 and alternatives[1] is type(None):
+        hint = alternatives[0]
     if typing.get_origin(hint) is Sequence:
         values = [value] if isinstance(value, str | Path | int | float) else value
         if not isinstance(values, Iterable):

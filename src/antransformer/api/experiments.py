@@ -11,6 +11,7 @@ from antransformer.comparison import compare as comparisons
 from antransformer.comparison import report
 from antransformer.comparison.estimate import estimate
 from antransformer.comparison.experiment import Experiment, Plan
+from antransformer.comparison.variants import named_variants, read_variants
 from antransformer.data.mixture import open_mixture
 from antransformer.data.stdlib import NAME as STDLIB
 from antransformer.errors import ConfigError
@@ -24,12 +25,15 @@ from antransformer.runs.queue import RunQueue, available_devices
 from antransformer.settings import Count, convert
 from antransformer.training.config import normalize_settings
 
+DEFAULT_ARCHITECTURES = ("gpt+", "angpt")
+
 
 @checked
 def compare(
-    architectures: Sequence[str] = ("gpt+", "angpt"),
+    architectures: Sequence[str] | None = None,
     *,
     out: str | Path,
+    variants: str | Path | Mapping[str, Any] | None = None,
     tokens: int | str | None = None,
     budgets: Sequence[int | str] = (),
     quick: bool = False,
@@ -48,9 +52,12 @@ def compare(
     Finished runs in ``out`` are skipped and interrupted runs resume.
 
     Args:
-        architectures: the first is the baseline. A suffix selects a recipe or an optimizer for one of them, as in
-            ``angpt-best`` or ``angpt-normuon``.
+        architectures: the first is the baseline (default ``gpt+`` and ``angpt``). A suffix selects a recipe or an
+            optimizer for one of them, as in ``angpt-best`` or ``angpt-normuon``.
         out: folder of the runs and the report.
+        variants: instead of ``architectures``, settings for each variant by its name, or a YAML file of them. The
+            first is the baseline. Settings that are given are not searched. The key ``budgets`` holds settings for
+            single budgets, as in ``{"angpt": {"budgets": {"5M": {"lr": 0.01}, "10M": {"lr": 0.007}}}, "gpt+": {}}``.
         tokens: largest budget (default 8M); a quarter and a half of it are run too.
         budgets: budgets in tokens, instead of ``tokens``.
         quick: use a small size, small budgets and recipe paper, about an hour on two cores.
@@ -70,6 +77,12 @@ def compare(
         RunStoppedError, MachineError: SIGINT, SIGTERM or SIGHUP arrived, or a worker failed; finished runs are kept.
     """
     shared = _shared_settings(settings, quick)
+    if architectures is not None and variants is not None:
+        raise ConfigError("architectures and variants exclude each other: give one of them")
+    if variants is None:
+        own = named_variants(DEFAULT_ARCHITECTURES if architectures is None else architectures)
+    else:
+        own = read_variants(variants)
     if tokens is not None and budgets:
         raise ConfigError("tokens and budgets exclude each other: give one of them")
     if quick and tokens is None and not budgets:
@@ -77,7 +90,7 @@ def compare(
     tuning_trials = 3 if tuning_trials is None else tuning_trials
     planned = comparisons.plan(
         shared,
-        architectures,
+        own,
         comparisons.budgets_of(convert("8M" if tokens is None else tokens, Count, "tokens"), budgets),
         tuning_trials > 1 if separate_rates is None else separate_rates,
         seeds=seeds,

@@ -12,6 +12,7 @@ run the same command again to continue; more --seeds or a longer budget in --bud
 examples:
   antransformer compare --quick
   antransformer compare --data data/mine --preset nano --tokens 20M --architectures gpt+ ngpt angpt --seeds 3
+  antransformer compare --variants variants.yaml --budgets 10M 20M --lr-trials 1 --tuning-trials 1
   antransformer compare --budgets 5M 10M 20M 40M --architectures gpt+ angpt --devices cuda:0 cuda:1
 """
 
@@ -31,9 +32,14 @@ def add_arguments(parser: Parser) -> None:
         "--architectures",
         nargs="+",
         metavar="NAME",
-        default=("gpt+", "angpt"),
         help=f"two or more of {', '.join(registry.names())}; the first is the baseline. A suffix selects a recipe or "
         "an optimizer for one of them, as in angpt-best, gpt+-paper or angpt-normuon (default gpt+ angpt)",
+    )
+    parser.add_argument(
+        "--variants",
+        metavar="FILE",
+        help="YAML file with settings for each variant, instead of --architectures. Settings that are given are not "
+        "searched, and the key budgets holds those for single budgets",
     )
     parser.add_argument(
         "--tokens", metavar="TOKENS", help="largest budget; a quarter and a half of it are run too (default 8M)"
@@ -73,6 +79,7 @@ def run(parsed: argparse.Namespace) -> None:
     results = antransformer.compare(
         parsed.architectures,
         out=out,
+        variants=parsed.variants,
         tokens=parsed.tokens,
         budgets=parsed.budgets,
         quick=parsed.quick,

@@ -1,16 +1,18 @@
 """The plan of a comparison of architectures."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from antransformer.comparison.experiment import Plan, VariantSpec, derived_rates, learning_rates
+from antransformer.comparison.variants import BUDGETS, OwnSettings
 from antransformer.errors import ConfigError
 from antransformer.models import registry
 from antransformer.models.config import PAPER_VOCABULARY
-from antransformer.settings import nearest, read_count
-from antransformer.training.config import resolve_config
+from antransformer.settings import read_count
+from antransformer.training.config import merge, resolve_config
 from antransformer.training.defaults import WEIGHT_DECAY
-from antransformer.training.recipes import variant_settings, with_recipe
+from antransformer.training.recipes import with_recipe
 
 # Settings of --quick: a comparison of two architectures, trained as published, takes about an hour on
 # two cores: 22M to 25M tokens by plan, more if a best value is at an edge, at 0.5M to 0.73M tokens a minute.
@@ -22,41 +24,35 @@ VECTOR_SCALE = "model.s_scale"
 
 
 def variant_specs(
-    names: Sequence[str], common: Mapping[str, Any] | None = None, separate_rates: bool = False
+    variants: Mapping[str, OwnSettings], common: Mapping[str, Any] | None = None, separate_rates: bool = False
 ) -> list[VariantSpec]:
-    """Return one variant for each name: an architecture such as ``angpt``, with suffixes as in ``variant_settings``.
+    """Return the variants before their settings are tuned.
 
     Args:
-        names: names; the first is the baseline.
+        variants: settings by name; the first is the baseline.
         common: normalized settings of all runs.
         separate_rates: whether to search the learning rates of embedding, head and vectors too.
 
     Raises:
-        ConfigError: a name is unknown, two variants are the same, or there are fewer than two.
+        ConfigError: two variants are the same.
     """
-    known = registry.names()
-    for name in names:
-        if (architecture := variant_settings(name)["architecture"]) not in known:
-            hint = nearest(architecture, known) or ": choose from " + ", ".join(known)
-            raise ConfigError(f"unknown architecture {architecture!r}{hint}")
-    if len(set(names)) != len(names) or len(names) < 2:
-        raise ConfigError(f"--architectures needs two or more different names, got {' '.join(names) or 'none'}")
     specs: list[VariantSpec] = []
     same: dict[frozenset[tuple[str, str]], str] = {}
-    for name in names:
-        settings: dict[str, Any] = variant_settings(name)
-        complete = with_recipe({**(common or {}), **settings})
+    for name, own in variants.items():
+        settings = dict(own.settings)
+        complete = with_recipe(merge(common or {}, settings))
         optimizer = complete["optimizer"]
-        first = same.setdefault(frozenset((key, str(complete[key])) for key in complete if key != "recipe"), name)
+        compared = {**complete, BUDGETS: own.by_budget}
+        first = same.setdefault(frozenset((key, str(compared[key])) for key in compared if key != "recipe"), name)
         if first != name:
-            raise ConfigError(f"{first} and {name} have the same settings: omit one of --architectures")
+            raise ConfigError(f"{first} and {name} have the same settings: omit one of them")
         decays = complete.get("weight_decay") or WEIGHT_DECAY[settings["architecture"]]
         if complete.get("cautious_weight_decay") and not decays:
             settings["cautious_weight_decay"] = False
         searched = registry.get(settings["architecture"]).tuned_hyperparameters
         if separate_rates:
             searched = (*derived_rates(optimizer), *(setting for setting in searched if setting != VECTOR_SCALE))
-        specs.append(VariantSpec(name, settings, learning_rates(optimizer), searched))
+        specs.append(VariantSpec(name, settings, learning_rates(optimizer), searched, own.by_budget))
     return specs
 
 
@@ -113,7 +109,7 @@ def full_batches(budgets: Sequence[int], batch_tokens: int) -> tuple[int, ...]:
 
 def plan(
     settings: Mapping[str, Any],
-    architectures: Sequence[str],
+    variants: Mapping[str, OwnSettings],
     budgets: Sequence[int],
     separate_rates: bool = False,
     **effort: int,
@@ -122,17 +118,30 @@ def plan(
 
     Args:
         settings: settings of all runs.
-        architectures: names as in ``variant_specs``; the first is the baseline.
+        variants: settings by name; the first is the baseline.
         budgets: token counts, ascending.
         separate_rates: as in ``variant_specs``; needs two or more ``tuning_trials``.
         effort: numbers of seeds and trials, as in ``Plan``.
 
     Raises:
-        ConfigError: as ``variant_specs``, ``full_batches`` and ``Plan``, or too few trials for separate rates.
+        ConfigError: as ``variant_specs``, ``full_batches`` and ``Plan``, too few trials for separate rates, or the
+            settings of single budgets do not fit the budgets.
     """
     if separate_rates and effort.get("tuning_trials", 1) < 2:
         raise ConfigError("--separate-rates searches with --tuning-trials, which must be at least 2, got 1")
-    specs = variant_specs(architectures, settings, separate_rates)
+    specs = variant_specs(variants, settings, separate_rates)
     common = common_settings(settings, specs[0].settings)
     effort = full_trial(effort, common["batch_tokens"])
-    return Plan("compare", common, specs, full_batches(budgets, common["batch_tokens"]), **effort)
+    trained = full_batches(budgets, common["batch_tokens"])
+    specs = [_with_trained_budgets(spec, dict(zip(budgets, trained, strict=True))) for spec in specs]
+    if effort.get("trial_tokens") and any(spec.by_budget for spec in specs):
+        raise ConfigError("settings of single budgets and --trial-tokens exclude each other: omit one of them")
+    return Plan("compare", common, specs, trained, **effort)
+
+
+def _with_trained_budgets(spec: VariantSpec, trained: Mapping[int, int]) -> VariantSpec:
+    """Return a variant whose settings of single budgets have the tokens that are trained, by the budgets' names."""
+    if spec.by_budget and spec.by_budget.keys() != trained.keys():
+        given, needed = (", ".join(f"{tokens:,}" for tokens in sorted(keys)) for keys in (spec.by_budget, trained))
+        raise ConfigError(f"{spec.name}: {BUDGETS} has settings for {given} tokens, but the budgets are {needed}")
+    return replace(spec, by_budget={trained[tokens]: settings for tokens, settings in spec.by_budget.items()})

@@ -44,12 +44,30 @@ class VariantSpec:
         settings: the variant's settings; they override the common settings.
         rates: learning rates that are searched first, in this order.
         hyperparameters: dotted names of the settings that are searched after them, such as ``model.s_scale``.
+        by_budget: further settings of the variant at each budget, by its tokens; they override ``settings``.
     """
 
     name: str
     settings: Mapping[str, Any]
     rates: tuple[str, ...]
     hyperparameters: tuple[str, ...]
+    by_budget: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def given(self) -> frozenset[str]:
+        """Dotted names of the settings that are given for this variant, which are not searched."""
+        return frozenset(self.settings_of(*self.by_budget))
+
+    def settings_of(self, *budgets: int) -> dict[str, Any]:
+        """Settings by dotted name; where budgets differ, the last one decides."""
+        settings = flatten(self.settings)
+        for tokens in budgets:
+            settings |= flatten(self.by_budget.get(tokens, {}))
+        return settings
+
+    def searched(self, settings: Sequence[str]) -> tuple[str, ...]:
+        """Return the settings that are not given."""
+        return tuple(name for name in settings if name not in self.given)
 
 
 def learning_rates(optimizer: str) -> tuple[str, ...]:
@@ -118,10 +136,11 @@ class Plan:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name.replace('_', ' ')} must be at least 1, got {getattr(self, name)}")
         given = flatten(self.common)
-        if "horizon_exponent" in given and "lr_horizon" not in given:
-            raise ConfigError(
-                "horizon_exponent needs lr_horizon here, since searched rates are exact: set both or none"
-            )
+        for names in (given.keys(), *(given.keys() | spec.given for spec in self.specs)):
+            if "horizon_exponent" in names and "lr_horizon" not in names:
+                raise ConfigError(
+                    "horizon_exponent needs lr_horizon here, since searched rates are exact: set both or none"
+                )
         for setting in (name for part in self._one_pass() for name in part.settings.values()):
             if setting in given:
                 raise ConfigError(f"{setting} is searched for each variant and cannot be set for all runs: omit it")
@@ -151,10 +170,10 @@ class Plan:
 
     def _one_pass(self) -> Iterator[Round]:
         if self.lr_trials > 1:
-            for settings in _by_position({spec.name: spec.rates for spec in self.specs}):
+            for settings in _by_position({spec.name: spec.searched(spec.rates) for spec in self.specs}):
                 yield Round(settings, self.lr_trials, LR_RATIO, SENSITIVITY_FACTOR)
         if self.tuning_trials > 1:
-            for settings in _by_position({spec.name: spec.hyperparameters for spec in self.specs}):
+            for settings in _by_position({spec.name: spec.searched(spec.hyperparameters) for spec in self.specs}):
                 yield Round(settings, self.tuning_trials, HYPERPARAMETER_RATIO)
 
     def runs_of(self, name: str, most: bool = False) -> dict[int, int]:
@@ -165,12 +184,10 @@ class Plan:
         extended as far as it may be.
         """
         spec = next(spec for spec in self.specs if spec.name == name)
-        separate = not {*SEPARATE_RATES}.isdisjoint(spec.hyperparameters)
+        separate = not {*SEPARATE_RATES}.isdisjoint(spec.searched(spec.hyperparameters))
         counts: Counter[int] = Counter()
         for tokens in self.search_budgets():
-            for index, part in enumerate(self.rounds(tokens)):
-                if name not in part.settings:
-                    continue
+            for index, part in enumerate(part for part in self.rounds(tokens) if name in part.settings):
                 if part.pass_number == 1 or most or (separate and part.settings[name] == "lr"):
                     # After the first round, the middle of a grid is the best trial of the round before.
                     counts[tokens] += part.trials - (index > 0)
@@ -225,7 +242,7 @@ class Experiment:
             ConfigError: a run has other settings, apart from those that are searched.
         """
         for state in self.states:
-            searched = {*RATE_SETTINGS, *state.spec.rates, *state.spec.hyperparameters, "seed"}
+            searched = {*RATE_SETTINGS, *state.spec.rates, *state.spec.hyperparameters, "seed"} - state.spec.given
             for tokens in {*self.plan.search_budgets(), *self.plan.budgets}:
                 earlier = sorted(self.queue.root.glob(f"{state.spec.name}-{tokens}-*/{CONFIG_FILE}"))
                 if earlier:
@@ -319,7 +336,7 @@ class Experiment:
 
         Default learning rates are scaled to the length of the run here, so that they equal rates that a search gives.
         """
-        merged = merge(self.plan.common, state.spec.settings)
+        merged = merge(merge(self.plan.common, state.spec.settings), state.spec.by_budget.get(tokens, {}))
         tuned = state.tuned.get(self.plan.search_budget(tokens), {})
         for setting, value in {**tuned, **(settings or {})}.items():
             merged = merge(merged, unflatten(setting, value))
@@ -329,7 +346,8 @@ class Experiment:
         config = replace(config, **same)
         if "lr_horizon" in merged:
             return config
-        rates: dict[str, Any] = {rate: round_sig(given_rate(config, rate)) for rate in state.spec.rates}
+        defaults = state.spec.searched(state.spec.rates)
+        rates: dict[str, Any] = {rate: round_sig(given_rate(config, rate)) for rate in defaults}
         return replace(config, lr_horizon=0, horizon_exponent=0.0, **rates)
 
     def job(self, state: VariantState, tokens: int, seed: int, settings: Mapping[str, Any] | None = None) -> Job:
@@ -359,18 +377,22 @@ class Experiment:
         )
 
     def chosen_settings(self, state: VariantState, tokens: int) -> ChosenSettings:
-        """Return the learning rates and the searched settings of the runs at a budget."""
-        trial_tokens, config = self.plan.search_budget(tokens), self.config(state, tokens, TRIAL_SEED)
-        names = dict.fromkeys((*state.spec.rates, *state.tuned.get(trial_tokens, {})))
+        """Return the learning rates, the searched settings and those given by budget of the runs at a budget."""
+        spec, trial_tokens, config = state.spec, self.plan.search_budget(tokens), self.config(state, tokens, TRIAL_SEED)
+        by_budget = [name for name in spec.given if name in flatten(spec.by_budget.get(tokens, {}))]
+        rates = [rate for rate in SEPARATE_RATES if rate in spec.given]
+        names = dict.fromkeys((*spec.rates, *rates, *state.tuned.get(trial_tokens, {}), *sorted(by_budget)))
         settings = {name: self.current(config, name) for name in names}
-        return ChosenSettings(tokens, trial_tokens if state.trials else 0, settings)
+        given = tuple(name for name in names if name in spec.given)
+        return ChosenSettings(tokens, trial_tokens if state.trials else 0, settings, given)
 
     def reported_settings(self, state: VariantState) -> dict[str, Any]:
         """Return the variant's own settings and those that are often tuned, by dotted name."""
         spec, config = state.spec, self.config(state, self.plan.budgets[-1], TRIAL_SEED)
         names = dict.fromkeys((*spec.rates, "warmup_fraction", "weight_decay", *spec.hyperparameters))
         values = {name: self.current(config, name) for name in names}
-        return flatten(spec.settings) | {name: value for name, value in values.items() if value is not None}
+        own = spec.settings_of(self.plan.budgets[-1])
+        return own | {name: value for name, value in values.items() if value is not None}
 
     def setup(self, seconds: float, results: Iterable[RunResult]) -> dict[str, Any]:
         """Return what all runs share, for the report; ``seconds`` is the wall time of this call."""

@@ -103,7 +103,7 @@ def _speedup_table(results: Results, pairs: Sequence[PairwiseSpeedup], seconds: 
 def _search_section(results: Results) -> Section:
     settings = list(dict.fromkeys(trial.setting for item in results.variants for trial in item.trials))
     if not settings:
-        return Section("Tuning", "<p>No setting was tuned: every variant has its default settings.</p>")
+        return Section("Tuning", "<p>No setting was tuned: every variant has given or default settings.</p>")
     above = (
         "<p>Regret shows how hard a variant is to tune: the increase in loss where a setting is 3 times too small or 3 "
         "times too large. It is read off the curve through the trials of one budget.</p>"
@@ -307,12 +307,22 @@ def _rules(results: Results) -> Iterable[str]:
     )
 
 
+def _given_text(results: Results) -> str:
+    """Return a sentence on the settings that were not searched since they were given for a variant."""
+    given = {
+        style_of(item.name).label: dict.fromkeys(display_name(name) for chosen in item.chosen for name in chosen.given)
+        for item in results.variants
+    }
+    texts = [f"{label} {', '.join(names)}" for label, names in given.items() if names]
+    return f"Given, not searched: {'; '.join(texts)}. " if texts else ""
+
+
 def _search_rules(results: Results, searched: Iterable[str]) -> Iterable[str]:
     runs = [(style_of(item.name).label, {trial.folder for trial in item.trials}) for item in results.variants]
     counts = ", ".join(f"{label} {len(folders)}" for label, folders in runs)
     yield (
-        f"Searched settings: {', '.join(map(display_name, searched))}. Every variant has the same "
-        "number of values, spaced by the same factor. A grid was extended while its best value was at an edge. "
+        f"Searched settings: {', '.join(map(display_name, searched))}. {_given_text(results)}Every variant has the "
+        "same number of values, spaced by the same factor. A grid was extended while its best value was at an edge. "
         f"Trials: {counts}."
     )
     if any(trial.pass_number > 1 for item in results.variants for trial in item.trials):

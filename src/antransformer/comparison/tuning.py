@@ -1,11 +1,14 @@
 """Text on how the settings of an experiment's runs were chosen: tuned at their budget, at another one, or defaults."""
 
-from antransformer.reporting.labels import display_name, format_count
+from antransformer.reporting.labels import display_name, format_count, style_of
 from antransformer.results.comparison import Results, Variant
 
 
 def tuning_label(results: Results, tokens: int) -> str:
     """Return ``tuned`` if the learning rates of all variants were searched at this budget, else their origin."""
+    given = [variant.has_given_rates(tokens) for variant in results.variants]
+    if any(given):
+        return "rates given" if all(given) else "rates of some variants given"
     searches = {variant.search_budget("lr", tokens) for variant in results.variants}
     if searches == {tokens}:
         return "tuned"
@@ -14,6 +17,10 @@ def tuning_label(results: Results, tokens: int) -> str:
 
 def tuning_scope(results: Results) -> str:
     """Return how the learning rates of all budgets were chosen, for the scope of a finding."""
+    given = [item for item in results.variants if any(map(item.has_given_rates, results.budgets))]
+    if given:
+        labels = ", ".join(style_of(item.name).label for item in given)
+        return f"given learning rates{f' for {labels}' if len(given) < len(results.variants) else ''}"
     if {tuning_label(results, tokens) for tokens in results.budgets} == {"tuned"}:
         # A baseline whose embedding has the rate of its blocks is a weak one (docs/results.md).
         runs = [(variant, tokens) for variant in results.variants for tokens in results.budgets]
@@ -36,6 +43,8 @@ def chosen_text(variant: Variant, setting: str) -> str:
         return f"{display_name(setting)} {values}"
     if len({item.settings[setting] for item in chosen}) == 1:
         values = f"{chosen[0].settings[setting]:g}"
+    if all(setting in item.given for item in chosen):
+        return f"{display_name(setting)} {values} (given)"
     origin = f"found at {_list_budgets(set(searches.values()))}" if any(searches.values()) else "default"
     return f"{display_name(setting)} {values} ({origin})"
 

@@ -14,7 +14,7 @@ from antransformer.results.records import load_record, save_record
 
 FILE = "results.json"
 FORMAT = "antransformer-results"
-VERSION = 4
+VERSION = 5
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,13 @@ class ChosenSettings:
         tokens: budget of the runs.
         trial_tokens: budget of the search that chose the settings; 0 without a search.
         settings: values by dotted name.
+        given: names of those that the user gave for this variant; they were not searched.
     """
 
     tokens: int
     trial_tokens: int
     settings: dict[str, Any]
+    given: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,10 @@ class Variant:
         trial_tokens = self._chosen_at(tokens).trial_tokens
         searched = any((trial.setting, trial.tokens) == (setting, trial_tokens) for trial in self.trials)
         return trial_tokens if searched else 0
+
+    def has_given_rates(self, tokens: int) -> bool:
+        """Whether a learning rate of the runs at one budget was given for this variant."""
+        return any(name == "lr" or name.endswith("_lr") for name in self._chosen_at(tokens).given)
 
     def _chosen_at(self, tokens: int) -> ChosenSettings:
         return {item.tokens: item for item in self.chosen}[tokens]
@@ -188,7 +194,7 @@ class Results:
         Raises:
             DataError: the file is missing or damaged.
         """
-        return load_record(cls, folder / FILE, FORMAT, VERSION, {1: _upgrade_1, 2: _upgrade_2, 3: _upgrade_3})
+        return load_record(cls, folder / FILE, FORMAT, VERSION, UPGRADES)
 
 
 def _upgrade_1(content: dict[str, Any]) -> None:
@@ -216,3 +222,12 @@ def _upgrade_3(content: dict[str, Any]) -> None:
     """Up to version 3, every search had one pass."""
     for entry in content["variants"]:
         entry["trials"] = [{"pass_number": 1, **trial} for trial in entry["trials"]]
+
+
+def _upgrade_4(content: dict[str, Any]) -> None:
+    """Up to version 4, no settings were given for one variant."""
+    for entry in content["variants"]:
+        entry["chosen"] = [{"given": [], **chosen} for chosen in entry["chosen"]]
+
+
+UPGRADES = {1: _upgrade_1, 2: _upgrade_2, 3: _upgrade_3, 4: _upgrade_4}
