@@ -242,9 +242,12 @@ def test_laws_are_of_one_optimizer(tmp_path):
 
     mixed = [folder(size, **{"angpt": "muon", "gpt+": "adam"}) for size in (2_000_000, 8_000_000)]
     observed = read_observations(mixed)
-    assert observed.optimizers == {"angpt": "muon", "gpt+": "adam"}
+    assert {name: settings["optimizer"] for name, settings in observed.training.items()} == {
+        "angpt": "muon",
+        "gpt+": "adam",
+    }
     fits = {fitted.name: fitted for fitted in fit(observed)}
-    assert fits["angpt"].optimizer == fits["angpt"].content()["optimizer"] == "muon"
+    assert fits["angpt"].content()["training"]["optimizer"] == "muon"
     with pytest.raises(DataError) as raised:
         read_observations([*mixed, folder(4_000_000, **{"angpt": "muon", "gpt+": "muon"})])
     assert mentions(raised.value, "gpt+", "muon", "adam", "4000000-muon-muon")
@@ -256,7 +259,7 @@ def test_laws_are_of_one_optimizer(tmp_path):
     with pytest.raises(DataError) as raised:
         read_observations([tmp_path / "both"])
     assert mentions(raised.value, "angpt", "muon", "adam", str(tmp_path / "both"))
-    assert "optimizer" not in fit_optima([BestSettings("angpt", n, 8192, 1e-3) for n in (1e6, 4e6)])[0].content()
+    assert "training" not in fit_optima([BestSettings("angpt", n, 8192, 1e-3) for n in (1e6, 4e6)])[0].content()
 
 
 @pytest.mark.parametrize(

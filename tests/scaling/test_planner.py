@@ -168,6 +168,19 @@ def test_a_default_rate_has_a_width_and_the_rate_of_a_law_has_none(fits, capsys)
     assert config_of(plan_output(capsys, "--tokens", "1B", "--size", "62m")).lr_width == 0
 
 
+def test_a_rate_of_a_law_has_the_schedule_of_the_runs_that_gave_it(fits, capsys):
+    content, file = json.loads(fits.read_text()), fits.with_name("with-schedule.json")
+    content["angpt"]["training"] = {"optimizer": "adam", "schedule": "wsd", "decay_fraction": 0.2, "ema": 0.1}
+    file.write_text(json.dumps(content))
+    options = ["--tokens", "1M", "--size", "1M", "--vocab-size", 512, "--context", 256, "--fits", file]
+    default = config_of(plan_output(capsys, *options))
+    assert (default.optimizer, default.schedule, default.ema) == ("adam", "cosine", 0)  # no law of the rate
+    content["angpt"]["lr"] = {**content["angpt"]["loss"], "coefficient": 2e-3, "exponent": -0.1}
+    file.write_text(json.dumps(content))
+    by_law = config_of(plan_output(capsys, *options))
+    assert (by_law.schedule, by_law.decay_fraction, by_law.ema) == ("wsd", 0.2, 0.1)
+
+
 def test_batch_and_rate_of_a_preset_are_those_of_train_with_any_vocabulary(capsys):
     for preset in ("pico", "32m"):
         options = ("--size", preset, "--tokens", "100M", "--gpus", 1, "--vocab-size", 4096)
@@ -309,10 +322,10 @@ def test_an_exponent_may_be_0_but_loss_must_fall_with_size(fits, tmp_path):
     (tmp_path / "laws.json").write_text(json.dumps(content))
     with pytest.raises(DataError, match=r"-0\.3\b"):
         read_laws(tmp_path / "laws.json")
-    content = {"angpt": {"optimizer": "sgd"}}
-    (tmp_path / "laws.json").write_text(json.dumps(content))
-    with pytest.raises(DataError, match=r"adam\b.*\bsgd\b"):
-        read_laws(tmp_path / "laws.json")
+    for wrong in ({"optimizer": "sgd"}, {"training": {"optimizer": "sgd"}}, {"training": {"seed": 3}}):
+        (tmp_path / "laws.json").write_text(json.dumps({"angpt": wrong}))
+        with pytest.raises(DataError, match=r"\b(sgd|seed)\b"):
+            read_laws(tmp_path / "laws.json")
 
 
 def test_rounding_errors_are_two_numbers_of_any_size(tmp_path):

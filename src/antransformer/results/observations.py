@@ -81,7 +81,7 @@ class Observations:
         searches: runs that differ in learning rate and batch size only; the best settings are interpolated from them.
         runs: runs whose losses are fitted. For a sweep or a table these are the searches; for a comparison they are
             the measured runs, which have other seeds than its trials.
-        optimizers: optimizer of each architecture's runs, where the results record it.
+        training: values of ``TRAINING`` that all runs of an architecture have, as far as the results record them.
         separate: architectures for which a comparison searched several learning rates. Its trials are not in
             ``searches``, since ``lr`` was the rate of a part of the model.
         scaled: architectures with runs whose rates are scaled to their width: ``lr`` is the rate of another width.
@@ -89,7 +89,7 @@ class Observations:
 
     searches: tuple[Observation, ...]
     runs: tuple[Observation, ...]
-    optimizers: Mapping[str, str] = field(default_factory=dict)
+    training: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     separate: frozenset[str] = frozenset()
     scaled: frozenset[str] = frozenset()
 
@@ -137,8 +137,8 @@ def read_observations(paths: Sequence[Path]) -> Observations:
             searches += rows
             runs += rows
     _check_shared(folders)
-    optimizers = _check_training(trained)
-    return Observations(tuple(searches), tuple(runs), optimizers, frozenset(separate), frozenset(scaled))
+    training = _check_training(trained)
+    return Observations(tuple(searches), tuple(runs), training, frozenset(separate), frozenset(scaled))
 
 
 def _load_comparison(path: Path) -> Results:
@@ -187,8 +187,8 @@ def _run_settings(folder: Path, optimizer: str | None, separate_rates: bool) -> 
     return {**settings, **({"optimizer": optimizer} if optimizer else {}), "separate_rates": separate_rates}
 
 
-def _check_training(trained: Iterable[tuple[Path, str, Mapping[str, Any]]]) -> dict[str, str]:
-    """Return the optimizer of each architecture; raises DataError if its runs differ in one of ``TRAINING``."""
+def _check_training(trained: Iterable[tuple[Path, str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Return the settings of each architecture; raises DataError if its runs differ in one of ``TRAINING``."""
     known: dict[str, dict[str, Any]] = {}
     for path, architecture, settings in trained:
         for name in (name for name in TRAINING if name in settings):
@@ -199,7 +199,7 @@ def _check_training(trained: Iterable[tuple[Path, str, Mapping[str, Any]]]) -> d
                     f"{path} trains {architecture} with {name} {value}, other runs with {first}: one law does not hold "
                     "for both, so fit them separately"
                 )
-    return {architecture: settings["optimizer"] for architecture, settings in known.items() if "optimizer" in settings}
+    return known
 
 
 def sweep_observations(sweep: Sweep) -> list[Observation]:

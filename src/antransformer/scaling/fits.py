@@ -1,8 +1,8 @@
 """All scaling laws of each architecture from observed runs, with notes on what the runs leave undetermined."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from antransformer.results.records import nonfinite_as_null
 from antransformer.scaling import fitting as scaling
 from antransformer.scaling.fitting import Frontier, Horizon, Optimum, PowerLaw, Surface, power_law
 from antransformer.scaling.intervals import Array
+from antransformer.scaling.law_files import LAW_TRAINING
 from antransformer.wording import counted
 
 MIN_POINTS = 2  # of a power law
@@ -63,7 +64,7 @@ class Fit:
         surface: L(N, D); None if there are too few runs.
         notes: warnings about missing laws and laws from few points.
         searches: runs among which the best settings were searched, of all architectures, for the figures.
-        optimizer: optimizer of the runs, which the law of the learning rate is for; None if it is not recorded.
+        training: settings of the runs, which the law of the learning rate is for; without those that are not recorded.
     """
 
     name: str
@@ -75,13 +76,14 @@ class Fit:
     surface: Surface | None
     notes: tuple[str, ...]
     searches: tuple[Observation, ...] = ()
-    optimizer: str | None = None
+    training: Mapping[str, Any] = field(default_factory=dict)
 
     def content(self) -> dict[str, Any]:
         """Values for JSON: the laws by name, then optima, frontier, surface and notes; NaN and infinity become null."""
         values: dict[str, Any] = {name: asdict(law) for name, law in self.laws.items()}
-        if self.optimizer:
-            values["optimizer"] = self.optimizer
+        training = {name: self.training[name] for name in LAW_TRAINING if self.training.get(name) is not None}
+        if training:
+            values["training"] = training
         values["optima"] = [asdict(optimum) for optimum in self.optima]
         if self.frontier:
             columns = {name: column.tolist() for name, column in asdict(self.frontier).items()}
@@ -130,7 +132,7 @@ def fit(observed: Observations, bins: int | None = None) -> list[Fit]:
         replace(
             _fit_architecture(name, observed, bins),
             searches=observed.searches,
-            optimizer=observed.optimizers.get(name),
+            training=observed.training.get(name, {}),
         )
         for name in names
     ]

@@ -6,19 +6,20 @@ file into ``laws/``.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from antransformer.errors import DataError
+from antransformer.errors import ConfigError, DataError
 from antransformer.files import read_json
 from antransformer.reporting.labels import format_count
 from antransformer.scaling.fitting import FLOPS_PER_PARAMETER, PowerLaw, Surface
 from antransformer.scaling.intervals import Interval, Matrix
-from antransformer.training.optimizer_registry import OPTIMIZERS
+from antransformer.training.config import normalize_settings
 
 SHIPPED = Path(__file__).parent.parent / "laws"
 POWER_LAWS = ("size", "loss", "batch", "lr")  # read by a plan; a file may hold others
+LAW_TRAINING = ("optimizer", "schedule", "decay_fraction", "min_lr_ratio", "ema", "document_mask")  # also of the plan
 MARGIN = 1.005  # a value this far outside a range, and no further, is taken for a rounded end of it
 MAX_EXPONENT = 700.0  # of e; a float overflows at 710
 
@@ -33,7 +34,7 @@ class Laws:
         surface: L(N, D).
         horizon: exponent of the best learning rate over steps, and the tokens per parameter at which its law over N
             holds; None if unknown.
-        optimizer: optimizer that the law of the learning rate was measured with; None if unknown.
+        training: settings that the law of the learning rate was measured with, some of ``LAW_TRAINING``.
         is_surface_determined: whether the runs determined the five coefficients of L(N, D).
     """
 
@@ -41,7 +42,7 @@ class Laws:
     rounding: tuple[float, float] | None
     surface: Surface | None
     horizon: tuple[float, float] | None = None
-    optimizer: str | None = None
+    training: Mapping[str, Any] = field(default_factory=dict)
     is_surface_determined: bool = True
 
     @property
@@ -161,7 +162,7 @@ def read_laws(path: Path) -> LawFile:
         by_architecture = {str(name): _laws(entry) for name, entry in content.items()}
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from error
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+    except (ConfigError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise DataError(f"{path}: not a file of laws from antransformer fit --json ({error!r})") from None
     if not by_architecture:
         raise DataError(f"{path}: the file holds no laws")
@@ -178,16 +179,18 @@ def _laws(content: Mapping[str, Any]) -> Laws:
         _rounding(*rounding) if rounding else None,
         surface,
         (_exponent(horizon["exponent"]), _positive(horizon["tokens_per_parameter"])) if horizon else None,
-        _optimizer(content["optimizer"]) if content.get("optimizer") else None,
+        _training(content),
         # Files of published laws have no covariance.
         not surface or not content["surface"].get("covariance") or all(map(math.isfinite, sum(surface.covariance, ()))),
     )
 
 
-def _optimizer(name: Any) -> str:
-    if name not in OPTIMIZERS:
-        raise ValueError(f"expected an optimizer of {', '.join(OPTIMIZERS)}, got {str(name)[:20]}")
-    return str(name)
+def _training(content: Mapping[str, Any]) -> dict[str, Any]:
+    # Files of an earlier release have the optimizer only.
+    settings = content.get("training") or {name: content[name] for name in ("optimizer",) if content.get(name)}
+    if unknown := settings.keys() - LAW_TRAINING:
+        raise ValueError(f"training cannot have {', '.join(sorted(map(str, unknown)))}")
+    return normalize_settings(settings, "training")
 
 
 def _rounding(coefficient: Any, exponent: Any) -> Interval:

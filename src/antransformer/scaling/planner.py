@@ -5,8 +5,8 @@ Model size, batch and learning rate come from scaling laws. Memory and time come
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
@@ -24,6 +24,7 @@ from antransformer.training import defaults
 from antransformer.training.cost_model import throughput
 from antransformer.training.cost_model.memory import Layout, Memory, estimate_memory
 from antransformer.training.optimizer_registry import OPTIMIZERS, OptimizerSpec
+from antransformer.training.recipes import with_recipe
 from antransformer.wording import counted
 
 HEAD_DIM = 64
@@ -95,7 +96,7 @@ class Plan:
         sources: origins of batch size and learning rate, one line each.
         notes: warnings, one line each.
         laws: file of scaling laws that was used; None without a file for the architecture.
-        optimizer: optimizer that ``lr`` is for.
+        training: optimizer, schedule and other settings that ``lr`` is for, where they are not the paper's.
         own_rate: name and value of the rate that the optimizer has in addition, such as muon_lr.
     """
 
@@ -115,8 +116,13 @@ class Plan:
     sources: tuple[str, ...]
     notes: tuple[str, ...]
     laws: LawFile | None = None
-    optimizer: str = "adam"
+    training: Mapping[str, Any] = field(default_factory=dict)
     own_rate: tuple[str, float] | None = None
+
+    @property
+    def optimizer(self) -> str:
+        """Optimizer that ``lr`` is for."""
+        return str(with_recipe({"recipe": "paper", **self.training})["optimizer"])
 
     @property
     def compute(self) -> float:
@@ -143,7 +149,7 @@ class Plan:
         tensor_parallel = self.layout.tensor_parallel
         return {
             "recipe": "paper",  # the paper's laws and the defaults of the learning rate are those of AdamW
-            **({} if self.optimizer == "adam" else {"optimizer": self.optimizer}),
+            **self.training,
             "architecture": self.config.architecture,
             **size,
             "model": model,
@@ -258,7 +264,8 @@ def plan_run(config: ModelConfig, tokens: float, cluster: Cluster, laws: Laws | 
             f"the run has {format_quantity(run_tokens)} tokens instead of {format_quantity(tokens)}, "
             "to fill its batches"
         )
-    optimizer = (laws.optimizer if laws and "lr" in laws.powers else None) or "adam"
+    plain = with_recipe({"recipe": "paper"})
+    training = {**plain, **(laws.training if laws and "lr" in laws.powers else {})}
     lr_horizon, exponent = _horizon(config, parameters, batch * config.context, laws)
     mfu = mfu or throughput.expected_mfu(config, layout, cluster.gpu, cluster.network)
     seconds = throughput.flops_per_token(config) * run_tokens / (cluster.peak_flops * mfu)
@@ -278,8 +285,8 @@ def plan_run(config: ModelConfig, tokens: float, cluster: Cluster, laws: Laws | 
         hours=seconds / 3600,
         sources=(batch_source, lr_source),
         notes=tuple(notes),
-        optimizer=optimizer,
-        own_rate=_own_rate(config, lr, OPTIMIZERS[optimizer]),
+        training={name: value for name, value in training.items() if plain.get(name, False) != value},
+        own_rate=_own_rate(config, lr, OPTIMIZERS[training["optimizer"]]),
     )
 
 
