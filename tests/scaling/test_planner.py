@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+import antransformer
 from antransformer.cli import main
 from antransformer.errors import ConfigError, DataError
 from antransformer.models import ModelConfig
@@ -94,6 +95,12 @@ def test_extrapolation_is_reported_with_its_factor(capsys):
     for name in ("anGPT", "GPT+"):
         assert re.search(rf"\b{re.escape(name)}.*compute.*3\.6e\+22\b.*\b134\b.*2\.7e\+20\b", out)
     assert len(re.findall(r"parameters.*\b3\.02B\b.*\b2\.75\b.*\b1\.1B\b", out)) == 2  # for batch and learning rate
+
+
+def test_a_plan_fills_its_hours_where_two_layouts_alternate():
+    planned = antransformer.plan(hours=3, gpus=64, gpu="h100")  # by size alone it would take 2.90 hours
+    assert planned.hours == pytest.approx(3, rel=1e-3)
+    assert planned.tokens == planned.steps * planned.batch * planned.config.context
 
 
 def test_the_plan_uses_the_given_hours(tmp_path, capsys):

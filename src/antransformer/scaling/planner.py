@@ -214,7 +214,10 @@ def plan_for_hours(
     for _ in range(4):
         plan = plan_for_flops(flops, template, cluster, file, mfu)
         flops *= hours / plan.hours
-    return plan
+    # Two sizes or layouts may alternate. The hours of the last one are proportional to its tokens.
+    steps = max(1, round(plan.steps * hours / plan.hours))
+    tokens = steps * plan.batch * plan.config.context
+    return replace(plan, tokens=tokens, hours=plan.hours * tokens / plan.tokens)
 
 
 def _laws_with_size(file: LawFile, architecture: str) -> Laws:
