@@ -191,8 +191,11 @@ class EvaluationProgress(LiveDisplay):
         if self.pace.name != name:
             self.pace = Pace(name, "sequences", self._print, repeat=self.bar.disable)
         self.pace(done, total)
-        if self.bar.disable and done >= total:
-            self._print(f"{name}  scored")
+
+    def scored(self, name: str, scores: str) -> None:
+        """Print the scores of a finished task or file, which an interruption of a later one would lose."""
+        if self.enabled:
+            self._print(f"{name}  {scores}")
 
     def _print(self, text: str) -> None:
         line = f"[{_duration(time.monotonic() - self.start_time)}] {text}"

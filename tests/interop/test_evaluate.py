@@ -381,11 +381,13 @@ def test_evaluate_on_the_command_line(run, tmp_path):
     lines = process.stdout.splitlines()
     assert [mentions(line, "piqa", "2", "8", "192") for line in lines].count(True) == 1  # texts longer than the context
     assert [mentions(line, "hellaswag", "301", "192") for line in lines].count(True) == 1
-    # One line per task that was scored, and no output of lm_eval.
-    logged = re.findall(r"^\[0:\d\d:\d\d\] (\S+)", process.stderr, re.MULTILINE)
-    assert logged == ["piqa", "winogrande", str(tmp_path / "text")], process.stderr
+    # One line per task with its scores, which a later interruption does not lose, and no output of lm_eval.
+    logged = re.findall(r"^\[0:\d\d:\d\d\] (\S+) +(.+)", process.stderr, re.MULTILINE)
+    assert [name for name, _ in logged] == ["piqa", "winogrande", str(tmp_path / "text")], process.stderr
     assert process.stderr.count("\n") == 3, process.stderr
     written = json.loads((run / "evaluation.json").read_text())
+    assert f"acc {written['results'][1]['scores'][0]['value']:.4f}" in logged[0][1]
+    assert "byte_perplexity" in logged[2][1]
     assert [result["name"] for result in written["results"]] == [
         str(tmp_path / "text"),
         "piqa",

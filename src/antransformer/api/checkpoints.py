@@ -239,10 +239,15 @@ def evaluate(
     with EvaluationProgress(enabled=progress) as display:
         if tasks:
             folder = None if task_data is None else Path(task_data)
-            results = lm_eval.evaluate(source, tokenizer, tasks, folder, batch_size, limit, torch_device, display)
+            results = lm_eval.evaluate(
+                source, tokenizer, tasks, folder, batch_size, limit, torch_device, display, display.scored
+            )
         if read:
             model = folded_where_possible(restore(source, torch_device))
-            scored = [_score_text(model, tokenizer, name, text, batch_size, display) for name, text in read.items()]
+            scored = []
+            for name, text in read.items():
+                scored.append(_score_text(model, tokenizer, name, text, batch_size, display))
+                display.scored(name, scored[-1].line())
             results = [*scored, *results]
     settings = {"checkpoint": str(source.path), "step": source.step, "batch_size": batch_size, "limit": limit}
     content = {**settings, "results": [asdict(result) for result in results]}

@@ -92,6 +92,8 @@ def run(parsed: argparse.Namespace) -> None:
 
 def print_scores(evaluation: "Evaluation") -> None:
     """Print the table of scores, the tasks without scores, and how many texts were truncated."""
+    from antransformer.interop.evaluate import format_score
+
     errors = any(score.stderr is not None for score in evaluation.scores)
     table = new_table("task", "metric", "value", *["error"] * errors, "items")
     for score in evaluation.scores:
@@ -107,10 +109,3 @@ def print_scores(evaluation: "Evaluation") -> None:
                 f"{result.name}: of {counted(result.texts, 'sequence')}, {result.cut:,} exceeded the context of "
                 f"{context:,} tokens, and the beginning was cut off"
             )
-
-
-def format_score(value: float | None) -> str:
-    """Return four decimals of a small number, or four significant digits of a large one."""
-    if value is None:
-        return "infinite"
-    return f"{value:.4f}" if abs(value) < 100 else f"{value:,.1f}" if abs(value) < 1e6 else f"{value:.3g}"

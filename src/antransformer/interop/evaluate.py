@@ -61,6 +61,10 @@ class Result:
         """Return the scores of the group itself if there are any, and otherwise all scores."""
         return [score for score in self.scores if score.task == self.name] or self.scores
 
+    def line(self) -> str:
+        """Return the summary in one line."""
+        return ", ".join(f"{score.metric} {format_score(score.value)}" for score in self.summary())
+
 
 def evaluate(
     checkpoint: Checkpoint,
@@ -71,6 +75,7 @@ def evaluate(
     limit: int | None = None,
     device: torch.device | None = None,
     progress: Callable[[str, int, int], None] = lambda name, done, total: None,
+    scored: Callable[[str, str], None] = lambda name, scores: None,
 ) -> list[Result]:
     """Evaluate a checkpoint with lm_eval and return one result for each task.
 
@@ -83,6 +88,7 @@ def evaluate(
         limit: maximum number of items per task.
         device: device of the model, by default the CPU.
         progress: called with (name, texts scored, texts in total), and with zeros before a task is loaded.
+        scored: called with the name and the scores in one line, after each task.
 
     Raises:
         MissingExtraError: lm_eval is not installed.
@@ -117,6 +123,7 @@ def evaluate(
         try:
             scores = list(parse_scores(scorer.score(loaded, limit, partial(progress, name))))
             results.append(Result(name, source, scores, scorer.total, scorer.cut))
+            scored(name, results[-1].line())
         except (DataError, OverflowError) as error:  # the other tasks can still be scored
             reason = str(error) if isinstance(error, DataError) else "its perplexity overflows"
             results.append(Result(name, source, [], scorer.total, scorer.cut, problem=reason))
@@ -135,6 +142,13 @@ def parse_scores(results: dict[str, Any]) -> Iterator[Score]:
             if kind and not metric.endswith("_stderr"):
                 error = values.get(f"{metric}_stderr,{kind}")
                 yield Score(task, metric, finite(value), finite(error), values["sample_len"])
+
+
+def format_score(value: float | None) -> str:
+    """Return four decimals of a small number, or four significant digits of a large one."""
+    if value is None:
+        return "infinite"
+    return f"{value:.4f}" if abs(value) < 100 else f"{value:,.1f}" if abs(value) < 1e6 else f"{value:.3g}"
 
 
 def finite(value: object) -> float | None:
