@@ -15,32 +15,18 @@ from antransformer.errors import ConfigError, DataError
 from antransformer.models import registry
 from antransformer.reporting.labels import format_count, style_of
 from antransformer.results.comparison import Results
-from antransformer.runs.queue import RunQueue, RunResult
+from antransformer.runs.queue import RunQueue
 from antransformer.runs.search import EXTENSIONS
 from antransformer.runs.settings import value_of
 from antransformer.training.config import TrainConfig, resolve_config
 from antransformer.training.learning_rates import peak_rates
 from antransformer.training.optimizer_registry import OPTIMIZERS
+from helpers.fake_queue import FakeQueue
 from helpers.messages import mentions
 from helpers.small import SMALL
 
 COMMON = {"recipe": "paper", "batch_tokens": 256, "model": SMALL}
 BUDGETS = (2560, 5120, 10240)
-
-
-class FakeQueue:
-    """Computes losses by a formula instead of training; records the names of each batch of runs."""
-
-    devices = ("cpu", "cpu")
-
-    def __init__(self, loss):
-        self.loss, self.calls = loss, []
-
-    def run(self, jobs):
-        jobs = list(jobs)
-        self.calls.append([job.name for job in jobs])
-        assert len(set(self.calls[-1])) == len(jobs)
-        return {job.name: RunResult(job.name, self.loss(job.config), 1.0, 0.1, 1000, "a machine") for job in jobs}
 
 
 def bowl(best):

@@ -11,8 +11,8 @@ from antransformer.comparison.variants import OwnSettings, named_variants, read_
 from antransformer.data import Dataset
 from antransformer.errors import ConfigError
 from antransformer.results.comparison import Results
-from antransformer.runs.queue import RunResult
 from antransformer.training.run_folder import saved_config
+from helpers.fake_queue import FakeQueue
 from helpers.messages import mentions
 from helpers.pages import ROOT, blocks
 from helpers.small import SMALL, SMALL_OPTIONS
@@ -21,23 +21,9 @@ COMMON = {"recipe": "paper", "batch_tokens": 256, "model": SMALL}
 BUDGETS = (2560, 5120)
 
 
-class FakeQueue:
-    """Gives every run the same loss, and records the configs."""
-
-    devices = ("cpu",)
-
-    def __init__(self):
-        self.configs = {}
-
-    def run(self, jobs):
-        jobs = list(jobs)
-        self.configs |= {job.name: job.config for job in jobs}
-        return {job.name: RunResult(job.name, 3.0, 1.0, 0.1, 1000, "a machine") for job in jobs}
-
-
 def experiment(corpus, variants, common=COMMON, **effort):
     plan = compare.plan(common, read_variants(variants), BUDGETS, seeds=1, **effort)
-    return Experiment(plan, Dataset.open(corpus), FakeQueue(), lambda words: None)
+    return Experiment(plan, Dataset.open(corpus), FakeQueue(lambda config: 3.0), lambda words: None)
 
 
 def test_a_file_gives_the_same_variants_as_a_mapping(tmp_path):

@@ -3,9 +3,9 @@
 import math
 from dataclasses import dataclass
 
-from antransformer.runs.queue import RunResult
 from antransformer.runs.search import EXTENSIONS, GridSearch, extension, grid_powers, neighbours
 from antransformer.runs.settings import flatten, unflatten
+from helpers.fake_queue import FakeQueue
 
 
 @dataclass
@@ -13,17 +13,9 @@ class NamedJob:
     name: str
     value: float
 
-
-class FakeQueue:
-    """Returns the loss of each value by a formula; records the names of each round."""
-
-    def __init__(self, loss):
-        self.loss, self.rounds = loss, []
-
-    def run(self, jobs):
-        jobs = list(jobs)
-        self.rounds.append([job.name for job in jobs])
-        return {job.name: RunResult(job.name, self.loss(job), 1.0, 0.1, 1000, "a machine") for job in jobs}
+    @property
+    def config(self):
+        return self
 
 
 def search_with(loss, seeds=1):
@@ -58,7 +50,7 @@ def test_grids_are_extended_in_rounds_until_every_best_is_inside():
     search, extensions = search_with(lambda job: abs(job.value - (8 if job.name.startswith("a") else 2))), []
     grids = {"a": [1.0, 2.0, 4.0], "b": [1.0, 2.0, 4.0]}
     search.run_grids(grids, lambda key, losses: extension(losses, 3, 2.0), lambda: extensions.append(1))
-    assert search.queue.rounds == [["a1s0", "a2s0", "a4s0", "b1s0", "b2s0", "b4s0"], ["a8s0"], ["a16s0"]]
+    assert search.queue.calls == [["a1s0", "a2s0", "a4s0", "b1s0", "b2s0", "b4s0"], ["a8s0"], ["a16s0"]]
     assert len(extensions) == 2 and min(search.losses("a"), key=search.losses("a").get) == 8
 
 
@@ -71,7 +63,7 @@ def test_the_loss_of_a_value_is_the_mean_over_seeds():
 def test_nothing_is_run_without_grids():
     search = search_with(lambda job: 1.0)
     search.run_grids({}, lambda key, losses: [])
-    assert search.queue.rounds == [] and search.results == {}
+    assert search.queue.calls == [] and search.results == {}
 
 
 def test_flatten_inverts_unflatten():

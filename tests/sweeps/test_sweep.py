@@ -17,7 +17,6 @@ from antransformer.diagnostics.coord_check import STEPS, CoordCheck, coord_check
 from antransformer.errors import ConfigError, DataError
 from antransformer.results.observations import read_observations, sweep_observations
 from antransformer.results.sweep import Sweep, SweepRun
-from antransformer.runs.queue import RunResult
 from antransformer.runs.search import EXTENSIONS
 from antransformer.scaling.fits import fit
 from antransformer.sweeps import report as sweep_report
@@ -25,6 +24,7 @@ from antransformer.sweeps.charts import law, regret, token_budgets
 from antransformer.sweeps.sweep import LR_RATIO, Sweeper, check_choices, plan
 from antransformer.training.config import resolve_config
 from antransformer.training.run_folder import saved_config
+from helpers.fake_queue import FakeQueue
 from helpers.small import SMALL
 
 pytestmark = pytest.mark.usefixtures("in_process")
@@ -32,26 +32,6 @@ COMMON = {"model": {name: value for name, value in SMALL.items() if name != "wid
 WIDTHS = (32, 64, 96, 128)
 OPTIONS = ["--model.layers=1", "--model.context=32", "--model.head-dim=16", "--eval-tokens=1024", "--workers=2"]
 TINY = ["--widths", "16", "--batch-tokens", "256", "--tokens", "1K"]
-
-
-class FakeQueue:
-    """Gives each job a loss from a formula, and remembers the finished jobs."""
-
-    devices = ("cpu",)
-
-    def __init__(self, loss):
-        self.loss, self.results = loss, {}
-
-    def run(self, jobs):
-        self.results |= {job.name: self.outcome(job) for job in jobs}
-        return self.results
-
-    def outcome(self, job):
-        parameters = job.config.model.width * 1000
-        return RunResult(job.name, self.loss(job.config), 1.0, 0.1, parameters, "a machine")
-
-    def finished(self, job):
-        return self.results.get(job.name)
 
 
 def best_lr(config):
