@@ -6,19 +6,20 @@ from pathlib import Path
 from antransformer.reporting.html import Section, method_section, save, table
 from antransformer.reporting.labels import format_count, style_of
 from antransformer.results.sweep import Sweep
+from antransformer.runs.search import EXTENSIONS
 from antransformer.sweeps import charts as sweep_charts
 from antransformer.sweeps.charts import TokenBudget, describe_law, token_budgets
 from antransformer.wording import counted
 
 RULES = (
-    "Learning rates are spaced by factors of 10^(1/3). For each size, number of tokens and batch, the grid is extended "
-    "while the best rate is at an edge.",
-    "All architectures use the same data, tokens and batches, and the same number of learning rates around their own "
-    "default.",
+    "Learning rates are spaced by factors of 10^(1/3) around the default of each architecture, as many for each. For a "
+    f"size, number of tokens and batch, up to {EXTENSIONS} are added while the best rate is at an edge. With --lrs all "
+    "architectures have the given rates, and none are added.",
+    "All architectures use the same data, tokens and batches.",
     "The best learning rate is the minimum of an Akima interpolation of the loss. The best batch is the minimum of an "
     "interpolation of these minima. An optimum at an edge is not known.",
-    "If lr width below is not 0, the block matrices use lr width / width times the learning rate shown, and embedding "
-    "and head use the square root of that factor.",
+    "If lr width below is not 0, embedding and head use the learning rate shown times the square root of lr width / "
+    "width. With AdamW the block matrices use it times lr width / width.",
     "Every point is a complete run with its own schedule. With one seed, its noise is part of the best learning rate.",
 )
 
