@@ -17,6 +17,7 @@ from antransformer.comparison.tuning import chosen_text, tuning_label, tuning_sc
 from antransformer.reporting.html import Section, method_section, save, table
 from antransformer.reporting.labels import display_name, format_count, format_value, style_of
 from antransformer.results.comparison import Results, Variant
+from antransformer.runs.search import EXTENSIONS
 from antransformer.training.metrics import METRICS_FILE, read_lines
 from antransformer.wording import counted
 
@@ -322,8 +323,8 @@ def _search_rules(results: Results, searched: Iterable[str]) -> Iterable[str]:
     counts = ", ".join(f"{label} {len(folders)}" for label, folders in runs)
     yield (
         f"Searched settings: {', '.join(map(display_name, searched))}. {_given_text(results)}Every variant has the "
-        "same number of values, spaced by the same factor. A grid was extended while its best value was at an edge. "
-        f"Trials: {counts}."
+        f"same number of values, spaced by the same factor. A grid was extended by up to {EXTENSIONS} values while its "
+        f"best value was at an edge. Trials: {counts}."
     )
     if any(trial.pass_number > 1 for item in results.variants for trial in item.trials):
         yield "The shortest search had a second pass over all settings, around the choice of the first."
