@@ -552,6 +552,13 @@ def ablation(*variants, seeds=SEEDS):
     return experiment(ablated("default", 0, seeds), *variants, kind="ablate", budgets=(500_000,), seeds=seeds)
 
 
+def test_the_rules_of_an_ablation_are_not_about_speedups(tmp_path):
+    experiments = ablation(ablated("a", 0.1)), pair(1.6)
+    pages = [Page(report.write(results, tmp_path)[0].read_text(encoding="utf-8")).text for results in experiments]
+    assert ["extrapolated" in page for page in pages] == [False, True]
+    assert ["Seconds" in page for page in pages] == [False, True]
+
+
 SUITE = {"no-lerp": 0.05, "<b>-x2": math.inf, "strict": -0.04, "warm-up": 0.0001, "all-x0.5": 5.3}
 
 

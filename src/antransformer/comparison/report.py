@@ -301,11 +301,12 @@ def _rules(results: Results) -> Iterable[str]:
         yield from _search_rules(results, searched)
     untuned = "No other setting" if searched else "No setting"
     yield f"{untuned} was tuned: batch size, betas, schedule, clipping and all others have given or default values."
-    yield "Nothing is extrapolated: where no finished run reaches a loss, the report gives a bound."
-    yield (
-        "Seconds per step are medians over the runs, in which variants alternate. Other load on the machine affects "
-        "them; the intervals do not include that noise."
-    )
+    if results.kind == "compare":
+        yield "Nothing is extrapolated: where no finished run reaches a loss, the report gives a bound."
+        yield (
+            "Seconds per step are medians over the runs, in which variants alternate. Other load on the machine "
+            "affects them; the intervals do not include that noise."
+        )
 
 
 def _given_text(results: Results) -> str:
