@@ -331,7 +331,7 @@ def moment_variance(results: Results, logs: Mapping[str, Lines]) -> Chart:
     figure, ends = _over_time(
         results, logs, lambda variant: _column(logs, variant, "moment_variance"), "relative variance"
     )
-    note = "Noise in Adam's first moment, relative to its size: 0 is no noise, above 1 is more noise than signal."
+    note = "Noise in Adam's first moment, relative to its size: 0 is no noise, about 1 or more is mostly noise."
     return Chart("moment-variance", "Noise in the updates", note, f"Relative variance: {ends}.", figure)
 
 
