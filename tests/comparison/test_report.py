@@ -251,6 +251,12 @@ def test_the_summary_has_a_bound_at_a_longer_budget_that_contradicts_the_measure
     assert re.search(r"> 1\.00x with 1\.0M", text)
 
 
+def test_the_summary_has_a_certain_bound_after_a_speedup_that_is_not_significant():
+    baseline = with_losses("gpt+", (7.00, 7.13, 7.13), (6.88, 6.94, 7.07), (6.64, 6.75, 6.80))
+    text = summary(experiment(baseline, with_losses("angpt", (7.33, 7.25, 7.21), (6.66, 6.85, 6.86), (6.3, 6.35, 6.5))))
+    assert re.search(r"not? significant.*> 1\.00x with 1\.0M", text)
+
+
 def test_summaries_of_different_cases_differ_in_wording():
     cases = [pair(1.6), pair(20), pair(0.1), pair(0.6), pair(1.0, noise=0.02), pair(1.6, **ONE_SEED)]
     cases += [pair(1.6, diverged=ONE_DIVERGED), pair(1.6, diverged=ALL_DIVERGED), TWINS]

@@ -69,13 +69,19 @@ def _speedup_clause(results: Results, pair: PairwiseSpeedup) -> str:
     if not measured:
         return _bounds_clause(pair, scope)
     point = measured[-1]
-    # Bounds at longer budgets follow from a speedup on the same side of 1.
-    others = [item for item in pair.points if item.tokens > point.tokens and (item.ratio > 1) != (point.ratio > 1)]
+    unclear = point.low <= 1 <= point.high
+    # Bounds at longer budgets follow from a speedup on the same side of 1, unless its interval has both sides.
+    others = [
+        item
+        for item in pair.points
+        if item.tokens > point.tokens
+        and ((item.ratio > 1) != (point.ratio > 1) or (unclear and _direction(pair, item) != 0))
+    ]
     bounds = "".join(f"; {_at_tokens(pair, item)}" for item in others)
     scope = f"({_interval(pair, point)}{format_count(point.tokens)} tokens, {scope}{bounds})"
     if math.isnan(point.low):
         return f"With one seed the speedup of {name} over {baseline} is {point.ratio:.2f}x, without an interval {scope}"
-    if point.low <= 1 <= point.high:
+    if unclear:
         return f"{name} shows no significant speedup over {baseline}: {point.ratio:.2f}x {scope}"
     if f"{point.ratio:.2f}" == "1.00":
         return f"{name} needs as many tokens as {baseline} for the same loss {scope}"
