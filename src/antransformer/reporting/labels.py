@@ -88,11 +88,13 @@ def format_count(number: float) -> str:
 
 
 def format_value(value: Any) -> str:
-    """Format the value of a setting: integers with thousands separators, lists and mappings joined by commas."""
+    """Format the value of a setting: integers with separators, six digits of other numbers, lists with commas."""
     if isinstance(value, list | tuple):
         return ", ".join(map(format_value, value))
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {format_value(item)}" for name, item in value.items())
+    if isinstance(value, float):
+        return f"{value:.6g}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
