@@ -67,7 +67,9 @@ def test_a_model_is_normalized_trained_and_made_plain_again():
 
     def make():
         other = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))  # keeps its own parametrization
-        return nn.Sequential(nn.Embedding(20, 8), nn.LayerNorm(8), other, nn.Linear(8, 3))
+        made = nn.Sequential(nn.Embedding(20, 8), nn.LayerNorm(8), other, nn.Linear(8, 20))
+        made[3].weight = made[0].weight  # tied
+        return made
 
     scope = {"torch": torch, "antransformer": antransformer, "model": make()}
     exec(first.split("\n", 1)[1] + second, scope)  # all but the loading
