@@ -352,8 +352,35 @@ def test_a_method_with_arguments_does_not_declare_bounds():
     antransformer.bind(model, torch.optim.SGD(model.parameters(), lr=0.1))
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_method_bounds_may_be_a_generator_and_returns_bounds_only(nested):
+    class Table(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(3, 8))
+
+        def bounds(self):
+            yield bounds.Bound("table", self.weight)
+
+    table = Table()
+    model = torch.nn.Sequential(table) if nested else table
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    antransformer.bind(model, optimizer)
+    optimizer.step()
+    assert table.weight.norm(dim=1).max() <= 1 + 1e-6
+    for wrong, kind in (([("table", table.weight)], "tuple"), (None, "NoneType")):
+        table.bounds = lambda wrong=wrong: wrong
+        with pytest.raises(TypeError, match=rf"Table\.bounds.*{kind}"):
+            antransformer.bind(model, optimizer)
+
+
 @pytest.mark.parametrize(
-    "declare", [lambda weight: bounds.Bound("w", weight[0]), lambda weight: bounds.Bound("w", weight, axis=2)]
+    "declare",
+    [
+        lambda weight: bounds.Bound("w", weight[0]),
+        lambda weight: bounds.Bound("w", weight, axis=2),
+        lambda weight: bounds.Bound("w", weight, axis=(0, 1)),
+    ],
 )
 def test_a_declared_bound_that_cannot_hold_is_refused(declare):
     model = torch.nn.Linear(8, 8)

@@ -56,7 +56,12 @@ def collect_bounds(module: nn.Module) -> list[Bound]:
     [('0.weight', 1), ('2.weight', 1), ('2.bias', 0)]
     """
     if declares_bounds(module):
-        bounds: list[Bound] = module.bounds()  # type: ignore[operator]  # a method, by declares_bounds
+        declared = module.bounds()  # type: ignore[operator]  # a method, by declares_bounds
+        bounds: list[Bound] = list(declared) if isinstance(declared, Iterable) else [declared]
+        for bound in bounds:
+            if not hasattr(bound, "parameter"):  # exported models have a class of their own for bounds
+                where, kind = f"{type(module).__name__}.bounds()", type(bound).__name__
+                raise TypeError(f"{where} must return a list of antransformer.Bound, got an entry of type {kind}")
         return bounds
     if isinstance(module, (Embedding, Linear)) and "weight" not in module._parameters:
         raise TypeError(
@@ -148,8 +153,8 @@ def bind(model: nn.Module, optimizer: Optimizer) -> RemovableHandle:
         Handle; ``handle.remove()`` stops the projection.
 
     Raises:
-        TypeError: the arguments are not a module and an optimizer, or the model has no bounds, or a bounded weight is
-            computed by a parametrization.
+        TypeError: the arguments are not a module and an optimizer, or the model has no bounds, or a method ``bounds``
+            returns something else, or a bounded weight is computed by a parametrization.
         ValueError: none of its bounded parameters is in the optimizer, or a declared bound has no parameter of the
             model or an axis that the parameter does not have.
     """
@@ -205,8 +210,9 @@ def _check_bounds(declared: Iterable[Bound], model: nn.Module) -> None:
         weight = bound.parameter
         if id(weight) not in known:
             raise ValueError(f"the bound of {bound.name} is for a tensor that is not a parameter of the model")
-        if not -weight.ndim <= bound.axis < weight.ndim:
-            raise ValueError(f"the bound of {bound.name} has axis {bound.axis}, but shape {tuple(weight.shape)}")
+        if not isinstance(bound.axis, int) or not -weight.ndim <= bound.axis < weight.ndim:
+            shape = f"a parameter of shape {tuple(weight.shape)}"
+            raise ValueError(f"the bound of {bound.name} must have one axis of {shape}, got {bound.axis}")
 
 
 class Scale(nn.Module):
