@@ -337,6 +337,18 @@ def test_constructors_initialise_and_draw_nothing_on_meta():
         torch.testing.assert_close(head(x), x @ head.weight.T)
 
 
+@pytest.mark.parametrize("make", [lambda: Linear(64, 4096), lambda: Embedding(4096, 64)])
+def test_initial_rows_in_bfloat16_are_rounded_once(make):
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        weight = make().weight
+    finally:
+        torch.set_default_dtype(default)
+    assert weight.dtype == torch.bfloat16
+    assert (weight.double().norm(dim=1) - 1).abs().max() < 0.002
+
+
 def test_outputs_of_a_head_share_one_scale_on_request():
     head, x = Head(64, 3, scalar=True), unit(4, 64)
     assert head.output_scale.value.shape == (1,)
