@@ -376,6 +376,12 @@ def test_bad_arguments_are_named_with_their_values(make, parts):
     assert mentions(error.value, *parts)
 
 
+def test_a_width_that_is_no_integer_is_refused_also_if_its_value_is_known():
+    MLP(64)
+    with pytest.raises(ValueError, match=r"64\.0"):
+        MLP(64.0)
+
+
 def test_an_exported_program_has_no_operator_of_this_package():
     model = nn.Sequential(
         Embedding(50, 64), EncoderBlock(Attention(64, 4, causal=True, rotary=0.5), MLP(64)), Head(64, 50)

@@ -144,7 +144,7 @@ class MLPFactors(NamedTuple):
     down: float
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=64, typed=True)  # 64.0 is no width, though equal to 64
 def mlp_factors(width: int, hidden: int, gated: bool, activation: Callable[[Tensor], Tensor], std: float) -> MLPFactors:
     """Factors that give an MLP about unit norm; arguments and errors as in ``mlp``."""
     # Coordinates of W x have variance 1 / width, so this factor gives pre-activations the standard deviation std.
