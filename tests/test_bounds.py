@@ -137,6 +137,24 @@ def test_bounds_hold_after_compiled_steps():
     assert watch.steps == 3
 
 
+def test_compiled_steps_project_what_is_trained_now():
+    model = torch.nn.Sequential(Linear(8, 8), Linear(8, 8))
+    stepper = torch.optim.SGD(model.parameters(), lr=0.5)
+    antransformer.bind(model, stepper)
+    step = torch.compile(stepper.step, backend="eager")
+    for frozen, trained in ((0, 1), (1, 0)):
+        model[frozen].weight.requires_grad_(False)
+        model[trained].weight.requires_grad_(True)
+        with torch.no_grad():
+            for module in model:
+                module.weight.copy_(3 * torch.nn.functional.normalize(module.weight))
+        model(torch.randn(4, 8)).square().sum().backward()
+        step()
+        stepper.zero_grad()
+        assert model[frozen].weight.norm(dim=1).min() > 2.9
+        assert model[trained].weight.norm(dim=1).max() <= 1 + 1e-6
+
+
 def test_bounds_hold_after_steps_with_a_closure():
     model = model_of("angpt")
     optimizer = torch.optim.LBFGS(model.parameters(), lr=0.5, max_iter=2)
