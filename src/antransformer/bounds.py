@@ -182,7 +182,7 @@ def bind(model: nn.Module, optimizer: Optimizer) -> RemovableHandle:
         )
 
     # The compiler would not see in a compiled step that a parameter was frozen, unfrozen, added or replaced since.
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def project(_optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
         nonlocal bounds, parameters
         now = _parameters_of(optimizer)

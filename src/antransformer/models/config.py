@@ -49,8 +49,8 @@ POSITIVE: dict[str, Any] = {"gt": 1e-12, "lt": 1e12}
 class ModelConfig:
     """Architecture, sizes and options of one model.
 
-    Defaults are computed once, such as the ``init_std`` of a width, and ``dataclasses.replace`` keeps their values: make
-    a new config for another width or architecture.
+    Defaults are computed once, such as the ``init_std`` of a width, and ``dataclasses.replace`` keeps their values:
+    make a new config for another width or architecture.
 
     Raises:
         ConfigError: a value is out of range, ``width`` is not a multiple of ``head_dim``, or an option is set that
