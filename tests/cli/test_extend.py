@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from antransformer.cli import main
-from antransformer.training import run_folder
+from antransformer.training import extension, run_folder
 from antransformer.training.metrics import read_metrics
 from helpers.commands import TEN_STEPS, refused
 from helpers.messages import mentions
@@ -28,6 +28,11 @@ def test_a_finished_run_is_extended_and_resumed(trained, tmp_path, capsys):
     before = (run / "metrics.jsonl").read_bytes()
     assert main(resume) == main([*resume, "--tokens=5120"]) == 0
     assert (run / "metrics.jsonl").read_bytes() == before
+    for last in (["--dry-run"], ["--out", tmp_path / "again"]):  # a new run cannot repeat the extension
+        capsys.readouterr()
+        message = refused(["train", "--config", run / "config.yaml", *last], capsys)
+        assert mentions(message, *extension.REWARM_SETTINGS) and "checkpoint" not in message
+    assert not (tmp_path / "again").exists()
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,16 @@ def extends(config: TrainConfig, settings: Mapping[str, Any], step: int) -> bool
     )
 
 
+def require_no_rewarm(config: TrainConfig) -> None:
+    """Raise ``ConfigError`` if a new run has the settings of one that was extended with ``--rewarm``."""
+    if config.rewarm_from is not None:
+        *names, last = REWARM_SETTINGS
+        raise ConfigError(
+            f"{', '.join(names)} and {last} are settings of a run that --rewarm extended, and a new run cannot repeat "
+            "its rise of the learning rate: remove them"
+        )
+
+
 def require_rewarm_step(config: TrainConfig, step: int, folder: Path) -> None:
     """Raise ``CheckpointError`` if a rewarmed run would train from before the step where its rate rose again."""
     if step < (config.rewarm_from or 0):

@@ -145,6 +145,7 @@ def new_run(
     """Data, complete settings and folder of a new run; raises the errors of ``train``."""
     # Checked before the data is prepared or verified: a misspelt setting should not cost a minute.
     planned = resolve_config(settings, vocab_size=PAPER_VOCABULARY)
+    extension.require_no_rewarm(planned)
     # With the local rank, since every rank would otherwise open a context on the first GPU.
     choose_device(planned.device, dist_ctx.local_rank, dist_ctx.local_world_size)
     if folder is not None:
