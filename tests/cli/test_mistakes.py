@@ -3,6 +3,7 @@
 import pytest
 from tokenizers import normalizers
 
+from antransformer.api.training import NOT_IN_A_FILE
 from antransformer.cli import main
 from antransformer.data import Dataset, Tokenizer, prepare
 from antransformer.errors import ConfigError, DataError, MissingExtraError
@@ -10,7 +11,7 @@ from antransformer.settings import NAMES_ELSEWHERE
 from antransformer.training.config import resolve_config
 from antransformer.training.data import check_data
 from antransformer.training.run_folder import require_empty, with_initial_model
-from helpers.commands import TEN_STEPS
+from helpers.commands import TEN_STEPS, refused
 from helpers.messages import mentions
 from helpers.trainers import start
 
@@ -45,6 +46,13 @@ def test_an_option_before_the_verb_is_named_with_its_place(words, capsys):
 def test_a_folder_is_no_config_file(tmp_path, capsys):
     assert main(["train", "--config", str(tmp_path), "--out", str(tmp_path / "run")]) == 2
     assert mentions(capsys.readouterr().err, str(tmp_path), "config.yaml")
+
+
+def test_an_option_that_is_no_setting_is_refused_in_a_config_file(tmp_path, capsys):
+    for name in NOT_IN_A_FILE:
+        (tmp_path / "mine.yaml").write_text(f"{name}: 1\n")
+        message = refused(["train", "--config", tmp_path / "mine.yaml"], capsys)
+        assert mentions(message, tmp_path / "mine.yaml", name, f"--{name}") and "?" not in message
 
 
 def test_an_unknown_key_names_the_one_that_is_meant():

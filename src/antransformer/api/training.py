@@ -99,6 +99,8 @@ def preview(*, config: str | Path | None = None, progress: bool = False, **setti
 
 # Settings that every config of a run has, and hardly any other file.
 OF_A_RUN = {"tokens", "batch_tokens", "micro_batch_size", "lr", "seed", "eval_every", "checkpoint_every", "device"}
+# Options of train that are not settings of a run.
+NOT_IN_A_FILE = {"config", "out", "resume", "rewarm", "processes", "profile"}
 
 
 @checked
@@ -210,10 +212,13 @@ def _file_settings(config: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the normalized settings of a config file.
 
     Raises:
-        ConfigError: the file cannot be read, or it is the config of a run and the options name another recipe: every
-            value of its own recipe would stay.
+        ConfigError: the file cannot be read or has an option that is not a setting, or it is the config of a run and
+            the options name another recipe: every value of its own recipe would stay.
     """
-    file = normalize_settings(config_files.read_config(config), config)
+    content = config_files.read_config(config)
+    for name in NOT_IN_A_FILE & content.keys():
+        raise ConfigError(f"{config}: {name} is not a setting: give it on the command line, as --{name}")
+    file = normalize_settings(content, config)
     if file.keys() >= OF_A_RUN and "vocab_size" in file.get("model", {}):
         file = {**LEGACY_DEFAULTS, **file}  # a run of an older release lacks newer settings
     saved, recipe = file.get("recipe"), options.get("recipe")
