@@ -1,5 +1,7 @@
 """Mistakes of a newcomer: the message names what would be right, and nothing is left behind."""
 
+import shutil
+
 import pytest
 from tokenizers import normalizers
 
@@ -53,6 +55,16 @@ def test_an_option_that_is_no_setting_is_refused_in_a_config_file(tmp_path, caps
         (tmp_path / "mine.yaml").write_text(f"{name}: 1\n")
         message = refused(["train", "--config", tmp_path / "mine.yaml"], capsys)
         assert mentions(message, tmp_path / "mine.yaml", name, f"--{name}") and "?" not in message
+
+
+def test_a_run_whose_data_moved_names_the_option_for_the_new_path(corpus, tmp_path, capsys):
+    data, run = shutil.copytree(corpus, tmp_path / "data"), tmp_path / "run"
+    assert main(["train", "--data", str(data), "--out", str(run), *TEN_STEPS]) == 0
+    moved = data.rename(tmp_path / "moved")
+    capsys.readouterr()
+    assert mentions(refused(["train", "--out", run, "--resume"], capsys), data, run, "--data")
+    assert mentions(refused(["train", "--out", run, "--resume", "--data", "nowhere"], capsys), "nowhere")
+    assert main(["train", "--out", str(run), "--resume", "--data", str(moved)]) == 0
 
 
 def test_an_unknown_key_names_the_one_that_is_meant():

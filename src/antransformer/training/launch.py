@@ -12,7 +12,7 @@ from typing import Any
 from antransformer.data import Dataset
 from antransformer.data.mixture import open_mixture
 from antransformer.data.mixture_spec import absolute, absolute_mixture, absolute_stage
-from antransformer.errors import CheckpointError, ConfigError, DivergedError, WriteError
+from antransformer.errors import CheckpointError, ConfigError, DataError, DivergedError, WriteError
 from antransformer.lock import lock
 from antransformer.models.config import PAPER_VOCABULARY
 from antransformer.settings import Count, Words
@@ -164,7 +164,13 @@ def _resumed_run(
     others = {name: value for name, value in settings.items() if name != "tokens"}
     config = run_folder.resumed_config(folder, others)
     extension.check_length(config, settings.get("tokens", config.tokens), rewarm, folder)
-    return open_mixture(config.data, config.data_from, open_data), _with_absolute_paths(config), folder
+
+    def open_source(name: str) -> Dataset:
+        if not settings.keys() & {"data", "data_from"} and Path(name).is_absolute() and not Path(name).exists():
+            raise DataError(f"{name}: no such folder, but {folder} was trained on it: give its new path with --data")
+        return open_data(name)
+
+    return open_mixture(config.data, config.data_from, open_source), _with_absolute_paths(config), folder
 
 
 def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
