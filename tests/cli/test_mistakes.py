@@ -67,6 +67,14 @@ def test_a_run_whose_data_moved_names_the_option_for_the_new_path(corpus, tmp_pa
     assert main(["train", "--out", str(run), "--resume", "--data", str(moved)]) == 0
 
 
+def test_inputs_after_val_inputs_are_named_as_validation_text(tmp_path, capsys):
+    out = tmp_path / "data"
+    assert mentions(
+        refused(["prepare", "--val-inputs", "a.txt", "b.txt", "--out", out], capsys), "INPUT", "--val-inputs"
+    )
+    assert "--val-inputs" not in refused(["prepare", "--out", out], capsys)
+
+
 def test_an_unknown_key_names_the_one_that_is_meant():
     for key, meant in (("width", "model.width"), ("n_embd", "model.width"), ("max_steps", "tokens"), ("lrr", "lr")):
         with pytest.raises(ConfigError) as error:

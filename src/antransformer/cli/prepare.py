@@ -93,7 +93,8 @@ def run(parsed: argparse.Namespace) -> None:
         _print_size(parsed.out, join_parts(parsed.out, progress=True))
         return
     if not parsed.inputs:
-        raise ConfigError("INPUT is missing: give text files, folders or patterns")
+        place = " before --val-inputs, which takes all words after it" if parsed.val_inputs else ""
+        raise ConfigError(f"INPUT is missing: give text files, folders or patterns{place}")
     options = {
         "tokenizer": parsed.tokenizer,
         "end_of_text": parsed.end_of_text,
