@@ -38,6 +38,15 @@ def test_an_unknown_option_names_the_one_that_is_meant(option, meant, capsys):
     assert mentions(capsys.readouterr().err.replace("?", " "), option, meant)
 
 
+@pytest.mark.parametrize(
+    "words", ["prepare --inptu a.txt --outt D", "generate --checkpiont=runs/a", "export --fromat x"]
+)
+def test_an_unknown_option_is_named_before_those_that_are_missing(words, capsys):
+    assert main(words.split()) == 2
+    error = capsys.readouterr().err
+    assert mentions(error, words.split()[1].partition("=")[0]) and "required" not in error
+
+
 @pytest.mark.parametrize("words", ["--resume train", "--data data/mine train", "--preset=pico train", "--dry-run"])
 def test_an_option_before_the_verb_is_named_with_its_place(words, capsys):
     assert main(words.split()) == 2
@@ -153,6 +162,12 @@ def test_a_folder_of_text_and_an_exported_model_are_recognized(tmp_path, capsys)
     (exported / "model.safetensors").touch()
     assert main(["generate", "--checkpoint", str(exported)]) == 2
     assert mentions(capsys.readouterr().err, "antransformer", "import", str(exported))
+
+
+def test_prepared_data_is_no_checkpoint(corpus, capsys):
+    assert main(["generate", "--checkpoint", str(corpus)]) == 2
+    error = capsys.readouterr().err
+    assert mentions(error, str(corpus), "data") and not mentions(error, "compare")
 
 
 def test_only_a_verb_that_resumes_is_advised_to_resume_in_an_occupied_folder(tmp_path):

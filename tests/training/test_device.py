@@ -56,6 +56,9 @@ def test_cuda_graphs_replay_short_steps_on_one_gpu(device, settings, expected):
 
 def test_missing_device_is_refused():
     assert choose_device("cpu").type == "cpu"
+    with pytest.raises(ConfigError) as error:
+        choose_device("gpu")
+    assert mentions(error.value, "gpu", "cuda") and not mentions(error.value, "vulkan")
     for name in ("tpu", "meta", "cuda:7" if torch.cuda.device_count() < 8 else "xla"):
         with pytest.raises(ConfigError) as error:
             choose_device(name)

@@ -69,8 +69,12 @@ class Parser(argparse.ArgumentParser):
             UsageError: an option is unknown or has an old name, or a value is missing or wrong.
         """
         verbs = next(action for action in self._actions if isinstance(action, argparse._SubParsersAction))
-        verb = next((verbs.choices[word] for word in words if word in verbs.choices), self)
-        verb.check_renamed(words)  # first: argparse may complain about a value that belongs to an old option
+        at = next((index for index, word in enumerate(words) if word in verbs.choices), None)
+        verb = self if at is None else verbs.choices[words[at]]
+        # First: argparse may complain about a value that belongs to an old option, or about a missing option.
+        verb.check_renamed(words)
+        if at is not None:
+            verb.check_known(words[at + 1 :])
         parsed, unknown = self.parse_known_args(words)
         if unknown:
             verb.refuse(unknown[0])
@@ -95,6 +99,15 @@ class Parser(argparse.ArgumentParser):
             value = value if given else following or ""
             if name in known and value in old_values:
                 raise UsageError(f"{name} {value} is now {name} {old_values[value]} (see {self.prog} --help)")
+
+    def check_known(self, words: Sequence[str]) -> None:
+        """Raise ``UsageError`` for an unknown option, which may be a misspelt one that argparse would call missing."""
+        known = self._known_options()
+        for word in words:
+            if word == "--":  # only positional arguments follow
+                return
+            if word.startswith("--") and word.partition("=")[0] not in known:
+                self.refuse(word)
 
     def refuse(self, word: str) -> NoReturn:
         """Raise ``UsageError`` for an argument that no option took."""

@@ -52,6 +52,8 @@ def choose_device(name: str, local_rank: int = 0, local_size: int = 1) -> torch.
             raise ValueError("there is one CPU device")  # torch accepts any number
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        if reason.startswith("Expected one of"):  # all device types of torch, of which most builds have two
+            raise ConfigError(f"unknown device {name!r}: use auto, cpu, cuda or mps") from error
         raise ConfigError(f"device {name!r} is not available here ({reason}): use another device or cpu") from error
     if device.type == "cuda":
         torch.cuda.set_device(device)  # Triton starts kernels on the current device, wherever their tensors are

@@ -12,6 +12,7 @@ from typing import Any
 
 from antransformer.data import Dataset, Tokenizer
 from antransformer.data.mixture_spec import absolute
+from antransformer.data.shards import META_FILE
 from antransformer.errors import CheckpointError, ConfigError, DataError
 from antransformer.files import check_folder_target, quoted, replace_text
 from antransformer.lock import HOLDER_FILE, LOCK_FILE
@@ -193,6 +194,8 @@ def open_checkpoint(
                     f"{path} is an exported model, not a run: antransformer import {quoted(path)} --out RUN makes a "
                     "run of it"
                 )
+            if (path / META_FILE).exists():
+                raise CheckpointError(f"{path} is prepared data: give a run folder such as runs/angpt-nano")
             raise CheckpointError(
                 f"{path} has no checkpoint: give a run folder such as runs/angpt-nano. compare and ablate keep "
                 "checkpoints only of the longest runs with the first seed"
