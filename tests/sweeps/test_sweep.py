@@ -182,6 +182,7 @@ def test_the_report_gives_the_exponent_of_the_best_rate_and_the_regret(corpus, t
         f"{name}.png" for name in ("loss-lr", "best-lr", "coordinates", "rotation", "logits")
     }
     assert re.search(r"GPT\+[^^]*\bwidth\^-0\.5", page.read_text())
+    assert page.read_text().count("anGPT 0.012, GPT+ 0.012") == 3  # the rate of each chart of activations
 
 
 def test_diverged_runs_are_saved_and_drawn(corpus, tmp_path):

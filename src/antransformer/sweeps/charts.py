@@ -19,7 +19,6 @@ from antransformer.scaling.fitting import MIN_LENGTH_RATIO, PowerLaw, akima, mea
 
 COLUMNS = 3  # of panels
 MIN_LOSS_RANGE = 0.15  # nats above the best loss that a panel shows at least
-ONE_RATE = "at the same learning rate for all widths, apart from the scaling by lr width"
 SHADES = (0.35, 1.0)  # opacity of the smallest and of the largest
 
 
@@ -234,8 +233,8 @@ def residual_stream_by_width(checks: Sequence[CoordCheck]) -> Chart:
     _draw_unit_norm(panels[: len(names)], checks)
     panels[0].set(ylabel="RMS of the residual stream")
     note = (
-        f"Dashed: initial weights. Solid: after {steps[-1]} steps {ONE_RATE}. Darker is deeper. Dotted: a residual "
-        "stream of norm 1."
+        f"Dashed: initial weights. Solid: after {steps[-1]} steps {_rate_text(checks)}. Darker is deeper. "
+        "Dotted: a residual stream of norm 1."
     )
     return Chart("coordinates", "Activations over width", note, f"{'; '.join(descriptions)}.", figure)
 
@@ -260,8 +259,8 @@ def rotation_by_width(checks: Sequence[CoordCheck]) -> Chart:
     panels[0].set(ylabel="rotation from the start (degrees)")
     panels[0].set_ylim(bottom=0)
     note = (
-        f"After {rotated[0].step} steps {ONE_RATE}. Darker is deeper; the lightest line is the embedding. Level lines "
-        "mean that the learning rate transfers between widths."
+        f"After {rotated[0].step} steps {_rate_text(checks)}. Darker is deeper; the lightest line is the "
+        "embedding. Level lines mean that the learning rate transfers between widths."
     )
     return Chart("rotation", "Rotation of the residual stream", note, f"{'; '.join(descriptions)}.", figure)
 
@@ -285,8 +284,16 @@ def logits_by_width(checks: Sequence[CoordCheck]) -> Chart:
         _width_axis(axes, by_width)
     axes.set(ylabel="RMS of the logits")
     legend(figure, names)
-    note = f"Dashed: initial weights. Solid: after {steps[-1]} steps {ONE_RATE}."
+    note = f"Dashed: initial weights. Solid: after {steps[-1]} steps {_rate_text(checks)}."
     return Chart("logits", "Logits over width", note, f"{'; '.join(descriptions)}.", figure)
+
+
+def _rate_text(checks: Sequence[CoordCheck]) -> str:
+    """Learning rate of each architecture, which is the same for all widths; without it in results of older releases."""
+    known = {(check.architecture, check.peak_lr) for check in checks if math.isfinite(check.peak_lr)}
+    rates = ", ".join(f"{style_of(name).label} {rate:g}" for name, rate in sorted(known))
+    shared = f"at the same learning rate for all widths{f' ({rates})' if rates else ''}"
+    return f"{shared}, apart from the scaling by lr width"
 
 
 def _by_width(checks: Sequence[CoordCheck], architecture: str) -> list[CoordCheck]:
