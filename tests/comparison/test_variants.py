@@ -11,6 +11,7 @@ from antransformer.comparison.variants import OwnSettings, named_variants, read_
 from antransformer.data import Dataset
 from antransformer.errors import ConfigError
 from antransformer.results.comparison import Results
+from antransformer.results.observations import read_observations
 from antransformer.training.run_folder import saved_config
 from helpers.fake_queue import FakeQueue
 from helpers.messages import mentions
@@ -97,6 +98,10 @@ def test_given_settings_are_not_searched_and_not_called_tuned(corpus, tmp_path):
     results.save(tmp_path)
     assert Results.load(tmp_path) == results
     assert [item.chosen[0].given for item in results.variants] == [("lr", "embed_lr"), ()]
+    tied = experiment(corpus, {"gpt+": {}, "angpt": {"embed_lr": 0.05}}, lr_trials=3).run()
+    tied.save(tmp_path)
+    observed = read_observations([tmp_path])
+    assert {row.architecture for row in observed.searches} == {"gpt+"} and observed.separate == {"angpt"}
     both = experiment(corpus, {**variants, "angpt": {"lr": 0.01}}).run()
     assert tuning_scope(both) != tuning_scope(results) and "GPT+" not in tuning_scope(both)
     assert tuning_label(both, BUDGETS[0]) not in labels

@@ -82,8 +82,8 @@ class Observations:
         runs: runs whose losses are fitted. For a sweep or a table these are the searches; for a comparison they are
             the measured runs, which have other seeds than its trials.
         training: values of ``TRAINING`` that all runs of an architecture have, as far as the results record them.
-        separate: architectures for which a comparison searched several learning rates. Its trials are not in
-            ``searches``, since ``lr`` was the rate of a part of the model.
+        separate: architectures to which a comparison gave several learning rates. Its trials are not in ``searches``,
+            since ``lr`` was the rate of a part of the model.
         scaled: architectures with runs whose rates are scaled to their width: ``lr`` is the rate of another width.
     """
 
@@ -173,7 +173,7 @@ def _sweep_settings(sweep: Sweep, path: Path) -> list[tuple[str, dict[str, Any]]
 def _variant_settings(variant: Variant, results: Results, path: Path) -> dict[str, Any]:
     """Settings of one run of a variant."""
     optimizer = results.setup.get("optimizers", {}).get(variant.name)
-    separate = any(trial.setting == "embed_lr" for trial in variant.trials)
+    separate = "embed_lr" in _searched_or_given(variant)
     return _run_settings(path / RUNS / variant.runs[0].folder, optimizer, separate)
 
 
@@ -219,7 +219,11 @@ def _trial_observations(results: Results, settings_of: Mapping[str, Mapping[str,
 
 
 def _has_separate_rates(variant: Variant) -> bool:
-    return any(trial.setting.endswith("_lr") for trial in variant.trials)
+    return any(name.endswith("_lr") for name in _searched_or_given(variant))
+
+
+def _searched_or_given(variant: Variant) -> set[str]:
+    return {trial.setting for trial in variant.trials} | {name for item in variant.chosen for name in item.given}
 
 
 def _run_observations(results: Results, settings_of: Mapping[str, Mapping[str, Any]]) -> list[Observation]:

@@ -163,9 +163,7 @@ def _fit_architecture(name: str, observed: Observations, bins: int | None) -> Fi
         del laws["lr"]
         notes.append(f"{LAWS['lr'][0]}: no law, since the rates are scaled to each width")
     if name in observed.separate:
-        notes.append(
-            f"{LAWS['lr'][0]}: without the comparisons that searched separate learning rates of parts of the model"
-        )
+        notes.append(f"{LAWS['lr'][0]}: without the comparisons with separate learning rates for parts of the model")
     runs = _best_runs([row for row in observed.runs if row.architecture == name])
     if not runs:
         return Fit(name, (), tuple(optima), None, laws, horizon, None, (*notes, "no finished run: no law of the loss"))
