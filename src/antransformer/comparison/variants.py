@@ -7,6 +7,7 @@ from typing import Any
 
 from antransformer.errors import ConfigError
 from antransformer.models import registry
+from antransformer.runs import shared_settings
 from antransformer.runs.settings import flatten
 from antransformer.settings import nearest, read_count, shown
 from antransformer.training.config import normalize_settings
@@ -16,32 +17,14 @@ from antransformer.training.recipes import variant_settings
 BUDGETS = "budgets"  # key of the settings that hold at one budget only
 NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789+-_.")  # of run folders
 
-# Settings of one variant. All others decide what is trained on or how it is validated, and are shared.
+# Settings of the data and of validation, which all variants share.
+SHARED = ("data", "preset", "batch_tokens", "shuffle", "document_mask", "eval_tokens")
+RATES = ("lr", "embed_lr", "head_lr", "vector_lr", "muon_lr")
 TRAINING = (
-    "micro_batch_size",
-    "recipe",
-    "optimizer",
-    "lr",
-    "embed_lr",
-    "head_lr",
-    "vector_lr",
-    "muon_lr",
-    "lr_width",
-    "lr_horizon",
-    "horizon_exponent",
-    "schedule",
-    "decay_fraction",
-    "min_lr_ratio",
+    *(name for name in shared_settings.TRAINING if name not in SHARED),
+    *RATES,
     "warmup_fraction",
     "weight_decay",
-    "cautious_weight_decay",
-    "beta1",
-    "beta2",
-    "adam_eps",
-    "grad_clip",
-    "ema",
-    "precision",
-    "compile",
     "activation_checkpointing",
 )
 SHARED_MODEL = ("vocab_size", "context")
