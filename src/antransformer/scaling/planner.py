@@ -122,7 +122,7 @@ class Plan:
     @property
     def optimizer(self) -> str:
         """Optimizer that ``lr`` is for."""
-        return str(with_recipe({"recipe": "paper", **self.training})["optimizer"])
+        return str(self.training.get("optimizer", "adam"))
 
     @property
     def compute(self) -> float:
