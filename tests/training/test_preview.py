@@ -35,6 +35,13 @@ def test_laws_are_the_origin_only_in_their_range():
     assert found["lr"] == found["tokens"] == "law of the paper" and found["batch_tokens"] == "option"
 
 
+def test_the_origin_of_a_horizon_that_is_off():
+    assert "98 steps" in origins({"tokens": 98 * 2048})["lr_horizon"]
+    assert origins({"tokens": "10M"})["lr_horizon"] == "default"
+    assert "rate" in origins({"tokens": "10M", "muon_lr": 0.02})["horizon_exponent"]
+    assert origins({"lr_horizon": 0})["lr_horizon"] == "option"
+
+
 def test_numbers_of_a_preview(corpus):
     dataset = Dataset.open(corpus)
     config = resolve_config({"data": str(corpus), "model": SMALL, "batch_tokens": 256, "tokens": 256 * 50}, 257)

@@ -18,9 +18,11 @@ from antransformer.training.dry_run import STEPS, seconds_per_token
 from antransformer.training.micro_batch import fitting_micro_batch, step_memory
 from antransformer.training.recipes import RECIPES
 from antransformer.training.resources import free_memory
+from antransformer.wording import counted
 
 LAWS = ("batch_tokens", "lr", "tokens")  # settings that the paper's laws give from 32m upwards
 DEVICE = ("precision", "compile", "micro_batch_size")  # settings that the device decides
+HORIZON = ("lr_horizon", "horizon_exponent")  # 0 by default in a short run, and if a rate is given
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Setting:
     Attributes:
         name: dotted name.
         value: its value.
-        origin: option, file, recipe, preset, law, data, device or default.
+        origin: option, file, recipe, preset, law, data, device, given rate, length of the run or default.
     """
 
     name: str
@@ -138,6 +140,8 @@ def _origin(
         return f"recipe {config.recipe}"
     if name in LAWS and _has_laws(config.model):
         return "law of the paper"
+    if name in HORIZON and not config.lr_horizon and (horizon := defaults.lr_horizon(config.model)):
+        return "given rate" if config.steps > horizon else f"run of {counted(config.steps, 'step')}"
     return "device" if name in DEVICE else "default"
 
 
