@@ -158,8 +158,10 @@ def data_errors(path: Path) -> Iterator[None]:
         yield
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text; convert it to UTF-8, or exclude it") from error
-    except (FileNotFoundError, IsADirectoryError) as error:
+    except FileNotFoundError as error:
         raise DataError(f"{path}: {error.strerror}") from error
+    except IsADirectoryError as error:
+        raise DataError(f"{path} is a folder: give the files inside") from error
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise DataError(f"{path}: cannot be read ({reason}); was it changed, moved or truncated?") from error
