@@ -37,7 +37,7 @@ def suite(width: int) -> dict[str, dict[str, Any]]:
         "warm-up-and-decay": {"warmup_fraction": 0.1, "weight_decay": 0.1},
         "no-bounds-decay": {"weight_decay": 0.1, "model": {"ablation": "no-bounds"}},
     }
-    parts = {name: {"model": {"ablation": name}} for name in ABLATIONS if name != "none"}
+    parts = {name: {"model": {"ablation": name}} for name in ABLATIONS}
     return {DEFAULT: {}, **parts, **{name: {"model": option} for name, option in options.items()}, **recipe}
 
 

@@ -106,7 +106,7 @@ def export(
             write_model(checkpoint, tokenizer, library.pad_token_id, folder, getattr(torch, dtype), max_shard_size)
             verification = verify_native(folder, checkpoint, dtype)
         else:
-            verification = write_stock_model(checkpoint, tokenizer, folder, format, dtype, max_shard_size)
+            verification = write_stock_model(checkpoint, tokenizer, folder, dtype, max_shard_size)
         make_readable(folder)
         page = card(checkpoint, tokenizer, name, format, dtype, str(verification), summary, images)
         for figure in figures:

@@ -54,7 +54,7 @@ def stock_model(checkpoint: Checkpoint, float16: bool) -> tuple[StockModel, Refe
 
 
 def write_stock_model(
-    checkpoint: Checkpoint, tokenizer: Tokenizer, folder: Path, format: str, dtype: str, max_shard_size: str
+    checkpoint: Checkpoint, tokenizer: Tokenizer, folder: Path, dtype: str, max_shard_size: str
 ) -> Verification:
     """Write weights and configurations of a checkpoint that ``check_form`` accepts, and check them.
 

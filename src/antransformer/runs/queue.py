@@ -150,7 +150,7 @@ class RunQueue:
             saved["precision"] = str(choose_precision("auto", torch.device(self.devices[0]))).removeprefix("torch.")
         # Other validation windows give another loss, so a resumed run may change them but a cached result may not.
         free = {*(MUTABLE_ON_RESUME - {"eval_tokens"}), *except_for}
-        new = flatten(to_mapping(self._resolved(config)))
+        new = flatten(to_mapping(resolve_auto(config, self.devices[0])))
         for key in {**new, **saved}:  # a mapping has no settings that are None
             if key not in free and saved.get(key) != new.get(key):
                 raise ConfigError(
@@ -207,13 +207,10 @@ class RunQueue:
             )
         return results
 
-    def _resolved(self, config: TrainConfig) -> TrainConfig:
-        return resolve_auto(config, self.devices[0])
-
     def _train(self, job: Job, device: str) -> RunResult | None:
         """Train one run in a worker process; None where the queue stopped it."""
         folder = self.root / job.name
-        config = self._resolved(job.config)
+        config = resolve_auto(job.config, self.devices[0])
         if not (folder / run_folder.CONFIG_FILE).is_file():
             run_folder.create_run_folder(folder, config, self.dataset)
         elif not run_folder.has_started(folder):  # a call with other settings, such as micro_batch_size, created it

@@ -8,7 +8,7 @@ import torch
 
 from antransformer.data import Dataset
 from antransformer.models import build
-from antransformer.models.config import ModelConfig, preset_sizes
+from antransformer.models.config import preset_sizes
 from antransformer.settings import Count
 from antransformer.training import defaults
 from antransformer.training.config import TrainConfig, to_mapping
@@ -138,12 +138,8 @@ def _origin(
         return f"preset {config.preset}" if name in preset_sizes(config.preset) else "default"
     if name in RECIPES[config.recipe]:
         return f"recipe {config.recipe}"
-    if name in LAWS and _has_laws(config.model):
+    if name in LAWS and defaults.fitted_size(config.model, strict=False) is not None:
         return "law of the paper"
     if name in HORIZON and not config.lr_horizon and (horizon := defaults.lr_horizon(config.model)):
         return "given rate" if config.steps > horizon else f"run of {counted(config.steps, 'step')}"
     return "device" if name in DEVICE else "default"
-
-
-def _has_laws(model: ModelConfig) -> bool:
-    return defaults.fitted_size(model, strict=False) is not None
