@@ -4,7 +4,6 @@ import math
 import os
 import sys
 import time
-from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
@@ -48,9 +47,7 @@ class LiveDisplay:
         self.bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if not self.bar.disable:  # rich before 15 prints an empty line for a hidden bar
             self.bar.stop()
 
