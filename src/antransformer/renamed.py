@@ -18,6 +18,9 @@ TRAINING = {
 }
 VALUES = {"parallel": {"replicate": "ddp", "shard": "fsdp", "hybrid": "hsdp"}}
 REMOVED_MODEL = ("nu_p",)  # the exact norm after the output projection cancelled it
+# The same with dotted names, such as model.head_width.
+DOTTED = TRAINING | {f"model.{old}": f"model.{new}" for old, new in MODEL.items()}
+REMOVED = tuple(f"model.{name}" for name in REMOVED_MODEL)
 OPTIONS = {
     "--contenders": "--variants",
     "--knob-trials": "--tuning-trials",
@@ -26,17 +29,15 @@ OPTIONS = {
     "--prompt": "--prompt-tokens",
     "--train-bpe": "--bpe-vocab-size",
     "--val": "--val-inputs",
-    **{f"--{old.replace('_', '-')}": f"--{new.replace('_', '-')}" for old, new in TRAINING.items()},
-    **{f"--model.{old.replace('_', '-')}": f"--model.{new.replace('_', '-')}" for old, new in MODEL.items()},
+    **{f"--{old.replace('_', '-')}": f"--{new.replace('_', '-')}" for old, new in DOTTED.items()},
 }
 
 
 def new_name(key: str) -> str:
     """Return ``: it is now X`` for an old name such as ``clip`` or ``model.head_width``, otherwise an empty text."""
-    names = TRAINING | {f"model.{old}": f"model.{new}" for old, new in MODEL.items()}
-    if key in names:
-        return f": it is now {names[key]}"
-    return ": it was removed, leave it out" if key in (f"model.{name}" for name in REMOVED_MODEL) else ""
+    if key in DOTTED:
+        return f": it is now {DOTTED[key]}"
+    return ": it was removed, leave it out" if key in REMOVED else ""
 
 
 def new_value(key: str, value: Any) -> str:
@@ -60,10 +61,8 @@ def upgrade_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def upgrade_flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Rename settings of version 1 with dotted names, such as ``model.head_width``."""
-    names = TRAINING | {f"model.{old}": f"model.{new}" for old, new in MODEL.items()}
-    removed = {f"model.{name}" for name in REMOVED_MODEL}
-    kept = {name: value for name, value in settings.items() if name not in removed}
-    return {names.get(name, name): _upgrade_value(name, value) for name, value in kept.items()}
+    kept = {name: value for name, value in settings.items() if name not in REMOVED}
+    return {DOTTED.get(name, name): _upgrade_value(name, value) for name, value in kept.items()}
 
 
 def _upgrade_value(name: str, value: Any) -> Any:

@@ -18,7 +18,7 @@ from antransformer.runs import shared_settings
 from antransformer.settings import Count, Words, convert, nearest
 from antransformer.training.config import TrainConfig
 
-REMOVED = {f"--model.{name.replace('_', '-')}" for name in renamed.REMOVED_MODEL}
+REMOVED = {f"--{name.replace('_', '-')}" for name in renamed.REMOVED}
 MAY_BE_EMPTY = ("--prompt",)
 SETTING = "set:"  # start of the destination of options that are settings
 
