@@ -14,7 +14,7 @@ from torch import Tensor
 
 from antransformer.data import Dataset, Tokenizer, eval_batches
 from antransformer.diagnostics.diagnosis import NEAR_BOUND, Diagnosis, Spread
-from antransformer.diagnostics.factor_errors import add_gains, expected_gains, factor_errors, measure_random
+from antransformer.diagnostics.factor_errors import expected_gains, factor_errors, measure_random, relative_gains
 from antransformer.diagnostics.measurement import Moments, MomentsByLayer, record
 from antransformer.diagnostics.probes import l2_norm, layer_alphas, residual_stream, row_norms
 from antransformer.errors import CheckpointError, ConfigError, DataError
@@ -118,7 +118,9 @@ def _measure_text(model: Decoder, tokens: Tensor, expected: Mapping[str, float])
                 for name, module in _parts(model).items():
                     moments[name, layer].add(l2_norm(calls[module].output) / l2_norm(calls[module].inputs[0]))
                 if expected:
-                    add_gains(moments, layer, model.blocks[layer], calls, calls["mlp.gate_proj"].output, expected)
+                    z = calls["mlp.gate_proj"].output
+                    for name, values in relative_gains(model.blocks[layer], calls, z, expected):
+                        moments[name, layer].add(values)
                 calls.clear()  # the next block uses the same keys
     return moments
 

@@ -73,19 +73,6 @@ def relative_gains(
         yield name, l2_norm(out) / (keep * l2_norm(x).square() + move).sqrt()
 
 
-def add_gains(
-    moments: MomentsByLayer,
-    layer: int,
-    block: nn.Module,
-    calls: Mapping[str, Call],
-    z: Tensor,
-    expected: Mapping[str, float],
-) -> None:
-    """Add the relative gains of one block to ``moments``; arguments as in ``relative_gains``."""
-    for name, values in relative_gains(block, calls, z, expected):
-        moments[name, layer].add(values)
-
-
 def measure_random(model: Decoder, expected: Mapping[str, float]) -> MomentsByLayer:
     """Relative gains under the assumptions of the theory: every map gets its own random directions as input."""
     moments: MomentsByLayer = defaultdict(Moments)
@@ -109,7 +96,8 @@ def measure_random(model: Decoder, expected: Mapping[str, float]) -> MomentsByLa
         calls = {name: Call(arguments, block.get_submodule(name)(*arguments)) for name, arguments in inputs.items()}
         # A wrong factor of the gate must not count as an error of the activation, so the gate gets its expected norm.
         z = normalize(calls["mlp.gate_proj"].output) * expected["z"]
-        add_gains(moments, layer, block, calls, z, expected)
+        for name, values in relative_gains(block, calls, z, expected):
+            moments[name, layer].add(values)
     return moments
 
 
