@@ -71,15 +71,6 @@ def test_resumed_run_with_cautious_decay_is_bit_identical(corpus, tmp_path, opti
     assert losses(tmp_path / "plain")[20] != losses(tmp_path / "uninterrupted")[20]
 
 
-def test_run_without_cautious_setting_resumes(corpus, tmp_path):
-    path = start(corpus, tmp_path / "run", tokens=256 * 5).run().checkpoint
-    state, config = json.loads((path / "state.json").read_text()), tmp_path / "run/config.yaml"
-    assert state["extra"]["settings"].pop("cautious_weight_decay") is False
-    (path / "state.json").write_text(json.dumps(state))
-    config.write_text(config.read_text().replace("cautious_weight_decay: false\n", ""))
-    assert resume(corpus, tmp_path / "run")[0].done == 5
-
-
 def test_run_killed_at_a_random_step_resumes_bit_identically(corpus, tmp_path, capfd):
     length = ["--tokens", str(256 * 200), "--checkpoint-every", "20", "--eval-every", "200"]
     assert main(train_words(corpus, tmp_path / "uninterrupted", *length)) == 0
@@ -261,14 +252,6 @@ def test_printed_commands_are_words_of_a_shell(corpus, tmp_path, capsys):
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_checkpoint_without_optimizer_setting_used_adam(corpus, tmp_path):
-    path = start(corpus, tmp_path / "run", tokens=256 * 5).run().checkpoint
-    state = json.loads((path / "state.json").read_text())
-    assert state["extra"]["settings"].pop("optimizer") == "adam"
-    (path / "state.json").write_text(json.dumps(state))
-    assert resume(corpus, tmp_path / "run")[0].done == 5
-
-
 def test_a_run_without_any_of_the_newer_settings_resumes(corpus, tmp_path):
     old = LEGACY_DEFAULTS
     path = start(corpus, tmp_path / "run", **old, tokens=256 * 5).run().checkpoint
@@ -281,21 +264,12 @@ def test_a_run_without_any_of_the_newer_settings_resumes(corpus, tmp_path):
     file.write_text(yaml.safe_dump(config))
     trainer, _ = resume(corpus, tmp_path / "run")
     assert trainer.done == 5 and {name: getattr(trainer.config, name) for name in old} == old
+    assert {group["initial_lr"] for group in trainer.optimizer.param_groups} == {1e-2}
     with pytest.raises(ConfigError, match="paper"):
         antransformer.train(config=file, recipe="best", out=tmp_path / "other")
     repeated = antransformer.train(config=file, out=tmp_path / "repeated")
     assert {name: getattr(saved_config(tmp_path / "repeated"), name) for name in old} == old
     assert weights(tmp_path / "repeated", 5) == weights(tmp_path / "run", 5) and repeated.result.checkpoint
-
-
-def test_run_without_lr_width_setting_resumes_with_one_learning_rate(corpus, tmp_path):
-    path = start(corpus, tmp_path / "run", lr_width=0, tokens=256 * 5).run().checkpoint
-    state, config = json.loads((path / "state.json").read_text()), tmp_path / "run/config.yaml"
-    assert state["extra"]["settings"].pop("lr_width") == 0 and "lr_width: 0\n" in config.read_text()
-    (path / "state.json").write_text(json.dumps(state))
-    config.write_text(config.read_text().replace("lr_width: 0\n", ""))
-    trainer, _ = resume(corpus, tmp_path / "run")
-    assert trainer.done == 5 and {group["initial_lr"] for group in trainer.optimizer.param_groups} == {1e-2}
 
 
 @pytest.mark.parametrize(
