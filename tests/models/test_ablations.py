@@ -243,32 +243,12 @@ def test_without_bounds_rows_grow_from_norm_1():
     assert min(row.norm(dim=1).max() for row in rows) > 1.05
 
 
-# Properties of every ablation.
-
-
-@pytest.mark.parametrize("ablation", ABLATIONS)
-def test_every_parameter_learns(ablation):
-    model, tokens = small(ablation), some_tokens(length=25)
-    model.loss(tokens[:, :-1], tokens[:, 1:]).backward()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+# Properties of every ablation; others are in test_models.py.
 
 
 @pytest.mark.parametrize("ablation", ABLATIONS)
 def test_half_precision_stays_half(ablation):
     assert small(ablation).bfloat16()(some_tokens()).dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("ablation", ABLATIONS)
-def test_built_on_meta_then_made_real_it_is_the_same_model(ablation):
-    with torch.device("meta"):
-        model = build(ModelConfig(ablation=ablation, **SMALL))
-    assert all(parameter.is_meta for parameter in model.parameters())
-    model.to_empty(device="cpu")
-    torch.manual_seed(0)
-    model.reset_parameters()
-    for name, value in small(ablation).state_dict().items():
-        assert torch.equal(value, model.state_dict()[name]), name
 
 
 @pytest.mark.parametrize("ablation", ABLATIONS)

@@ -10,12 +10,14 @@ from antransformer.diagnostics.probes import layer_alphas
 from antransformer.errors import ConfigError
 from antransformer.kernels import cpu_attention
 from antransformer.models import ModelConfig, build
+from antransformer.models.ablations import ABLATIONS
 from antransformer.nn import Linear, Residual, ScaledParameter
 from antransformer.training.metrics import mean_alpha
 from helpers.messages import mentions
 
 GPT_PLUS_FAMILY = ["gpt+", "gpt", "ln-scaling", "dyt"]
 ARCHITECTURES = [*GPT_PLUS_FAMILY, "ngpt", "angpt"]
+WITH_ABLATIONS = [*((name, None) for name in ARCHITECTURES), *(("angpt", name) for name in ABLATIONS)]
 SMALL = {"vocab_size": 61, "width": 64, "layers": 3, "context": 24, "head_dim": 16}
 
 # arXiv:2505.22014: parameters in millions at a vocabulary of 50,304.
@@ -251,9 +253,9 @@ def test_loss_is_the_mean_cross_entropy_and_starts_near_uniform(architecture):
     assert (0.1 < above < 0.8) if architecture in GPT_PLUS_FAMILY else abs(above) < 0.1
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_parameter_learns_and_none_is_a_scalar(architecture):
-    model, tokens = small(architecture), some_tokens(length=25)
+@pytest.mark.parametrize(("architecture", "ablation"), WITH_ABLATIONS)
+def test_every_parameter_learns_and_none_is_a_scalar(architecture, ablation):
+    model, tokens = small(architecture, ablation=ablation), some_tokens(length=25)
     model.loss(tokens[:, :-1], tokens[:, 1:]).backward()
     for name, parameter in model.named_parameters():
         assert parameter.ndim >= 1
@@ -292,15 +294,15 @@ def test_shapes_of_a_forward_pass_on_meta(architecture):
         assert model(tokens).shape == (2, 7, model.config.vocab_size) and model.loss(tokens, tokens).shape == ()
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_built_on_meta_then_made_real_it_is_the_same_model(architecture):
+@pytest.mark.parametrize(("architecture", "ablation"), WITH_ABLATIONS)
+def test_built_on_meta_then_made_real_it_is_the_same_model(architecture, ablation):
     with torch.device("meta"):
-        model = build(ModelConfig(architecture=architecture, **SMALL))
+        model = build(ModelConfig(architecture=architecture, ablation=ablation, **SMALL))
     assert all(parameter.is_meta for parameter in model.parameters())
     model.to_empty(device="cpu")
     torch.manual_seed(0)
     model.reset_parameters()
-    for name, value in small(architecture).state_dict().items():
+    for name, value in small(architecture, ablation=ablation).state_dict().items():
         assert torch.equal(value, model.state_dict()[name]), name
 
 
