@@ -23,6 +23,7 @@ from antransformer.models import ModelConfig, build
 from antransformer.models.ablations import ABLATIONS
 from antransformer.models.registry import BUILT_IN
 from antransformer.nn import Linear
+from helpers.commands import refused
 from helpers.small import SMALL_OPTIONS
 
 QUICK = ["--batch-tokens=256", "--tokens=2560", "--eval-tokens=1024", *SMALL_OPTIONS]
@@ -372,13 +373,10 @@ def test_numbers(value, text):
 
 
 def error_of(arguments, capsys, *parts):
-    """Run the verb and return its error: one line with all these parts, and status 2."""
-    status = main(["diagnose", *(str(word) for word in arguments)])
-    captured = capsys.readouterr()
-    assert status == 2, captured.err
-    assert captured.err.startswith("antransformer: error: ") and captured.err.count("\n") == 1
-    assert all(str(word) in captured.err for word in parts), captured.err
-    return captured.err
+    """Run the verb, which must exit with status 2, and return its one-line error with all these parts."""
+    error = refused(["diagnose", *arguments], capsys)
+    assert all(str(word) in error for word in parts), error
+    return error
 
 
 def prepared(folder, text, held_out, *options):
