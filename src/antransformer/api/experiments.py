@@ -118,18 +118,14 @@ def ablate(
 ) -> Results:
     """Train anGPT and variants that change one part of it each; writes ``report.html`` to ``out``.
 
+    ``seeds``, ``lr_trials``, ``trial_tokens``, ``devices``, ``workers``, ``progress`` and settings are as in
+    ``compare``.
+
     Args:
         only: names of variants, or patterns such as ``all-*``; empty selects all.
         out: folder of the runs and the report.
         tokens: length of each run (default 1M; with ``quick`` 500K).
         quick: use the preset, recipe, batch and validation of ``compare(quick=True)``.
-        seeds: as in ``compare``.
-        lr_trials: as in ``compare``.
-        trial_tokens: as in ``compare``.
-        devices: as in ``compare``.
-        workers: as in ``compare``.
-        progress: as in ``compare``.
-        settings: as in ``compare``.
 
     Raises:
         ConfigError, DataError, RunStoppedError, MachineError: as in ``compare``.

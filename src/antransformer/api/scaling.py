@@ -56,6 +56,7 @@ def sweep(
     """Search the best learning rate and batch of every size; writes ``report.html`` to ``out``.
 
     Finished runs in ``out`` are skipped, interrupted runs resume, and new values are added to its results.
+    ``devices``, ``workers`` and ``progress`` are as in ``compare``.
 
     Args:
         out: folder of the runs and the report.
@@ -68,9 +69,6 @@ def sweep(
         tokens: lengths of the runs.
         tokens_per_param: lengths in tokens per parameter, instead of ``tokens`` (default 20, or 2M tokens for widths).
         seeds: runs at each point of the grid.
-        devices: as in ``compare``.
-        workers: as in ``compare``.
-        progress: as in ``compare``.
         max_hours: refuse a sweep that is estimated to take longer; the estimate times a few steps of every size.
         settings: settings of all runs, such as ``data``, ``eval_tokens`` and ``model={...}``. The default recipe is
             paper, whose scaling laws ``plan`` uses.
