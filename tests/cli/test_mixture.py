@@ -14,6 +14,7 @@ from antransformer.data import Dataset, prepare
 from antransformer.data.mixture import open_mixture
 from antransformer.training import run_folder
 from antransformer.training.data import training_windows
+from antransformer.training.dry_run import NullReporter
 from antransformer.training.metrics import read_metrics
 from antransformer.training.samples import prompts
 from antransformer.training.trackers import numbers
@@ -114,7 +115,7 @@ SETTINGS = {"precision": "float32", "batch_tokens": 256, "tokens": 5120, "log_ev
 SETTINGS |= {"checkpoint_every": 4, "model": SMALL, "data_from": [0.5, "my plays:0.9", "code:0.1"]}
 
 
-class StopBefore:
+class StopBefore(NullReporter):
     """Reporter that ends the process before a step, as a power cut would."""
 
     def __init__(self, step):
@@ -123,12 +124,6 @@ class StopBefore:
     def step(self, step):
         if step == self.last:
             raise MemoryError
-
-    def metrics(self, line):
-        pass
-
-    def log(self, text):
-        pass
 
 
 @pytest.mark.parametrize("stop", [10, 14])

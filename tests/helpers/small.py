@@ -8,6 +8,7 @@ import torch
 import antransformer
 from antransformer.bounds import Bound, norms
 from antransformer.data import prepare
+from antransformer.training.dry_run import NullReporter
 
 SMALL = {"width": 64, "layers": 2, "context": 32, "head_dim": 32}
 SMALL_OPTIONS = [f"--model.{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
@@ -20,14 +21,8 @@ def make_corpus(folder: Path) -> Path:
     return folder
 
 
-class Notes(list):
+class Notes(NullReporter, list):
     """Reporter that collects log messages."""
-
-    def step(self, step):
-        pass
-
-    def metrics(self, line):
-        pass
 
     def log(self, text):
         self.append(text)
