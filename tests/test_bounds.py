@@ -290,13 +290,16 @@ def test_bind_refuses_models_without_bounds_and_optimizers_of_other_models():
     assert error.traceback[-1].name == "bind"  # raised by bind itself
 
 
-def test_parameters_that_are_added_to_a_bound_optimizer_are_projected_too():
+def test_bind_projects_only_parameters_of_the_optimizer_and_those_that_are_added_later():
     model = model_of("angpt")
     optimizer = torch.optim.SGD(model.blocks.parameters(), lr=0.02, momentum=0.9)
     antransformer.bind(model, optimizer)
     others = [parameter for name, parameter in model.named_parameters() if not name.startswith("blocks")]
     with torch.no_grad():
         model.embedding.weight.mul_(2)
+    train(model, optimizer)
+    assert model.embedding.weight.norm(dim=1).min() > 1.9
+    assert max(norms(bound).max() for bound in model.bounds() if bound.name.startswith("blocks")) <= 1 + 1e-6
     optimizer.add_param_group({"params": others})
     train(model, optimizer)
     assert max(norms(bound).max() for bound in model.bounds()) <= 1 + 1e-6
@@ -411,14 +414,3 @@ def test_a_computed_weight_is_refused():
     model = torch.nn.Sequential(torch.nn.utils.parametrizations.weight_norm(Linear(8, 8)), Linear(8, 8))
     with pytest.raises(TypeError, match="Linear"):
         antransformer.bind(model, torch.optim.SGD(model.parameters(), lr=0.1))
-
-
-def test_bind_projects_only_parameters_of_the_optimizer():
-    model = model_of("angpt")
-    optimizer = torch.optim.SGD(model.blocks.parameters(), lr=0.02, momentum=0.9)
-    antransformer.bind(model, optimizer)
-    with torch.no_grad():
-        model.embedding.weight.mul_(2)
-    train(model, optimizer)
-    assert model.embedding.weight.norm(dim=1).min() > 1.9
-    assert max(norms(bound).max() for bound in model.bounds() if bound.name.startswith("blocks")) <= 1 + 1e-6
