@@ -59,12 +59,7 @@ class StepSettings(Settings):
 
     def facts(self, baseline: str) -> dict[str, Any]:
         """Settings that a benchmark of steps reports."""
-        return {
-            "model": self.model.mapping(),
-            "batch": self.batch,
-            "dtype": str(self.dtype),
-            "baseline": baseline,
-        }
+        return {"model": self.model.mapping(), "batch": self.batch, "dtype": str(self.dtype), "baseline": baseline}
 
 
 def bench_step(settings: StepSettings, log: Callable[[str], None]) -> Benchmark:

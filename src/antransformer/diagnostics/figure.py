@@ -72,13 +72,7 @@ def _draw_factors(panel: Any, diagnosis: Diagnosis) -> None:
             for position, kinds in enumerate(diagnosis.factors.values())
             for layer in kinds[kind]
         ]
-        panel.scatter(
-            *zip(*points, strict=True),
-            s=22,
-            marker=marker,
-            alpha=0.6,
-            label=label,
-        )
+        panel.scatter(*zip(*points, strict=True), s=22, marker=marker, alpha=0.6, label=label)
     panel.set_xticks(range(len(diagnosis.factors)), [MAPS[name] for name in diagnosis.factors], fontsize=8)
     panel.set(ylabel="factor in use / factor needed", title="constant factors, one point per layer")
     _finish(panel)

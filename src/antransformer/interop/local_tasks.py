@@ -11,12 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from antransformer.data.readers import (
-    TEXT_FIELD,
-    data_errors,
-    read,
-    unreadable,
-)
+from antransformer.data.readers import TEXT_FIELD, data_errors, read, unreadable
 from antransformer.errors import DataError
 from antransformer.files import require_file
 from antransformer.wording import counted
