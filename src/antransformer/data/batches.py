@@ -1,9 +1,9 @@
 """Batches of token windows. Each is a pure function of (seed, step), so resuming needs no saved sampler state."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,11 +19,40 @@ from antransformer.wording import counted
 Batch = tuple[Tensor, Tensor]
 
 
-class ShuffledWindows:
+class Windows(ABC):
+    """Source of training batches."""
+
+    def batch(self, step: int, global_batch: int, rank: int = 0, world_size: int = 1) -> Batch:
+        """Return tokens and targets of one rank at a step, int64 [global_batch / world_size, context] each.
+
+        Each step takes the next ``global_batch`` windows of the sequence, and each rank a consecutive slice of them. A
+        step therefore sees the same windows with any number of ranks.
+
+        Raises:
+            ConfigError: world_size does not divide global_batch, or a number is out of range.
+        """
+        if world_size < 1 or not 0 <= rank < world_size:
+            raise ConfigError(f"rank {rank} of {world_size}: ranks count from 0 to world_size - 1")
+        if global_batch < 1 or global_batch % world_size:
+            raise ConfigError(
+                f"a batch of {counted(global_batch, 'window')} cannot be divided among {world_size} ranks"
+            )
+        if step < 0:
+            raise ConfigError(f"step is {step}: it must not be negative")
+        size = global_batch // world_size
+        return self.windows_at(step * global_batch + rank * size + np.arange(size))
+
+    @abstractmethod
+    def windows_at(self, numbers: NDArray[np.int64]) -> Batch:
+        """Return tokens and targets of the windows with these numbers, int64 [len(numbers), context] each."""
+
+
+class ShuffledWindows(Windows):
     """Windows of context + 1 tokens at every multiple of ``context`` in a shard, shuffled in each epoch.
 
     A window never spans two shards. Every token except the first of a shard is a target in exactly one window. The
-    tokens after the last complete window of a shard are not used. ``len()`` is the number of windows in an epoch.
+    tokens after the last complete window of a shard are not used. No window repeats within an epoch. ``len()`` is the
+    number of windows in an epoch.
     """
 
     def __init__(self, split: Split, context: int, seed: int, shuffle: str = "feistel") -> None:
@@ -53,19 +82,6 @@ class ShuffledWindows:
 
     def __len__(self) -> int:
         return int(self._offsets[-1])
-
-    def batch(self, step: int, global_batch: int, rank: int = 0, world_size: int = 1) -> Batch:
-        """Return tokens and targets of one rank at a step, int64 [global_batch / world_size, context] each.
-
-        Each step takes the next ``global_batch`` windows of the shuffled epochs, and each rank a consecutive slice of
-        them. A step therefore sees the same windows with any number of ranks. No window repeats within an epoch.
-
-        Raises:
-            ConfigError: world_size does not divide global_batch, or a number is out of range.
-        """
-        require_share(step, global_batch, rank, world_size)
-        size = global_batch // world_size
-        return self.windows_at(step * global_batch + rank * size + np.arange(size))
 
     def windows_at(self, numbers: NDArray[np.int64]) -> Batch:
         """Return the windows with these numbers in the sequence of shuffled epochs; shapes as in ``gather``."""
@@ -105,33 +121,12 @@ class ShuffledWindows:
         return self._epoch_order[1]
 
 
-def require_share(step: int, global_batch: int, rank: int, world_size: int) -> None:
-    """Check the arguments of a batch.
-
-    Raises:
-        ConfigError: world_size does not divide global_batch, or a number is out of range.
-    """
-    if world_size < 1 or not 0 <= rank < world_size:
-        raise ConfigError(f"rank {rank} of {world_size}: ranks count from 0 to world_size - 1")
-    if global_batch < 1 or global_batch % world_size:
-        raise ConfigError(f"a batch of {counted(global_batch, 'window')} cannot be divided among {world_size} ranks")
-    if step < 0:
-        raise ConfigError(f"step is {step}: it must not be negative")
-
-
-class Windows(Protocol):
-    """Source of training batches."""
-
-    def batch(self, step: int, global_batch: int, rank: int = 0, world_size: int = 1) -> Batch:
-        """Return tokens and targets of one rank at a step; see ``ShuffledWindows.batch``."""
-
-
 class Prefetcher:
     """Batches of one rank; a thread reads the next batch while the current one is used.
 
     Args:
         windows: source of the batches.
-        global_batch, rank, world_size: as in ``ShuffledWindows.batch``.
+        global_batch, rank, world_size: as in ``Windows.batch``.
     """
 
     def __init__(self, windows: Windows, global_batch: int, rank: int = 0, world_size: int = 1) -> None:
@@ -145,7 +140,7 @@ class Prefetcher:
         """Return the batch of a step; it is already in memory if the previous call was for ``step - 1``.
 
         Raises:
-            ConfigError: as ``ShuffledWindows.batch``.
+            ConfigError: as ``Windows.batch``.
         """
         pending_step, future = self._pending or (None, None)
         if future is None or pending_step != step:

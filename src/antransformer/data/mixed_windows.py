@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from antransformer.data.batches import Batch, ShuffledWindows, require_share
+from antransformer.data.batches import Batch, ShuffledWindows, Windows
 from antransformer.data.mixture import PERIOD, quotas
 
 
@@ -72,8 +72,8 @@ class Stage:
     weights: tuple[float, ...]
 
 
-class MixedWindows:
-    """Windows of several sources, with the methods of ``ShuffledWindows`` that training needs.
+class MixedWindows(Windows):
+    """Windows of several sources.
 
     Args:
         sources: windows of every source, of one context.
@@ -96,17 +96,11 @@ class MixedWindows:
             taken[self._used[stage]] += self._patterns[stage].counts(following.start - stages[stage].start)
             self._taken.append(taken)
 
-    def batch(self, step: int, global_batch: int, rank: int = 0, world_size: int = 1) -> Batch:
-        """Return tokens and targets of one rank at a step; see ``ShuffledWindows.batch``."""
-        require_share(step, global_batch, rank, world_size)
-        size = global_batch // world_size
-        return self.gather_positions(step * global_batch + rank * size + np.arange(size))
-
-    def gather_positions(self, positions: NDArray[np.int64]) -> Batch:
-        """Return tokens and targets at these positions of the run, int64 [len(positions), context] each."""
-        sources, numbers = self.locate(positions)
+    def windows_at(self, numbers: NDArray[np.int64]) -> Batch:
+        """Return tokens and targets at these positions of the run, int64 [len(numbers), context] each."""
+        sources, of_source = self.locate(numbers)
         batches = {int(source): np.flatnonzero(sources == source) for source in np.unique(sources)}
-        parts = [(rows, self._sources[source].windows_at(numbers[rows])) for source, rows in batches.items()]
+        parts = [(rows, self._sources[source].windows_at(of_source[rows])) for source, rows in batches.items()]
         order = torch.from_numpy(np.concatenate([rows for rows, _ in parts]).argsort())
         tokens, targets = (torch.cat([batch[index] for _, batch in parts])[order] for index in (0, 1))
         return tokens, targets
