@@ -1,6 +1,7 @@
 """The self-test in miniature on a CPU: all parts pass, wrong results fail, and finished parts are kept."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from antransformer import functional
 from antransformer.benchmarks.timing import Benchmark, machine_info, make_rows
 from antransformer.cli import main
 from antransformer.lock import lock
-from antransformer.selftest import PARTS, checkpoints, program, speed
-from antransformer.selftest.checks import Check, Setup
+from antransformer.nn import Embedding
+from antransformer.selftest import PARTS, checkpoints, models, program, speed
+from antransformer.selftest.checks import Check, Setup, at_most
 from helpers.commands import refused
 from helpers.messages import mentions
 
@@ -92,9 +94,10 @@ def test_what_failed_is_run_again_after_a_change_of_the_package(tmp_path, monkey
     assert "another" in (tmp_path / "out" / program.REPORT).read_text()
 
 
-def test_a_wrong_kernel_fails(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("factor", [1.001, math.nan])
+def test_a_wrong_kernel_fails(factor, tmp_path, monkeypatch, capsys):
     exact = functional.interpolate_norm_forward
-    monkeypatch.setattr(functional, "interpolate_norm_forward", lambda x, y, alpha: exact(x, y, 1.001 * alpha))
+    monkeypatch.setattr(functional, "interpolate_norm_forward", lambda x, y, alpha: exact(x, y, factor * alpha))
     arguments = ["selftest", "--device", "cpu", "--parts", "kernels", "--out", str(tmp_path / "out")]
     assert main(arguments) == 1
     assert "interpolate_norm forward, float32" in capsys.readouterr().err
@@ -102,6 +105,14 @@ def test_a_wrong_kernel_fails(tmp_path, monkeypatch, capsys):
     assert {check["name"] for check in checks if check["passed"] is False} >= {
         "interpolate_norm forward, float32: error"
     }
+
+
+def test_the_excess_of_a_bounded_norm_that_is_nan_fails():
+    model = torch.nn.Sequential(Embedding(4, 8), Embedding(4, 8))
+    assert at_most("excess", models._excess(model), 1e-6).passed
+    with torch.no_grad():
+        model[1].weight.fill_(math.nan)
+    assert not at_most("excess", models._excess(model), 1e-6).passed
 
 
 def test_a_check_that_raises_is_a_failure_and_the_rest_is_run(tmp_path, monkeypatch, capsys):

@@ -13,7 +13,7 @@ import torch
 
 from antransformer.data import Dataset
 from antransformer.errors import RunStoppedError
-from antransformer.selftest.checks import Check, Setup, at_most, equal
+from antransformer.selftest.checks import Check, Setup, at_most, equal, largest
 from antransformer.selftest.runs import STEPS, corpus, losses, run_config
 from antransformer.training import run_folder
 from antransformer.training.checkpointing import checkpoint
@@ -69,7 +69,7 @@ def compiled(setup: Setup) -> Iterator[Check]:
         _train(config, dataset, stopped, resuming=True)
         for name, folder in (("compiled run", whole), ("compiled run, resumed", stopped)):
             pairs = zip(losses(eager), losses(folder), strict=True)
-            yield at_most(f"{name}: largest difference of the losses", max(abs(a - b) for a, b in pairs), 1e-3)
+            yield at_most(f"{name}: largest difference of the losses", largest(abs(a - b) for a, b in pairs), 1e-3)
 
 
 def on_cpu(setup: Setup) -> Iterator[Check]:

@@ -1,6 +1,6 @@
 """Checks of the self-test, and what every part of it is given."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +85,11 @@ def failed(name: str, reason: str) -> Check:
 def equal(name: str, holds: bool) -> Check:
     """Check that two results are equal."""
     return Check(name, "equal" if holds else "different", "equal", holds)
+
+
+def largest(values: Iterable[float]) -> float:
+    """Largest of one or more values; NaN if one of them is NaN, which ``max`` can skip."""
+    return float(torch.tensor([*values], dtype=torch.float64).max())
 
 
 def relative_error(result: torch.Tensor, exact: torch.Tensor) -> float:

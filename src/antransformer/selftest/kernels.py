@@ -12,7 +12,7 @@ from torch import Tensor
 from antransformer import functional, kernels
 from antransformer import nn as bounded
 from antransformer.bounds import Bound, project_
-from antransformer.selftest.checks import Check, Setup, at_most, equal, relative_error
+from antransformer.selftest.checks import Check, Setup, at_most, equal, largest, relative_error
 from antransformer.training import float8
 
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -29,7 +29,7 @@ def interpolate_norm(setup: Setup) -> Iterator[Check]:
         return
     for dtype, tolerance in TOLERANCES.items():
         kind = str(dtype).removeprefix("torch.")
-        forward, backward = [0.0], [0.0]
+        forward, backward = list[float](), list[float]()
         for shape in _shapes(setup):
             x = F.normalize(_random(setup, shape, 0), dim=-1).to(dtype)
             y, gradient = (3 * _random(setup, shape, 1)).to(dtype), _random(setup, shape, 2).to(dtype)
@@ -41,8 +41,8 @@ def interpolate_norm(setup: Setup) -> Iterator[Check]:
             gradients = kernel.backward(gradient, x, y, alpha, inverse)
             plain_gradients = functional.interpolate_norm_backward(gradient.double().cpu(), *exact, plain_inverse)
             backward += map(relative_error, gradients, plain_gradients)
-        yield at_most(f"interpolate_norm forward, {kind}: error", max(forward), tolerance)
-        yield at_most(f"interpolate_norm backward, {kind}: error", max(backward), tolerance)
+        yield at_most(f"interpolate_norm forward, {kind}: error", largest(forward), tolerance)
+        yield at_most(f"interpolate_norm backward, {kind}: error", largest(backward), tolerance)
 
 
 def projection(setup: Setup) -> Iterator[Check]:
@@ -54,7 +54,7 @@ def projection(setup: Setup) -> Iterator[Check]:
     for dtype, tolerance in TOLERANCES.items():
         kind = str(dtype).removeprefix("torch.")
         for strict in (False, True):
-            errors, untouched = [0.0], True
+            errors, untouched = list[float](), True
             for shape in _shapes(setup):
                 lengths = _random(setup, (shape[0], *[1] * (len(shape) - 1)), 1).exp()
                 before = (F.normalize(_random(setup, shape, 0), dim=-1) * lengths).flatten(0, -2).to(dtype)
@@ -65,7 +65,7 @@ def projection(setup: Setup) -> Iterator[Check]:
                 inside = before.double().norm(dim=1) <= (0 if strict else 1 - tolerance)
                 untouched &= torch.equal(weight[inside], before[inside])
             name = f"projection{' onto the sphere' if strict else ''}, {kind}"
-            yield at_most(f"{name}: error", max(errors), tolerance)
+            yield at_most(f"{name}: error", largest(errors), tolerance)
             if not strict:
                 yield equal(f"{name}: rows inside", untouched)
 
@@ -77,7 +77,7 @@ def cross_entropy(setup: Setup) -> Iterator[Check]:
         yield Check("cross_entropy", "Triton is not installed")
         return
     for dtype, tolerance in TOLERANCES.items():
-        losses, gradients = [0.0], [0.0]
+        losses, gradients = list[float](), list[float]()
         for vocab in VOCABULARIES[:-1] if setup.miniature else VOCABULARIES:
             logits = (10 * _random(setup, (5, vocab), 0)).to(dtype)
             targets = (torch.arange(15, device=setup.device) * (vocab - 1) // 14)[::3]  # not contiguous
@@ -88,8 +88,8 @@ def cross_entropy(setup: Setup) -> Iterator[Check]:
             assert exact.grad is not None
             gradients.append(relative_error(logits, exact.grad))
         kind = str(dtype).removeprefix("torch.")
-        yield at_most(f"cross-entropy, {kind}: error of the loss", max(losses), TOLERANCES[torch.float32])
-        yield at_most(f"cross-entropy, {kind}: error of the gradient", max(gradients), tolerance)
+        yield at_most(f"cross-entropy, {kind}: error of the loss", largest(losses), TOLERANCES[torch.float32])
+        yield at_most(f"cross-entropy, {kind}: error of the gradient", largest(gradients), tolerance)
 
 
 def fp8(setup: Setup) -> Iterator[Check]:

@@ -12,7 +12,7 @@ from antransformer.inference import fold
 from antransformer.inference.sampling import generate
 from antransformer.models import Decoder, ModelConfig, build
 from antransformer.models.registry import BUILT_IN
-from antransformer.selftest.checks import Check, Setup, at_most, equal, relative_error, triton_kernels
+from antransformer.selftest.checks import Check, Setup, at_most, equal, largest, relative_error, triton_kernels
 from antransformer.training.config import resolve_config
 from antransformer.training.device import autocast
 from antransformer.training.optimizer import make_optimizer
@@ -97,7 +97,7 @@ def drift(setup: Setup) -> Iterator[Check]:
         lengths = [_stream_norm(run.model, synthetic_tokens(config, 2, seed=1)) for run in (half, exact)]
         yield at_most(f"{label}: relative change of the stream's norm", abs(lengths[0] / lengths[1] - 1), 1e-2)
         differences = [abs(a - b) for a, b in zip(half.losses[-10:], exact.losses[-10:], strict=True)]
-        yield at_most(f"{label}: largest difference of the last 10 losses", max(differences), 2e-2)
+        yield at_most(f"{label}: largest difference of the last 10 losses", largest(differences), 2e-2)
 
 
 def folded(setup: Setup) -> Iterator[Check]:
@@ -193,11 +193,8 @@ def _compare(name: str, result: Outputs, expected: Outputs, logits: float, gradi
 
 def _excess(model: Decoder) -> float:
     """Largest excess of a bounded norm over 1; for strict bounds, largest deviation from 1."""
-    largest = 0.0
-    for bound in collect_bounds(model):
-        difference = norms(bound).detach().double() - 1
-        largest = max(largest, float((difference.abs() if bound.strict else difference).max()))
-    return largest
+    differences = [(bound.strict, norms(bound).detach().double() - 1) for bound in collect_bounds(model)]
+    return largest([0.0, *(float((size.abs() if strict else size).max()) for strict, size in differences)])
 
 
 def _stream_norm(model: Decoder, tokens: Tensor) -> float:

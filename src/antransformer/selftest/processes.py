@@ -10,7 +10,7 @@ from torch import multiprocessing
 
 from antransformer.data import Dataset
 from antransformer.selftest.checkpoints import loss_on_cpu
-from antransformer.selftest.checks import Check, Setup, at_most
+from antransformer.selftest.checks import Check, Setup, at_most, largest
 from antransformer.selftest.runs import corpus, losses, run_config
 from antransformer.training import run_folder
 from antransformer.training.config import TrainConfig
@@ -55,7 +55,7 @@ def _compare_runs(setup: Setup, name: str, config: TrainConfig, dataset: Dataset
         arguments = (config, dataset.path, double, Path(scratch, "rendezvous"), setup.device.type)
         multiprocessing.spawn(_rank, arguments, PROCESSES)
         pairs = zip(losses(single), losses(double), strict=True)
-        yield at_most(f"{name}: largest difference of the losses", max(abs(a - b) for a, b in pairs), limit)
+        yield at_most(f"{name}: largest difference of the losses", largest(abs(a - b) for a, b in pairs), limit)
         if config.precision == "float32":
             yield loss_on_cpu(f"{name}: checkpoint loaded on a CPU", double, config, dataset)
 
