@@ -9,10 +9,12 @@ import torch
 from antransformer import functional
 from antransformer.benchmarks.timing import Benchmark, machine_info, make_rows
 from antransformer.cli import main
+from antransformer.errors import MachineError
 from antransformer.lock import lock
 from antransformer.nn import Embedding
-from antransformer.selftest import PARTS, checkpoints, models, program, speed
+from antransformer.selftest import PARTS, checkpoints, models, processes, program, speed
 from antransformer.selftest.checks import Check, Setup, at_most
+from antransformer.selftest.runs import corpus, run_config
 from helpers.commands import refused
 from helpers.messages import mentions
 
@@ -113,6 +115,34 @@ def test_the_excess_of_a_bounded_norm_that_is_nan_fails():
     with torch.no_grad():
         model[1].weight.fill_(math.nan)
     assert not at_most("excess", models._excess(model), 1e-6).passed
+
+
+def test_a_run_that_the_compiler_fails_to_compile_fails(tmp_path, monkeypatch):
+    setup = Setup(torch.device("cpu"), tmp_path, 1.0, lambda _: None)
+    config = run_config(setup, corpus(setup), compile=True)
+
+    def fail(*_, **__):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: fail)
+    with pytest.raises(MachineError, match="no compiler"):
+        checkpoints._train(config, corpus(setup), tmp_path / "run")
+
+
+def test_a_run_that_does_not_stop_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints.signal, "raise_signal", lambda _: None)
+    setup = Setup(torch.device("cpu"), tmp_path, 1.0, lambda _: None)
+    with pytest.raises(MachineError):
+        checkpoints._stop_and_resume(run_config(setup, corpus(setup)), corpus(setup), tmp_path / "run")
+
+
+def test_runs_use_the_device_under_test_and_processes_one_each(tmp_path, monkeypatch):
+    data, devices = corpus(Setup(torch.device("cpu"), tmp_path, 1.0, lambda _: None)), []
+    setup = Setup(torch.device("cuda:1"), tmp_path, 1.0, lambda _: None)
+    assert run_config(setup, data).device == "cuda:1"
+    monkeypatch.setattr(processes, "_compare_runs", lambda setup, name, config, *_: devices.append(config.device) or ())
+    list(processes.replicated(setup))
+    assert devices == ["cuda", "cuda"]
 
 
 def test_a_check_that_raises_is_a_failure_and_the_rest_is_run(tmp_path, monkeypatch, capsys):

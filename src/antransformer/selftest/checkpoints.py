@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from antransformer.data import Dataset
-from antransformer.errors import RunStoppedError
+from antransformer.errors import MachineError, RunStoppedError
 from antransformer.selftest.checks import Check, Setup, at_most, equal, largest
-from antransformer.selftest.runs import STEPS, corpus, losses, run_config
+from antransformer.selftest.runs import STEPS, CompiledReporter, corpus, losses, run_config
 from antransformer.training import run_folder
 from antransformer.training.checkpointing import checkpoint
 from antransformer.training.config import TrainConfig
@@ -27,7 +27,7 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
-class StopAt(NullReporter):
+class StopAt(CompiledReporter):
     """Reporter that interrupts the run, as Ctrl-C does, before the step after ``last``."""
 
     def __init__(self, last: int) -> None:
@@ -47,9 +47,7 @@ def resume(setup: Setup) -> Iterator[Check]:
         with TemporaryDirectory(dir=setup.folder) as scratch, _deterministic():
             whole, stopped = Path(scratch, "whole"), Path(scratch, "stopped")
             _train(config, dataset, whole)
-            with contextlib.suppress(RunStoppedError):
-                _train(config, dataset, stopped, StopAt(STEPS // 2))
-            _train(config, dataset, stopped, resuming=True)
+            _stop_and_resume(config, dataset, stopped)
             yield equal(f"resumed run, {name}: weights and optimizer", _digests(whole) == _digests(stopped))
 
 
@@ -64,9 +62,7 @@ def compiled(setup: Setup) -> Iterator[Check]:
         config = run_config(setup, dataset, compile=True, **RUNS["recipe best, averaged"])
         _train(replace(config, compile=False), dataset, eager)
         _train(config, dataset, whole)
-        with contextlib.suppress(RunStoppedError):
-            _train(config, dataset, stopped, StopAt(STEPS // 2))
-        _train(config, dataset, stopped, resuming=True)
+        _stop_and_resume(config, dataset, stopped)
         for name, folder in (("compiled run", whole), ("compiled run, resumed", stopped)):
             pairs = zip(losses(eager), losses(folder), strict=True)
             yield at_most(f"{name}: largest difference of the losses", largest(abs(a - b) for a, b in pairs), 1e-3)
@@ -91,12 +87,21 @@ def loss_on_cpu(name: str, folder: Path, config: TrainConfig, dataset: Dataset) 
     return at_most(f"{name}: difference of the loss", abs(trainer.evaluate()["val_loss"] - losses(folder)[-1]), 1e-4)
 
 
+def _stop_and_resume(config: TrainConfig, dataset: Dataset, folder: Path) -> None:
+    try:
+        _train(config, dataset, folder, StopAt(STEPS // 2))
+    except RunStoppedError:
+        _train(config, dataset, folder, resuming=True)
+        return
+    raise MachineError("a run did not stop at a signal")
+
+
 def _train(
     config: TrainConfig, dataset: Dataset, folder: Path, reporter: NullReporter | None = None, resuming: bool = False
 ) -> None:
     if not resuming:
         run_folder.create_run_folder(folder, config, dataset)
-    Trainer(config, dataset, folder, reporter or NullReporter(), resume=resuming).run()
+    Trainer(config, dataset, folder, reporter or CompiledReporter(), resume=resuming).run()
 
 
 @contextlib.contextmanager

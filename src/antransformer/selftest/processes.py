@@ -11,11 +11,10 @@ from torch import multiprocessing
 from antransformer.data import Dataset
 from antransformer.selftest.checkpoints import loss_on_cpu
 from antransformer.selftest.checks import Check, Setup, at_most, largest
-from antransformer.selftest.runs import corpus, losses, run_config
+from antransformer.selftest.runs import CompiledReporter, corpus, losses, run_config
 from antransformer.training import run_folder
 from antransformer.training.config import TrainConfig
 from antransformer.training.distributed.parallel import DistributedContext
-from antransformer.training.dry_run import NullReporter
 from antransformer.training.trainer import Trainer
 
 PROCESSES = 2
@@ -38,10 +37,12 @@ def sharded(setup: Setup) -> Iterator[Check]:
 def _compare(setup: Setup, parallel: str) -> Iterator[Check]:
     dataset = corpus(setup)
     name = f"{parallel}, 2 processes, {_backend(setup.device)}"
-    plain = run_config(setup, dataset, parallel=parallel, recipe="paper")
+    # Without a number, so that each rank has a GPU of its own.
+    shared = {"parallel": parallel, "device": setup.device.type}
+    plain = run_config(setup, dataset, **shared, recipe="paper")
     yield from _compare_runs(setup, name, plain, dataset, 1e-3)
     fast = {"optimizer": "muon", "precision": "bfloat16", "compile": setup.device.type == "cuda"}
-    config = run_config(setup, dataset, parallel=parallel, **fast)
+    config = run_config(setup, dataset, **shared, **fast)
     yield from _compare_runs(setup, f"{name}, Muon in bfloat16", config, dataset, 2e-2)
 
 
@@ -51,7 +52,7 @@ def _compare_runs(setup: Setup, name: str, config: TrainConfig, dataset: Dataset
         single, double = Path(scratch, "single"), Path(scratch, "double")
         for folder in (single, double):
             run_folder.create_run_folder(folder, config, dataset)
-        Trainer(config, dataset, single, NullReporter()).run()
+        Trainer(config, dataset, single, CompiledReporter()).run()
         arguments = (config, dataset.path, double, Path(scratch, "rendezvous"), setup.device.type)
         multiprocessing.spawn(_rank, arguments, PROCESSES)
         pairs = zip(losses(single), losses(double), strict=True)
@@ -77,6 +78,6 @@ def _rank(rank: int, config: TrainConfig, data: Path, folder: Path, rendezvous: 
         torch.set_num_threads(1)
     dist.init_process_group(backend, init_method=f"file://{rendezvous}", rank=rank, world_size=PROCESSES)
     try:
-        Trainer(config, Dataset.open(data), folder, NullReporter(), dist_ctx=context).run()
+        Trainer(config, Dataset.open(data), folder, CompiledReporter(), dist_ctx=context).run()
     finally:
         dist.destroy_process_group()
