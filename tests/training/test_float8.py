@@ -185,3 +185,16 @@ def test_unsupported_devices_and_sizes_are_refused(monkeypatch):
     for name, size in (("head_dim", 8), ("context", 20)):
         assert_refused(ModelConfig(architecture="angpt", **{**SIZES, name: size}), "cpu", "fp8", name, "16", str(size))
     assert choose_precision("fp8", torch.device("cpu")) == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", [float8.StaticLinear, float8.DynamicLinear])
+def test_a_bias_does_not_promote_the_output(kind):
+    layer = Linear(32, 16, bias=True) if kind is float8.StaticLinear else torch.nn.Linear(32, 16)
+    layer.__class__ = kind
+    if kind is float8.StaticLinear:
+        layer.scales = float8.unit_scales(32, 16, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(torch.randn(16, 32))
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert layer.bias.grad.dtype == torch.float32

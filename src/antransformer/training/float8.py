@@ -100,7 +100,7 @@ class StaticLinear(bounded.Linear):
         x_scale, weight_scale, gradient_scale = self.scales
         tokens = self.batch_tokens or x.shape[:-1].numel()
         y: Tensor = Product.apply(x, weight, self.factor, x_scale, weight_scale, gradient_scale / tokens)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 class DynamicLinear(nn.Linear):
@@ -109,7 +109,7 @@ class DynamicLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Map (..., fan_in) to (..., fan_out)."""
         y: Tensor = Product.apply(input, self.weight, 1.0, None, None, None)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 class Product(torch.autograd.Function):
