@@ -327,6 +327,24 @@ def test_resuming_refuses_other_data(corpus, tmp_path):
     assert mentions(error.value, tmp_path / "run", tmp_path / "other")
 
 
+def test_data_with_another_tokenizer_is_refused_before_the_first_checkpoint_too(corpus, tmp_path):
+    """The tokenizer in the run folder would decode such data wrongly."""
+    from antransformer.data import prepare
+
+    shutil.copytree(corpus, tmp_path / "data")
+    run_until(start(tmp_path / "data", tmp_path / "run"), 3)
+    for folder in (tmp_path / "data", tmp_path / "text"):
+        shutil.rmtree(folder, ignore_errors=True)
+    (tmp_path / "text").mkdir()
+    for number in range(40):
+        (tmp_path / f"text/{number}.txt").write_text(f"{number} other words of another text " * 40)
+    prepare([tmp_path / "text"], tmp_path / "data", bpe_vocab_size=257)
+    with pytest.raises(CheckpointError) as error:
+        antransformer.train(out=tmp_path / "run", resume=True)
+    assert mentions(error.value, tmp_path / "run", tmp_path / "data", "tokenizer", "--out")
+    assert not run_folder.has_started(tmp_path / "run")
+
+
 def test_a_run_that_another_process_ends_meanwhile_is_not_repeated(corpus, tmp_path, monkeypatch):
     """The lock is taken before the checkpoint is read, since the process that holds it may write one more."""
     run_until(start(corpus, tmp_path / "run"), 13)

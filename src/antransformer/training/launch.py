@@ -170,7 +170,10 @@ def _resumed_run(
             raise DataError(f"{name}: no such folder, but {folder} was trained on it: give its new path with --data")
         return open_data(name)
 
-    return open_mixture(config.data, config.data_from, open_source), _with_absolute_paths(config), folder
+    dataset = open_mixture(config.data, config.data_from, open_source)
+    if not run_folder.has_started(folder):  # a checkpoint has the digest of the data, which the trainer compares
+        run_folder.require_same_tokenizer(folder, dataset)
+    return dataset, _with_absolute_paths(config), folder
 
 
 def _with_absolute_paths(config: TrainConfig) -> TrainConfig:

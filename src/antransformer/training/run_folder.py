@@ -91,6 +91,19 @@ def has_started(folder: Path) -> bool:
     return bool(checkpoint.step_folders(folder / CHECKPOINTS))
 
 
+def require_same_tokenizer(folder: Path, dataset: Dataset) -> None:
+    """Raise ``CheckpointError`` if the tokenizer of the run in ``folder`` is not the one of its data.
+
+    The data may have been prepared again since the start, and the tokenizer in the folder would decode it wrongly.
+    """
+    file = folder / TOKENIZER_FILE
+    if file.is_file() and Tokenizer.load(file).encoding_rules() != dataset.tokenizer().encoding_rules():
+        raise CheckpointError(
+            f"{folder} was started with another tokenizer or end-of-text token than that of {dataset.path}: restore "
+            "the data, or start a new run with another --out"
+        )
+
+
 def save_config(folder: Path, config: TrainConfig) -> None:
     """Replace the config of the run in ``folder`` atomically."""
     replace_text(folder / CONFIG_FILE, format_settings(to_mapping(config)))
