@@ -68,11 +68,12 @@ class RunStoppedError(AntransformerError):
 
     Attributes:
         status: exit status that a shell expects after the signal.
+        at_once: whether a second signal stopped this process, without the other ranks.
     """
 
-    def __init__(self, message: str, signal_number: int) -> None:
+    def __init__(self, message: str, signal_number: int, at_once: bool = False) -> None:
         super().__init__(message)
-        self.status = 128 + signal_number
+        self.status, self.at_once = 128 + signal_number, at_once
 
 
 class RankFailedError(AntransformerError):

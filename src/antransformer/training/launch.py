@@ -12,7 +12,7 @@ from typing import Any
 from antransformer.data import Dataset
 from antransformer.data.mixture import open_mixture
 from antransformer.data.mixture_spec import absolute, absolute_mixture, absolute_stage
-from antransformer.errors import CheckpointError, ConfigError, DataError, DivergedError, WriteError
+from antransformer.errors import CheckpointError, ConfigError, DataError, DivergedError, RunStoppedError, WriteError
 from antransformer.lock import lock
 from antransformer.models.config import PAPER_VOCABULARY
 from antransformer.settings import Count, Words
@@ -126,9 +126,11 @@ def train(
             traced = profile and dist_ctx.rank == 0
             try:
                 return folder, trainer.run(profile_steps(folder / "profile.json", reporter.log) if traced else None)
-            except (DivergedError, WriteError):  # raised on all ranks
-                # The first exit ends all ranks: let rank 0 close its trackers before.
-                dist_ctx.barrier()
+            except (DivergedError, RunStoppedError, WriteError) as error:
+                # The first exit ends all ranks: let rank 0 close its trackers before. All ranks raise these errors,
+                # except after a second signal.
+                if not (isinstance(error, RunStoppedError) and error.at_once):
+                    dist_ctx.barrier()
                 raise
 
 

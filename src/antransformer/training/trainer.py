@@ -281,7 +281,7 @@ class Trainer:
             outcome = f"checkpoint saved to {saved}; {advice}"
         else:
             outcome = f"no checkpoint of step {self.done} was written; the newest is {saved}; {advice}"
-        return RunStoppedError(f"stopped at once by a second {received.name}: {outcome}", received)
+        return RunStoppedError(f"stopped at once by a second {received.name}: {outcome}", received, at_once=True)
 
     def _agree_to_stop(self, signals: "StopSignals") -> signal.Signals | None:
         """Signal for which all ranks stop after this step; None to continue.

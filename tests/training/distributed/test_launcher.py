@@ -13,6 +13,7 @@ from antransformer.cli import main
 from antransformer.data import Dataset
 from antransformer.training.checkpointing import checkpoint, sharded_safetensors
 from antransformer.training.distributed import launcher
+from antransformer.training.trainer import Trainer
 from helpers.commands import TEN_STEPS
 from helpers.exported import make_run
 from helpers.messages import mentions
@@ -58,21 +59,32 @@ def test_the_status_is_of_a_rank_that_the_agent_did_not_end(tmp_path, codes, tol
     assert expected[0] in message and status == expected[1]
 
 
-def test_a_diverged_rank_0_closes_its_trackers_before_another_rank_exits(corpus, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("reason", "status"), [("diverged", 1), ("stopped", 128 + signal.SIGTERM)])
+def test_rank_0_closes_its_trackers_before_another_rank_exits(corpus, tmp_path, monkeypatch, reason, status):
+    """torchrun ends all ranks at the first exit, also if a single rank has received a signal."""
+
     def close():
         time.sleep(0.5)
         append(tmp_path / "events", "closed")
 
+    def interrupted(trainer, step, update=Trainer.update):
+        if reason == "stopped" and trainer.dist_ctx.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(trainer, step)
+
     def action(words):
-        monkeypatch.setattr("antransformer.training.trainer.open_trackers", lambda *_: [SimpleNamespace(close=close)])
+        tracker = SimpleNamespace(write=lambda line: None, close=close)
+        monkeypatch.setattr("antransformer.training.trainer.open_trackers", lambda *_: [tracker])
+        monkeypatch.setattr(Trainer, "update", interrupted)
         try:
             return main(words)
         finally:
             append(tmp_path / "events", "exit")
 
-    words = ["train", f"--data={corpus}", f"--out={tmp_path / 'run'}", "--device=cpu", "--lr=1e38", *TEN_STEPS]
+    rate = "1e38" if reason == "diverged" else "1e-2"
+    words = ["train", f"--data={corpus}", f"--out={tmp_path / 'run'}", "--device=cpu", f"--lr={rate}", *TEN_STEPS]
     failed = fork_ranks(2, tmp_path, action, words)
-    assert failed.returncode == 1 and failed.stderr.count("error: ") == 1
+    assert failed.returncode == status and failed.stderr.count("antransformer: ") == 1
     assert (tmp_path / "events").read_text().split() == ["closed", "exit", "exit"]
 
 
