@@ -43,8 +43,9 @@ def lock(folder: Path) -> Iterator[None]:
         file_lock.release()
         if is_new:
             shutil.rmtree(folder, ignore_errors=True)
-        kind = MachineError if error.errno in FULL_DISK else ConfigError
-        raise kind(f"{folder} cannot be written: {error.strerror}; choose another --out") from error
+        is_full = error.errno in FULL_DISK
+        kind, remedy = (MachineError, "free some space, or ") if is_full else (ConfigError, "")
+        raise kind(f"{folder} cannot be written: {error.strerror}; {remedy}choose another --out") from error
     try:
         yield
     finally:
