@@ -311,6 +311,17 @@ def test_a_run_compiles_nothing_after_its_start(corpus, tmp_path, monkeypatch):
     assert len(graphs) == 2
 
 
+def test_later_runs_of_a_process_are_compiled_too(monkeypatch):
+    """torch compiles one function a few times only."""
+    graphs, widths = [], (32, 64, 96)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=lambda graph, _: graphs.append(1) or graph))
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for width in widths:
+            config = resolve_config({"model": {**SMALL, "width": width}, "batch_tokens": 64}, 257)
+            compiled_loss(build(config.model), config, torch.device("cpu"), torch.float32, 1, print)
+    assert len(graphs) == 2 * len(widths)
+
+
 def test_validation_uses_the_compiled_loss(corpus, tmp_path):
     trainer = start(corpus, tmp_path / "run", tokens=256, compile=True)
     compiled, calls = trainer.loss, []

@@ -52,6 +52,8 @@ def compiled_loss(
     Raises:
         RuntimeError: the device has no memory left.
     """
+    # Graphs of earlier runs in this process would count towards the limit of torch, above which nothing is compiled.
+    torch.compiler.reset()
     by_block = any(block._compiled_call_impl is not None for block in model.blocks)
     mode = "reduce-overhead" if not by_block and use_cuda_graphs(config, device, sequences) else None
     loss: Loss = model.loss if by_block else torch.compile(model.loss, mode=mode)
