@@ -2,8 +2,10 @@
 
 import math
 import os
+import shutil
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from antransformer.training.checkpointing import checkpoint
 from antransformer.training.compilation import compiled_loss
 from antransformer.training.config import resolve_config
 from antransformer.training.cost_model import throughput
+from antransformer.training.launch import disk_note
 from antransformer.training.metrics import read_metrics
 from helpers.messages import mentions
 from helpers.small import SMALL
@@ -167,6 +170,20 @@ def test_data_outside_the_vocabulary_is_refused(corpus, tmp_path):
     with pytest.raises(DataError) as error:
         start(corpus, tmp_path / "run", model={"vocab_size": 200})
     assert mentions(error.value, corpus, "model.vocab_size", 256, 200, 257)
+
+
+def test_a_disk_without_space_for_all_checkpoints_is_reported(corpus, tmp_path, monkeypatch):
+    trainer = start(corpus, tmp_path / "run", tokens=256 * 2, checkpoint_every=1, keep_checkpoints=2)
+    size = 12 * trainer.model.parameter_count()
+
+    def note(free):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=10 * size, free=free))
+        return disk_note(trainer)
+
+    assert note(3 * size) == ""
+    assert mentions(note(3 * size - 1), "3 checkpoints", tmp_path / "run", "keep_checkpoints")
+    trainer.run()  # leaves two checkpoints
+    assert note(size) == "" and "1 checkpoint" in note(size - 1)
 
 
 def test_metrics_are_flushed_to_the_disk_before_a_checkpoint(corpus, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -123,6 +124,8 @@ def train(
                 reporter.log(extension.describe_finished(config, folder, dist_ctx))
             else:
                 reporter.log(_description(trainer, dataset, dist_ctx))
+                if dist_ctx.rank == 0 and (note := disk_note(trainer)):
+                    reporter.log(note)
             traced = profile and dist_ctx.rank == 0
             try:
                 return folder, trainer.run(profile_steps(folder / "profile.json", reporter.log) if traced else None)
@@ -218,6 +221,24 @@ def _description(trainer: Trainer, dataset: Dataset, dist_ctx: DistributedContex
         f"{counted(config.steps, 'step')} of {config.batch_tokens:,} tokens{micro_batches}"
         f"{epochs_note(config, dataset)}, learning rate {format_rates(config)}, on {trainer.device}{parallelism}"
         f"{law_note(config)}; run folder {trainer.folder}"
+    )
+
+
+def disk_note(trainer: Trainer) -> str:
+    """Warning that the disk may be full before the end of a run; empty if it has space for all checkpoints it keeps.
+
+    A checkpoint has float32 weights, up to two moments of them, and the averaged weights. One more than is kept has
+    to fit, since the oldest is deleted when the newest is complete.
+    """
+    config, folder = trainer.config, trainer.folder
+    size = trainer.model.parameter_count() * 4 * (4 if config.ema else 3)
+    number = config.keep_checkpoints + 1 - len(checkpoint.step_folders(folder / run_folder.CHECKPOINTS))
+    disk = shutil.disk_usage(folder)
+    if disk.free >= number * size or not disk.total:  # some file systems do not know their size
+        return ""
+    return (
+        f"warning: {counted(number, 'checkpoint')} of up to {size / 2**30:.3g} GiB may not fit into the "
+        f"{disk.free / 2**30:.3g} GiB that are free for {folder}: free some space, or lower keep_checkpoints"
     )
 
 
