@@ -43,6 +43,21 @@ MUON = {
     "gpt+-muon": ([2.016, 1.749, 1.565], [0.011, 0.017, 0.016]),
     "angpt-muon": ([2.027, 1.768, 1.617], [0.003, 0.019, 0.024]),
 }
+# Losses of the seeds of GPT+ and of anGPT at each budget ("At the paper's smallest body").
+WIDTH_256 = {
+    "AdamW": {
+        2_498_560: ([4.420, 4.438, 4.440], [4.553, 4.563, 4.555]),
+        4_997_120: ([4.154, 4.145, 4.138], [4.217, 4.234, 4.172]),
+        9_998_336: ([3.749, 3.853], [3.832, 3.932]),
+        19_996_672: ([3.534], [3.561]),
+    },
+    "Muon": {
+        2_498_560: ([4.332, 4.335, 4.334], [4.324, 4.310, 4.289]),
+        4_997_120: ([3.888, 3.925, 3.878], [3.859, 3.860, 3.852]),
+        9_998_336: ([3.622, 3.635], [3.607, 3.602]),
+        19_996_672: ([3.441], [3.424]),
+    },
+}
 
 
 def two_panels():
@@ -111,6 +126,31 @@ def muon():
     return figure
 
 
+def width_256():
+    """Loss over tokens with AdamW and with Muon, and the difference of the architectures for each seed."""
+    figure, (losses, differences) = two_panels()
+    reference_line(differences, 0)
+    for (optimizer, runs), dash, colour, marker in zip(WIDTH_256.items(), ("--", "-"), SERIES[2:], "Dv", strict=True):
+        for index, name in enumerate(("gpt+", "angpt")):
+            item, means = style_of(name), [np.mean(pair[index]) for pair in runs.values()]
+            label = f"{item.label}, {optimizer}"
+            losses.plot(list(runs), means, dash, marker=item.marker, color=item.colour, label=label)
+        gaps = {tokens: np.subtract(angpt, gpt_plus) for tokens, (gpt_plus, angpt) in runs.items()}
+        for tokens, gap in gaps.items():
+            differences.plot([tokens] * len(gap), gap, marker, color=colour, alpha=0.45, ms=3.5)
+        means, label = [gap.mean() for gap in gaps.values()], f"{optimizer}: each seed, and mean"
+        differences.plot(list(gaps), means, dash, color=colour, marker=marker, label=label)
+    for axes in (losses, differences):
+        axes.set(xscale="log", xlabel="tokens of the run")
+        axes.set_xticks(list(WIDTH_256["Muon"]), ["2.5M", "5M", "10M", "20M"])
+        axes.minorticks_off()
+    losses.set(ylabel="validation loss (nats per token)")
+    differences.set(ylabel="loss of anGPT minus GPT+'s")
+    figure.legend(*losses.get_legend_handles_labels(), loc="outside upper left", ncols=2)
+    figure.legend(*differences.get_legend_handles_labels(), loc="outside upper right")
+    return figure
+
+
 def norms(diagnoses):
     """Norms of the residual stream by block, and of the weight rows, of both architectures."""
     figure, (stream, rows) = two_panels()
@@ -158,7 +198,7 @@ def write(name, figure):
 def main(files):
     """Draw the figures; ``files`` are empty, or the diagnoses of anGPT and GPT+."""
     with style():
-        drawn = {"scaling": scaling(), "rotation": rotation(), "muon": muon()}
+        drawn = {"scaling": scaling(), "rotation": rotation(), "muon": muon(), "width-256": width_256()}
         if files:
             angpt, gpt_plus = (json.loads(Path(file).read_text(encoding="utf-8")) for file in files)
             drawn |= {"norms": norms([gpt_plus, angpt]), "factors": factors(angpt)}

@@ -249,7 +249,7 @@ def check_divisibility(config: TrainConfig, dist_ctx: DistributedContext) -> Non
         shares += f"groups of {tensor_parallel} processes" if tensor_parallel > 1 else "processes"
         raise ConfigError(
             f"a batch of {counted(config.batch_size, 'sequence')} cannot be divided evenly among {shares}: "
-            "change batch_tokens or the number of processes"
+            "change the number of processes, or batch_tokens in a new run"
         )
 
 
