@@ -61,6 +61,15 @@ def finished(corpus, tmp_path_factory):
     return root, jobs, results, progress
 
 
+def test_the_queue_opens_only_the_first_of_the_default_devices_and_leaves_it_current(monkeypatch):
+    opened = []
+    monkeypatch.setattr(queue, "default_devices", lambda workers: ["cuda:0", "cuda:1"])
+    monkeypatch.setattr(queue, "choose_device", opened.append)
+    assert queue.available_devices([]) == ["cuda:0", "cuda:1"] and opened == ["cuda:0"]
+    assert queue.available_devices(["cuda:2", "cuda:1"]) == ["cuda:2", "cuda:1"]
+    assert sorted(opened[1:]) == ["cuda:1", "cuda:2"] and opened[-1] == "cuda:2"
+
+
 def test_every_run_has_a_result(finished):
     root, _, results, progress = finished
     assert set(results) == {"kept", "short", "wild"} and not any(progress.cached.values())

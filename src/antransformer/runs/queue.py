@@ -309,7 +309,8 @@ def available_devices(devices: Sequence[str], workers: int | None = None) -> lis
     if workers is not None and workers < 1:
         raise ConfigError(f"workers must be at least 1, got {workers}")
     chosen = list(devices) or default_devices(workers)
-    for device in chosen:
+    # This process needs the default devices no more than their workers do. The first one becomes its current device.
+    for device in reversed(devices or chosen[:1]):
         choose_device(device)
     if devices and workers:
         raise ConfigError("devices and workers exclude each other: each of the devices has one worker")

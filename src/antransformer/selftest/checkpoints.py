@@ -66,6 +66,9 @@ def compiled(setup: Setup) -> Iterator[Check]:
         for name, folder in (("compiled run", whole), ("compiled run, resumed", stopped)):
             pairs = zip(losses(eager), losses(folder), strict=True)
             yield at_most(f"{name}: largest difference of the losses", largest(abs(a - b) for a, b in pairs), 1e-3)
+        if setup.device.type == "cuda":  # the compiler only logs these
+            skipped = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+            yield at_most("compiled runs: skipped CUDA graphs", skipped, 0)
 
 
 def on_cpu(setup: Setup) -> Iterator[Check]:
