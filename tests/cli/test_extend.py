@@ -49,6 +49,8 @@ def test_a_finished_run_is_extended_and_resumed(trained, tmp_path, capsys):
         ("--tokens 5120 --rewarm 0.5", "rewarm resume"),
         ("--resume --schedule linear", "schedule cosine linear"),
         ("--resume --decay-fraction 0.5", "decay_fraction 0.5"),
+        ("--resume --recipe paper", "recipe best paper"),
+        ("--resume --lr-horizon 5", "lr_horizon 0 5"),
     ],
 )
 def test_wrong_extension_changes_nothing(trained, capsys, options, facts):
@@ -65,6 +67,7 @@ def test_wrong_extension_changes_nothing(trained, capsys, options, facts):
         ("--decay-fraction 1.5", "decay_fraction 1.5"),
         ("--decay-fraction 0.6 --warmup-fraction 0.5", "decay_fraction warmup_fraction 0.6 0.5"),
         ("--rewarm-from 3", "--rewarm-from"),
+        ("--recipe paper --horizon-exponent 0.5", "horizon_exponent lr_horizon"),
     ],
 )
 def test_wrong_schedule_creates_nothing(corpus, tmp_path, capsys, options, facts):

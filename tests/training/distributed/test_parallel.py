@@ -217,6 +217,8 @@ def check_resumed_by_two(corpus, runs, names, tmp_path):
         shutil.copytree(runs / name, tmp_path / name, ignore=shutil.ignore_patterns(LAST, "windows-*"))
     train_cases(corpus, tmp_path, 2, names)
     for name in names:
+        lines = (tmp_path / name / "windows-2-0.jsonl").read_text().splitlines()
+        assert [json.loads(line)[0] for line in lines] == list(range(SAVED + 1, STEPS + 1))
         folders = [root / name / "checkpoints" / LAST for root in (runs, tmp_path)]
         files, again = ({path.name: path.read_bytes() for path in sorted(folder.glob("*.saf*"))} for folder in folders)
         averaged = config_of(corpus, name).ema > 0
