@@ -35,7 +35,7 @@ def add_arguments(parser: Parser) -> None:
         action="store_true",
         help="preset, recipe, batch and validation of compare --quick; 500K tokens",
     )
-    add_experiment_arguments(parser, lr_trials=1, out="runs/ablate")
+    add_experiment_arguments(parser, lr_trials=1, out="runs/ablate, with --quick runs/ablate-quick")
 
 
 def run(parsed: argparse.Namespace) -> None:

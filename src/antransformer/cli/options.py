@@ -198,7 +198,9 @@ def add_queue_arguments(parser: Parser, out: str) -> None:
     parser.add_argument(
         "--devices", nargs="+", metavar="NAME", default=(), help="one worker per device, such as cuda:0"
     )
-    parser.add_argument("--workers", metavar="N", help="parallel runs (default: one per GPU, or one per CPU core)")
+    parser.add_argument(
+        "--workers", metavar="N", help="parallel runs (default: one per GPU, or one per CPU core, at most 8)"
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"folder of the runs and the report (default {out})")
 
 

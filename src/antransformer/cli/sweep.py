@@ -76,7 +76,7 @@ def add_arguments(parser: Parser) -> None:
     )
     parser.add_argument("--seeds", metavar="N", help="runs at each point of the grid (default 1)")
     parser.add_argument("--yes", action="store_true", help="start even if the sweep takes more than an hour")
-    add_queue_arguments(parser, out="runs/sweep")
+    add_queue_arguments(parser, out="runs/sweep, with --widths runs/sweep-widths")
     add_config(parser, TrainConfig, only=shared_settings.SWEEP_TRAINING, defaults={"recipe": "paper"})
     group = parser.add_argument_group("model settings", "override the presets, for all runs")
     add_config(group, ModelConfig, prefix="model.", only=shared_settings.SWEEP_MODEL)
