@@ -51,6 +51,9 @@ def collect_bounds(module: nn.Module) -> list[Bound]:
     The bounded vectors are the rows of every ``antransformer.nn.Linear``, ``Embedding`` and ``Head``, each bias as one
     vector, and the rows of weights that ``normalize_`` has scaled.
 
+    Raises:
+        TypeError: a method ``bounds`` returns something else, or a bounded weight is computed by a parametrization.
+
     >>> model = nn.Sequential(Embedding(50, 64), nn.LayerNorm(64), Linear(64, 2, bias=True))
     >>> [(bound.name, bound.axis) for bound in collect_bounds(model)]
     [('0.weight', 1), ('2.weight', 1), ('2.bias', 0)]

@@ -85,6 +85,9 @@ class Linear(nn.Module):
         factor: constant factor of the output; None for ``factors.linear(fan_in, fan_out)``, which gives unit norm.
         bias: whether to add a bias.
 
+    Raises:
+        ValueError: no factor is given, and a width is not a positive integer.
+
     >>> y = Linear(256, 1024)(functional.normalize(torch.randn(100, 256)))
     >>> y.shape, round(y.norm(dim=-1).mean().item(), 1)
     (torch.Size([100, 1024]), 1.0)

@@ -125,7 +125,8 @@ def fit(
 
     Raises:
         ConfigError: neither or both of ``results`` and ``optima`` are given, or ``bins`` is below 1.
-        DataError: a file cannot be read, runs of an architecture were trained differently, or none has two sizes.
+        DataError: a file cannot be read, runs of an architecture were trained differently, or none has two sizes
+            or two lengths.
     """
     if bool(results) == bool(optima):
         raise ConfigError("give either RESULTS (folders or CSV files with losses) or --optima FILE")
