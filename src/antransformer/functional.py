@@ -371,9 +371,7 @@ def attention(
     window: int | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Attention with normalized q and k: softmax(score_scale * normalize(q) normalize(k)^T) v.
-
-    Source: arXiv:2505.22014, table 1.
+    """Attention with normalized q and k: softmax(score_scale * normalize(q) normalize(k)^T) v (arXiv:2505.22014).
 
     Args:
         q: queries (B, T, n, h), any norm.
@@ -409,15 +407,17 @@ def attention(
         positional = visibility_mask(q.shape[1], k.shape[1], causal, window, q.device)
         mask, causal = (positional if mask is None else mask & positional), False
     scale = score_scale.to(q.dtype) if isinstance(score_scale, Tensor) else score_scale
-    return softmax_attention(normalize(q) * scale, normalize(k), v, mask, causal)
+    q, k = normalize(q) * scale, normalize(k)
+    if mask is None:
+        return softmax_attention(q, k, v, causal=causal)
+    # A query without any key sees all keys here, since cuDNN's gradients can be NaN otherwise (pytorch/pytorch#196678).
+    hidden = ~mask.any(-1, keepdim=True)
+    y: Tensor = softmax_attention(q, k, v, mask | hidden).unflatten(-1, (q.shape[2], -1)).transpose(1, 2)
+    return y.masked_fill(hidden, 0).transpose(1, 2).flatten(2)
 
 
 def visibility_mask(queries: int, keys: int, causal: bool, window: int | None, device: torch.device) -> Tensor:
-    """Boolean mask (T, S), true where a key is visible. Positions of queries and keys count from 0.
-
-    Raises:
-        ValueError: the window is not positive.
-    """
+    """Boolean mask (T, S), true where a key is visible; positions count from 0. ValueError: the window is below 1."""
     distance = torch.arange(queries, device=device).unsqueeze(1) - torch.arange(keys, device=device)
     mask = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
     if window is None:
