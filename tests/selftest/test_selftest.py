@@ -15,6 +15,7 @@ from antransformer.nn import Embedding
 from antransformer.selftest import PARTS, checkpoints, models, processes, program, speed
 from antransformer.selftest.checks import Check, Setup, at_most
 from antransformer.selftest.runs import corpus, run_config
+from antransformer.training.compilation import use_cuda_graphs
 from helpers.commands import refused
 from helpers.messages import mentions
 
@@ -129,6 +130,14 @@ def test_a_run_that_the_compiler_fails_to_compile_fails(tmp_path, monkeypatch):
         checkpoints._train(config, corpus(setup), tmp_path / "run")
 
 
+def test_resumed_runs_use_no_fused_attention():
+    """torch sums its gradient in any order on a GPU, even with deterministic algorithms if these only warn."""
+    enabled = torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.mem_efficient_sdp_enabled
+    with checkpoints._deterministic():
+        assert torch.are_deterministic_algorithms_enabled() and not any(kernel() for kernel in enabled)
+    assert not torch.are_deterministic_algorithms_enabled() and all(kernel() for kernel in enabled)
+
+
 def test_a_run_that_does_not_stop_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints.signal, "raise_signal", lambda _: None)
     setup = Setup(torch.device("cpu"), tmp_path, 1.0, lambda _: None)
@@ -139,7 +148,9 @@ def test_a_run_that_does_not_stop_fails(tmp_path, monkeypatch):
 def test_runs_use_the_device_under_test_and_processes_one_each(tmp_path, monkeypatch):
     data, devices = corpus(Setup(torch.device("cpu"), tmp_path, 1.0, lambda _: None)), []
     setup = Setup(torch.device("cuda:1"), tmp_path, 1.0, lambda _: None)
-    assert run_config(setup, data).device == "cuda:1"
+    config = run_config(setup, data)
+    assert config.device == "cuda:1"
+    assert use_cuda_graphs(config, setup.device, min(config.micro_batch_size, config.batch_size))  # if it is compiled
     monkeypatch.setattr(processes, "_compare_runs", lambda setup, name, config, *_: devices.append(config.device) or ())
     list(processes.replicated(setup))
     assert devices == ["cuda", "cuda"]

@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from antransformer.data import Dataset
 from antransformer.errors import MachineError, RunStoppedError
@@ -109,10 +110,11 @@ def _train(
 
 @contextlib.contextmanager
 def _deterministic() -> Iterator[None]:
-    """Use deterministic algorithms: by default the gradient of fused attention is summed in any order on a GPU."""
+    """Use deterministic algorithms, and no fused attention: with ``warn_only`` its gradient is summed in any order."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        yield
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
     finally:
         torch.use_deterministic_algorithms(False)
 
