@@ -118,6 +118,18 @@ def test_the_excess_of_a_bounded_norm_that_is_nan_fails():
     assert not at_most("excess", models._excess(model), 1e-6).passed
 
 
+def test_a_score_scale_without_gradient_fails(tmp_path):
+    config = models.small_model(Setup(torch.device("cpu"), tmp_path, 1.0, lambda _: None), "angpt")
+    exact = models._outputs(config, models.synthetic_tokens(config, 2, seed=0), torch.device("cpu"))
+    wrong = exact._replace(gradients=[gradient * (gradient.numel() > 1) for gradient in exact.gradients])
+    for result, limit, passed in (
+        (exact, 1e-3, [True] * 3),
+        (wrong, 1e-3, [True, True, False]),
+        (wrong, 5e-2, [True] * 2),
+    ):
+        assert [check.passed for check in models._compare("a", result, exact, 1e-4, limit)] == passed
+
+
 def test_a_run_that_the_compiler_fails_to_compile_fails(tmp_path, monkeypatch):
     setup = Setup(torch.device("cpu"), tmp_path, 1.0, lambda _: None)
     config = run_config(setup, corpus(setup), compile=True)
