@@ -58,6 +58,14 @@ def test_the_report_has_a_row_for_every_figure(complete):
     assert len(rows) == len(SHORT_PARTS) + sum(len(result["checks"]) for result in content["parts"])
 
 
+def test_the_report_of_a_gpu_names_the_versions_of_cuda_and_cudnn(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
+    text = program.markdown(Setup(torch.device("cuda"), tmp_path, 1.0, lambda _: None), {})
+    assert mentions(text, "H200", "13.0", 91900)
+
+
 @pytest.mark.slow
 def test_all_parts_pass_on_a_cpu_and_the_comparison_has_its_losses(tmp_path):
     complete = run_parts(tmp_path, PARTS)

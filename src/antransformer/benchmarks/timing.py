@@ -218,9 +218,12 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> int:
 
 
 def machine_info(device: torch.device) -> dict[str, Any]:
-    """Device, processor, number of threads and version of torch."""
+    """Device, processor, number of threads and version of torch; on a GPU also the versions of CUDA and cuDNN."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-    return {"device": str(device), "name": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    info = {"device": str(device), "name": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    if device.type == "cuda":  # on which torch's choice of an attention kernel depends
+        info |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+    return info
 
 
 def installed_versions() -> dict[str, str]:

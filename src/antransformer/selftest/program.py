@@ -250,7 +250,8 @@ def save(setup: Setup, results: Results) -> None:
 def markdown(setup: Setup, results: Results) -> str:
     """All tables, to be pasted into docs/gpu.md."""
     machine = machine_info(setup.device)
-    versions = ", ".join(f"{name} {version}" for name, version in installed_versions().items())
+    libraries = installed_versions() | {name: machine[name] for name in ("cuda", "cudnn") if name in machine}
+    versions = ", ".join(f"{name} {version}" for name, version in libraries.items())
     sources = " and ".join(sorted({result.source for result in results.values()}))
     lines = [f"## {machine['name']}", ""]
     lines += [f"antransformer {__version__} (source {sources}), {versions}; {machine['threads']} CPU threads.", ""]
