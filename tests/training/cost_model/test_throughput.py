@@ -54,6 +54,7 @@ def test_a_slow_network_lowers_the_mfu():
         ("NVIDIA RTX 6000 Ada Generation", "rtx6000-ada"),
         ("NVIDIA GeForce RTX 5090", "rtx5090"),
         ("NVIDIA A100-SXM4-80GB", "a100-80gb"),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
         ("NVIDIA RTX A1000", None),
         ("Tesla T4", None),
     ],

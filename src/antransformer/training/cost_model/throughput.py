@@ -74,10 +74,12 @@ def flops_per_token(config: ModelConfig) -> float:
 
 
 def peak_flops(device: torch.device, precision: torch.dtype) -> float | None:
-    """Return the peak FLOP/s of a GPU in bfloat16; None for a CPU, an unlisted GPU or another precision."""
+    """Peak FLOP/s of a GPU in bfloat16; None for a CPU, an unlisted GPU, a part of a GPU (MIG) or another precision."""
     if device.type != "cuda" or precision != torch.bfloat16:
         return None
     name = torch.cuda.get_device_name(device)
+    if " MIG " in name:  # a part of the GPU that is named before
+        return None
     # Whole words: an A10G is not an A10.
     return next((gpu.peak_flops for gpu in GPUS.values() if re.search(rf"\b{gpu.name}\b", name)), None)
 
