@@ -1,6 +1,7 @@
 """Two processes against one: NCCL with a GPU for each, otherwise gloo with both on the same device."""
 
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -18,6 +19,7 @@ from antransformer.training.distributed.parallel import DistributedContext
 from antransformer.training.trainer import Trainer
 
 PROCESSES = 2
+TIMEOUT = timedelta(minutes=4)  # of a collective operation, since a part takes at most 9 minutes
 
 
 def replicated(setup: Setup) -> Iterator[Check]:
@@ -76,7 +78,8 @@ def _rank(rank: int, config: TrainConfig, data: Path, folder: Path, rendezvous: 
         torch.cuda.set_device(context.local_rank)
     else:
         torch.set_num_threads(1)
-    dist.init_process_group(backend, init_method=f"file://{rendezvous}", rank=rank, world_size=PROCESSES)
+    url = f"file://{rendezvous}"
+    dist.init_process_group(backend, init_method=url, rank=rank, world_size=PROCESSES, timeout=TIMEOUT)
     try:
         Trainer(config, Dataset.open(data), folder, CompiledReporter(), dist_ctx=context).run()
     finally:
