@@ -371,7 +371,7 @@ def attention(
     window: int | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Attention with normalized q and k: softmax(score_scale * normalize(q) normalize(k)^T) v (arXiv:2505.22014).
+    """Attention with normalized q, k: softmax(score_scale * normalize(q) normalize(k)^T) v (arXiv:2505.22014, table 1).
 
     Args:
         q: queries (B, T, n, h), any norm.
