@@ -69,12 +69,17 @@ def test_a_number_that_the_user_chose_is_kept(machine, monkeypatch):
     assert torch.get_num_threads() == 8
 
 
-def test_a_compiled_model_keeps_its_number(machine):
-    machine[0] = 5.0
-    with ThreadWatch(CPU, pytest.fail, compiled=True) as watch:
-        for _ in range(4):
-            watch.update()
-    assert torch.get_num_threads() == 8
+def test_a_compiled_model_changes_late_and_to_few_numbers(machine):
+    """It is compiled for every number, so the first change waits. A number that was used before is free."""
+    notes, counts = [], []
+    with ThreadWatch(CPU, notes.append, compiled=True) as watch:
+        for others, readings in ((5, 29), (5, 1), (0, 2), (5, 2), (3, 29), (3, 1), (8, 2)):
+            machine[0] = others
+            for _ in range(readings):
+                watch.update()
+            counts.append(torch.get_num_threads())
+    assert counts == [8, 2, 8, 2, 2, 4, 2]
+    assert [mentions(note, "compiled") for note in notes] == [True, False, False, True, False]
 
 
 def test_only_cores_that_this_process_may_use_count(monkeypatch, tmp_path):

@@ -4,15 +4,21 @@ The threads of a matrix product wait for each other without releasing their core
 of the cores, the product waits for the thread that does not run, and training slows down to a small fraction. With a
 thread less it keeps most of its speed (docs/speed.md).
 
-A number that the user chose (``OMP_NUM_THREADS``) is kept, and a compiled model keeps its number. Where /proc/stat does
-not exist, which is everywhere but on Linux, no number changes.
+A number that the user chose (``OMP_NUM_THREADS``) is kept. Where /proc/stat does not exist, which is everywhere but on
+Linux, no number changes.
+
+A compiled model is compiled again for every other number of threads, once for each. This takes up to a minute, so the
+first change waits until other work has lasted that long. Only three numbers are used, since torch compiles a function
+at most eight times, and training and validation are compiled separately.
 """
 
 import contextlib
 import ctypes
+import math
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +26,8 @@ from typing import NamedTuple
 import torch
 
 INTERVAL = 2.0  # seconds between two readings
+AGREEING = 2  # readings before a change, since others that work for a moment should not change anything
+SECONDS_TO_COMPILE = 60.0  # of agreeing readings, before a change that compiles the model again
 MARGIN = 0.5  # cores that others may use beyond the free ones before a thread is taken away
 STATISTICS = Path("/proc/stat")
 CLOCK = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
@@ -60,17 +68,20 @@ class ThreadWatch:
         device: device of the run; nothing is done unless it is a CPU.
         log: receives a message whenever the number of threads changes.
         interval: smallest number of seconds between two readings.
-        compiled: whether the model is compiled. torch would compile it again for every other number of threads, so
-            the number stays.
+        compiled: whether the model is compiled.
     """
 
     def __init__(
         self, device: torch.device, log: Callable[[str], None], interval: float = INTERVAL, compiled: bool = False
     ) -> None:
-        self.most, self.log, self.interval = torch.get_num_threads(), log, interval
-        enabled = device.type == "cpu" and self.most > 1 and not compiled and "OMP_NUM_THREADS" not in os.environ
+        self.most, self.log, self.interval, self.compiled = torch.get_num_threads(), log, interval, compiled
+        halves = (self.most // part or 1 for part in (4, 2, 1))
+        self.numbers = tuple(halves if compiled else range(1, self.most + 1))
+        self.used = {self.most}
+        enabled = device.type == "cpu" and self.most > 1 and "OMP_NUM_THREADS" not in os.environ
         self.last = read() if enabled else None
-        self.others = 0.0  # cores that other processes used in the previous interval
+        readings = math.ceil(SECONDS_TO_COMPILE / interval)
+        self.others = deque([0.0] * readings, readings)  # cores that other processes used, by interval
 
     def __enter__(self) -> "ThreadWatch":
         return self
@@ -86,21 +97,29 @@ class ThreadWatch:
         if now is None:
             return
         wall, cores, own = (after - before for after, before in zip(now, self.last, strict=True))
-        others, before = max(0.0, cores - own) / wall, self.others
-        self.last, self.others = now, others
-        threads = torch.get_num_threads()
-        # Both intervals must agree, since others that work for a moment should not change anything.
-        wanted = max(self.threads_for(others), self.threads_for(before))
-        if wanted >= threads:
-            wanted = max(threads, min(self.threads_for(others), self.threads_for(before)))
-        if wanted != threads:
+        self.last = now
+        self.others.append(max(0.0, cores - own) / wall)
+        wanted = self.agreed(AGREEING)
+        if self.compiled and wanted not in self.used:
+            wanted = self.agreed(max(AGREEING, int(SECONDS_TO_COMPILE / wall)))
+        if wanted != torch.get_num_threads():
+            again = ", for which the model is compiled again" if self.compiled and wanted not in self.used else ""
+            self.used.add(wanted)
             torch.set_num_threads(wanted)
-            self.log(f"other processes use {others:.1f} CPU cores: training with {wanted} of {self.most} threads")
+            self.log(
+                f"other processes use {self.others[-1]:.1f} CPU cores: training with {wanted} of {self.most} "
+                f"threads{again}"
+            )
+
+    def agreed(self, readings: int) -> int:
+        """Number of threads that the last readings allow: the current one, changed as far as all of them agree."""
+        numbers = [self.threads_for(others) for others in list(self.others)[-readings:]]
+        return max(min(numbers), min(max(numbers), torch.get_num_threads()))
 
     def threads_for(self, others: float) -> int:
         """Number of threads for a machine on which others use this number of cores."""
         free = len(os.sched_getaffinity(0)) - others  # where this does not exist, read() returns None
-        return max(1, min(self.most, int(free + MARGIN)))
+        return max((number for number in self.numbers if number <= free + MARGIN), default=self.numbers[0])
 
 
 def read() -> Reading | None:
