@@ -1,9 +1,10 @@
 # CPU:  docker build -t antransformer .
 # CUDA: docker build -t antransformer:cuda --build-arg TORCH_INDEX=https://pypi.org/simple .
 #
-#   docker run --rm --network none -v "$PWD:/work" antransformer train --data data/mine --out runs/mine
-#   docker run --rm --gpus all --shm-size 8g -v "$PWD:/work" --entrypoint torchrun antransformer:cuda \
-#       --nproc-per-node 8 -m antransformer train --data data/mine --parallel fsdp --out runs/mine
+#   docker run --rm --network none --user "$(id -u):$(id -g)" -v "$PWD:/work" antransformer train --data data/mine \
+#       --out runs/mine
+#   docker run --rm --gpus all --shm-size 8g --user "$(id -u):$(id -g)" -v "$PWD:/work" --entrypoint torchrun \
+#       antransformer:cuda --nproc-per-node 8 -m antransformer train --data data/mine --parallel fsdp --out runs/mine
 #
 # Any Debian image with Python 3.11 or newer can be the base. torch's wheels have their own CUDA libraries, so the host
 # needs only the NVIDIA driver and container toolkit.
@@ -30,6 +31,8 @@ RUN pip install --constraint constraints.txt ".[${EXTRAS}]"
 
 # Nothing is downloaded at run time. Remove these to stream data sets of the Hugging Face hub.
 ENV HF_HUB_OFFLINE=1 WANDB_MODE=offline PYTHONUNBUFFERED=1
+# For users without a home in the image (--user).
+ENV MPLCONFIGDIR=/tmp/matplotlib
 USER 1000
 WORKDIR /work
 ENTRYPOINT ["antransformer"]
