@@ -136,7 +136,10 @@ def test_given_settings_are_not_searched_and_not_called_tuned(corpus, tmp_path):
         ({"angpt": {}, "gpt+": {"budgets": {2560: {"lr": 0.1}, 5120: {"ema": 0.1}}}}, ["gpt+", "2,560", "5,120"]),
         ({"angpt": {}, "gpt+": {"budgets": {2560: {"lr": 0.1}}}}, ["gpt+", "2,560", "5,120"]),
         ({"angpt": {}, "mine": {"architecture": "angpt"}}, ["angpt", "mine"]),
-        ({"angpt": {}, "gpt+": {"horizon_exponent": 0.3}}, ["horizon_exponent", "lr_horizon"]),
+        ({"angpt": {}, "gpt+": {"horizon_exponent": 0.3}}, ["gpt+", "horizon_exponent", "lr_horizon"]),
+        ({"angpt": {}, "gpt+": {"schedule": "wsd"}}, ["gpt+", "schedule", "decay_fraction"]),
+        ({"gpt+": {"schedule": "wsd"}, "angpt": {}}, ["gpt+", "schedule", "decay_fraction"]),
+        ({"angpt": {}, "gpt+": {"model": {"s_scale": 0.1}}}, ["variants: gpt+", "s_scale"]),
     ],
 )
 def test_wrong_variants_are_refused(corpus, variants, words):

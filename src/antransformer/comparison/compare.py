@@ -52,7 +52,7 @@ def variant_specs(
         searched = registry.get(settings["architecture"]).tuned_hyperparameters
         if separate_rates:
             searched = (*derived_rates(optimizer), *(setting for setting in searched if setting != VECTOR_SCALE))
-        specs.append(VariantSpec(name, settings, learning_rates(optimizer), searched, own.by_budget))
+        specs.append(VariantSpec(name, settings, learning_rates(optimizer), searched, own.by_budget, own.where))
     return specs
 
 
@@ -130,7 +130,8 @@ def plan(
     if separate_rates and effort.get("tuning_trials", 1) < 2:
         raise ConfigError("--separate-rates searches with --tuning-trials, which must be at least 2, got 1")
     specs = variant_specs(variants, settings, separate_rates)
-    common = common_settings(settings, specs[0].settings)
+    with specs[0].named_in_errors():
+        common = common_settings(settings, specs[0].settings)
     effort = full_trial(effort, common["batch_tokens"])
     trained = full_batches(budgets, common["batch_tokens"])
     specs = [_with_trained_budgets(spec, dict(zip(budgets, trained, strict=True))) for spec in specs]
@@ -143,5 +144,5 @@ def _with_trained_budgets(spec: VariantSpec, trained: Mapping[int, int]) -> Vari
     """Return a variant whose settings of single budgets have the tokens that are trained, by the budgets' names."""
     if spec.by_budget and spec.by_budget.keys() != trained.keys():
         given, needed = (", ".join(f"{tokens:,}" for tokens in sorted(keys)) for keys in (spec.by_budget, trained))
-        raise ConfigError(f"{spec.name}: {BUDGETS} has settings for {given} tokens, but the budgets are {needed}")
+        raise ConfigError(f"{spec.where}: {BUDGETS} has settings for {given} tokens, but the budgets are {needed}")
     return replace(spec, by_budget={trained[tokens]: settings for tokens, settings in spec.by_budget.items()})

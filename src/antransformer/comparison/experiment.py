@@ -7,9 +7,10 @@ settings again around the choice of the first. At a longer budget they are aroun
 Trials have their own seed, so that no measured run was selected for a lucky seed.
 """
 
+import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -45,6 +46,7 @@ class VariantSpec:
         rates: learning rates that are searched first, in this order.
         hyperparameters: dotted names of the settings that are searched after them, such as ``model.s_scale``.
         by_budget: further settings of the variant at each budget, by its tokens; they override ``settings``.
+        where: source of the variant's settings for messages; empty if its name alone gives them.
     """
 
     name: str
@@ -52,6 +54,15 @@ class VariantSpec:
     rates: tuple[str, ...]
     hyperparameters: tuple[str, ...]
     by_budget: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    where: str = ""
+
+    @contextlib.contextmanager
+    def named_in_errors(self) -> Iterator[None]:
+        """Add ``where`` to the message of a ConfigError."""
+        try:
+            yield
+        except ConfigError as error:
+            raise ConfigError(f"{self.where}: {error}" if self.where else error) from error
 
     @property
     def given(self) -> frozenset[str]:
@@ -136,11 +147,10 @@ class Plan:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name.replace('_', ' ')} must be at least 1, got {getattr(self, name)}")
         given = flatten(self.common)
-        for names in (given.keys(), *(given.keys() | spec.given for spec in self.specs)):
-            if "horizon_exponent" in names and "lr_horizon" not in names:
-                raise ConfigError(
-                    "horizon_exponent needs lr_horizon here, since searched rates are exact: set both or none"
-                )
+        _require_horizon(given.keys())
+        for spec in self.specs:
+            with spec.named_in_errors():
+                _require_horizon(given.keys() | spec.given)
         for setting in (name for part in self._one_pass() for name in part.settings.values()):
             if setting in given:
                 raise ConfigError(f"{setting} is searched for each variant and cannot be set for all runs: omit it")
@@ -196,6 +206,12 @@ class Plan:
         return dict(counts)
 
 
+def _require_horizon(names: Set[str]) -> None:
+    """Raise ``ConfigError`` if the names of settings hold ``horizon_exponent`` without ``lr_horizon``."""
+    if "horizon_exponent" in names and "lr_horizon" not in names:
+        raise ConfigError("horizon_exponent needs lr_horizon here, since searched rates are exact: set both or none")
+
+
 def _by_position(settings: Mapping[str, Sequence[str]]) -> Iterator[dict[str, str]]:
     """Yield the first setting of each variant, then the second, and so on; variants drop out after their last."""
     for index in range(max(map(len, settings.values()), default=0)):
@@ -232,7 +248,8 @@ class Experiment:
         self.defaults: dict[str, TrainConfig] = {}  # before any search, for the names of runs
         for state in self.states:  # a wrong setting must fail now, not after hours of runs
             for tokens in {*plan.search_budgets(), *plan.budgets}:
-                self.defaults[state.spec.name] = self.config(state, tokens, TRIAL_SEED)
+                with state.spec.named_in_errors():
+                    self.defaults[state.spec.name] = self.config(state, tokens, TRIAL_SEED)
                 check_data(self.defaults[state.spec.name], dataset)
 
     def require_own_runs(self) -> None:

@@ -40,10 +40,12 @@ class OwnSettings:
     Attributes:
         settings: normalized settings at all budgets, with ``architecture`` at the top level.
         by_budget: normalized settings that hold at one budget only, by its tokens; they override ``settings``.
+        where: source of the settings for messages; empty if the name alone gives them.
     """
 
     settings: Mapping[str, Any]
     by_budget: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    where: str = field(default="", compare=False)
 
 
 def named_variants(names: Sequence[str]) -> dict[str, OwnSettings]:
@@ -98,7 +100,7 @@ def _own_settings(name: Any, values: Any, where: str) -> OwnSettings:
         place = f"{where}: {BUDGETS}: {budget}"
         by_budget[tokens] = _normalized(_mapping(at_budget, place), place, training, model)
     _require_same_names(by_budget, normalized, where)
-    return OwnSettings(_with_name(name, normalized, where), by_budget)
+    return OwnSettings(_with_name(name, normalized, where), by_budget, where)
 
 
 def _mapping(values: Any, where: str) -> Mapping[str, Any]:
