@@ -148,6 +148,14 @@ def test_wrong_variants_are_refused(corpus, variants, words):
     assert mentions(error.value, *words)
 
 
+def test_the_batch_of_the_baseline_is_that_of_its_settings_together(corpus):
+    budgets = {tokens: {"decay_fraction": 0.2} for tokens in BUDGETS}
+    baseline = {"model": {"alpha_init": 0.1}, "schedule": "wsd", "budgets": budgets}
+    common = {"recipe": "paper", "batch_tokens": SMALL["context"], "model": SMALL}
+    made = experiment(corpus, {"angpt": baseline, "gpt+": {}}, common)
+    assert {config.batch_tokens for config in made.defaults.values()} == {SMALL["context"]}
+
+
 def test_settings_of_single_budgets_exclude_a_search_at_another_one(corpus):
     budgets = {tokens: {"lr": 0.01} for tokens in BUDGETS}
     with pytest.raises(ConfigError) as error:

@@ -80,7 +80,7 @@ def budgets_of(tokens: int, budgets: Sequence[Any] = ()) -> tuple[int, ...]:
 
 def common_settings(settings: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of all variants: the user's, and the baseline's batch size where the user gave none."""
-    complete = resolve_config({**settings, **baseline}, PAPER_VOCABULARY)
+    complete = resolve_config(merge(settings, baseline), PAPER_VOCABULARY)
     return {**settings, "batch_tokens": int(complete.batch_tokens)}
 
 
@@ -131,7 +131,9 @@ def plan(
         raise ConfigError("--separate-rates searches with --tuning-trials, which must be at least 2, got 1")
     specs = variant_specs(variants, settings, separate_rates)
     with specs[0].named_in_errors():
-        common = common_settings(settings, specs[0].settings)
+        # A setting of all budgets may need one of a single budget, as schedule wsd needs decay_fraction.
+        at_budget = next(iter(specs[0].by_budget.values()), {})
+        common = common_settings(settings, merge(specs[0].settings, at_budget))
     effort = full_trial(effort, common["batch_tokens"])
     trained = full_batches(budgets, common["batch_tokens"])
     specs = [_with_trained_budgets(spec, dict(zip(budgets, trained, strict=True))) for spec in specs]
