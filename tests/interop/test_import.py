@@ -3,6 +3,9 @@
 import errno
 import os
 import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -53,15 +56,30 @@ def test_a_folder_that_was_saved_again_in_files_of_another_size_is_imported(tmp_
     assert torch.equal(back.lm_head.weight, model.lm_head.weight)
 
 
-def test_an_import_that_fails_can_be_repeated(folder, tmp_path, monkeypatch):
+def test_an_import_that_fails_leaves_nothing(folder, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise WriteError("no space left")
 
     with monkeypatch.context() as patch, pytest.raises(WriteError):
         patch.setattr(checkpoint, "save", fail)
-        import_folder(folder, tmp_path / "run")
-    import_folder(folder, tmp_path / "run")
-    assert runs.open_checkpoint(tmp_path / "run")[0].step == 0
+        import_folder(folder, tmp_path / "runs/new")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_import_that_was_killed_can_be_repeated(folder, tmp_path):
+    code = """
+import os, signal, sys
+from pathlib import Path
+from antransformer.interop.import_hf import import_folder
+from antransformer.training.checkpointing import checkpoint
+checkpoint._publish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+import_folder(Path(sys.argv[1]), Path(sys.argv[2]))
+"""
+    out = tmp_path / "run"
+    killed = subprocess.run([sys.executable, "-c", code, str(folder), str(out)], check=False)
+    assert killed.returncode == -signal.SIGKILL and not out.exists() and list(tmp_path.iterdir())
+    path = import_folder(folder, out)
+    assert runs.open_checkpoint(out)[0].path == path and list(tmp_path.iterdir()) == [out]
 
 
 def test_training_from_an_imported_run_and_from_its_source_is_identical(corpus, tmp_path, monkeypatch):

@@ -1,34 +1,32 @@
 """Export of a checkpoint: a Hugging Face folder, with our code or in a standard architecture, or a GGUF file."""
 
-import contextlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tokenizers
 import torch
-from safetensors import SafetensorError
 
 from antransformer.data import Tokenizer
 from antransformer.data.pad_token import PAD_TOKEN, with_pad_token
 from antransformer.data.tokenizers import CONFIG_FILE
-from antransformer.errors import CheckpointError, ConfigError, MachineError, UsageError
+from antransformer.errors import CheckpointError, ConfigError, UsageError
 from antransformer.extras import require
-from antransformer.files import check_folder_target, quoted, read_json
+from antransformer.files import quoted, read_json
 from antransformer.interop.formats import FORMATS
 from antransformer.interop.import_hf import exported_name
 from antransformer.interop.model_card import card
+from antransformer.interop.new_folder import new_folder
 from antransformer.interop.progress_bars import progress_bars_disabled
 from antransformer.interop.register import register
 from antransformer.interop.stock_export import check_form, export_gguf, write_stock_model
 from antransformer.interop.stock_folder import write_json
 from antransformer.interop.verification import Verification, reference, verify_folder
-from antransformer.lock import new_path
 from antransformer.models.registry import get
 from antransformer.training.checkpointing.checkpoint import Checkpoint, restore
 from antransformer.training.run_folder import CHECKPOINTS
@@ -120,30 +118,6 @@ def check_outside_checkpoints(checkpoint: Checkpoint, target: Path) -> None:
     folder = checkpoint.path.resolve().parent
     if folder.name == CHECKPOINTS and folder in Path(os.path.realpath(target)).parents:
         raise ConfigError(f"--out {quoted(target)} is among the checkpoints of a run: choose a path outside {folder}")
-
-
-@contextlib.contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """Create a hidden folder, which is renamed to ``folder`` when the context ends, and removed after an error.
-
-    Raises:
-        ConfigError: the folder is not empty or cannot be created, or another process writes it.
-        MachineError: files cannot be written.
-    """
-    if folder.is_symlink() and not folder.exists():
-        raise ConfigError(f"{folder} is a link to nothing: choose another --out")
-    folder = Path(os.path.realpath(folder))  # Path.resolve raises on a loop of links
-    check_folder_target(folder)
-    if folder.is_dir() and any(folder.iterdir()):
-        raise ConfigError(f"{folder} is not an empty folder: choose another --out")
-    if os.path.ismount(folder):
-        raise ConfigError(f"{folder} is a mount point, which cannot be replaced: choose a folder inside it as --out")
-    try:
-        with new_path(folder) as partial:
-            partial.mkdir()
-            yield partial
-    except (OSError, SafetensorError) as error:
-        raise MachineError(f"{folder} cannot be written: {getattr(error, 'strerror', None) or error}") from error
 
 
 def write_model(

@@ -2,7 +2,6 @@
 
 import logging
 import re
-import shutil
 from collections.abc import Container
 from dataclasses import fields
 from pathlib import Path
@@ -14,13 +13,14 @@ from antransformer.bounds import norms
 from antransformer.data import Tokenizer
 from antransformer.errors import CheckpointError, ConfigError, DataError
 from antransformer.files import read_json as read_json_file
+from antransformer.interop.new_folder import new_folder
 from antransformer.models import ModelConfig, build
 from antransformer.models.config import OPTION_NAMES
 from antransformer.models.decoder import Decoder
 from antransformer.renamed import upgrade_model
 from antransformer.training.checkpointing import checkpoint
 from antransformer.training.checkpointing.sharded_safetensors import TensorFiles
-from antransformer.training.run_folder import CHECKPOINTS, CONFIG_FILE, write_run_folder
+from antransformer.training.run_folder import CHECKPOINTS, write_run_folder
 
 LOG = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def import_folder(source: Path, target: Path) -> Path:
     Raises:
         CheckpointError: the source is not an exported model, or its files contradict each other.
         DataError: its tokenizer cannot be read.
-        ConfigError: the target is not empty.
+        ConfigError, MachineError: as in ``new_folder``.
     """
     config = read_config(source)
     if not (source / "tokenizer.json").is_file():
@@ -74,14 +74,11 @@ def import_folder(source: Path, target: Path) -> Path:
     model.to_empty(device="cpu")
     weights.read_into({names[name]: value for name, value in model.state_dict().items()})
     warn_of_rows_out_of_bounds(model, source)
-    write_run_folder(target, {"model": config.mapping()}, tokenizer, resumable=False)
     optimizer = torch.optim.Adam(model.parameters())  # a checkpoint needs one; it has no state before the first step
-    try:
-        return checkpoint.save(target / CHECKPOINTS, 0, model, optimizer, extra={"imported": str(source)}, keep=1)
-    except BaseException:  # without its config, the folder can be used again
-        (target / CONFIG_FILE).unlink(missing_ok=True)
-        shutil.rmtree(target / CHECKPOINTS, ignore_errors=True)
-        raise
+    with new_folder(target) as folder:
+        write_run_folder(folder, {"model": config.mapping()}, tokenizer)
+        path = checkpoint.save(folder / CHECKPOINTS, 0, model, optimizer, extra={"imported": str(source)}, keep=1)
+    return target / path.relative_to(folder)
 
 
 def exported_name(name: str, names: Container[str]) -> str:

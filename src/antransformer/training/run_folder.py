@@ -71,13 +71,13 @@ def create_run_folder(folder: Path, config: TrainConfig, dataset: Dataset) -> No
     write_run_folder(folder, to_mapping(config), dataset.tokenizer())
 
 
-def write_run_folder(folder: Path, settings: Mapping[str, Any], tokenizer: Tokenizer, resumable: bool = True) -> None:
-    """Create a run folder without checkpoints; ``resumable`` as in ``require_empty``.
+def write_run_folder(folder: Path, settings: Mapping[str, Any], tokenizer: Tokenizer) -> None:
+    """Create a run folder without checkpoints.
 
     Raises:
         ConfigError: the folder is not empty or cannot be created.
     """
-    require_empty(folder, resumable)
+    require_empty(folder)
     try:
         (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     except OSError as error:
