@@ -268,6 +268,23 @@ def test_learning_rates_as_text():
     assert numbers(embed_lr=0.03, head_lr=0.01) == ["0.03", "0.01", "0.001"]
 
 
+@pytest.mark.parametrize(
+    ("settings", "numbers"),
+    [
+        ({}, ["0.04", "600"]),
+        ({"lr": 1.5e-3}, ["0.02", "600"]),
+        ({"tokens": "2B"}, ["0.003", "11,610", "0.04", "600"]),
+        ({"tokens": "10M"}, []),
+        ({"muon_lr": 0.02}, []),
+        ({"lr_horizon": 0}, []),
+        ({"recipe": "paper"}, []),
+    ],
+)
+def test_the_steps_from_which_the_default_rate_of_muon_falls_are_named(settings, numbers):
+    text = format_rates(resolve_config({"preset": "32m", **settings}, 50_304))
+    assert re.findall(r"\d[\d.,]*\d", text.partition(" (")[2].partition(" (")[2]) == numbers
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer_has_defaults_and_trains(corpus, tmp_path, optimizer):
     spec = OPTIMIZERS[optimizer]

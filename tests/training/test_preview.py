@@ -35,6 +35,11 @@ def test_laws_are_the_origin_only_in_their_range():
     assert found["lr"] == found["tokens"] == "law of the paper" and found["batch_tokens"] == "option"
 
 
+def test_the_origin_of_the_default_rate_of_muon():
+    assert mentions(origins({"preset": "32m"})["muon_lr"], 0.04, "600 steps")
+    assert origins({"preset": "32m", "tokens": "10M"})["muon_lr"] == "default"
+
+
 def test_the_origin_of_a_horizon_that_is_off():
     assert "98 steps" in origins({"tokens": 98 * 2048})["lr_horizon"]
     assert origins({"tokens": "10M"})["lr_horizon"] == "default"

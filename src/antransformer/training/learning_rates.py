@@ -75,7 +75,25 @@ def format_rates(config: TrainConfig) -> str:
     text = ", ".join(f"{rate} for {_joined(names)}" for rate, names in roles.items())
     tuned = [f"width {config.lr_width:,}"] if width_ratio(config) != 1 else []
     tuned += [counted(config.lr_horizon, "step")] if horizon_factor(config) != 1 else []
-    return f"{text} (lr {config.lr:g} scaled from {_joined(tuned)})" if tuned else text
+    notes = [f"lr {config.lr:g} scaled from {_joined(tuned)}"] if tuned else []
+    notes += [f"{spec.lr_setting} {note}"] if (note := optimizer_lr_note(config)) else []
+    return f"{text} ({'; '.join(notes)})" if notes else text
+
+
+def optimizer_lr_note(config: TrainConfig) -> str:
+    """Rate and steps from which the default of the optimizer's own rate is scaled; empty if it is not."""
+    spec, model, steps = OPTIMIZERS[config.optimizer], config.model, config.initial_steps
+    if spec.lr_setting is None:
+        return ""
+    exponent = config.horizon_exponent or defaults.horizon_exponent(model, spec)
+    factor = defaults.optimizer_lr_factor(model, min(steps, config.lr_horizon or steps), exponent)
+    if factor == 1:
+        return ""
+    tuned = defaults.optimizer_lr(model, spec) * config.lr / defaults.learning_rate(model)
+    # The config does not record whether a rate is the default, which is rounded.
+    if not math.isclose(getattr(config, spec.lr_setting), tuned * factor, rel_tol=0.01):
+        return ""
+    return f"{tuned:.3g} scaled from {counted(defaults.SMALL_LR_STEPS, 'step')}"
 
 
 def _joined(names: list[str]) -> str:

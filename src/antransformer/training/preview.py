@@ -15,7 +15,9 @@ from antransformer.training.config import TrainConfig, to_mapping
 from antransformer.training.data import epochs_note
 from antransformer.training.device import choose_device
 from antransformer.training.dry_run import STEPS, seconds_per_token
+from antransformer.training.learning_rates import optimizer_lr_note
 from antransformer.training.micro_batch import fitting_micro_batch, step_memory
+from antransformer.training.optimizer_registry import OPTIMIZERS
 from antransformer.training.recipes import RECIPES
 from antransformer.training.resources import free_memory
 from antransformer.wording import counted
@@ -142,4 +144,6 @@ def _origin(
         return "law of the paper"
     if name in HORIZON and not config.lr_horizon and (horizon := defaults.lr_horizon(config.model)):
         return "given rate" if config.steps > horizon else f"run of {counted(config.steps, 'step')}"
+    if name == OPTIMIZERS[config.optimizer].lr_setting and (note := optimizer_lr_note(config)):
+        return f"default, {note}"
     return "device" if name in DEVICE else "default"
