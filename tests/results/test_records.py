@@ -116,7 +116,7 @@ def test_a_sweep_of_version_2_has_rotations_in_degrees_and_the_new_names_of_sett
     assert old["version"] == 2 and len(sweep.coord_check) == len(old["coordinates"]) > 0
     for sizes, entry in zip(sweep.coord_check, old["coordinates"], strict=True):
         assert list(sizes.rotation_deg) == entry["turned"] and sizes.width == entry["width"]
-        assert sizes.peak_lr == math.inf
+        assert sizes.conditions == ("pico", 128, math.inf)
     assert sweep.setup["settings"]["model.head_dim"] == old["setup"]["settings"]["model.head_width"]
     sweep.save(tmp_path)
     assert Sweep.load(tmp_path) == sweep

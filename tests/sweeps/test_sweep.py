@@ -55,10 +55,12 @@ def sweeper(corpus, loss=bowl, common=COMMON, **choices):
 def run_sweep(corpus, **choices):
     """Run a sweep with invented activations instead of those of real models."""
     fake = sweeper(corpus, **choices)
-    fake.coordinates = lambda: tuple(
+    fake.coordinates = lambda earlier: tuple(
         CoordCheck(
             name,
+            "nano",
             width,
+            512,
             0.012,
             step,
             (width**-0.5, 1.0, math.inf if step else 2.0),
@@ -222,15 +224,16 @@ def test_sweeps_with_different_contexts_cannot_be_fitted_together(corpus, tmp_pa
     assert "context" in str(error.value).replace(str(tmp_path), "")
 
 
-def test_activation_sizes_at_another_rate_are_not_added_to_those_of_the_folder():
-    def sweep(width, rate, name="angpt"):
-        run = SweepRun(name, "nano", width, 1000, 2560, 256, rate, 0, 3.0, 1.0, 0.1, f"{name}-{width}")
-        return Sweep({}, (run,), (CoordCheck(name, width, rate, 0, (1.0, 1.0), 1.0, ()),))
+def test_activation_sizes_at_another_rate_or_batch_are_not_added_to_those_of_the_folder():
+    def sweep(width, rate, name="angpt", batch=256):
+        run = SweepRun(name, "nano", width, 1000, 2560, batch, rate, 0, 3.0, 1.0, 0.1, f"{name}-{width}")
+        return Sweep({}, (run,), (CoordCheck(name, "nano", width, batch, rate, 0, (1.0, 1.0), 1.0, ()),))
 
     same = sweep(32, 1e-2).merged_with(sweep(16, 1e-2))
     assert [check.width for check in same.coord_check] == [16, 32] and len(same.runs) == 2
     other = sweep(32, 1e-2).merged_with(sweep(16, 1e-4))
     assert [check.width for check in other.coord_check] == [32] and len(other.runs) == 2
+    assert [check.width for check in sweep(32, 1e-2).merged_with(sweep(16, 1e-2, batch=512)).coord_check] == [32]
     both = sweep(32, 1e-2).merged_with(sweep(32, 1e-4, "gpt+"))
     assert [check.architecture for check in both.coord_check] == ["gpt+", "angpt"]
 
@@ -302,7 +305,7 @@ def small_sweep(corpus, in_process, tmp_path_factory):
     return folder, words
 
 
-def test_a_sweep_writes_runs_and_a_report_and_repeats_nothing(small_sweep, capsys):
+def test_a_sweep_writes_runs_and_a_report_and_repeats_nothing(small_sweep, capsys, monkeypatch):
     folder, words = small_sweep
     results = Sweep.load(folder)
     assert [(run.width, run.lr) for run in results.runs] == [(16, 1e-3), (16, 1e-2)]
@@ -314,13 +317,34 @@ def test_a_sweep_writes_runs_and_a_report_and_repeats_nothing(small_sweep, capsy
     assert (folder / "report.html").stat().st_size > 10_000
     assert {saved_config(path.parent).recipe for path in (folder / "runs").glob("*/config.yaml")} == {"paper"}
     files = {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*") if path.is_file()}
-    assert main(words) == 0
+    monkeypatch.setattr("antransformer.sweeps.sweep.coord_check", None)  # not called again
+    assert main(words) == 0 and Sweep.load(folder).coord_check == results.coord_check
     out = capsys.readouterr().out
     assert all(run.folder in out for run in results.runs) and not re.search(r"nano-w16(?!-)", out)
     assert {path: path.stat().st_mtime_ns for path in files} == files
     assert main(["fit", str(folder)]) == 2
     errors = capsys.readouterr().err
     assert "angpt" in errors and errors.count("\n") == 1
+
+
+def test_activation_sizes_are_measured_again_only_under_other_conditions(corpus, monkeypatch):
+    measured = []
+
+    def measure(config, dataset):
+        name, width = config.model.architecture, config.model.width
+        measured.append((name, width))
+        return [CoordCheck(name, config.preset, width, config.batch_tokens, config.lr, 0, (1.0,), 1.0, ())]
+
+    monkeypatch.setattr("antransformer.sweeps.sweep.coord_check", measure)
+    first = sweeper(corpus, widths=WIDTHS[:1]).run()
+    assert measured == [("angpt", WIDTHS[0]), ("gpt+", WIDTHS[0])]
+    assert sweeper(corpus, widths=WIDTHS[:1]).run(first).coord_check == first.coord_check and len(measured) == 2
+    more = sweeper(corpus, widths=WIDTHS[:2]).run(first)
+    assert measured[2:] == [("angpt", WIDTHS[1]), ("gpt+", WIDTHS[1])] and len(more.coord_check) == 4
+    for change in ({"lrs": [0.5]}, {"batches": [256]}, {"sizes": ["pico"]}):
+        measured.clear()
+        sweeper(corpus, **{"widths": WIDTHS[:1], **change}).run(first)
+        assert len(measured) == 2
 
 
 def test_a_sweep_with_other_batches_and_rates_adds_to_the_folder(small_sweep, tmp_path, capsys, monkeypatch):

@@ -104,7 +104,7 @@ def sweep(
     with lock(folder):
         earlier = options.earlier_sweep(folder, dataset, planned)  # another call may have ended during the estimate
         with display:
-            results = sweeper.run()
+            results = sweeper.run(earlier)
         if earlier:
             results = results.merged_with(earlier)
         results.save(folder)

@@ -31,7 +31,9 @@ class CoordCheck:
 
     Attributes:
         architecture: architecture of the model.
+        preset: preset of the model, which sets its depth.
         width: width of the model.
+        batch: tokens of one step.
         peak_lr: ``lr`` of the config; infinite if an earlier release did not store it.
         step: number of training steps; 0 is initialization.
         stream: root mean square of the residual stream after the embedding and after each block (layers + 1 values);
@@ -42,12 +44,19 @@ class CoordCheck:
     """
 
     architecture: str
+    preset: str
     width: int
+    batch: int
     peak_lr: float
     step: int
     stream: tuple[float, ...]
     logits: float
     rotation_deg: tuple[float, ...]
+
+    @property
+    def conditions(self) -> tuple[str, int, float]:
+        """Settings that must be equal at all widths."""
+        return self.preset, self.batch, self.peak_lr
 
 
 def coord_check(config: TrainConfig, dataset: Dataset) -> list[CoordCheck]:
@@ -78,7 +87,17 @@ def _activations(trainer: Trainer, text: Tensor) -> list[Tensor]:
 
 def _measurement(config: TrainConfig, step: int, activations: list[Tensor], rotation: tuple[float, ...]) -> CoordCheck:
     *stream, logits = (_finite_or_inf(activation.square().mean().sqrt()) for activation in activations)
-    return CoordCheck(config.model.architecture, config.model.width, config.lr, step, tuple(stream), logits, rotation)
+    return CoordCheck(
+        architecture=config.model.architecture,
+        preset=config.preset,
+        width=config.model.width,
+        batch=config.batch_tokens,
+        peak_lr=config.lr,
+        step=step,
+        stream=tuple(stream),
+        logits=logits,
+        rotation_deg=rotation,
+    )
 
 
 def _mean_angle_deg(before: Tensor, after: Tensor) -> float:

@@ -10,7 +10,7 @@ from antransformer.results.records import load_record, save_record
 
 FILE = "sweep.json"
 FORMAT = "antransformer-sweep"
-VERSION = 4
+VERSION = 5
 
 
 @dataclass(frozen=True)
@@ -73,14 +73,16 @@ class Sweep:
     def merged_with(self, earlier: "Sweep") -> "Sweep":
         """Return this sweep with the runs and commands of an earlier sweep in the same folder added.
 
-        Where both have a run or an activation size, this sweep's is kept. If the learning rates of the activation sizes
-        differ, only this sweep's are kept, since widths are compared at one rate.
+        Where both have a run or an activation size, this sweep's is kept. If the conditions of the activation sizes
+        differ, only this sweep's are kept, since widths are compared at one learning rate, batch and depth.
         """
         folders = {run.folder for run in self.runs}
         models = {(sizes.architecture, sizes.width) for sizes in self.coord_check}
-        rates = {sizes.architecture: sizes.peak_lr for sizes in self.coord_check}
+        conditions = {sizes.architecture: sizes.conditions for sizes in self.coord_check}
         comparable = [
-            item for item in earlier.coord_check if rates.get(item.architecture, item.peak_lr) == item.peak_lr
+            item
+            for item in earlier.coord_check
+            if conditions.get(item.architecture, item.conditions) == item.conditions
         ]
         commands = (*earlier.setup.get("commands_before", ()), earlier.setup.get("command"))
         before = [command for command in commands if command != self.setup.get("command")]
@@ -105,7 +107,7 @@ class Sweep:
         Raises:
             DataError: the file is missing or damaged.
         """
-        return load_record(cls, folder / FILE, FORMAT, VERSION, {2: _upgrade_2, 3: _upgrade_3})
+        return load_record(cls, folder / FILE, FORMAT, VERSION, {2: _upgrade_2, 3: _upgrade_3, 4: _upgrade_4})
 
 
 def _upgrade_2(content: dict[str, Any]) -> None:
@@ -119,3 +121,12 @@ def _upgrade_2(content: dict[str, Any]) -> None:
 def _upgrade_3(content: dict[str, Any]) -> None:
     """Version 3 did not store the learning rate of the activation sizes."""
     content["coord_check"] = [{**sizes, "peak_lr": None} for sizes in content["coord_check"]]
+
+
+def _upgrade_4(content: dict[str, Any]) -> None:
+    """Version 4 did not store preset and batch of the activation sizes, which the run with the smallest batch has."""
+    runs = sorted(content["runs"], key=lambda run: run["batch"], reverse=True)
+    smallest = {(run["architecture"], run["width"]): run for run in runs}
+    for sizes in content["coord_check"]:
+        run = smallest[sizes["architecture"], sizes["width"]]
+        sizes |= {"preset": run["size"].removesuffix(f"-w{run['width']}"), "batch": run["batch"]}

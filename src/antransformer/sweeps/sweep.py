@@ -218,8 +218,8 @@ class Sweeper:
             losses |= {rate: mean_loss(outcome for outcome in seeds if outcome) for rate, seeds in outcomes.items()}
         return 0, 0
 
-    def run(self) -> Sweep:
-        """Search every cell; raises the errors of ``RunQueue.run``."""
+    def run(self, earlier: Sweep | None = None) -> Sweep:
+        """Search every cell, given the sweep in the same folder; raises the errors of ``RunQueue.run``."""
         started = time.monotonic()
         search = GridSearch(self.queue, self.jobs)
         self.stage("grid")
@@ -231,17 +231,27 @@ class Sweeper:
             for seed, outcome in enumerate(seeds)
         )
         ended = [outcome for rates in search.results.values() for seeds in rates.values() for outcome in seeds]
-        return Sweep(
-            self.setup(time.monotonic() - started, ended), runs, self.coordinates() if self.plan.by_width else ()
-        )
+        checks = self.coordinates(earlier.coord_check if earlier else ()) if self.plan.by_width else ()
+        return Sweep(self.setup(time.monotonic() - started, ended), runs, checks)
 
-    def coordinates(self) -> tuple[CoordCheck, ...]:
-        """Activations of every architecture and size, at its middle learning rate and smallest batch."""
+    def coordinates(self, earlier: Sequence[CoordCheck]) -> tuple[CoordCheck, ...]:
+        """Activations of every architecture and size, at its middle learning rate and smallest batch.
+
+        Args:
+            earlier: those of an earlier sweep with the same data and shared settings, which are not measured again.
+        """
         self.stage("activations")
         cells = {(cell.architecture, cell.size): cell for cell in sorted(self.plan.grids, key=lambda cell: -cell.batch)}
         middle = {cell: grid[len(grid) // 2] for cell, grid in self.plan.grids.items()}
-        configs = [replace(self.config(cell, middle[cell], 0), device=self.queue.devices[0]) for cell in cells.values()]
-        return tuple(check for config in configs for check in coord_check(config, self.dataset))
+        checks: list[CoordCheck] = []
+        for cell in cells.values():
+            config = replace(self.config(cell, middle[cell], 0), device=self.queue.devices[0])
+            model, conditions = config.model, (config.preset, config.batch_tokens, config.lr)
+            known = [
+                check for check in earlier if (check.architecture, check.width) == (model.architecture, model.width)
+            ]
+            checks += [check for check in known if check.conditions == conditions] or coord_check(config, self.dataset)
+        return tuple(checks)
 
     def sweep_run(self, cell: Cell, lr: float, seed: int, outcome: RunResult) -> SweepRun:
         """Record of a finished run."""
