@@ -6,12 +6,14 @@ import math
 import re
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 import antransformer
+from antransformer.api import checkpoints
 from antransformer.cli import main
 from antransformer.data import readers
 from antransformer.errors import CheckpointError, DataError
@@ -107,6 +109,27 @@ def test_text_is_scored_without_lm_eval(tmp_path, book, options):
     assert values["byte_perplexity"] == pytest.approx(math.exp(loss / size))
     assert values["word_perplexity"] == pytest.approx(math.exp(loss / words))
     assert [score["items"] for score in result["scores"]] == [2, 2, 2]
+
+
+def test_an_interrupted_evaluation_leaves_the_scores_of_finished_files(run, book, tmp_path, monkeypatch):
+    other, out, unfinished = tmp_path / "other.txt", tmp_path / "scores.json", tmp_path / "scores.unfinished.json"
+    other.write_text("to be or not to be")
+    evaluate = partial(antransformer.evaluate, run, texts=[book, other], device="cpu", out=out)
+    score = checkpoints.perplexity
+
+    def interrupted(model, tokenizer, texts, *arguments):
+        if texts == [other.read_text()]:
+            raise KeyboardInterrupt
+        return score(model, tokenizer, texts, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoints, "perplexity", interrupted)
+        evaluate()
+    left = json.loads(unfinished.read_text())
+    assert not out.exists() and [result["name"] for result in left["results"]] == [str(book)]
+    evaluate()
+    written = json.loads(out.read_text())
+    assert not unfinished.exists() and written["results"][0] == left["results"][0] and len(written["results"]) == 2
 
 
 def test_documents_are_read_as_by_prepare(run, book, tmp_path, capsys):

@@ -3,17 +3,18 @@
 import contextlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from antransformer.api.arguments import checked
 from antransformer.comparison.summary import summary
 from antransformer.data import Tokenizer
 from antransformer.data.readers import TEXT_FIELD
 from antransformer.errors import ConfigError
-from antransformer.files import check_json_target, write_result
+from antransformer.files import check_json_target, is_stream, write_result
 from antransformer.inference.folding import folded_where_possible
 from antransformer.inference.perplexity import perplexity
 from antransformer.inference.text import continue_text
@@ -215,7 +216,8 @@ def evaluate(
         batch_size: texts per forward pass; fewer where a text file is scored on a CPU, which is faster.
         limit: maximum number of items per task, and of documents per file.
         device: device of the model.
-        out: JSON file of the scores; by default ``evaluation.json`` in the run folder, which ``export`` reads.
+        out: JSON file of the scores; by default ``evaluation.json`` in the run folder, which ``export`` reads. Until
+            all are done, those of finished tasks and files are in ``evaluation.unfinished.json``.
         progress: whether to show progress.
 
     Raises:
@@ -236,23 +238,37 @@ def evaluate(
     # All files are read before anything is scored: a missing one must not surface after hours.
     read = {str(name): [row["text"] for row in documents(Path(name), text_field, limit)] for name in texts}
     torch_device, results = choose_device(device), []
+    settings = {"checkpoint": str(source.path), "step": source.step, "batch_size": batch_size, "limit": limit}
+    unfinished, finished = path.with_suffix(f".unfinished{path.suffix}"), []
+
+    def scored(result: lm_eval.Result) -> None:
+        finished.append(result)
+        if not is_stream(path):
+            _write_scores(unfinished, settings, finished)
+        display.scored(result.name, result.line())
+
     with EvaluationProgress(enabled=progress) as display:
         if tasks:
             folder = None if task_data is None else Path(task_data)
             results = lm_eval.evaluate(
-                source, tokenizer, tasks, folder, batch_size, limit, torch_device, display, display.scored
+                source, tokenizer, tasks, folder, batch_size, limit, torch_device, display, scored
             )
         if read:
             model = folded_where_possible(restore(source, torch_device))
-            scored = []
+            texts_scored = []
             for name, text in read.items():
-                scored.append(_score_text(model, tokenizer, name, text, batch_size, display))
-                display.scored(name, scored[-1].line())
-            results = [*scored, *results]
-    settings = {"checkpoint": str(source.path), "step": source.step, "batch_size": batch_size, "limit": limit}
+                texts_scored.append(_score_text(model, tokenizer, name, text, batch_size, display))
+                scored(texts_scored[-1])
+            results = [*texts_scored, *results]
+    _write_scores(path, settings, results)
+    if not is_stream(path):
+        unfinished.unlink(missing_ok=True)
+    return Evaluation(source, tuple(results), path)
+
+
+def _write_scores(path: Path, settings: Mapping[str, Any], results: Sequence[lm_eval.Result]) -> None:
     content = {**settings, "results": [asdict(result) for result in results]}
     write_result(path, json.dumps(content, indent=2) + "\n")
-    return Evaluation(source, tuple(results), path)
 
 
 def _score_text(

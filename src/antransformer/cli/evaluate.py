@@ -65,7 +65,8 @@ def add_arguments(parser: Parser) -> None:
         "--out",
         type=Path,
         metavar="FILE",
-        help="JSON file of all scores, overwritten (default evaluation.json in the run folder)",
+        help="JSON file of all scores, overwritten (default evaluation.json in the run folder). An interrupted "
+        "evaluation leaves the scores of its finished tasks and files in evaluation.unfinished.json",
     )
 
 

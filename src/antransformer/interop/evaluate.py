@@ -75,7 +75,7 @@ def evaluate(
     limit: int | None = None,
     device: torch.device | None = None,
     progress: Callable[[str, int, int], None] = lambda name, done, total: None,
-    scored: Callable[[str, str], None] = lambda name, scores: None,
+    scored: Callable[[Result], None] = lambda result: None,
 ) -> list[Result]:
     """Evaluate a checkpoint with lm_eval and return one result for each task.
 
@@ -88,7 +88,7 @@ def evaluate(
         limit: maximum number of items per task.
         device: device of the model, by default the CPU.
         progress: called with (name, texts scored, texts in total), and with zeros before a task is loaded.
-        scored: called with the name and the scores in one line, after each task.
+        scored: called with the result of each task that has scores.
 
     Raises:
         MissingExtraError: lm_eval is not installed.
@@ -123,7 +123,7 @@ def evaluate(
         try:
             scores = list(parse_scores(scorer.score(loaded, limit, partial(progress, name))))
             results.append(Result(name, source, scores, scorer.total, scorer.cut))
-            scored(name, results[-1].line())
+            scored(results[-1])
         except (DataError, OverflowError) as error:  # the other tasks can still be scored
             reason = str(error) if isinstance(error, DataError) else "its perplexity overflows"
             results.append(Result(name, source, [], scorer.total, scorer.cut, problem=reason))
