@@ -193,6 +193,15 @@ def test_a_mask_is_boolean_and_may_have_one_axis():
         functional.attention(q, q, q, mask=torch.zeros(3, 3))
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("shape", [(2, 7), (2, 5, 7), (2, 1, 1, 6), (3, 1, 1, 7), (1, 2, 1, 5, 7)])
+def test_a_mask_of_another_shape_is_refused(shape, causal):
+    q, k = torch.randn(2, 5, 4, 8), torch.randn(2, 7, 4, 8)
+    with pytest.raises(ValueError) as error:
+        functional.attention(q, k, k, causal=causal, mask=torch.ones(shape, dtype=torch.bool))
+    assert "(2, 4, 5, 7)" in str(error.value) and str(shape) in str(error.value)
+
+
 def test_an_initial_value_of_0_is_refused_since_it_would_never_change():
     with pytest.raises(errors.ConfigError):
         Residual(8, alpha=0.0)

@@ -382,15 +382,15 @@ def attention(
         rotary: rotary tables for q and k, of at least max(T, S) positions; None for no rotary embedding.
         causal: whether position t attends only to positions up to t.
         window: attend only to positions at a distance below ``window``; None for no limit.
-        mask: boolean, broadcastable to (B, n, T, S), true where a key is visible. It is combined with ``causal`` and
-            ``window``.
+        mask: boolean, true where a key is visible, broadcastable to (B, n, T, S): two axes are (T, S), and a padding
+            mask is (B, 1, 1, S). It is combined with ``causal`` and ``window``.
 
     Returns:
         Concatenated heads (B, T, n * h). A head that averages r independent values has norm 1 / sqrt(r). A head that
         attends to a single value has norm 1. A query with no visible key gives 0.
 
     Raises:
-        ValueError: the window is not positive, or the mask is not boolean.
+        ValueError: the window is not positive, or the mask is not boolean or has another shape.
 
     >>> x = normalize(torch.randn(2, 10, 4, 64))
     >>> y = attention(x, x, x, score_scale=8.0, causal=True)
@@ -400,8 +400,11 @@ def attention(
     if rotary is not None:
         q, k = (rotate(x, Rotary(*(table[..., : x.shape[1], :] for table in rotary))) for x in (q, k))
     if mask is not None:
-        if mask.dtype != torch.bool:
-            raise ValueError(f"mask must be boolean, true where a key is visible, got {mask.dtype}")
+        shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+        fits = all(size in (1, full) for size, full in zip(reversed(mask.shape), reversed(shape), strict=False))
+        if mask.dtype != torch.bool or mask.ndim > len(shape) or not fits:
+            got = f"{mask.dtype} {tuple(mask.shape)}"
+            raise ValueError(f"mask must be boolean and broadcastable to (B, n, T, S) = {shape}, got {got}")
         mask = torch.atleast_2d(mask)  # torch's attention takes no mask of fewer axes
     if window is not None or (causal and mask is not None):
         positional = visibility_mask(q.shape[1], k.shape[1], causal, window, q.device)
@@ -431,15 +434,9 @@ def softmax_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False, scale: float = 1.0
 ) -> Tensor:
     """Attention softmax(scale * q k^T) v by torch's fused kernel; shapes as in ``attention``."""
-    y = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=mask,
-        is_causal=causal,
-        scale=scale,
-        enable_gqa=q.shape[2] != k.shape[2],
-    )
+    grouped = q.shape[2] != k.shape[2]
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
     return y.transpose(1, 2).flatten(2)
 
 
