@@ -192,6 +192,18 @@ def test_bounds_hold_in_ddp(single_process_group):
     assert watch.steps == 3 and len(watch.bounds) == 12
 
 
+@pytest.mark.parametrize("use_orig_params", [False, True])
+def test_fsdp1_is_refused(single_process_group, use_orig_params):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = model_of("angpt")
+    wrapped = FullyShardedDataParallel(model, use_orig_params=use_orig_params, device_id=torch.device("cpu"))
+    optimizer = torch.optim.Adam(wrapped.parameters())
+    for module in (wrapped, model):
+        with pytest.raises(TypeError, match=r"fully_shard"):
+            antransformer.bind(module, optimizer)
+
+
 def test_bounds_hold_with_accelerate():
     accelerate = pytest.importorskip("accelerate")
     model = model_of("angpt")
@@ -389,10 +401,14 @@ def test_a_method_bounds_may_be_a_generator_and_returns_bounds_only(nested):
     antransformer.bind(model, optimizer)
     optimizer.step()
     assert table.weight.norm(dim=1).max() <= 1 + 1e-6
+    path = "0.bounds" if nested else "bounds"
     for wrong, kind in (([("table", table.weight)], "tuple"), (None, "NoneType")):
         table.bounds = lambda wrong=wrong: wrong
-        with pytest.raises(TypeError, match=rf"Table\.bounds.*{kind}"):
+        with pytest.raises(TypeError, match=rf"^{path}.*Table.*{kind}"):
             antransformer.bind(model, optimizer)
+    table.bounds = [bounds.Bound("table", table.weight)]
+    with pytest.raises(TypeError, match=rf"^{path}.*Table"):
+        antransformer.bind(model, optimizer)
 
 
 @pytest.mark.parametrize(
@@ -412,5 +428,5 @@ def test_a_declared_bound_that_cannot_hold_is_refused(declare):
 
 def test_a_computed_weight_is_refused():
     model = torch.nn.Sequential(torch.nn.utils.parametrizations.weight_norm(Linear(8, 8)), Linear(8, 8))
-    with pytest.raises(TypeError, match="Linear"):
+    with pytest.raises(TypeError, match=r"^0\.weight.*Linear"):
         antransformer.bind(model, torch.optim.SGD(model.parameters(), lr=0.1))

@@ -158,6 +158,12 @@ def half(value, *shape):
     return layer
 
 
+def stored_as(dtype):
+    layer = nn.Linear(4, 4)
+    layer.weight = nn.Parameter(torch.ones(4, 4).to(dtype), requires_grad=False)
+    return nn.Sequential(layer)
+
+
 @pytest.mark.parametrize(
     ("make", "name"),
     [
@@ -165,6 +171,9 @@ def half(value, *shape):
         (lambda: nn.Sequential(half(1e4, 16, 2)), "0.weight"),
         (lambda: nn.Sequential(nn.Linear(4, 4, device="meta")), "0.weight"),
         (lambda: nn.Sequential(nn.LazyLinear(4)), "0.weight"),
+        (lambda: stored_as(torch.int8), "1.0.weight"),
+        (lambda: stored_as(torch.float8_e4m3fn), "1.0.weight"),
+        (lambda: stored_as(torch.complex64), "1.0.weight"),
     ],
 )
 def test_a_weight_that_cannot_be_scaled_is_refused_and_nothing_changes(make, name):

@@ -12,7 +12,7 @@ but does not print the projection. Strict bounds are those of nGPT (arXiv:2410.0
 
 import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -52,38 +52,45 @@ def collect_bounds(module: nn.Module) -> list[Bound]:
     vector, and the rows of weights that ``normalize_`` has scaled.
 
     Raises:
-        TypeError: a method ``bounds`` returns something else, or a bounded weight is computed by a parametrization.
+        TypeError: ``bounds`` is a list of bounds and not a method, or returns something else, or a bounded weight is
+            computed by a parametrization.
 
     >>> model = nn.Sequential(Embedding(50, 64), nn.LayerNorm(64), Linear(64, 2, bias=True))
     >>> [(bound.name, bound.axis) for bound in collect_bounds(model)]
     [('0.weight', 1), ('2.weight', 1), ('2.bias', 0)]
     """
+    return list(_collect(module, ""))
+
+
+def _collect(module: nn.Module, path: str) -> Iterator[Bound]:
+    """Bounds of the module at a path, which is empty or ends with a dot."""
     if declares_bounds(module):
         declared = module.bounds()  # type: ignore[operator]  # a method, by declares_bounds
-        bounds: list[Bound] = list(declared) if isinstance(declared, Iterable) else [declared]
-        for bound in bounds:
+        for bound in declared if isinstance(declared, Iterable) else [declared]:
             if not hasattr(bound, "parameter"):  # exported models have a class of their own for bounds
-                where, kind = f"{type(module).__name__}.bounds()", type(bound).__name__
+                where, kind = f"{path}bounds() of {type(module).__name__}", type(bound).__name__
                 raise TypeError(f"{where} must return a list of antransformer.Bound, got an entry of type {kind}")
-        return bounds
+            # Not dataclasses.replace, for the same reason.
+            yield Bound(f"{path}{bound.name}", bound.parameter, bound.axis, bound.strict)
+        return
+    attribute = getattr(module, "bounds", None)  # may be something else, such as a submodule
+    if any(isinstance(entry, Bound) for entry in (attribute if isinstance(attribute, list | tuple) else [attribute])):
+        raise TypeError(f"{path}bounds of {type(module).__name__} must be a method that returns the list of bounds")
     if isinstance(module, (Embedding, Linear)) and "weight" not in module._parameters:
-        raise TypeError(
-            f"the weight of a {type(module).__name__} is computed (a parametrization): bind needs a parameter"
-        )
+        where = f"{path}weight of {type(module).__name__}"
+        raise TypeError(f"{where} is computed (a parametrization): bind needs a parameter")
     if isinstance(module, Embedding):
-        return [Bound("weight", module.weight)]
-    if isinstance(module, Linear):
-        bias = [] if module.bias is None else [Bound("bias", module.bias, axis=0)]
-        return [Bound("weight", module.weight), *bias]
-    if isinstance(module, parametrize.ParametrizationList) and isinstance(module[0], Scale):
+        yield Bound(f"{path}weight", module.weight)
+    elif isinstance(module, Linear):
+        yield Bound(f"{path}weight", module.weight)
+        if module.bias is not None:
+            yield Bound(f"{path}bias", module.bias, axis=0)
+    elif isinstance(module, parametrize.ParametrizationList) and isinstance(module[0], Scale):
         assert isinstance(module.original, Tensor)
-        return [Bound("original", module.original)]
-    return [
-        # Not dataclasses.replace: exported models have a class of their own for bounds.
-        Bound(f"{name}.{bound.name}", bound.parameter, bound.axis, bound.strict)
-        for name, child in module.named_children()
-        for bound in collect_bounds(child)
-    ]
+        yield Bound(f"{path}original", module.original)
+    else:
+        for name, child in module.named_children():
+            yield from _collect(child, f"{path}{name}.")
 
 
 def declares_bounds(module: nn.Module) -> bool:
@@ -156,8 +163,8 @@ def bind(model: nn.Module, optimizer: Optimizer) -> RemovableHandle:
         Handle; ``handle.remove()`` stops the projection.
 
     Raises:
-        TypeError: the arguments are not a module and an optimizer, or the model has no bounds, or a method ``bounds``
-            returns something else, or a bounded weight is computed by a parametrization.
+        TypeError: the arguments are not a module and an optimizer, or the model has no bounds, or its parameters are
+            those of ``FullyShardedDataParallel`` (FSDP1), and as in ``collect_bounds``.
         ValueError: none of its bounded parameters is in the optimizer, or a declared bound has no parameter of the
             model or an axis that the parameter does not have.
     """
@@ -170,6 +177,8 @@ def bind(model: nn.Module, optimizer: Optimizer) -> RemovableHandle:
         inner := getattr(optimizer, "optimizer", None), Optimizer
     ):
         optimizer = inner  # accelerate's wrapper is an Optimizer without the hooks of one
+    if any(getattr(parameter, "_fsdp_flattened", False) for parameter in _parameters_of(optimizer)):
+        raise TypeError("FullyShardedDataParallel (FSDP1) flattens weights: use fully_shard (FSDP2), which keeps rows")
     declared = collect_bounds(model)
     if not declared and not declares_bounds(model):
         raise TypeError(
@@ -260,8 +269,8 @@ def normalize_(module: Module) -> Module:
 
     Raises:
         TypeError: the argument is not a module, declares its own bounds, or has no such weight.
-        ValueError: a weight has no values yet, is not finite, is too large for float16, or is a parameter of another
-            kind of module too. Nothing is changed then.
+        ValueError: a weight has no values yet, is not finite, is too large for float16, is not floating point of
+            16 bits or more, or is a parameter of another kind of module too. Nothing is changed then.
 
     >>> model = nn.Sequential(nn.Embedding(50, 64), nn.LayerNorm(64), nn.Linear(64, 2))
     >>> [bound.name for bound in collect_bounds(normalize_(model))]
@@ -306,6 +315,10 @@ def _factor(weight: Tensor, name: str) -> float:
     """
     if isinstance(weight, nn.UninitializedParameter) or weight.is_meta:
         raise ValueError(f"{name} has no values yet: initialize it first")
+    if not weight.is_floating_point() or weight.itemsize == 1:
+        raise ValueError(
+            f"{name} must be floating point of 16 bits or more, got {weight.dtype}: quantize it afterwards"
+        )
     largest = float(norms(Bound(name, weight.detach())).max()) if weight.numel() else 0.0
     if not math.isfinite(largest):
         raise ValueError(f"{name} is not finite")
