@@ -58,6 +58,16 @@ def padded(prompts):
     return {"input_ids": ids, "attention_mask": mask}
 
 
+def losses_of_padded_and_single_prompts(model):
+    """Mean loss of the prompts of two tokens or more, and their logits: padded on the left, and one by one."""
+    batch, prompts = padded(PROMPTS), [torch.tensor([prompt]) for prompt in PROMPTS]
+    real = batch["attention_mask"].cumsum(-1)
+    output = model(**batch, labels=batch["input_ids"].masked_fill(real < 2, -100))  # no prediction from padding
+    yield output.loss, output.logits[real > 0]
+    losses = [model(row, labels=row).loss * (row.shape[1] - 1) for row in prompts if row.shape[1] > 1]
+    yield sum(losses) / int((real > 1).sum()), torch.cat([model(row).logits[0] for row in prompts])
+
+
 def continued(model, inputs, **options):
     """New tokens of greedy generation."""
     inputs = inputs if isinstance(inputs, dict) else {"input_ids": inputs}
@@ -130,6 +140,45 @@ def test_greedy_generation_is_equal_for_single_prompts_and_in_a_padded_batch(pai
     assert continued(theirs, padded(PROMPTS), use_cache=False) == expected
     assert continued(theirs, padded(PROMPTS), cache_implementation="static") == expected
     theirs.set_attn_implementation("sdpa")
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_padding_on_the_left_changes_no_logit_and_no_gradient(pair, attention):
+    _, theirs = pair
+    theirs.set_attn_implementation(attention)
+    logits, gradients = [], []
+    for loss, real in losses_of_padded_and_single_prompts(theirs):
+        loss.backward()
+        logits.append(real)
+        gradients.append([parameter.grad for parameter in theirs.parameters()])
+        theirs.zero_grad()
+    theirs.set_attn_implementation("sdpa")
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+    for batch, single in zip(*gradients, strict=True):
+        torch.testing.assert_close(batch, single, rtol=1e-4, atol=1e-5 * single.abs().max().item())
+
+
+@pytest.mark.parametrize("static", [False, True])
+@torch.no_grad()
+def test_a_padded_batch_continues_from_a_cache_without_positions(pair, static):
+    _, theirs = pair
+    ids, mask = padded(PROMPTS).values()
+    expected = torch.stack([theirs(torch.tensor([prompt])).logits[0, -1] for prompt in PROMPTS])
+    cache = transformers.StaticCache(config=theirs.config, max_cache_len=12) if static else transformers.DynamicCache()
+    theirs(ids[:, :-1], mask[:, :-1], past_key_values=cache, use_cache=True)
+    # A static cache may have a mask of its own size, which hides nothing that is not yet there.
+    mask = torch.cat([mask, mask.new_zeros(len(mask), 12 - mask.shape[1])], 1) if static else mask
+    logits = theirs(ids[:, -1:], mask, past_key_values=cache, use_cache=True).logits[:, 0]
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["angpt", "ngpt"])
+def test_a_padded_batch_in_bfloat16_has_the_logits_of_single_prompts_and_finite_gradients(tmp_path, architecture):
+    theirs = load(exported(tmp_path, architecture, dtype="bfloat16")[1])
+    (loss, batch), (_, single) = losses_of_padded_and_single_prompts(theirs)
+    torch.testing.assert_close(batch, single, rtol=0.05, atol=0.05)
+    loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in theirs.parameters())
 
 
 @torch.no_grad()

@@ -105,6 +105,22 @@ def test_transformers_own_classes_compute_the_same_function(trained, tmp_path, a
         assert not list(folder.glob("*.py")) and "auto_map" not in (folder / "config.json").read_text()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("architecture", ["angpt", "gpt+"])
+def test_padding_on_the_left_changes_no_logit(trained, tmp_path, architecture, dtype):
+    antransformer.export(trained(architecture), tmp_path / "hf", format=form_of(architecture), dtype=dtype)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    ids = tokens(batch=1, length=12)
+    batch = torch.cat([ids, torch.cat([ids.new_full((1, 5), END), ids[:, :7]], 1)])
+    output = theirs(batch, attention_mask=torch.tensor([[1] * 12, [0] * 5 + [1] * 7]), labels=batch)
+    expected = theirs(ids).logits[0].detach()
+    for row, real in ((0, expected), (1, expected[:7])):
+        error = (output.logits[row, -len(real) :] - real).abs().max() / expected.abs().max()
+        assert error < ERRORS[dtype]
+    output.loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in theirs.parameters())
+
+
 def test_the_residual_factors_of_the_trained_models_have_moved(trained):
     model = load_model(trained("angpt"))
     alphas = torch.cat([block.attention_residual.alpha() for block in model.blocks])

@@ -131,7 +131,12 @@ class AntransformerModel(AntransformerPreTrainedModel):
             cache = DynamicCache(config=self.config)
         if position_ids is None:
             start = 0 if cache is None else cache.get_seq_length()
-            position_ids = (torch.arange(x.shape[1], device=x.device) + start).unsqueeze(0)
+            indices = torch.arange(x.shape[1], device=x.device) + start
+            position_ids = indices.unsqueeze(0)
+            if attention_mask is not None and len(attention_mask.shape) == 2:  # block masks have no ndim
+                # Scores of nGPT depend on the positions themselves, so padding on the left must not count.
+                counted = (attention_mask.ne(0).cumsum(-1) - 1).clamp_min(0)
+                position_ids = counted[:, indices.clamp_max(counted.shape[1] - 1)]
         mask = create_causal_mask(self.config, x, attention_mask, position_ids=position_ids, **{CACHE: cache})
         rotary = rotary_tables(position_ids, self.config)
         for block in self.blocks:
