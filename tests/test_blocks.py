@@ -230,6 +230,10 @@ def test_padding_does_not_reach_the_other_tokens():
     torch.testing.assert_close(block(x, mask)[:, :5], block(x[:, :5]))
 
 
+def small_language_model():
+    return antransformer.build(antransformer.ModelConfig(vocab_size=20, width=64, layers=1, head_dim=32))
+
+
 def small_encoder_decoder(layers=2):
     encoder = [EncoderBlock(Attention(256, 4, rotary=0.5), MLP(256)) for _ in range(layers)]
     decoder = [
@@ -327,7 +331,7 @@ def test_attention_with_an_adapter_around_a_projection_can_be_printed():
 
 
 def test_bounds_of_a_submodule_are_collected_and_a_method_bounds_takes_precedence():
-    language = antransformer.build(antransformer.ModelConfig(vocab_size=20, width=64, layers=1, head_dim=32))
+    language = small_language_model()
     both = nn.ModuleDict({"language": language, "head": Linear(64, 2)})
     names = [bound.name for bound in bounds.collect_bounds(both)]
     assert names == [f"language.{bound.name}" for bound in language.bounds()] + ["head.weight"]
@@ -415,7 +419,9 @@ def test_an_exported_program_has_no_operator_of_this_package():
         (lambda: antransformer.build("angpt"), "ModelConfig"),
         (lambda: antransformer.normalize_(torch.nn.Linear), "Linear"),
         (lambda: antransformer.bind(torch.optim.SGD(MLP(8).parameters()), MLP(8)), "SGD, MLP"),
-        (lambda: antransformer.generate((MLP(64), None)), "MLP"),
+        (lambda: antransformer.generate((MLP(64), None)), "MLP, NoneType"),
+        (lambda: antransformer.generate((small_language_model(), None)), "AnGPT, NoneType"),
+        (lambda: antransformer.generate((small_language_model(),)), "AnGPT"),
         (lambda: antransformer.evaluate((MLP(64), None)), "tuple"),
         (lambda: antransformer.export(MLP(64), "folder"), "MLP"),
     ],

@@ -81,10 +81,13 @@ def generate(
     Raises:
         ConfigError: an option is out of range, or the device is not available.
         CheckpointError, DataError: as in ``load``.
+        TypeError: the checkpoint is neither a path nor a model and its tokenizer.
     """
-    model, tokenizer = checkpoint if isinstance(checkpoint, tuple) else load(checkpoint, device)
-    if not isinstance(model, Decoder):
-        raise TypeError(f"generate needs a model that load or build returned, got {type(model).__name__}")
+    pair = checkpoint if isinstance(checkpoint, tuple) else load(checkpoint, device)
+    if len(pair) != 2 or not isinstance(pair[0], Decoder) or not isinstance(pair[1], Tokenizer):
+        kinds = ", ".join(type(part).__name__ for part in pair)
+        raise TypeError(f"generate takes a path, or the model and tokenizer that load returned, got ({kinds})")
+    model, tokenizer = pair
     pieces = continue_text(
         model,
         tokenizer,
