@@ -195,6 +195,22 @@ def test_generation_is_timed_for_all_variants(tmp_path, capsys):
         assert mentions(line, "eager", batch)
 
 
+def test_generation_of_some_variants_builds_no_other_library(monkeypatch):
+    monkeypatch.setattr(generate, "_qwen3_variants", None)
+    settings = generate.GenerationSettings(
+        model=ModelConfig(**SIZES),
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        rounds=1,
+        batches=(1,),
+        prompt_tokens=4,
+        max_new_tokens=2,
+        variants=("folded", "gpt+"),
+    )
+    rows = generate.bench_generate(settings, lambda _: None).rows
+    assert [(row.variant, row.problem) for row in rows] == [("folded", None), ("gpt+", None)] * 2
+
+
 def test_compiled_generation_is_timed_and_qwen3_skipped_if_not_installed(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))

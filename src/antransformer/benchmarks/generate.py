@@ -31,6 +31,7 @@ from antransformer.models import Cache, Decoder, build
 Step = Callable[[Tensor, Any], Tensor]  # new token ids (B, T) and the cache -> logits (B, V) of the next token
 
 BASELINE = "folded"  # anGPT with its factors folded into the weights
+VARIANTS = (BASELINE, *OUR_ARCHITECTURES, "qwen3 static", "qwen3")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,7 @@ class GenerationSettings(Settings):
         prompt_tokens: number of tokens of each prompt.
         max_new_tokens: number of tokens to generate.
         modes: eager execution, ``torch.compile``, or both.
+        variants: names of the variants to time.
 
     Raises:
         ConfigError: a number is less than 1, a batch is given twice, or the tokens do not fit into the context.
@@ -51,6 +53,7 @@ class GenerationSettings(Settings):
     prompt_tokens: int
     max_new_tokens: int
     modes: tuple[Mode, ...] = ("eager",)
+    variants: tuple[str, ...] = VARIANTS
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -82,12 +85,14 @@ def bench_generate(settings: GenerationSettings, log: Callable[[str], None]) -> 
     """Time all variants in every mode and with every batch; ``log`` receives progress and skipped variants."""
     variants, problems = _our_variants(settings), {}
     try:
-        variants |= _qwen3_variants(settings)
+        if "qwen3" in settings.variants:
+            variants |= _qwen3_variants(settings)
     except MissingExtraError as error:
         log(f"skipping qwen3: {error}")
     except Exception as error:  # other releases of transformers may raise anything
         problems["qwen3"] = describe_error(error)
         log(f"qwen3 failed: {problems['qwen3']}")
+    variants = {name: variant for name, variant in variants.items() if name in settings.variants}
     rows = []
     for mode in settings.modes:
         for batch in settings.batches:
