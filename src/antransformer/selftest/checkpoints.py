@@ -92,12 +92,10 @@ def loss_on_cpu(name: str, folder: Path, config: TrainConfig, dataset: Dataset) 
 
 
 def _stop_and_resume(config: TrainConfig, dataset: Dataset, folder: Path) -> None:
-    try:
+    with contextlib.suppress(RunStoppedError):
         _train(config, dataset, folder, StopAt(STEPS // 2))
-    except RunStoppedError:
-        _train(config, dataset, folder, resuming=True)
-        return
-    raise MachineError("a run did not stop at a signal")
+        raise MachineError("a run did not stop at a signal")
+    _train(config, dataset, folder, resuming=True)
 
 
 def _train(
