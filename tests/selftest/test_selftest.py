@@ -2,18 +2,23 @@
 
 import json
 import math
+import signal
+import sys
+import time
+from dataclasses import replace
 
 import pytest
 import torch
 
-from antransformer import functional
+from antransformer import functional, kernels
 from antransformer.benchmarks.timing import Benchmark, machine_info, make_rows
 from antransformer.cli import main
-from antransformer.errors import MachineError
+from antransformer.errors import MachineError, RunStoppedError
 from antransformer.lock import lock
 from antransformer.nn import Embedding
-from antransformer.selftest import PARTS, checkpoints, models, processes, program, speed
+from antransformer.selftest import PARTS, checkpoints, models, processes, program, speed, training
 from antransformer.selftest.checks import Check, Setup, at_most
+from antransformer.selftest.program import Unit
 from antransformer.selftest.runs import corpus, run_config
 from antransformer.training.compilation import use_cuda_graphs
 from helpers.commands import refused
@@ -38,8 +43,9 @@ def complete(tmp_path_factory):
 def check_outcomes(result, parts, passed):
     folder, content, status = result
     assert status == 0
-    functions = [(part, function.__name__) for part in parts for function in program.CHECKS[part]]
-    assert [(result["part"], result["function"]) for result in content["parts"]] == functions
+    units = [(part, unit.name) for part in parts for unit in program.CHECKS[part]]
+    assert [(result["part"], result["unit"]) for result in content["parts"]] == units
+    assert len(set(units)) == len(units)
     assert not (folder / program.ERRORS).exists()
     outcomes = [check["passed"] for result in content["parts"] for check in result["checks"]]
     assert outcomes.count(True) >= passed
@@ -79,7 +85,7 @@ def test_all_parts_pass_on_a_cpu_and_the_comparison_has_its_losses(tmp_path):
 
 def test_finished_parts_are_not_run_again(complete, monkeypatch, capsys):
     folder, content, _ = complete
-    monkeypatch.setattr(program, "run_function", None)
+    monkeypatch.setattr(program, "run_unit", None)
     assert main(["selftest", "--device", "cpu", "--parts", *SHORT_PARTS, "--out", str(folder)]) == 0
     assert str(sum(len(result["checks"]) for result in content["parts"])) in capsys.readouterr().out
 
@@ -95,7 +101,7 @@ def test_what_failed_is_run_again_after_a_change_of_the_package(tmp_path, monkey
         calls.append("bad")
         yield Check("b", "2", "1", len(calls) > 2)
 
-    monkeypatch.setitem(program.CHECKS, "kernels", (bad, good))
+    monkeypatch.setitem(program.CHECKS, "kernels", (Unit(bad), Unit(good)))
     words = ["selftest", "--device", "cpu", "--parts", "kernels", "--out", str(tmp_path / "out")]
     assert [main(words), main(words)] == [1, 1]
     assert calls == ["bad", "good"]
@@ -172,7 +178,8 @@ def test_runs_use_the_device_under_test_and_processes_one_each(tmp_path, monkeyp
     assert config.device == "cuda:1"
     assert use_cuda_graphs(config, setup.device, min(config.micro_batch_size, config.batch_size))  # if it is compiled
     monkeypatch.setattr(processes, "_compare_runs", lambda setup, name, config, *_: devices.append(config.device) or ())
-    list(processes.replicated(setup))
+    for name in processes.RUNS:
+        list(processes.replicated(setup, name))
     assert devices == ["cuda", "cuda"]
 
 
@@ -181,7 +188,7 @@ def test_a_check_that_raises_is_a_failure_and_the_rest_is_run(tmp_path, monkeypa
         raise RuntimeError("no such device\nmore lines")
         yield
 
-    monkeypatch.setitem(program.CHECKS, "checkpoints", (broken, checkpoints.on_cpu))
+    monkeypatch.setitem(program.CHECKS, "checkpoints", (Unit(broken), Unit(checkpoints.on_cpu)))
     folder = tmp_path / "out"
     assert main(["selftest", "--device", "cpu", "--parts", "checkpoints", "--out", str(folder)]) == 1
     results = json.loads((folder / "results.json").read_text())["parts"]
@@ -201,7 +208,7 @@ def test_a_device_that_fails_after_a_part_ends_the_call_and_the_next_one_continu
     def second(setup):
         yield Check("b", "2")
 
-    monkeypatch.setattr(program, "CHECKS", dict.fromkeys(PARTS, (first, second)))
+    monkeypatch.setattr(program, "CHECKS", dict.fromkeys(PARTS, (Unit(first), Unit(second))))
     words = ["selftest", "--device", "cpu", "--out", str(tmp_path / "out")]
     with monkeypatch.context() as patch:
         patch.setattr(program, "release_memory", fail)
@@ -209,7 +216,7 @@ def test_a_device_that_fails_after_a_part_ends_the_call_and_the_next_one_continu
     kept = [next(iter(PARTS)), "first"]
     assert mentions(capsys.readouterr().err, kept[0], "illegal memory access")
     results = json.loads((tmp_path / "out" / "results.json").read_text())["parts"]
-    assert [[result["part"], result["function"]] for result in results] == [kept]
+    assert [[result["part"], result["unit"]] for result in results] == [kept]
     assert main(words) == 0
     assert len(json.loads((tmp_path / "out" / "results.json").read_text())["parts"]) == 2 * len(PARTS)
 
@@ -223,11 +230,32 @@ def test_a_variant_of_ours_that_fails_is_a_failed_check(tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "free_memory", lambda device: 141e9)
     monkeypatch.setattr(speed, "_memory", lambda *_: Check("memory", "1"))
     setup = Setup(torch.device("cuda"), tmp_path, 1.0, lambda _: None)
-    passed = {check.name.split()[-1]: check.passed for check in speed.peers(setup)}
-    assert passed == {"angpt": None, "x-transformers": None, "gpt+": False, "qwen3": None}
-    assert sum("nan" in check.figure for check in speed.peers(setup)) == 2
-    passed = {check.name.split()[-1]: check.passed for check in speed.steps_125m(setup)}
+    passed = {check.name.split()[-1]: check.passed for check in speed.peer(setup, "x-transformers")}
+    assert passed == {"x-transformers": None, "gpt+": False, "qwen3": None}
+    assert sum("nan" in check.figure for check in speed.peer(setup, "x-transformers")) == 1
+    passed = {check.name.split()[-1]: check.passed for check in speed.steps(setup, "125m", "compiled")}
     assert passed["angpt"] is passed["gpt+"] is False
+
+
+def test_a_library_that_is_missing_is_not_timed(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "find_spec", lambda module: None)
+    monkeypatch.setattr(speed, "bench_step", None)
+    monkeypatch.setattr(speed, "bench_generate", None)
+    setup = Setup(torch.device("cuda"), tmp_path, 1.0, lambda _: None)
+    checks = [check for name in speed.PEERS for check in speed.peer(setup, name)]
+    checks += speed.generation(setup, "compiled", 16, "qwen3")
+    assert [check.passed for check in checks] == [None] * 4
+
+
+@pytest.mark.parametrize(("device", "passed"), [("cuda", False), ("cpu", None)])
+def test_a_missing_triton_is_a_failure_on_a_gpu_only(device, passed, tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, "has_triton", lambda: False)
+    for name in ("interpolate_norm", "bound", "cross_entropy"):
+        monkeypatch.setitem(sys.modules, f"antransformer.kernels.{name}", None)
+    setup = Setup(torch.device(device), tmp_path, math.inf, lambda _: None)
+    for unit in program.CHECKS["kernels"][:3]:
+        result = program.outcome_of(setup, "kernels", unit, "1a")
+        assert [check.passed for check in result.checks] == [passed]
 
 
 @pytest.mark.parametrize(("free", "batch"), [(141e9, 16), (24e9, 8), (1e9, 1)])
@@ -236,17 +264,85 @@ def test_the_batch_of_the_speed_parts_fits_the_device(free, batch, tmp_path, mon
     assert speed._batch(Setup(torch.device("cuda"), tmp_path, 1.0, lambda _: None), "125m") == batch
 
 
-def test_a_call_that_runs_out_of_time_can_be_continued(tmp_path, monkeypatch):
-    monkeypatch.setattr(program, "CHECKS", {name: (lambda setup: iter(()),) for name in PARTS})
-    minutes = iter([0, 60])  # the first part takes an hour
-    monkeypatch.setattr(program.time, "monotonic", lambda: 60.0 * next(minutes, 60))
+def units_of(folder):
+    """Units in the file of results, without their part."""
+    return [result["unit"] for result in json.loads((folder / "results.json").read_text())["parts"]]
+
+
+def test_a_call_starts_nothing_that_should_take_longer_than_the_time_left(tmp_path, monkeypatch, capsys):
+    clock = [0.0]
+
+    def work(setup, minutes):
+        clock[0] += 60 * minutes
+        yield Check("a", "1", "1", True)
+
+    def unknown(setup):
+        yield from work(setup, 1)
+
+    units = (*(Unit(work, (minutes,), 1) for minutes in (4, 3, 2)), Unit(unknown, minutes=5))
+    monkeypatch.setattr(program, "CHECKS", dict.fromkeys(PARTS, ()) | {"kernels": units})
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    words = ["selftest", "--device", "cpu", "--minutes", "10", "--out", str(tmp_path / "out")]
+    assert main(words) == 0  # the third may take 4 minutes, as the first
+    assert units_of(tmp_path / "out") == ["work 4", "work 3"]
+    assert mentions(capsys.readouterr().out, "kernels", "2 of 4")
+    assert main(words) == 0
+    assert units_of(tmp_path / "out") == ["work 4", "work 3", "work 2", "unknown"]
+    assert "### " in capsys.readouterr().out  # the report, when nothing is left
+
+
+def test_a_call_runs_one_unit_however_long_it_should_take(tmp_path, monkeypatch):
+    units = tuple(Unit(lambda setup, name: iter(()), (name,), 20) for name in "ab")
+    monkeypatch.setattr(program, "CHECKS", dict.fromkeys(PARTS, ()) | {"kernels": units})
     words = ["selftest", "--device", "cpu", "--minutes", "10", "--out", str(tmp_path / "out")]
     assert main(words) == 0
-    assert json.loads((tmp_path / "out" / "results.json").read_text())["parts"] == []
-    monkeypatch.undo()
-    monkeypatch.setattr(program, "CHECKS", {name: (lambda setup: iter(()),) for name in PARTS})
+    assert len(units_of(tmp_path / "out")) == 1
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RunStoppedError("stopped", signal.SIGINT)])
+def test_an_interrupted_unit_is_run_again_after_all_others(error, tmp_path, monkeypatch):
+    calls = []
+
+    def first(setup):
+        calls.append("first")
+        if len(calls) == 1:
+            raise error
+        yield Check("a", "1", "1", True)
+
+    def second(setup):
+        calls.append("second")
+        yield Check("b", "1", "1", True)
+
+    monkeypatch.setattr(program, "CHECKS", dict.fromkeys(PARTS, ()) | {"models": (Unit(first), Unit(second))})
+    words = ["selftest", "--device", "cpu", "--out", str(tmp_path / "out")]
+    assert main(words) == 130
+    assert "FAIL" in (tmp_path / "out" / program.REPORT).read_text()
     assert main(words) == 0
-    assert len(json.loads((tmp_path / "out" / "results.json").read_text())["parts"]) == len(PARTS)
+    assert calls == ["first", "second", "first"]
+    assert "FAIL" not in (tmp_path / "out" / program.REPORT).read_text()
+
+
+def test_the_comparison_stops_in_time_or_at_a_signal_of_the_user(tmp_path, monkeypatch):
+    setup = Setup(torch.device("cpu"), tmp_path, math.inf, lambda _: None)
+
+    def interrupt(_):
+        raise RunStoppedError("stopped", signal.SIGINT)
+
+    monkeypatch.setattr(training.Experiment, "run", interrupt)
+    with pytest.raises(RunStoppedError):
+        program.outcome_of(setup, "training", Unit(training.comparison), "1a")
+    monkeypatch.setattr(training.Experiment, "run", lambda _: time.sleep(60))
+    for seconds in (-1.0, 0.5):
+        ending = replace(setup, deadline=time.monotonic() + training.STOP_SECONDS + seconds)
+        assert program.outcome_of(ending, "training", Unit(training.comparison), "1a") is None
+
+
+def test_the_data_of_the_training_is_the_source_of_installed_packages(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "CORPUS_BYTES", 300_000)
+    monkeypatch.setattr(training, "VOCABULARY", 300)
+    dataset = training._data(Setup(torch.device("cuda"), tmp_path, math.inf, lambda _: None))
+    assert dataset.vocab_size == 300
+    assert 100_000 < dataset.split("train").tokens < 400_000
 
 
 def test_a_second_self_test_of_the_same_folder_is_refused(tmp_path, capsys):
@@ -257,7 +353,7 @@ def test_a_second_self_test_of_the_same_folder_is_refused(tmp_path, capsys):
 
 
 HERE = machine_info(torch.device("cpu"))
-PART = {"part": "kernels", "function": "fp8", "seconds": 1.0, "source": "1a", "checks": []}
+PART = {"part": "kernels", "unit": "fp8", "seconds": 1.0, "source": "1a", "checks": []}
 
 
 def kept(*parts, machine=HERE):

@@ -3,20 +3,22 @@
 On a GPU, results are compared with the CPU, and speed with the goals of the project.
 
 Every part prints a table. Results are kept in --out. The same command continues with the rest, and repeats what failed
-if the package was changed since. At the end, report.md in that folder has all tables. On a GPU all parts take about an
-hour; a CPU runs all of them in miniature.
+if the package was changed since. At the end it prints report.md in that folder, which has all tables. On a GPU all
+parts take one to two hours; a CPU runs all of them in miniature.
 
 Exit status 1 means that a check failed.
 
 examples:
   antransformer selftest --device cuda
   antransformer selftest --device cuda --parts speed-125m --json speed.json
-  antransformer selftest --device cuda --minutes 10
+  antransformer selftest --device cuda --minutes 9
 """
 
 import argparse
 import json
+import math
 import sys
+import time
 from pathlib import Path
 
 from antransformer.cli.options import Parser, add_device_argument
@@ -45,7 +47,7 @@ def add_arguments(parser: Parser) -> None:
         "--minutes",
         type=float,
         metavar="N",
-        help="start nothing with less than 5 of N minutes left, and the part training only with 9 (default: no limit)",
+        help="end within N minutes: start nothing that should take longer than the time left (default: no limit)",
     )
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="folder of results and runs (default runs/selftest-DEVICE)"
@@ -59,13 +61,15 @@ def run(parsed: argparse.Namespace) -> None:
     Raises:
         MachineError: a check failed.
     """
+    started = time.monotonic()  # before torch is imported, which takes a while
     from antransformer.lock import lock
+    from antransformer.runs.provenance import command
     from antransformer.selftest import program
     from antransformer.selftest.checks import Setup
     from antransformer.training.device import choose_device
 
     if parsed.minutes is not None and not parsed.minutes >= program.MINUTES:
-        raise ConfigError(f"--minutes must be at least {program.MINUTES}, the time of one part; got {parsed.minutes:g}")
+        raise ConfigError(f"--minutes must be at least {program.MINUTES:g}, the longest step; got {parsed.minutes:g}")
     if len(set(parsed.parts)) < len(parsed.parts):
         raise ConfigError(f"--parts needs different names, got {' '.join(parsed.parts)}")
     if parsed.json:
@@ -74,7 +78,8 @@ def run(parsed: argparse.Namespace) -> None:
     folder = parsed.out or Path("runs", f"selftest-{device.type}")
     if parsed.json and folder.absolute().is_relative_to(parsed.json.absolute()):
         raise ConfigError(f"--json {parsed.json} is the folder of --out: choose a file name")
-    setup = Setup(device, folder, 60.0 * program.MINUTES, lambda text: print(text, file=sys.stderr, flush=True))
+    deadline = math.inf if parsed.minutes is None else started + 60 * parsed.minutes
+    setup = Setup(device, folder, deadline, lambda text: print(text, file=sys.stderr, flush=True))
     console = TableConsole()
     if not console.is_terminal:
         console.width = TABLE_WIDTH
@@ -88,12 +93,20 @@ def run(parsed: argparse.Namespace) -> None:
 
     program.check_folder(setup)
     with lock(folder):
-        results = program.run(setup, parsed.parts, parsed.minutes, show)
+        results = program.run(setup, parsed.parts, show)
     if parsed.json:
         write_result(parsed.json, json.dumps(program.content(setup, results), indent=2) + "\n")
-    checks = [check for result in results.values() for check in result.checks]
+    source = program.source_digest()
+    left = {part: len(program.pending(results, part, source)) for part in PARTS}
+    checks = [check for result in results.values() if result.source for check in result.checks]
     failures = [check.name for check in checks if check.passed is False]
-    finished = sum(len(program.results_of(results, part)) == len(program.CHECKS[part]) for part in PARTS)
-    print(f"{finished} of {len(PARTS)} parts, {counted(len(checks), 'figure')}; tables: {folder / program.REPORT}")
+    if not any(left.values()):
+        print((folder / program.REPORT).read_text(encoding="utf-8"))
+    print(f"{list(left.values()).count(0)} of {len(PARTS)} parts, {counted(len(checks), 'figure')}; ", end="")
+    print(f"tables: {folder / program.REPORT}")
+    chosen = [part for part in parsed.parts or PARTS if left[part]]
+    if chosen:
+        unfinished = (f"{part} ({left[part]} of {len(program.CHECKS[part])})" for part in chosen)
+        print(f"left: {', '.join(unfinished)}; run the same command again to continue: {command()}")
     if failures:
         raise MachineError(f"{counted(len(failures), 'check')} failed: {'; '.join(failures)}")

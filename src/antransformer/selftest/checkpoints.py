@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from antransformer.data import Dataset
 from antransformer.errors import MachineError, RunStoppedError
-from antransformer.selftest.checks import Check, Setup, at_most, equal, largest
+from antransformer.selftest.checks import Check, Setup, at_most, equal, largest, only_on_cuda
 from antransformer.selftest.runs import STEPS, CompiledReporter, corpus, losses, run_config
 from antransformer.training import run_folder
 from antransformer.training.checkpointing import checkpoint
@@ -40,24 +40,25 @@ class StopAt(CompiledReporter):
             signal.raise_signal(signal.SIGINT)
 
 
-def resume(setup: Setup) -> Iterator[Check]:
+def resume(setup: Setup, name: str) -> Iterator[Check]:
     """Weights and optimizer state of a run that was stopped and resumed, against a run without interruption."""
     dataset = corpus(setup)
-    for name, settings in RUNS.items():
-        config = run_config(setup, dataset, **settings)
-        with TemporaryDirectory(dir=setup.folder) as scratch, _deterministic():
-            whole, stopped = Path(scratch, "whole"), Path(scratch, "stopped")
-            _train(config, dataset, whole)
-            _stop_and_resume(config, dataset, stopped)
-            yield equal(f"resumed run, {name}: weights and optimizer", _digests(whole) == _digests(stopped))
+    config = run_config(setup, dataset, **RUNS[name])
+    with TemporaryDirectory(dir=setup.folder) as scratch, _deterministic():
+        whole, stopped = Path(scratch, "whole"), Path(scratch, "stopped")
+        _train(config, dataset, whole)
+        _stop_and_resume(config, dataset, stopped)
+        yield equal(f"resumed run, {name}: weights and optimizer", _digests(whole) == _digests(stopped))
 
 
 def compiled(setup: Setup) -> Iterator[Check]:
     """Losses of compiled runs, which replay CUDA graphs, against those of an eager run; one is stopped and resumed."""
     if setup.miniature:
-        yield Check("compiled run", "only on a CUDA device")
+        yield only_on_cuda("compiled run")
         return
     dataset = corpus(setup)
+    counters = torch._dynamo.utils.counters["inductor"]  # of the process; the compiler only logs skipped graphs
+    before = counters["cudagraph_skips"]
     with TemporaryDirectory(dir=setup.folder) as scratch:
         eager, whole, stopped = (Path(scratch, name) for name in ("eager", "whole", "stopped"))
         config = run_config(setup, dataset, compile=True, **RUNS["recipe best, averaged"])
@@ -67,9 +68,7 @@ def compiled(setup: Setup) -> Iterator[Check]:
         for name, folder in (("compiled run", whole), ("compiled run, resumed", stopped)):
             pairs = zip(losses(eager), losses(folder), strict=True)
             yield at_most(f"{name}: largest difference of the losses", largest(abs(a - b) for a, b in pairs), 1e-3)
-        if setup.device.type == "cuda":  # the compiler only logs these
-            skipped = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
-            yield at_most("compiled runs: skipped CUDA graphs", skipped, 0)
+        yield at_most("compiled runs: skipped CUDA graphs", counters["cudagraph_skips"] - before, 0)
 
 
 def on_cpu(setup: Setup) -> Iterator[Check]:

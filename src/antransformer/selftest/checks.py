@@ -15,7 +15,7 @@ from antransformer.models.config import PAPER_VOCABULARY, preset_sizes
 
 
 class Unfinished(Exception):
-    """A check needs more time than its part has; the next call continues it."""
+    """A check needs more time than the call has; the next call continues it."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,13 @@ class Setup:
     Attributes:
         device: device under test.
         folder: folder for files of the parts, kept between calls.
-        seconds: time after which a part that can continue later should stop.
+        deadline: value of ``time.monotonic()`` at which the call should have ended; infinite without a limit.
         log: receives lines of progress.
     """
 
     device: torch.device
     folder: Path
-    seconds: float
+    deadline: float
     log: Callable[[str], None]
 
     @property
@@ -64,7 +64,7 @@ class Setup:
         return ModelConfig(architecture=architecture, **sizes)
 
 
-Checks = Callable[[Setup], Iterator[Check]]
+Checks = Callable[..., Iterator[Check]]  # of the setup, and of further arguments
 
 
 def triton_kernels(enabled: bool) -> AbstractContextManager[object]:
@@ -80,6 +80,11 @@ def at_most(name: str, value: float, limit: float) -> Check:
 def failed(name: str, reason: str) -> Check:
     """Failed check of something that must not raise."""
     return Check(name, reason, "no error", False)
+
+
+def only_on_cuda(name: str) -> Check:
+    """Figure that takes too long, or does not exist, in miniature."""
+    return Check(name, "only on a CUDA device")
 
 
 def equal(name: str, holds: bool) -> Check:

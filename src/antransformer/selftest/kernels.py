@@ -131,10 +131,16 @@ def _fp8_layer(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _module(setup: Setup, name: str) -> ModuleType | None:
-    """Module of a kernel, or None without Triton. On a CPU, Triton's interpreter runs it."""
+    """Module of a kernel. On a CPU, Triton's interpreter runs it, and without Triton it is None.
+
+    Raises:
+        ImportError: Triton is missing on a CUDA device, where the package would run without its kernels.
+    """
     if setup.device.type == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported
-    return import_module(f"antransformer.kernels.{name}") if kernels.has_triton() else None
+    if setup.miniature and not kernels.has_triton():
+        return None
+    return import_module(f"antransformer.kernels.{name}")
 
 
 def _shapes(setup: Setup) -> tuple[tuple[int, ...], ...]:

@@ -8,27 +8,28 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 
 import torch
 
-from antransformer.benchmarks.generate import GenerationSettings, bench_generate
+from antransformer.benchmarks.generate import BASELINE, GenerationSettings, bench_generate
 from antransformer.benchmarks.loss_and_optimizer import WITH_BOUNDS, bench_optimizer
 from antransformer.benchmarks.models import TrainingSetup, our_setup
-from antransformer.benchmarks.settings import MODES, Settings, replace_architecture
+from antransformer.benchmarks.settings import OUR_ARCHITECTURES, Mode, Settings, replace_architecture
 from antransformer.benchmarks.timing import Row, alternate, make_rows, time_call
 from antransformer.benchmarks.train_step import StepSettings, bench_step, make_step
 from antransformer.errors import MachineError
 from antransformer.models import ModelConfig
-from antransformer.selftest.checks import Check, Setup, failed, triton_kernels
+from antransformer.selftest.checks import Check, Setup, failed, only_on_cuda, triton_kernels
 from antransformer.training import float8
 from antransformer.training.cost_model.memory import Layout, estimate_memory
 from antransformer.training.cost_model.throughput import peak_flops
 from antransformer.training.defaults import parameter_count
 from antransformer.training.resources import free_memory
 
-OURS = ("gpt+", "ngpt", "angpt")
-PEERS = ("gpt+", "angpt", "qwen3", "x-transformers", "ngpt-pytorch")
-OTHERS = ("qwen3", "qwen3 static", "x-transformers", "ngpt-pytorch")  # variants of libraries that may be missing
+PEERS = {"qwen3": "transformers", "x-transformers": "x_transformers", "ngpt-pytorch": "nGPT_pytorch"}  # their modules
+OTHERS = (*PEERS, "qwen3 static")  # variants of libraries that may be missing
+GENERATORS = {"ours": (BASELINE, *OUR_ARCHITECTURES), "qwen3": (BASELINE, "qwen3 static", "qwen3")}
 BATCHES = {"125m": 16, "0.5b": 8}
 MFU = {"125m": 0.35, "0.5b": 0.5}
 STEP_RATIO = 1.0  # time of anGPT's step over that of GPT+; the paper measures 1.0275
@@ -37,23 +38,41 @@ STATE_BYTES = 12  # of a parameter: itself and two moments in float32
 MEMORY_RANGE = (0.7, 1.2)  # measured over modelled, which does not count what the compiler computes again
 
 
-def steps_125m(setup: Setup) -> Iterator[Check]:
-    """Training steps at 125m, eager and compiled."""
-    yield from _steps(setup, "125m")
-
-
-def steps_half_billion(setup: Setup) -> Iterator[Check]:
-    """Training steps at 0.5b, eager and compiled."""
-    yield from _steps(setup, "0.5b")
-
-
-def peers(setup: Setup) -> Iterator[Check]:
-    """Compiled steps against other libraries, as far as they are installed."""
-    settings = _step_settings(setup, "125m", PEERS[:2] if setup.miniature else PEERS, modes=("compiled",))
+def steps(setup: Setup, preset: str, mode: Mode) -> Iterator[Check]:
+    """Training steps of a preset, eager or compiled."""
+    settings = _step_settings(setup, preset, OUR_ARCHITECTURES, modes=(mode,))
     rows = bench_step(settings, setup.log).rows
     for row in rows:
-        name = f"125m compiled, {row.variant}"
-        yield _problem(name, row) or Check(name, f"{_speed(row)}, {_over_gpt_plus(row, rows):.3f} of GPT+'s speed")
+        name = f"{preset} {mode}, {row.variant}"
+        if problem := _problem(name, row):
+            yield problem
+            continue
+        slowdown = 1 / _over_gpt_plus(row, rows)
+        compiled = mode == "compiled"
+        text = f"{_speed(row)}, step time {slowdown:.3f} of GPT+'s"
+        if row.variant == "angpt" and compiled:
+            yield _goal(setup, name, slowdown, slowdown <= STEP_RATIO, f"step time <= {STEP_RATIO:.2f}", text)
+        else:
+            yield Check(name, text)
+        if row.utilization is not None and compiled and peak_flops(setup.device, settings.dtype):
+            mfu = row.utilization.median
+            yield _goal(setup, f"{name}, MFU", mfu, mfu >= MFU[preset], f">= {MFU[preset]}")
+        yield _memory(setup, name, row, settings)
+
+
+def peer(setup: Setup, name: str) -> Iterator[Check]:
+    """Compiled steps of another library against GPT+'s; eager in miniature, where compiling takes a while."""
+    mode: Mode = "eager" if setup.miniature else "compiled"
+    task = f"125m {mode}, {name}"
+    if not find_spec(PEERS[name]):
+        yield Check(task, "not installed")
+        return
+    rows = bench_step(_step_settings(setup, "125m", ("gpt+", name), modes=(mode,)), setup.log).rows
+    for row in rows:
+        if problem := _problem(f"{task} against {row.variant}", row):
+            yield problem
+        elif row.variant == name:
+            yield Check(task, f"{_speed(row)}, {_over_gpt_plus(row, rows):.3f} of GPT+'s speed")
 
 
 def fp8(setup: Setup) -> Iterator[Check]:
@@ -76,7 +95,7 @@ def fp8(setup: Setup) -> Iterator[Check]:
 def cuda_graphs(setup: Setup) -> Iterator[Check]:
     """Compiled steps of a small model with CUDA graphs (mode reduce-overhead) against those without."""
     if setup.device.type != "cuda":
-        yield Check("CUDA graphs", "only on a CUDA device")
+        yield only_on_cuda("CUDA graphs")
         return
     model = ModelConfig(vocab_size=4096, width=256, layers=6, context=256, head_dim=64)
     setups = {}
@@ -100,44 +119,32 @@ def optimizer(setup: Setup) -> Iterator[Check]:
                 yield _problem(name, row) or Check(name, f"{1 / _relative(row):.3f} of the time")
 
 
-def generation(setup: Setup) -> Iterator[Check]:
-    """Prefill and decode at 125m."""
-    model = setup.model("125m")
+def generation(setup: Setup, mode: Mode, batch: int, group: str) -> Iterator[Check]:
+    """Prefill and decode at 125m, of a group of variants from ``GENERATORS``."""
+    if setup.miniature and (mode, batch) != ("eager", 1):
+        yield only_on_cuda(f"125m {mode}, batch {batch}, {group}")
+        return
+    if group in PEERS and not find_spec(PEERS[group]):
+        yield Check(f"125m {mode}, batch {batch}, {group}", "not installed")
+        return
     prompt, new = (16, 8) if setup.miniature else (512, 128)
     settings = GenerationSettings(
-        model=model,
+        model=setup.model("125m"),
         device=setup.device,
         dtype=_dtype(setup),
         rounds=_rounds(setup),
-        batches=(1,) if setup.miniature else (1, 16),
+        batches=(batch,),
         prompt_tokens=prompt,
         max_new_tokens=new,
-        modes=("eager",) if setup.miniature else MODES,
+        modes=(mode,),
+        variants=GENERATORS[group],
     )
     for row in bench_generate(settings, setup.log).rows:
-        task = f"125m {row.task['mode']}, batch {row.task['batch']}, {row.task['part']}, {row.variant}"
-        yield _problem(task, row) or Check(task, f"{_speed(row)}, {_relative(row):.3f} of the folded anGPT's speed")
-
-
-def _steps(setup: Setup, preset: str) -> Iterator[Check]:
-    settings = _step_settings(setup, preset, OURS, modes=MODES)
-    rows = bench_step(settings, setup.log).rows
-    for row in rows:
-        name = f"{preset} {row.task['mode']}, {row.variant}"
-        if problem := _problem(name, row):
+        task = f"125m {mode}, batch {batch}, {row.task['part']}, {row.variant}"
+        if problem := _problem(task, row):
             yield problem
-            continue
-        slowdown = 1 / _over_gpt_plus(row, rows)
-        compiled = row.task["mode"] == "compiled"
-        text = f"{_speed(row)}, step time {slowdown:.3f} of GPT+'s"
-        if row.variant == "angpt" and compiled:
-            yield _goal(setup, name, slowdown, slowdown <= STEP_RATIO, f"step time <= {STEP_RATIO:.2f}", text)
-        else:
-            yield Check(name, text)
-        if row.utilization is not None and compiled and peak_flops(setup.device, settings.dtype):
-            mfu = row.utilization.median
-            yield _goal(setup, f"{name}, MFU", mfu, mfu >= MFU[preset], f">= {MFU[preset]}")
-        yield _memory(setup, name, row, settings)
+        elif group == "ours" or row.variant != BASELINE:
+            yield Check(task, f"{_speed(row)}, {_relative(row):.3f} of the folded anGPT's speed")
 
 
 def _memory(setup: Setup, name: str, row: Row, settings: StepSettings) -> Check:
@@ -163,7 +170,7 @@ def _step_settings(setup: Setup, preset: str, variants: Sequence[str], **options
 def _batch(setup: Setup, preset: str) -> int:
     """Batch of the preset, halved until its steps should fit into the free memory."""
     model, batch = setup.model(preset), BATCHES[preset]
-    others = STATE_BYTES * parameter_count(model) * (len(OURS) - 1)  # all variants stay on the device
+    others = STATE_BYTES * parameter_count(model) * (len(OUR_ARCHITECTURES) - 1)  # all variants stay on the device
     while batch > 1:
         step = estimate_memory(model, Layout(micro_batch_size=batch), torch.bfloat16).total
         if MEMORY_RANGE[1] * step + others <= free_memory(setup.device):
@@ -176,7 +183,7 @@ def _batch(setup: Setup, preset: str) -> int:
 
 def _ratio(setup: Setup, setups: dict[str, TrainingSetup], preset: str, model: ModelConfig | None = None) -> float:
     """Median ratio of speeds, second setup over first."""
-    settings = _step_settings(setup, preset, OURS)
+    settings = _step_settings(setup, preset, OUR_ARCHITECTURES)
     settings = replace(settings, model=model or settings.model)
     torch.compiler.reset()
     steps: dict[str, Callable[[], None]] = {name: make_step(each, settings) for name, each in setups.items()}
