@@ -7,9 +7,9 @@ from torch import Tensor
 
 from antransformer import kernels
 
-# Tokens in a chunk. 128 was the fastest size tried on CPUs, where logits then stay in cache; accelerators need larger
-# products to be busy.
-CHUNK = {"cpu": 128}
+# Tokens in a chunk. On CPUs small chunks stay in cache, and large ones add to the gradient of the weight less often
+# (docs/log.md); accelerators need larger products to be busy.
+CHUNK = {"cpu": 256}
 LARGE_CHUNK = 4096
 
 
