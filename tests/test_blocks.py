@@ -366,7 +366,7 @@ def test_initial_rows_in_bfloat16_are_rounded_once(make):
     finally:
         torch.set_default_dtype(default)
     assert weight.dtype == torch.bfloat16
-    assert (weight.double().norm(dim=1) - 1).abs().max() < 0.002
+    assert (weight.double().norm(dim=1) - 1).abs().max() < 0.003
 
 
 def test_outputs_of_a_head_share_one_scale_on_request():
