@@ -77,13 +77,10 @@ class _ScaledProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, scale: float) -> Tensor:
-        return _scaled_mm(x, weight.T, scale)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
-        x, weight, ctx.scale = inputs
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
         ctx.save_for_backward(x, weight)
+        return _scaled_mm(x, weight.T, scale)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -94,8 +91,9 @@ class _ScaledProduct(torch.autograd.Function):
 
 
 def _scaled_mm(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    # beta=0 ignores the first argument, which addmm requires.
-    return torch.addmm(a.new_zeros(1), a, b, beta=0, alpha=scale)
+    # beta=0 ignores the first argument, which addmm requires. Compiled products may multiply it by 0.
+    ignored = a.new_zeros(1) if torch.compiler.is_compiling() else a.new_empty(1)
+    return torch.addmm(ignored, a, b, beta=0, alpha=scale)
 
 
 def mlp(
