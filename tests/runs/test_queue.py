@@ -191,10 +191,13 @@ def test_a_repeated_signal_does_not_wait_for_the_workers(corpus, tmp_path):
     workers = workers_of(tmp_path)
     for pid in workers:
         os.kill(pid, signal.SIGSTOP)  # as in a step of minutes
+    deadline = time.monotonic() + 60
     try:
+        while not all(map(is_stopped, workers)):  # a thread that still runs would take the next signal
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
         os.kill(process.pid, signal.SIGINT)
         assert "SIGINT" in process.stderr.readline()
-        deadline = time.monotonic() + 30
         while not all(has_pending(pid, signal.SIGTERM) for pid in workers):
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -244,6 +247,11 @@ def workers_of(out):
         if "runs.worker" in command and str(out) in command:
             pids.append(int(path.parent.name))
     return pids
+
+
+def is_stopped(pid):
+    """Return whether all threads of a process are stopped."""
+    return all("\nState:\tT" in path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/status"))
 
 
 def has_pending(pid, number):
