@@ -173,8 +173,8 @@ def test_wrong_input_for_an_existing_run(trained, corpus, capsys, tmp_path):
     assert mentions(
         refused([*new, "--model.vocab-size=200"], capsys), *f"{corpus} 256 200 model.vocab_size 257".split()
     )
-    long = refused([*new, "--model.context=500000", "--batch-tokens=500000", "--tokens=1M"], capsys)
-    assert mentions(long, *["context", "500000", "500001", "train"])
+    long = refused([*new, "--model.context=1000000", "--batch-tokens=1M", "--tokens=2M"], capsys)
+    assert mentions(long, *["context", "1000000", "1000001", "train"])
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").glob("checkpoints/*"))
     generate_from = ["generate", "--checkpoint", trained]
     assert mentions(refused([*generate_from, "--temperature=-1"], capsys), *["temperature", "-1.0"])

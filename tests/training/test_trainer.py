@@ -61,7 +61,7 @@ def test_run_learns_and_writes_metrics_and_checkpoints(corpus, tmp_path, archite
     result = trainer.run()
     lines = read_metrics(tmp_path / "run/metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, 61))
-    assert lines[0]["loss"] == pytest.approx(math.log(257), rel=0.1)
+    assert lines[0]["loss"] == pytest.approx(math.log(257), rel=0.15)
     assert result.val_loss < 3.6 < lines[0]["loss"]
     assert [line["step"] for line in lines if "val_loss" in line] == [30, 60]
     last = lines[-1]
