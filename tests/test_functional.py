@@ -77,6 +77,19 @@ def test_linear_is_the_product_with_a_scaled_weight(shape):
     assert torch.autograd.gradgradcheck(lambda *tensors: functional.linear(*tensors, 0.3), inputs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_reads_no_memory_without_values(dtype):
+    x, weight = random(3, 5, 16).to(dtype).requires_grad_(), random(32, 16, seed=1).to(dtype).requires_grad_()
+    torch.use_deterministic_algorithms(True)  # fills memory without values with NaN
+    try:
+        assert torch.empty(1, dtype=dtype).isnan()
+        y = functional.linear(x, weight, 3.0)
+        y.sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(tensor.isfinite().all() for tensor in (y, x.grad, weight.grad))
+
+
 def test_linear_saves_no_scaled_weight_for_backward():
     saved = []
     x, weight = unit(10, 64), unit(32, 64, seed=1).requires_grad_()
@@ -268,7 +281,7 @@ def with_gradients(loss, hidden, weight, targets, share=0.37):
 
 
 # Numbers of tokens around the size of a chunk, and sizes that do not fit vectorized kernels.
-@pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (1, 127), (2, 64), (3, 43), (5, 77)])
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (1, 255), (2, 128), (3, 86), (5, 154)])
 @pytest.mark.parametrize(("width", "vocabulary"), [(1, 2), (13, 101), (64, 1000)])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
