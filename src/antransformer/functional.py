@@ -240,7 +240,7 @@ def interpolate_norm_backward(
 
         return kernel.backward(grad_output, x, y, alpha, inverse)
     a = alpha.to(inverse.dtype)
-    x_weight, y_weight, nu_cubed = _interpolation_weights(a)
+    x_weight, y_weight, nu = _interpolation_weights(a)
     if kernels.is_compiled_for_gpu(x):  # the gradient of x is fused with its neighbours
         return (grad_output * x_weight).to(x.dtype), *_gradients_of_y_and_alpha(grad_output, x, y, alpha, inverse)
     unit, by_token = y * inverse, (inverse.numel(), x.shape[-1])
@@ -248,7 +248,7 @@ def interpolate_norm_backward(
     # d x_weight / d alpha = -alpha nu^3, and d y_weight / d alpha = (1 - alpha) nu^3.
     along_y = product.reshape(by_token).sum(0)
     along_x = grad_times_x.reshape(by_token).sum(0, dtype=inverse.dtype)
-    grad_alpha = nu_cubed * ((1 - a) * along_y - a * along_x)
+    grad_alpha = nu**3 * ((1 - a) * along_y - a * along_x)
     # The gradient through y / ||y|| has no component along y.
     radial = product.mul_(y_weight).sum(-1, keepdim=True)
     grad_y = (grad_output * y_weight).sub_(unit.mul_(radial)).mul_(inverse)
@@ -272,9 +272,9 @@ def _(grad_output: Tensor, x: Tensor, y: Tensor, alpha: Tensor, inverse: Tensor)
 
 
 def _interpolation_weights(alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights (1 - alpha) nu of x and alpha nu of y, and nu^3 for their derivatives."""
+    """Weights (1 - alpha) nu of x and alpha nu of y, and nu."""
     nu = factors.residual(alpha)
-    return (1 - alpha) * nu, alpha * nu, nu**3
+    return (1 - alpha) * nu, alpha * nu, nu
 
 
 def interpolate_exact(x: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
