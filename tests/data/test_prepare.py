@@ -22,7 +22,7 @@ from antransformer.cli import main
 from antransformer.data import Dataset, Split, preparation, prepare, readers
 from antransformer.data.holdout import TrainValSplit
 from antransformer.data.shards import ShardWriter, dtype_for
-from antransformer.errors import ConfigError, DataError
+from antransformer.errors import ConfigError, DataError, MachineError
 from helpers.messages import mentions
 
 
@@ -396,6 +396,18 @@ def test_a_full_disk_leaves_nothing(corpus: Path, tmp_path: Path, monkeypatch: p
         prepare([corpus], tmp_path / "out", val_fraction=0.2)
     assert error.value.errno == errno.ENOSPC and error.value.filename == str(tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_disk_that_is_full_from_the_start_leaves_nothing(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, _: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("antransformer.lock.replace_text", full)
+    with pytest.raises(MachineError):
+        prepare([corpus], tmp_path / "new/out", val_fraction=0.2)
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_folder_that_another_process_writes_is_refused(corpus: Path, tmp_path: Path) -> None:

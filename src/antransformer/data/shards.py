@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -160,7 +160,9 @@ def new_folder(out: Path) -> Iterator[Path]:
         raise DataError(f"{partial}: not written by prepare: move it, or choose another folder")
     with new_parents(partial):
         try:
-            partial.mkdir(parents=True, exist_ok=True)
+            with suppress(FileExistsError):
+                partial.mkdir(parents=True)
+                partial.rmdir()  # the lock creates it again, and removes it if the disk is full
         except OSError as error:
             raise DataError(f"{out}: cannot be created ({error.strerror}); choose another folder") from error
         with lock(partial), _filled(partial, out):
