@@ -110,6 +110,14 @@ def test_a_missing_tracker_is_found_before_the_folder_is_made(corpus, tmp_path, 
     assert "antransformer[track]" in capsys.readouterr().err and not out.exists()
 
 
+def test_a_size_that_differs_from_the_initial_model_names_the_setting_to_leave_out(corpus, tmp_path):
+    start(corpus, tmp_path / "run", tokens=256, batch_tokens=256).run()
+    for settings, name in (({"preset": "nano"}, "preset"), ({"model": {"layers": 4}}, "model.layers")):
+        with pytest.raises(ConfigError) as error:
+            with_initial_model({"init": str(tmp_path / "run"), **settings}, print)
+        assert str(error.value).endswith(f" {name}")
+
+
 def test_the_advice_for_data_of_another_tokenizer_works(corpus, tmp_path):
     start(corpus, tmp_path / "run", tokens=256, batch_tokens=256).run()
     text, val = tmp_path / "text.txt", tmp_path / "val.txt"

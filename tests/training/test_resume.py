@@ -9,6 +9,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -22,7 +23,7 @@ from antransformer.errors import CheckpointError, ConfigError, DivergedError, Ru
 from antransformer.training import launch, run_folder
 from antransformer.training.config import LEGACY_DEFAULTS
 from antransformer.training.metrics import read_metrics
-from antransformer.training.run_folder import saved_config
+from antransformer.training.run_folder import open_checkpoint, run_folder_of, saved_config
 from antransformer.training.stop_signals import StopSignals
 from antransformer.training.trainer import Trainer
 from helpers.faults import timeless_metrics
@@ -228,6 +229,13 @@ def test_a_second_signal_while_the_checkpoint_is_written_reports_it(corpus, tmp_
         signal.signal(signal.SIGINT, before)
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000003"]
     assert "no checkpoint" not in str(error.value) and mentions(error.value, "step-00000003", "--resume")
+
+
+def test_the_folder_of_the_checkpoints_opens_as_its_run_does(corpus, tmp_path, monkeypatch):
+    path = start(corpus, tmp_path / "run", tokens=512, batch_tokens=256, checkpoint_every=1).run().checkpoint
+    assert open_checkpoint(path.parent)[0].path == open_checkpoint(tmp_path / "run")[0].path == path
+    monkeypatch.chdir(path.parent)
+    assert run_folder_of(open_checkpoint(Path())[0]) == tmp_path / "run"
 
 
 def test_a_run_resumes_in_another_working_directory(corpus, tmp_path, monkeypatch):

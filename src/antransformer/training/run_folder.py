@@ -183,14 +183,17 @@ def with_initial_model(
     sizes = preset_sizes(settings["preset"]) if "preset" in settings else {}
     for name, value in {**sizes, **settings.get("model", {})}.items():
         if model.get(name) != value:
-            raise ConfigError(f"{settings['init']} has model.{name} {model.get(name)}, not {value}: leave it out")
+            given = f"model.{name}" if name in settings.get("model", {}) else "preset"
+            raise ConfigError(f"{settings['init']} has model.{name} {model.get(name)}, not {value}: leave out {given}")
     return merge(settings, {"model": model})
 
 
 def open_checkpoint(
     path: Path, notify: Callable[[str], None] = print, dist_ctx: DistributedContext = SINGLE_PROCESS
 ) -> tuple[Checkpoint, Tokenizer]:
-    """Open a checkpoint folder, or the newest one of a run folder, with its tokenizer; only its weights are needed.
+    """Open a checkpoint with its tokenizer; only its weights are needed.
+
+    The path is a checkpoint folder, or a run folder or its folder ``checkpoints``, whose newest checkpoint is opened.
 
     Raises:
         CheckpointError: the folder is neither, or holds no checkpoint with complete weights.
@@ -201,6 +204,7 @@ def open_checkpoint(
         opened = checkpoint.read(path, dist_ctx, weights_only=True)
     elif path.is_dir():
         opened = checkpoint.newest(path / CHECKPOINTS, notify, dist_ctx, weights_only=True)
+        opened = opened or checkpoint.newest(path, notify, dist_ctx, weights_only=True)
         if opened is None:
             if (path / "model.safetensors").exists() or (path / "model.safetensors.index.json").exists():
                 raise CheckpointError(
