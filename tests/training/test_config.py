@@ -239,6 +239,7 @@ def test_batches_are_rounded_to_sequences():
         ({"tokens": "many"}, "config.yaml tokens many"),
         ({"tokens": "-5K"}, "config.yaml tokens 1 -5000"),
         ({"tokens": 1000}, "tokens 1,000 2,048 batch_tokens"),
+        ({"tokens": 1000, "model": {"context": 4096}}, "tokens 1,000 4,096 context"),
         ({"compile": "perhaps"}, "config.yaml compile true false perhaps"),
         ({"precision": "fp4"}, "config.yaml precision auto float32 bfloat16 fp8 fp4"),
         ({"data": 5}, "config.yaml data 5"),

@@ -207,9 +207,9 @@ class TrainConfig:
                 f"batch_tokens {self.batch_tokens:,} is not a multiple of the context of {self.model.context:,} tokens"
             )
         if self.tokens < self.batch_tokens:
+            size = "context" if self.batch_tokens == self.model.context else "batch_tokens"
             raise ConfigError(
-                f"tokens {self.tokens:,} is less than one batch of {self.batch_tokens:,}: raise tokens or lower "
-                "batch_tokens"
+                f"tokens {self.tokens:,} is less than one batch of {self.batch_tokens:,}: raise tokens or lower {size}"
             )
         self._check_schedule()
         if self.data_from is not None and not 0 < self.data_from_step < self.initial_steps:
