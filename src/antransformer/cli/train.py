@@ -130,6 +130,6 @@ def show_preview(parsed: argparse.Namespace) -> None:
     if shown.seconds_per_step is None or shown.seconds is None:
         time = f"{shown.free / 2**30:.2f} GiB are free, so no step was timed: lower --micro-batch-size"
     else:
-        hours = f"{shown.seconds / 3600:.2f} hours" if shown.seconds > 360 else f"{shown.seconds:.0f} seconds"
+        hours = f"{shown.seconds / 3600:,.2f} hours" if shown.seconds > 360 else f"{shown.seconds:.0f} seconds"
         time = f"{shown.seconds_per_step:.3f} s a step, {hours} without validation"
     print(f"{shown.parameters / 1e6:.2f}M parameters{shown.epochs}; {shown.memory / 2**30:.2f} GiB for a step; {time}")

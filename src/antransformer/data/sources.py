@@ -236,7 +236,7 @@ def _expand(name: str) -> Iterator[tuple[Path, str | None]]:
 
 
 def _empty(sources: Sequence[Source]) -> DataError:
-    return DataError(f"{', '.join(source.input for source in sources[:5])}: empty; there is no text to train on")
+    return DataError(f"{', '.join(source.input for source in sources[:5])}: empty; give files with text")
 
 
 def _explain_no_text(path: Path, skipped: Skipped) -> str:

@@ -39,7 +39,7 @@ def epochs_note(config: TrainConfig, dataset: Dataset) -> str:
     epochs = config.steps * config.batch_tokens / dataset.split("train").tokens
     if epochs <= 1 or isinstance(dataset, Mixture):
         return ""
-    return f", {epochs:.1f} epochs of {dataset.split('train').tokens:,} tokens"
+    return f", {epochs:,.1f} epochs of {dataset.split('train').tokens:,} tokens"
 
 
 def training_windows(config: TrainConfig, dataset: Dataset) -> Windows:

@@ -353,7 +353,7 @@ def test_a_batch_that_cannot_be_divided_is_refused(corpus):
 @pytest.mark.parametrize(
     ("config", "dist_ctx", "facts"),
     [
-        ({}, DistributedContext(world_size=3), "3 tensor_parallel 2 --nproc-per-node"),
+        ({}, DistributedContext(world_size=3), "3 tensor_parallel 2 --processes --nproc-per-node"),
         ({}, DistributedContext(), "1 tensor_parallel 2"),
         ({"parallel": "hsdp"}, DistributedContext(world_size=6, local_world_size=3), "3 tensor_parallel 2"),
         ({}, DistributedContext(world_size=6), "8 3 2 batch_tokens"),

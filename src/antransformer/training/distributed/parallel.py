@@ -242,7 +242,7 @@ def check_divisibility(config: TrainConfig, dist_ctx: DistributedContext) -> Non
     if processes % tensor_parallel:
         raise ConfigError(
             f"the number of processes{scope}, {processes}, is not a multiple of tensor_parallel {tensor_parallel}: "
-            "change --nproc-per-node of torchrun or --tensor-parallel"
+            "change --tensor-parallel, or --processes (torchrun: --nproc-per-node)"
         )
     if config.batch_size % dist_ctx.data_parallel_size:
         shares = f"{dist_ctx.data_parallel_size} "
