@@ -4,7 +4,7 @@ On a GPU, results are compared with the CPU, and speed with the goals of the pro
 
 Every part prints a table. Results are kept in --out. The same command continues with the rest, and repeats what failed
 if the package was changed since. At the end it prints report.md in that folder, which has all tables. On a GPU all
-parts take one to two hours; a CPU runs all of them in miniature.
+parts should take one to two hours; a CPU runs all of them in miniature.
 
 Exit status 1 means that a check failed.
 
@@ -69,7 +69,7 @@ def run(parsed: argparse.Namespace) -> None:
     from antransformer.training.device import choose_device
 
     if parsed.minutes is not None and not parsed.minutes >= program.MINUTES:
-        raise ConfigError(f"--minutes must be at least {program.MINUTES:g}, the longest step; got {parsed.minutes:g}")
+        raise ConfigError(f"--minutes must be at least {program.MINUTES:g}, the longest unit; got {parsed.minutes:g}")
     if len(set(parsed.parts)) < len(parsed.parts):
         raise ConfigError(f"--parts needs different names, got {' '.join(parsed.parts)}")
     if parsed.json:

@@ -7,9 +7,9 @@ thread less it keeps most of its speed (docs/speed.md).
 A number that the user chose (``OMP_NUM_THREADS``) is kept. Where /proc/stat does not exist, which is everywhere but on
 Linux, no number changes.
 
-A compiled model is compiled again for every other number of threads, once for each. This takes up to a minute, so the
-first change waits until other work has lasted that long. Only three numbers are used, since torch compiles a function
-at most eight times, and training and validation are compiled separately.
+A compiled model is compiled again for every other number of threads, once for each. This took half a minute for a small
+model, so the first change waits until other work has lasted for twice that time. Only three numbers are used, since
+torch compiles a function at most eight times, and training and validation are compiled separately.
 """
 
 import contextlib
